@@ -1,0 +1,141 @@
+"""What every launcher shares: arguments, quiet logs, stale build locks, and how a run ends."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import faulthandler
+import logging
+import os
+import signal
+import sys
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from mlinterf_ds.config import RunConfig, Section, describe, load_config
+from mlinterf_ds.errors import UserError
+
+NOISY = ("DeepSpeed", "megatron", "mlflow", "alembic", "torch", "matplotlib")
+
+
+def parser(description: str, kind: type[Section] = RunConfig) -> argparse.ArgumentParser:
+    """The arguments of every launcher; `--help` lists every configuration key."""
+    found = argparse.ArgumentParser(
+        description=description,
+        epilog=f"keys for --set and recipes, with their defaults:\n{describe(kind)}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    found.add_argument("--deepspeed_config", default="ds_configs/zero2.json", help="DeepSpeed's JSON (ds_configs/)")
+    found.add_argument("--recipe", action="append", default=[], help="TOML file or shipped recipe's name; repeatable")
+    found.add_argument("--set", action="append", default=[], metavar="section.key=value", help="repeatable")
+    found.add_argument("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)
+    found.add_argument("--deepspeed", action="store_true", help=argparse.SUPPRESS)
+    return found
+
+
+def configuration(arguments: argparse.Namespace, default_recipe: str = "tiny") -> RunConfig:
+    """The run configuration these arguments mean."""
+    return load_config([*(arguments.recipe or [default_recipe])], arguments.set)
+
+
+def quiet(log: Path) -> None:
+    """Send third-party start-up chatter (loggers, warnings) to a file; our own messages stay on screen."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(log, delay=True)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
+    logging.captureWarnings(True)
+    for name in (*NOISY, "py.warnings"):
+        logger = logging.getLogger(name)
+        logger.handlers[:] = [handler]
+        logger.propagate = False
+    warnings.simplefilter("default")
+
+
+@contextlib.contextmanager
+def hushed(log: Path | None = None) -> Iterator[None]:
+    """What is printed inside, also by compilers that are started there, goes to a file (or nowhere)."""
+    if log:
+        log.parent.mkdir(parents=True, exist_ok=True)
+    sys.stdout.flush()
+    with (log or Path(os.devnull)).open("a") as file:
+        saved = os.dup(1)
+        os.dup2(file.fileno(), 1)
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+            os.dup2(saved, 1)
+            os.close(saved)
+
+
+def remove_stale_locks() -> list[Path]:
+    """Remove locks that a killed compiler left in torch's extension cache: every later start would wait for them.
+
+    A lock is stale when no running process has the file open (torch keeps it open while it builds). Needs /proc.
+    """
+    root = os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "torch_extensions"
+    locks = [path.resolve() for path in Path(root).glob("**/lock") if path.is_file()]
+    if not locks or not Path("/proc/self/fd").is_dir():
+        return []
+    time.sleep(0.2)  # one that is being created is open by now
+    held = set()
+    for link in Path("/proc").glob("[0-9]*/fd/*"):
+        with contextlib.suppress(OSError):
+            held.add(os.readlink(link))
+    stale = [path for path in locks if str(path) not in held]
+    for path in stale:
+        path.unlink(missing_ok=True)
+        print(f"removed {path}, left by a build that was killed", file=sys.stderr)
+    return stale
+
+
+class Signals:
+    """SIGTERM and SIGINT ask for a checkpoint and a clean end; the second SIGINT is the ordinary interrupt."""
+
+    def __init__(self) -> None:
+        self.received: str | None = None
+
+    def __enter__(self) -> Signals:
+        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.received and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = signal.Signals(number).name
+
+
+def main(run: Callable[[Sequence[str]], int], arguments: Sequence[str] | None = None) -> None:
+    """Run a launcher's function; a user's mistake ends with its message, not with a traceback.
+
+    A rank that fails leaves at once, without the clean-up in which it would wait for the others: the launcher then
+    ends them too.
+    """
+    faulthandler.enable()
+    rank = os.environ.get("RANK", "0")
+    try:
+        status = run(sys.argv[1:] if arguments is None else arguments)
+        sys.stdout.flush()
+    except UserError as error:
+        print(f"\nerror: {error}", file=sys.stderr, flush=True)
+        status = 2
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr, flush=True)
+        status = 130
+    except Exception as error:
+        traceback.print_exc()
+        print(f"\nerror: rank {rank} failed: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        status = 1
+    if status:
+        sys.stdout.flush()
+        os._exit(status)

@@ -1,0 +1,164 @@
+"""Process groups: data parallel x tensor parallel, in megatron's layout, over DeepSpeed's accelerator.
+
+Ranks that share a copy of the model (tensor parallel) are neighbours; data-parallel ranks are `tensor` apart.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from mlinterf_ds.errors import UserError
+
+TIMEOUT = datetime.timedelta(minutes=10)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where this rank stands."""
+
+    rank: int
+    world: int
+    tensor: int  # ranks of a tensor-parallel group
+
+    @property
+    def data(self) -> int:
+        """Number of data-parallel ranks."""
+        return self.world // self.tensor
+
+    @property
+    def data_rank(self) -> int:
+        return self.rank // self.tensor
+
+    @property
+    def tensor_rank(self) -> int:
+        return self.rank % self.tensor
+
+
+def rendezvous() -> str:
+    """The address at which the ranks of this job meet.
+
+    Ranks of one host that share a launcher meet in a file named after it, so that two jobs on one machine need no
+    port of their own; across hosts torch's environment variables rule.
+    """
+    if local_world() != int(os.environ.get("WORLD_SIZE", 1)):
+        return "env://"
+    parent = os.getppid()
+    try:
+        started = Path(f"/proc/{parent}/stat").read_text().rsplit(")", 1)[1].split()[19]
+    except OSError:
+        started = "0"
+    name = f"mlinterf_ds-{os.getuid()}-{parent}-{started}-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        name += f"-{os.getpid()}"
+    return f"file://{tempfile.gettempdir()}/{name}"
+
+
+def local_world() -> int:
+    """Ranks on this host, by whichever launcher started us (deepspeed: LOCAL_SIZE, torchrun: LOCAL_WORLD_SIZE)."""
+    names = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "SLURM_NTASKS_PER_NODE")
+    found = next((os.environ[name] for name in names if os.environ.get(name, "").isdigit()), None)
+    return int(found or (1 if os.environ.get("WORLD_SIZE", "1") == "1" else 0))
+
+
+def start(tensor: int = 1, address: str | None = None) -> Layout:
+    """Join the job's process group (a single process is a job of one rank) and lay out the ranks."""
+    from deepspeed.accelerator import get_accelerator
+
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if world % tensor:
+        raise UserError(
+            f"{world} ranks cannot be divided into tensor-parallel groups of parallel.tensor={tensor}: "
+            f"start a multiple of {tensor} ranks (deepspeed --num_gpus) or change parallel.tensor"
+        )
+    neighbours = local_world()
+    local_rank = int(os.environ.setdefault("LOCAL_RANK", "0"))
+    accelerator = get_accelerator()
+    if accelerator.device_name() == "cpu":
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // max(1, neighbours)))  # ranks share the cores
+    else:
+        if local_rank >= accelerator.device_count():
+            raise UserError(f"{neighbours} ranks on a host with {accelerator.device_count()} accelerators: --num_gpus")
+        accelerator.set_device(local_rank)
+    if not dist.is_initialized():
+        backend = "gloo" if accelerator.device_name() == "cpu" else accelerator.communication_backend_name()
+        address = address or rendezvous()
+        where = {} if address == "env://" else {"rank": rank, "world_size": world}
+        dist.init_process_group(backend, init_method=address, timeout=TIMEOUT, **where)
+    parallel_state.initialize_model_parallel(tensor_model_parallel_size=tensor)
+    return Layout(rank, world, tensor)
+
+
+def current(tensor: int) -> Layout:
+    """The layout of the running job."""
+    return Layout(dist.get_rank(), dist.get_world_size(), tensor)
+
+
+def relayout(tensor: int) -> Layout:
+    """Other tensor-parallel groups over the same ranks (one process serves several models, in tests)."""
+    if parallel_state.get_tensor_model_parallel_world_size() != tensor:
+        parallel_state.destroy_model_parallel()
+        parallel_state.initialize_model_parallel(tensor_model_parallel_size=tensor)
+    return current(tensor)
+
+
+def stop() -> None:
+    """Leave the groups; the file at which the ranks met is removed by its last user."""
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+class ModelParallelUnit:
+    """The names under which DeepSpeed asks for megatron's groups (`deepspeed.initialize(mpu=...)`)."""
+
+    def get_model_parallel_rank(self) -> int:
+        return parallel_state.get_tensor_model_parallel_rank()
+
+    def get_model_parallel_world_size(self) -> int:
+        return parallel_state.get_tensor_model_parallel_world_size()
+
+    def get_model_parallel_group(self) -> dist.ProcessGroup:
+        return parallel_state.get_tensor_model_parallel_group()
+
+    get_tensor_model_parallel_rank = get_model_parallel_rank
+    get_tensor_model_parallel_world_size = get_model_parallel_world_size
+    get_tensor_model_parallel_group = get_model_parallel_group
+
+    def get_data_parallel_rank(self) -> int:
+        return parallel_state.get_data_parallel_rank()
+
+    def get_data_parallel_world_size(self) -> int:
+        return parallel_state.get_data_parallel_world_size()
+
+    def get_data_parallel_group(self) -> dist.ProcessGroup:
+        return parallel_state.get_data_parallel_group()
+
+
+@contextlib.contextmanager
+def replayed(seed: int) -> Iterator[None]:
+    """Random numbers (dropout) inside are a function of `seed`; the ambient state outside is untouched."""
+    from deepspeed.accelerator import get_accelerator
+
+    accelerator = get_accelerator()
+    on_device = accelerator.device_name() != "cpu"
+    ambient = torch.get_rng_state(), accelerator.get_rng_state() if on_device else None
+    torch.default_generator.manual_seed(seed)
+    if on_device:
+        accelerator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        torch.set_rng_state(ambient[0])
+        if on_device:
+            accelerator.set_rng_state(ambient[1])
