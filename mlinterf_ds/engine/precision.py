@@ -1,0 +1,120 @@
+"""What DeepSpeed's JSON and the run configuration say together: precision, batch sizes, clipping, ZeRO stage."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mlinterf_ds.config import RunConfig
+from mlinterf_ds.errors import UserError
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def read_json(path: str | Path) -> dict[str, Any]:
+    """A DeepSpeed configuration file."""
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"--deepspeed_config {path}: {error.strerror}; the shipped ones are in ds_configs/") from None
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: expected a JSON object, found {type(found).__name__}")
+    for section in ("optimizer", "scheduler"):
+        if section in found:
+            raise UserError(f"{path}: remove '{section}': the run configuration decides it (train.lr, train.schedule, ...)")
+    return found
+
+
+def bf16_arithmetic() -> bool:
+    """Whether this device computes in bf16 itself (a CPU without it emulates, slower than fp32)."""
+    from deepspeed.accelerator import get_accelerator
+
+    if get_accelerator().device_name() == "cpu":
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return bool(get_accelerator().is_bf16_supported())
+
+
+def choose_precision(wanted: str, found: dict[str, Any]) -> tuple[str, str]:
+    """(precision, why), from train.precision and the JSON's fp16/bf16 sections."""
+    from deepspeed.accelerator import get_accelerator
+
+    accelerator = get_accelerator()
+    switches = {name: found.get(name, {}).get("enabled", "auto") for name in ("fp16", "bf16")}
+    forced = [name for name, enabled in switches.items() if enabled is True]
+    refused = [name for name, enabled in switches.items() if enabled is False]
+    if len(forced) > 1:
+        raise UserError("DeepSpeed's JSON enables fp16 and bf16 at once: leave one, or set both to \"auto\"")
+    if wanted != "auto" and (forced and forced[0] != wanted or wanted in refused):
+        said = f"{forced[0]}.enabled=true" if forced else f"{wanted}.enabled=false"
+        raise UserError(f'train.precision={wanted} contradicts {said} in DeepSpeed\'s JSON: set the JSON to "auto"')
+    device = accelerator.device_name()
+    if wanted != "auto" or forced:
+        choice, why = (forced[0] if forced else wanted), "as set"
+    elif device != "cpu" and accelerator.is_fp16_supported() and "fp16" not in refused:
+        choice, why = "fp16", f"auto on {device}"
+    elif bf16_arithmetic() and "bf16" not in refused:
+        choice, why = "bf16", f"auto: this {device} computes in bf16"
+    else:
+        choice, why = "fp32", f"auto: this {device} has no 16-bit arithmetic"
+    if choice == "fp16" and not accelerator.is_fp16_supported():
+        raise UserError(
+            f"train.precision=fp16: this {device} has no fp16 arithmetic; use bf16, fp32 or auto (fp16 is for GPUs)"
+        )
+    if choice == "bf16" and not accelerator.is_bf16_supported():
+        raise UserError(f"train.precision=bf16: this {device} does not support bf16; use fp16, fp32 or auto")
+    if choice == "bf16" and not bf16_arithmetic():
+        why += f" (this {device} emulates bf16: slower than fp32)"
+    return choice, why
+
+
+def resolve(found: dict[str, Any], config: RunConfig, precision: str, data_ranks: int) -> dict[str, Any]:
+    """DeepSpeed's JSON with every "auto" decided; a contradiction with the run configuration is an error."""
+    rows = rows_per_rank(config, data_ranks)
+    micro = config.train.micro_batch or rows
+    decided = {
+        "train_batch_size": ("train.batch", config.train.batch),
+        "train_micro_batch_size_per_gpu": ("train.micro_batch", micro),
+        "gradient_accumulation_steps": ("train.batch / ranks / train.micro_batch", rows // micro),
+        "gradient_clipping": ("train.clip", config.train.clip),
+    }
+    for key, (ours, value) in decided.items():
+        said = found.get(key, "auto")
+        if said != "auto" and float(said) != float(value):
+            raise UserError(f'DeepSpeed\'s JSON says {key}={said}, the run says {ours}={value}: set the JSON to "auto"')
+    stage = found.get("zero_optimization", {}).get("stage", 0)
+    if stage not in (0, 1, 2, 3):
+        raise UserError(f"zero_optimization.stage={stage!r} in DeepSpeed's JSON: expected 0, 1, 2 or 3")
+    zero = dict(found.get("zero_optimization", {}), stage=stage)
+    if zero.get("round_robin_gradients"):
+        raise UserError("zero_optimization.round_robin_gradients=true is not supported: remove it")
+    resolved = {key: value for key, value in found.items() if key not in ("fp16", "bf16", *decided)}
+    resolved |= {
+        # One backward is one micro-batch to DeepSpeed; accumulation, clipping, loss scale and update are the engine's.
+        "train_micro_batch_size_per_gpu": micro,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": 0.0,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "data_types": {"grad_accum_dtype": "fp32", **found.get("data_types", {})},
+        "steps_per_print": 2**62,
+    }
+    if precision != "fp32":
+        resolved[precision] = {"enabled": True} | ({"loss_scale": 1.0} if precision == "fp16" else {})
+    return resolved
+
+
+def rows_per_rank(config: RunConfig, data_ranks: int) -> int:
+    """Rows of a global batch that one data-parallel rank takes."""
+    batch, micro = config.train.batch, config.train.micro_batch
+    if batch % data_ranks:
+        raise UserError(f"train.batch={batch} is not divisible by {data_ranks} data-parallel ranks: change one of them")
+    rows = batch // data_ranks
+    if micro and rows % micro:
+        raise UserError(f"train.micro_batch={micro} does not divide the {rows} rows of a rank (train.batch={batch})")
+    return rows

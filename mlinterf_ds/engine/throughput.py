@@ -1,0 +1,45 @@
+"""Model FLOPs and this machine's peak: model FLOPs utilisation (MFU)."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+from mlinterf_ds.config import RunConfig
+
+# Dense 16-bit tensor-core peak of one device (vendors' data sheets), FLOP/s.
+PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "V100": 125e12, "L40": 181e12, "A10": 125e12}
+
+
+def flops_per_row(config: RunConfig, vocabulary: int, masked: int) -> float:
+    """FLOPs of one training row, forward and backward (three times forward); matrix products only.
+
+    Per token and layer: 4 projections of width x inner, 2 of width x ffn, 2 score products of length x inner; per
+    masked position the head's dense layer and the decoder; adapters where the variant has them.
+    """
+    model, length = config.model, config.data.sequence_length
+    inner = model.heads * model.kv_channels
+    per_token = 2 * (4 * model.width * inner + 2 * model.width * model.ffn + 2 * length * inner)
+    if config.variant.endswith("adpt"):
+        per_token += 2 * 2 * 2 * model.width * model.adapter_width
+    head = 2 * masked * model.width * (model.width + vocabulary)
+    return 3.0 * (length * model.layers * per_token + head)
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s one rank can reach: the data sheet's for known GPUs, else the measured rate of a large matrix product."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        for known, peak in PEAKS.items():
+            if known in name and dtype != torch.float32:
+                return peak
+    size = 1024 if device.type == "cpu" else 8192
+    left = torch.ones(size, size, dtype=dtype, device=device)
+    best, started = float("inf"), time.perf_counter()
+    while time.perf_counter() - started < 0.4:
+        begin = time.perf_counter()
+        product = left @ left
+        product[0, 0].item()  # waits for the device
+        best = min(best, time.perf_counter() - begin)
+    return 2.0 * size**3 / best

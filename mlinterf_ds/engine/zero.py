@@ -1,0 +1,400 @@
+"""Parameter groups as flat fp32 shards: the one file that touches DeepSpeed's internals.
+
+A `Space` is one parameter group (the shared parameters, or one language's) seen as this rank's share of the fp32
+master weights. DeepSpeed keeps the *shared* parameters: it partitions them, gathers weights and reduces gradients
+(ZeRO 1 to 3, offload). A *language's* parameters are kept here, sharded in the same way, because DeepSpeed visits every
+one of its groups in every step: with a group for each of 100 languages a step took twice to three times as long.
+
+Legend: shard = 1-d fp32 tensor; Vector = list of shards, one for each of the space's masters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+Vector = list[Tensor]
+BUCKET = 1 << 22  # elements reduced or gathered at once
+
+
+@dataclass(frozen=True)
+class Segment:
+    """`length` elements of parameter `name`, from element `start` on, lie at `offset` of master `shard`."""
+
+    name: str
+    shape: tuple[int, ...]  # of this tensor-parallel rank's parameter
+    start: int
+    length: int
+    shard: int
+    offset: int
+    partition_dim: int | None  # dimension split over tensor-parallel ranks; None: every rank has a replica
+
+
+class Space:
+    """One parameter group as flat fp32 shards, hiding ZeRO and tensor parallelism."""
+
+    masters: Vector
+    segments: list[Segment]
+    parameters: dict[str, nn.Parameter]
+    _counted: list[tuple[int, int, int]]  # (shard, begin, end) that this rank adds to sums over all ranks
+
+    def gradient(self) -> Vector:
+        """The gradients since the last call, averaged over data-parallel ranks: this rank's shards, fp32; cleared."""
+        raise NotImplementedError
+
+    def write(self, offset: Vector | None = None, scale: float = 0.0) -> None:
+        """Working weights := cast(master + scale * offset); the masters never move."""
+        raise NotImplementedError
+
+    @contextmanager
+    def displaced(self, offset: Vector, scale: float) -> Iterator[None]:
+        """Working weights at master + scale * offset inside, at the master (exactly) after."""
+        self.write(offset, scale)
+        try:
+            yield
+        finally:
+            self.write()
+
+    def dot(self, left: Vector, right: Vector) -> Tensor:
+        """This rank's share of <left, right> (float64): sums to the whole over all ranks, replicas counted once."""
+        total = torch.zeros((), dtype=torch.float64, device=left[0].device)
+        for shard, begin, end in self._counted:
+            total += torch.dot(left[shard][begin:end], right[shard][begin:end])
+        return total
+
+    def squared_norm(self, vector: Vector) -> Tensor:
+        """This rank's share of |vector|^2, as `dot`."""
+        return self.dot(vector, vector)
+
+    def _count(self, tensor_rank: int, whole: bool = True) -> None:
+        """Decide which elements of the shards this rank contributes to a sum over all ranks."""
+        runs: list[tuple[int, int, int]] = []
+        for segment in self.segments if whole else []:
+            if segment.partition_dim is None and tensor_rank != 0:
+                continue
+            end = segment.offset + segment.length
+            if runs and runs[-1][0] == segment.shard and runs[-1][2] == segment.offset:
+                runs[-1] = (segment.shard, runs[-1][1], end)
+            else:
+                runs.append((segment.shard, segment.offset, end))
+        self._counted = runs
+
+    def require_grad(self, flag: bool) -> None:
+        for parameter in self.parameters.values():
+            parameter.requires_grad_(flag)
+
+    def _displaced_shard(self, index: int, offset: Vector | None, scale: float) -> Tensor:
+        master = self.masters[index].detach()
+        return master if offset is None else torch.add(master, offset[index], alpha=scale)
+
+
+class FlatSpace(Space):
+    """A group sharded here: every parameter is cut into `partitions` equal slices (padded), one a data-parallel rank.
+
+    `partitions=1` with several ranks is a replicated group (ZeRO 0). Gradients are reduced bucket by bucket as they
+    arrive and dropped. Under ZeRO 3 the slices are DeepSpeed's own (`ds_tensor`), which it gathers in the forward.
+    """
+
+    def __init__(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        partition_dims: Mapping[str, int | None],
+        group: dist.ProcessGroup | None,
+        *,
+        sharded: bool,
+        device: torch.device,
+        tensor_rank: int = 0,
+    ):
+        self.parameters = dict(parameters)
+        self.group, self.ranks = group, dist.get_world_size(group)
+        self.partitions = self.ranks if sharded else 1
+        self.index = dist.get_rank(group) if sharded else 0
+        self.segments, self._slots, position = [], {}, 0
+        self._buckets: list[list[str]] = [[]]
+        filled = 0
+        for name, parameter in reversed(self.parameters.items()):  # gradients arrive from the top of the model down
+            shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
+            numel = shape_numel(shape)
+            width = -(-numel // self.partitions)
+            if hasattr(parameter, "ds_tensor"):
+                width = parameter.ds_tensor.numel()
+            start = min(numel, self.index * width)
+            length = min(width, numel - start)
+            self.segments.append(Segment(name, shape, start, length, 0, position, partition_dims[name]))
+            self._slots[name] = (position, width, numel)
+            if filled and filled + numel > BUCKET:
+                self._buckets.append([])
+                filled = 0
+            self._buckets[-1].append(name)
+            filled += numel
+            position += width
+        self.masters = [torch.zeros(position, dtype=torch.float32, device=device).requires_grad_()]
+        self._count(tensor_rank, whole=sharded or dist.get_rank(group) == 0)
+        self._gradient: Tensor | None = None
+        self._arrived: list[dict[str, Tensor]] = [{} for _ in self._buckets]
+        for number, names in enumerate(self._buckets):
+            for name in names:
+                parameter = self.parameters[name].requires_grad_(True)
+                parameter.register_post_accumulate_grad_hook(self._hook(number, name))
+                self._slice(name, self.masters[0].detach()).copy_(self._local_slice(name))
+
+    def _slice(self, name: str, flat: Tensor) -> Tensor:
+        position, width, _ = self._slots[name]
+        return flat[position : position + width]
+
+    def _local_slice(self, name: str) -> Tensor:
+        parameter = self.parameters[name]
+        _, width, numel = self._slots[name]
+        if hasattr(parameter, "ds_tensor"):
+            return parameter.ds_tensor.data.to(self.masters[0].device, torch.float32)
+        padded = nn.functional.pad(parameter.detach().reshape(-1), (0, width * self.partitions - numel))
+        return padded[self.index * width : (self.index + 1) * width].float()
+
+    def _hook(self, number: int, name: str) -> Any:
+        def arrived(parameter: Tensor) -> None:
+            assert parameter.grad is not None
+            self._arrived[number][name] = parameter.grad
+            parameter.grad = None
+            if len(self._arrived[number]) == len(self._buckets[number]):
+                self._reduce(number)
+
+        return arrived
+
+    def _reduce(self, number: int) -> None:
+        """Average a bucket over the data-parallel ranks, keep this rank's slices, drop the rest."""
+        arrived, names = self._arrived[number], self._buckets[number]
+        self._arrived[number] = {}
+        width = sum(self._slots[name][1] for name in names)
+        first = self._slots[names[0]][0]
+        device = next(iter(self.parameters.values())).device
+        full = torch.zeros(self.partitions, width, dtype=torch.float32, device=device)
+        for name in names:
+            position, step, numel = self._slots[name]
+            if name in arrived:
+                flat = arrived[name].reshape(-1).to(torch.float32)
+                if step * self.partitions != numel:
+                    flat = nn.functional.pad(flat, (0, step * self.partitions - numel))
+                full[:, position - first : position - first + step] = flat.view(self.partitions, step)
+        if self.ranks > 1:
+            if self.partitions > 1:
+                mine = torch.empty(width, dtype=torch.float32, device=device)
+                dist.reduce_scatter_tensor(mine, full.view(-1), group=self.group)
+            else:
+                dist.all_reduce(full, group=self.group)
+                mine = full.view(-1)
+        else:
+            mine = full.view(-1)
+        if self._gradient is None:
+            self._gradient = torch.zeros_like(self.masters[0])
+        self._gradient[first : first + width] += mine.to(self._gradient.device) / self.ranks
+
+    def gradient(self) -> Vector:
+        for number, arrived in enumerate(self._arrived):
+            if arrived:  # a parameter without a gradient kept its bucket open
+                self._reduce(number)
+        gradient, self._gradient = self._gradient, None
+        return [torch.zeros_like(self.masters[0]) if gradient is None else gradient]
+
+    @torch.no_grad()
+    def write(self, offset: Vector | None = None, scale: float = 0.0) -> None:
+        shard = self._displaced_shard(0, offset, scale)
+        some = next(iter(self.parameters.values()))
+        if hasattr(some, "ds_tensor"):
+            return self._write_partitions(shard)
+        for names in self._buckets:
+            first = self._slots[names[0]][0]
+            width = sum(self._slots[name][1] for name in names)
+            mine = shard[first : first + width].to(some.device, some.dtype)
+            full = mine.view(1, -1)
+            if self.partitions > 1:
+                full = torch.empty(self.partitions, width, dtype=some.dtype, device=some.device)
+                dist.all_gather_into_tensor(full.view(-1), mine.contiguous(), group=self.group)
+            for name in names:
+                position, step, numel = self._slots[name]
+                piece = full[:, position - first : position - first + step].reshape(-1)[:numel]
+                self.parameters[name].data.copy_(piece.view(self.parameters[name].shape))
+
+    def _write_partitions(self, shard: Tensor) -> None:
+        for name, parameter in self.parameters.items():
+            parameter.ds_tensor.data.copy_(self._slice(name, shard))  # type: ignore[attr-defined]
+
+
+class Zero12Space(Space):
+    """The shared parameters under DeepSpeed's ZeRO 1 and 2: one flat group, partitioned over data-parallel ranks."""
+
+    def __init__(
+        self, engine: Any, parameters: Mapping[str, nn.Parameter], dims: Mapping[str, int | None], tensor_rank: int
+    ):
+        self.zero = engine.optimizer
+        self.parameters = dict(parameters)
+        members, self._flat, self._partitions, master = self._parts()
+        assert len(members) == 1, "one group: languages are kept elsewhere"
+        self.masters = [master.detach().requires_grad_()]  # DeepSpeed's `.grad` stays its own (offload's buffer)
+        self.index = dist.get_rank(self.zero.real_dp_process_group[0])
+        names = {id(parameter): name for name, parameter in self.parameters.items()}
+        low, high, position = self.index * master.numel(), (self.index + 1) * master.numel(), 0
+        self.segments = []
+        for parameter in members[0]:
+            begin, end = max(position, low), min(position + parameter.numel(), high)
+            if begin < end:
+                name = names[id(parameter)]
+                self.segments.append(
+                    Segment(name, tuple(parameter.shape), begin - position, end - begin, 0, begin - low, dims[name])
+                )
+            position += parameter.numel()
+        self._count(tensor_rank)
+
+    def _parts(self) -> tuple[Any, Any, Any, Tensor]:
+        """DeepSpeed's parameters by group, flat working weights, their partitions, and this rank's master."""
+        zero = self.zero
+        assert not zero.round_robin_gradients
+        return (
+            zero.bit16_groups,
+            zero.bit16_groups_flat,
+            zero.parallel_partitioned_bit16_groups,
+            zero.single_partition_of_fp32_groups[0],
+        )
+
+    def gradient(self) -> Vector:
+        zero = self.zero
+        if zero.cpu_offload:
+            zero._wait_for_offload_copies()
+            buffer = zero.single_partition_of_fp32_groups[0].grad
+            gradient = buffer.detach().clone().float()
+            buffer.zero_()
+            zero._offload_accumulated_param_ids = set()
+            zero.reset_cpu_buffers()
+        else:
+            flat = zero._get_preflattened_grad_partition(0)
+            if flat is None:
+                flat = torch.cat([piece.reshape(-1) for piece in zero.averaged_gradients[0]])
+            gradient = torch.zeros_like(self.masters[0], requires_grad=False)
+            gradient[: flat.numel()].copy_(flat[: gradient.numel()])
+            zero._release_preflattened_grad_buffers()
+        zero.averaged_gradients = dict.fromkeys(zero.averaged_gradients)
+        zero.all_grad_tensors = dict.fromkeys(zero.all_grad_tensors)
+        zero.zero_grad(set_to_none=True)
+        zero.micro_step_id = -1  # the next backward starts a new sum
+        return [gradient]
+
+    @torch.no_grad()
+    def write(self, offset: Vector | None = None, scale: float = 0.0) -> None:
+        from deepspeed.runtime.utils import all_gather_dp_groups
+
+        zero = self.zero
+        self._partitions[0][self.index].data.copy_(self._displaced_shard(0, offset, scale))
+        all_gather_dp_groups(
+            groups_flat=self._flat,
+            partitioned_param_groups=self._partitions,
+            dp_process_group=zero.real_dp_process_group,
+            start_alignment_factor=zero.nccl_start_alignment_factor,
+            allgather_bucket_size=zero.allgather_bucket_size,
+        )
+
+
+class Zero1Bf16Space(Zero12Space):
+    """ZeRO 1 in bf16 without offload: DeepSpeed serves it by another optimizer, BF16_Optimizer."""
+
+    def _parts(self) -> tuple[Any, Any, Any, Tensor]:
+        zero = self.zero
+        return zero.bf16_groups, zero.bf16_groups_flat, zero.bf16_partitioned_groups, zero.fp32_groups_flat_partition[0]
+
+    def gradient(self) -> Vector:
+        gradient = self.zero.fp32_groups_gradient_flat_partition[0].clone()
+        self.zero.zero_grad(set_to_none=True)
+        return [gradient]
+
+
+class Zero3Space(Space):
+    """The shared parameters under DeepSpeed's ZeRO 3: sub-groups of per-parameter partitions."""
+
+    def __init__(
+        self, engine: Any, parameters: Mapping[str, nn.Parameter], dims: Mapping[str, int | None], tensor_rank: int
+    ):
+        self.zero = engine.optimizer
+        self.parameters = dict(parameters)
+        names = {id(parameter): name for name, parameter in self.parameters.items()}
+        zero = self.zero
+        self.offloaded = bool(zero.offload_optimizer)
+        self.index = dist.get_rank(zero.dp_process_group)
+        self.segments, self.masters = [], []
+        for shard, members in enumerate(zero.fp16_groups):
+            master = zero.fp32_partitioned_groups_flat[shard].detach()
+            if master.data_ptr() == zero.fp16_partitioned_groups_flat[shard].data_ptr():
+                master = master.clone()  # fp32: the working copy must be able to move alone
+            self.masters.append(master.requires_grad_())
+            offset = 0
+            for parameter in members:
+                width, numel, name = parameter.partition_numel(), parameter.ds_numel, names[id(parameter)]
+                start = min(numel, self.index * width)
+                length = min(width, numel - start)
+                self.segments.append(
+                    Segment(name, tuple(parameter.ds_shape), start, length, shard, offset, dims[name])
+                )
+                offset += width
+        self._count(tensor_rank)
+
+    def gradient(self) -> Vector:
+        zero = self.zero
+        zero._partition_all_parameters()
+        if self.offloaded:
+            gradient = [flat.grad.detach().clone().float() for flat in zero.fp32_partitioned_groups_flat]
+        else:
+            gradient = [
+                torch.cat([piece.reshape(-1) for piece in zero.averaged_gradients[shard]]).float()
+                for shard in range(len(self.masters))
+            ]
+        for segment in self.segments:  # what lies beyond a parameter's end is padding: DeepSpeed leaves it unset
+            last = self._padding_end(segment)
+            gradient[segment.shard][segment.offset + segment.length : last].zero_()
+        zero.averaged_gradients = {}
+        zero.zero_grad(set_to_none=True)
+        if self.offloaded:
+            zero.reset_cpu_buffers()
+        zero._pre_step()  # the next backward starts a new sum
+        return gradient
+
+    def _padding_end(self, segment: Segment) -> int:
+        following = [s.offset for s in self.segments if s.shard == segment.shard and s.offset > segment.offset]
+        return min(following) if following else self.masters[segment.shard].numel()
+
+    @torch.no_grad()
+    def write(self, offset: Vector | None = None, scale: float = 0.0) -> None:
+        zero = self.zero
+        zero._partition_all_parameters()
+        for shard in range(len(self.masters)):
+            zero.fp16_partitioned_groups_flat[shard].data.copy_(self._displaced_shard(shard, offset, scale))
+            zero._unflatten_partitioned_parameters(shard)
+        if zero.persistent_parameters:
+            zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
+
+
+def shape_numel(shape: tuple[int, ...]) -> int:
+    """Elements of a tensor of this shape."""
+    return int(torch.Size(shape).numel())
+
+
+def forget_idle_persistence(engine: Any, parameters: Any) -> None:
+    """Under ZeRO 3, let DeepSpeed release small language-specific parameters like large ones.
+
+    It keeps small ('persistent') parameters whole on every rank and gathers all of them in every step: a cost that
+    would grow with the languages absent from it.
+    """
+    mine = {id(parameter) for parameter in parameters}
+    kept = engine.optimizer.persistent_parameters
+    for parameter in [parameter for parameter in kept if id(parameter) in mine]:
+        parameter.ds_persist = False
+    kept[:] = [parameter for parameter in kept if id(parameter) not in mine]
+
+
+def shared_space(engine: Any, parameters: Mapping[str, nn.Parameter], dims: Any, tensor_rank: int) -> Space:
+    """The space of the parameters that DeepSpeed keeps, by the ZeRO optimizer it chose."""
+    kind = type(engine.optimizer).__name__
+    kinds = {"DeepSpeedZeroOptimizer_Stage3": Zero3Space, "BF16_Optimizer": Zero1Bf16Space}
+    return kinds.get(kind, Zero12Space)(engine, parameters, dims, tensor_rank)

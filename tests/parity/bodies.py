@@ -1,0 +1,108 @@
+"""What every rank of a parity test runs: a tiny model on a made corpus, at any layout."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from mlinterf_ds import parallel
+from mlinterf_ds.config import RunConfig, load_config
+from mlinterf_ds.data.stream import TrainStream
+from mlinterf_ds.engine import checkpoint
+from mlinterf_ds.engine.engine import Engine
+from mlinterf_ds.engine.precision import read_json
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+LANGUAGES = ("te", "as", "en")  # two of them occur inside names of modules
+TINY = ["model.layers=2", "model.heads=4", "model.width=32", "model.ffn=64", "data.sequence_length=16"]
+TINY += ["train.batch=8", "train.lr=0.01", "train.warmup=2", "model.dropout=0", "model.attention_dropout=0"]
+TINY += ["train.precision=fp32", "train.steps=6"]
+
+
+class Made:
+    """A corpus in memory: each language has its own bigrams."""
+
+    vocabulary_size = 90
+
+    def __init__(self, languages: tuple[str, ...] = LANGUAGES):
+        self.languages = list(languages)
+
+    def sentences(self, lang: str, split: str) -> int:
+        return 100 * (1 + self.languages.index(lang))
+
+    def characters(self, lang: str, split: str) -> int:
+        return 4 * 2000
+
+    def tokens(self, lang: str, split: str) -> np.ndarray:
+        random = np.random.default_rng([ord(letter) for letter in lang + split])
+        tokens = 5 + (np.cumsum(random.integers(1, 4, 2000)) % (self.vocabulary_size - 5))
+        tokens[9::10] = 2
+        return tokens.astype(np.int64)
+
+
+def make(settings: list[str], json_name: str = "zero1", tensor: int = 1, languages: tuple[str, ...] = LANGUAGES) -> Any:
+    """(engine, stream, config) on the ranks that run this."""
+    from mlinterf_ds.model.encoder import Encoder
+
+    layout = parallel.relayout(tensor)
+    config = load_config([], [*TINY, f"parallel.tensor={tensor}", *settings])
+    corpus = Made(languages)
+    stream = TrainStream(
+        corpus,
+        languages,
+        rows=config.train.batch,
+        length=config.data.sequence_length,
+        seed=config.train.seed,
+        mixed=config.data.mixed,
+    )
+    model = Encoder(
+        config.model,
+        variant=config.variant,
+        languages=languages,
+        vocabulary=corpus.vocabulary_size,
+        positions=config.data.sequence_length,
+        seed=config.train.seed,
+    )
+    found = read_json(REPOSITORY / "ds_configs" / f"{json_name}.json")
+    return Engine(model, config, found, config.train.precision, layout), stream, config
+
+
+def advance(engine: Engine, stream: TrainStream, config: RunConfig, until: int) -> list[dict[str, float]]:
+    """Ordinary steps up to step `until`; their facts."""
+    facts = []
+    while engine.step < until:
+        slices = engine.slices(config.train.batch)
+        facts.append(engine.train_step([stream.batch(engine.step, *slice_) for slice_ in slices]))
+    return facts
+
+
+def train(settings: list[str], json_name: str, tensor: int, out: str, steps: int = 4) -> list[dict[str, float]]:
+    """Train `steps` steps and save; the facts of every step."""
+    engine, stream, config = make(settings, json_name, tensor)
+    facts = advance(engine, stream, config, steps)
+    checkpoint.save(Path(out), engine, {}, {}, keep=9)
+    return facts
+
+
+def resumed(settings: list[str], json_name: str, tensor: int, source: str, steps: int) -> list[dict[str, float]]:
+    """Continue from a checkpoint folder up to `steps`."""
+    engine, stream, config = make(settings, json_name, tensor)
+    checkpoint.load(Path(source), engine)
+    return advance(engine, stream, config, steps)
+
+
+def weights(folder: str | Path, kind: str = "master") -> dict[str, torch.Tensor]:
+    """Every parameter of a checkpoint, whole."""
+    source = checkpoint.Source(Path(folder))
+    found = {}
+    for name, ranks in source.addresses.items():
+        parts = []
+        for rank in sorted(ranks):
+            shape = ranks[rank][0][0].shape
+            parts.append(source._range(ranks[rank], kind, 0, int(torch.Size(shape).numel())).view(shape))
+        dim = next(iter(ranks.values()))[0][0].partition_dim
+        found[name] = parts[0] if dim is None else torch.cat(parts, dim)
+    return found

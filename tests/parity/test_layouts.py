@@ -1,0 +1,86 @@
+"""The same training at every layout: ZeRO stages, tensor and data parallel, accumulation, mixed batches."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.parity import bodies
+from tests.ranks import pool
+
+STAGES = ["zero0", "zero1", "zero2", "zero3", "zero2_offload"]
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory):
+    """One process, ZeRO 0: facts and final weights by settings."""
+    known: dict[tuple[str, ...], tuple[list[dict[str, float]], dict[str, torch.Tensor]]] = {}
+
+    def get(settings: list[str]):
+        if tuple(settings) not in known:
+            out = tmp_path_factory.mktemp("reference")
+            facts = pool(1).run(bodies.train, settings, "zero0", 1, str(out))[0]
+            known[tuple(settings)] = facts, bodies.weights(out / "checkpoints" / "step-00000004")
+        return known[tuple(settings)]
+
+    return get
+
+
+def check(reference, settings: list[str], json_name: str, ranks: int, tensor: int, out: Path, extra: list[str]) -> None:
+    wanted, weights = reference(settings)
+    results = pool(ranks).run(bodies.train, settings + extra, json_name, tensor, str(out))
+    for facts in results:
+        for ours, theirs in zip(facts, wanted, strict=True):
+            assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-5)
+    found = bodies.weights(out / "checkpoints" / "step-00000004")
+    assert found.keys() == weights.keys()
+    # Adam divides by the gradient's size: a weight whose gradient is round-off (a key bias) moves by up to lr.
+    for name, value in weights.items():
+        difference = (found[name] - value).abs()
+        if "linear_qkv.bias" not in name:
+            assert difference.max() < 2e-4 and difference.mean() < 1e-5, name
+
+
+@pytest.mark.parametrize("json_name", STAGES)
+@pytest.mark.parametrize("variant", ["adpt", "ffn"])
+def test_data_parallel_equals_one_process(reference, json_name: str, variant: str, tmp_path: Path) -> None:
+    check(reference, [f"variant={variant}"], json_name, 2, 1, tmp_path, [])
+
+
+@pytest.mark.parametrize("json_name", ["zero0", "zero1", "zero2", "zero3"])
+@pytest.mark.parametrize("variant", ["adpt", "attn", "share_adpt"])
+def test_tensor_parallel_equals_one_process(reference, json_name: str, variant: str, tmp_path: Path) -> None:
+    check(reference, [f"variant={variant}"], json_name, 2, 2, tmp_path, [])
+
+
+@pytest.mark.parametrize("json_name", ["zero1", "zero2", "zero3"])
+def test_both_at_once_with_accumulation_and_mixed_rows(reference, json_name: str, tmp_path: Path) -> None:
+    settings = ["variant=adpt", "data.mixed=true"]
+    check(reference, settings, json_name, 4, 2, tmp_path, ["train.micro_batch=1"])
+
+
+@pytest.mark.parametrize("json_name", STAGES)
+def test_four_micro_batches_equal_one(reference, json_name: str, tmp_path: Path) -> None:
+    check(reference, ["variant=adpt"], json_name, 1, 1, tmp_path, ["train.micro_batch=2"])
+
+
+@pytest.mark.parametrize("json_name", STAGES)
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_resume_is_bit_exact(json_name: str, tensor: int, tmp_path: Path) -> None:
+    settings = ["variant=adpt", "model.dropout=0.1", "model.attention_dropout=0.1"]
+    whole = pool(2).run(bodies.train, settings, json_name, tensor, str(tmp_path / "whole"), 6)
+    pool(2).run(bodies.train, settings, json_name, tensor, str(tmp_path / "half"), 3)
+    source = tmp_path / "half" / "checkpoints" / "step-00000003"
+    rest = pool(2).run(bodies.resumed, settings, json_name, tensor, str(source), 6)
+    assert [facts[3:] for facts in whole] == rest
+
+
+def test_checkpoint_loads_at_another_layout(tmp_path: Path) -> None:
+    settings = ["variant=adpt"]
+    whole = pool(2).run(bodies.train, settings, "zero3", 2, str(tmp_path / "whole"), 6)[0]
+    pool(2).run(bodies.train, settings, "zero3", 2, str(tmp_path / "half"), 3)
+    source = tmp_path / "half" / "checkpoints" / "step-00000003"
+    for json_name, ranks, tensor in [("zero1", 1, 1), ("zero2", 2, 1), ("zero0", 2, 2)]:
+        rest = pool(ranks).run(bodies.resumed, settings, json_name, tensor, str(source), 6)[0]
+        for ours, theirs in zip(rest, whole[3:], strict=True):
+            assert ours == pytest.approx(theirs, rel=1e-4)
