@@ -1,0 +1,210 @@
+"""The paper's Algorithm 1, phase 1: the gradient of the languages' validation loss through one step of the shared weights.
+
+theta are the shared parameters, phi_i those of the step's language i. With P the update rule of the lookahead
+(the identity in the paper, optionally Adam's own):
+
+    theta' = theta - beta P(g),   g = grad_theta L_i^train(theta, phi_i)                                      (Eq. 3)
+    L^val  = 1/L sum_j L_j^val(theta', phi_j)                                                                  (Eq. 2)
+    h_i    = grad_phi_i L^val - beta d2 L_i^train / dphi_i dtheta . v,   v = (dP/dg)^T grad_theta' L^val       (Eq. 4)
+    d2 L_i^train / dphi_i dtheta . v  ~  [grad_phi_i L_i^train(theta + e v) - grad_phi_i L_i^train(theta - e v)] / 2e
+                                                                                                               (Eq. 8)
+
+A Vector is a list of flat tensors: a space's shards on this rank. Nothing here knows about ranks, dtypes or models.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+Vector = list[Tensor]
+Difference = Literal["central", "one_sided"]
+
+
+class ParameterSpace(Protocol):
+    """One parameter group as flat vectors."""
+
+    def displaced(self, offset: Vector, scale: float) -> AbstractContextManager[None]:
+        """The weights moved by scale * offset inside; restored exactly after."""
+
+    def dot(self, left: Vector, right: Vector) -> float:
+        """<left, right> over all ranks, replicas counted once."""
+
+    def weights_norm(self) -> float:
+        """Norm of the weights over all ranks, replicas counted once."""
+
+
+# The gradients of a loss at the current weights, for some of the spaces: the same batch, the same dropout every time.
+Gradients = Callable[[Sequence[Any]], list[Vector]]
+
+
+class Lookahead(Protocol):
+    """The update rule P of the lookahead and the transpose of its derivative."""
+
+    def step(self, gradient: Vector) -> Vector: ...
+    def pull_back(self, gradient: Vector, cotangent: Vector) -> Vector: ...
+
+
+class GradientDescent:
+    """P(g) = g: the paper's lookahead."""
+
+    def step(self, gradient: Vector) -> Vector:
+        return gradient
+
+    def pull_back(self, gradient: Vector, cotangent: Vector) -> Vector:
+        return cotangent
+
+
+@dataclass(frozen=True)
+class AdamLookahead:
+    """P(g) = Adam's own step from these moments (read, never advanced); `step_number` counts from 1.
+
+    dP/dg is diagonal: c1 / (sqrt(u) + eps) - c2 g m / (sqrt(u) (sqrt(u) + eps)^2), with m, u the bias-corrected moments
+    after the step, c1 = (1 - b1) / (1 - b1^t) and c2 = (1 - b2) / (1 - b2^t).
+    """
+
+    first: Vector
+    second: Vector
+    step_number: int
+    beta1: float
+    beta2: float
+    eps: float
+
+    def _moments(self, gradient: Vector) -> list[tuple[Tensor, Tensor, Tensor]]:
+        c1 = 1 / (1 - self.beta1**self.step_number)
+        c2 = 1 / (1 - self.beta2**self.step_number)
+        return [
+            (g, c1 * (self.beta1 * m + (1 - self.beta1) * g), (c2 * (self.beta2 * u + (1 - self.beta2) * g * g)).sqrt())
+            for g, m, u in zip(gradient, self.first, self.second, strict=True)
+        ]
+
+    def step(self, gradient: Vector) -> Vector:
+        return [m / (root + self.eps) for _, m, root in self._moments(gradient)]
+
+    def pull_back(self, gradient: Vector, cotangent: Vector) -> Vector:
+        c1 = (1 - self.beta1) / (1 - self.beta1**self.step_number)
+        c2 = (1 - self.beta2) / (1 - self.beta2**self.step_number)
+        tiny = torch.finfo(gradient[0].dtype).tiny
+        return [
+            cotangent_ * (c1 / (root + self.eps) - c2 * g * m / (root.clamp_min(tiny) * (root + self.eps) ** 2))
+            for cotangent_, (g, m, root) in zip(cotangent, self._moments(gradient), strict=True)
+        ]
+
+
+@dataclass(frozen=True)
+class Hypergradient:
+    """h_i and what it is made of: h_i = direct - beta * mixed."""
+
+    total: Vector
+    direct: Vector
+    mixed: Vector | None  # None where only the direct term was asked for
+    direction: Vector | None  # v
+    change: float  # |g+ - g-| / |g|: the relative change of phi's gradient over the difference
+    descent_norm: float
+
+
+def hypergradient(
+    train: Gradients,
+    validation: Gradients,
+    theta: ParameterSpace,
+    phi: ParameterSpace,
+    *,
+    lookahead: Lookahead,
+    beta: float,
+    radius: float,
+    difference: Difference = "central",
+    second_order: bool = True,
+) -> Hypergradient:
+    """The gradient of the validation loss after the lookahead, with respect to phi_i (Eq. 3, 4 and 8).
+
+    radius is the displacement |e v| / |theta| of the finite difference; one_sided saves a pass by reusing the gradient
+    at theta. Raises FloatingPointError as soon as a pass is not finite (then nothing was changed).
+    """
+    one_sided = second_order and difference == "one_sided"
+    descent, *here = train([theta, phi] if one_sided else [theta])
+    descent_norm = finite(theta, descent, "descent")
+    with theta.displaced(lookahead.step(descent), -beta):
+        value, direct = validation([theta, phi])
+    finite(phi, direct, "validation")
+    if not second_order:
+        return Hypergradient(direct, direct, None, None, math.nan, descent_norm)
+    v = lookahead.pull_back(descent, value)
+    del descent, value
+    mixed, change = mixed_product(train, theta, phi, v, radius, here[0] if one_sided else None)
+    total = [first - beta * second for first, second in zip(direct, mixed, strict=True)]
+    return Hypergradient(total, direct, mixed, v, change, descent_norm)
+
+
+def mixed_product(
+    train: Gradients, theta: ParameterSpace, phi: ParameterSpace, v: Vector, radius: float, here: Vector | None = None
+) -> tuple[Vector, float]:
+    """(d2 L^train / dphi dtheta . v by differences of phi's gradient, the relative change of that gradient) (Eq. 8).
+
+    here: phi's gradient at theta, for a one-sided difference.
+    """
+    length = finite(theta, v, "direction")
+    if length == 0.0:  # nothing to follow: the product is zero
+        return [torch.zeros_like(piece) for piece in (here or train([phi])[0])], 0.0
+    epsilon = radius * theta.weights_norm() / length
+    with theta.displaced(v, epsilon):
+        (plus,) = train([phi])
+    finite(phi, plus, "displaced")
+    if here is None:
+        with theta.displaced(v, -epsilon):
+            (minus,) = train([phi])
+        finite(phi, minus, "displaced")
+        width = 2 * epsilon
+    else:
+        minus, width = here, epsilon
+    size = 0.5 * (norm(phi, plus) + norm(phi, minus))
+    apart = [first - second for first, second in zip(plus, minus, strict=True)]
+    change = norm(phi, apart) / size if size else 0.0
+    return [piece / width for piece in apart], change
+
+
+def norm(space: ParameterSpace, vector: Vector) -> float:
+    """|vector| over all ranks."""
+    squared = space.dot(vector, vector)
+    return math.sqrt(squared) if squared >= 0 else math.nan
+
+
+def finite(space: ParameterSpace, vector: Vector, what: str) -> float:
+    """|vector|, the same on every rank; FloatingPointError if it is not finite."""
+    length = norm(space, vector)
+    if not math.isfinite(length):
+        raise FloatingPointError(what)
+    return length
+
+
+def cosine(space: ParameterSpace, left: Vector, right: Vector) -> float:
+    """Cosine similarity; 0 where one of them vanishes."""
+    product = norm(space, left) * norm(space, right)
+    return space.dot(left, right) / product if product else 0.0
+
+
+@dataclass
+class RadiusControl:
+    """Holds the relative change of phi's gradient near `target` by moving the radius of the difference.
+
+    Too small a radius drowns in round-off, too large a one sees curvature; the best one moves with training, and the
+    relative change tracks it.
+    """
+
+    radius: float = 1e-3
+    target: float = 0.3
+    fixed: bool = False
+
+    LOW, HIGH = 1e-6, 3e-2
+
+    def update(self, change: float) -> None:
+        """After a difference that changed the gradient by this much."""
+        if self.fixed or not math.isfinite(change):
+            return
+        factor = 2.0 if change <= 0 else min(2.0, max(0.5, (self.target / change) ** 0.5))
+        self.radius = min(self.HIGH, max(self.LOW, self.radius * factor))
