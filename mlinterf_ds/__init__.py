@@ -1,0 +1,1 @@
+"""Pretrain multilingual masked language models whose language-specific modules help every language."""

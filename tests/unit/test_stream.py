@@ -1,0 +1,409 @@
+"""The data contract: pure functions of (seed, step), whatever the layout; exact weights; language frequencies."""
+
+import math
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from itertools import combinations, pairwise
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mlinterf_ds.data.masking import FIRST_ORDINARY, Batch
+from mlinterf_ds.data.stream import (
+    BLOCK,
+    EvaluationSet,
+    Schedule,
+    TrainStream,
+    ValidationStream,
+    bits_per_character,
+    prefetch,
+)
+from mlinterf_ds.data.tokenizer import BOS, EOS
+from mlinterf_ds.errors import UserError
+
+
+class Corpus:
+    """In memory: language number j counts up from 1000 j: a row tells its language and place. Every 7th is </s>."""
+
+    vocabulary_size = 8000
+
+    def __init__(self, sizes: dict[str, int], eos: bool = True) -> None:
+        self.languages = list(sizes)
+        self._text = {}
+        for number, (language, size) in enumerate(sizes.items()):
+            text = (1000 * number + FIRST_ORDINARY + np.arange(size)).astype(np.uint16)
+            if eos:
+                text[6::7] = EOS
+            self._text[language] = text
+
+    def tokens(self, language: str, split: str) -> np.ndarray:
+        assert len(self._text[language]) > 0  # an empty file can't be memory-mapped
+        return self._text[language]
+
+    def sentences(self, language: str, split: str) -> int:
+        return -(-len(self._text[language]) // 7)
+
+    def characters(self, language: str, split: str) -> int:
+        return 4 * len(self._text[language])
+
+
+SIZES = {"en": 900, "sw": 350, "te": 140, "pt": 70}
+CORPUS = Corpus(SIZES)
+LANGUAGES = list(SIZES)
+
+
+def train(**changes: object) -> TrainStream:
+    settings: dict = {"rows": 12, "length": 16, "seed": 7, "mixed": False, "temperature": 2.0} | changes
+    return TrainStream(settings.pop("corpus", CORPUS), settings.pop("languages", LANGUAGES), **settings)
+
+
+def validation(**changes: object) -> ValidationStream:
+    settings: dict = {"rows": 10, "length": 16, "seed": 7} | changes
+    return ValidationStream(settings.pop("corpus", CORPUS), settings.pop("languages", LANGUAGES), **settings)
+
+
+def same(a: Batch, b: Batch) -> bool:
+    tensors = ("tokens", "positions", "labels", "weights", "languages")
+    return a.step_languages == b.step_languages and all(torch.equal(getattr(a, t), getattr(b, t)) for t in tensors)
+
+
+def joined(parts: list[Batch]) -> Batch:
+    cat = {
+        t: torch.cat([getattr(p, t) for p in parts]) for t in ("tokens", "positions", "labels", "weights", "languages")
+    }
+    return Batch(**cat, step_languages=parts[0].step_languages, dropout_seed=parts[0].dropout_seed)
+
+
+def original(batch: Batch) -> np.ndarray:
+    """(rows, length - 1) the text before masking."""
+    return batch.tokens.scatter(1, batch.positions, batch.labels).numpy()[:, 1:]
+
+
+cuts = st.lists(st.integers(0, 10), max_size=4).map(lambda inner: [0, *sorted(inner), 10])
+
+
+@settings(deadline=None, max_examples=60)
+@given(step=st.integers(0, 3000), mixed=st.booleans(), layout=cuts)
+def test_train_slices_join_to_the_whole(step: int, mixed: bool, layout: list[int]) -> None:
+    stream = train(rows=10, mixed=mixed)
+    parts = [stream.batch(step, start, stop) for start, stop in pairwise(layout)]
+    assert same(joined(parts), stream.batch(step))
+    assert all(part.step_languages == parts[0].step_languages for part in parts)
+    assert parts[0].dropout_seed == stream.batch(step).dropout_seed
+
+
+@settings(deadline=None, max_examples=60)
+@given(step=st.integers(0, 3000), per_step=st.sampled_from([None, 2, 3]), language=st.integers(0, 3), layout=cuts)
+def test_validation_slices_join_to_the_whole(step: int, per_step: int | None, language: int, layout: list[int]) -> None:
+    stream = validation(languages_per_step=per_step)
+    parts = [stream.batch(step, language, start, stop) for start, stop in pairwise(layout)]
+    assert same(joined(parts), stream.batch(step, language))
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_jumping_equals_walking_and_seen_counts_what_was_walked(mixed: bool) -> None:
+    walked, rows_seen = train(rows=3, mixed=mixed), Counter[str]()
+    for step in range(BLOCK + 40):
+        if step in (0, 1, 500, BLOCK - 1, BLOCK, BLOCK + 39):
+            jumped = train(rows=3, mixed=mixed)
+            assert same(jumped.batch(step), walked.batch(step))
+            seen = jumped.seen(step)
+            assert {language: facts["rows"] for language, facts in seen.items()} == {n: rows_seen[n] for n in LANGUAGES}
+            assert seen["sw"]["tokens"] == 15 * rows_seen["sw"]
+            assert seen["sw"]["epochs"] == pytest.approx(15 * rows_seen["sw"] / 350)
+        for language in walked.batch(step).languages.tolist():
+            rows_seen[LANGUAGES[language]] += 1
+    assert sum(rows_seen.values()) == 3 * (BLOCK + 40)
+    assert same(walked.batch(2), train(rows=3, mixed=mixed).batch(2))  # and going back
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_rows_are_packed_text_of_their_language_in_sorted_groups(mixed: bool) -> None:
+    stream = train(corpus=Corpus(SIZES, eos=False), mixed=mixed, rows=30)
+    for step in range(5):
+        batch = stream.batch(step)
+        assert (batch.tokens[:, 0] == BOS).all() and batch.tokens.shape == (30, 16)
+        assert (batch.languages.diff() >= 0).all()
+        assert batch.step_languages == tuple(sorted(set(batch.languages.tolist())))
+        assert mixed or len(batch.step_languages) == 1
+        text, languages = original(batch), batch.languages.numpy()
+        assert np.array_equal((text - FIRST_ORDINARY) // 1000, np.repeat(languages[:, None], 15, axis=1))
+        sizes = np.array(list(SIZES.values()))[languages]
+        places = (text - FIRST_ORDINARY) % 1000
+        assert np.array_equal((places[:, :1] + np.arange(15)) % sizes[:, None], places)
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_each_epoch_visits_each_window_once(mixed: bool) -> None:
+    stream = train(corpus=Corpus(SIZES, eos=False), mixed=mixed, rows=5, temperature=5.0)
+    starts: dict[int, list[int]] = {number: [] for number in range(4)}
+    for step in range(200):
+        batch = stream.batch(step)
+        for language, first in zip(batch.languages.tolist(), original(batch)[:, 0].tolist(), strict=True):
+            starts[language].append(first)
+    for number, size in enumerate(SIZES.values()):
+        windows = size // 15
+        epochs = [starts[number][at : at + windows] for at in range(0, len(starts[number]) - windows + 1, windows)]
+        assert len(epochs) >= 2
+        assert all(len(set(epoch)) == windows for epoch in epochs)
+        for epoch in epochs:  # one grid: all starts are a multiple of the width apart, round the ring
+            places = sorted((first - FIRST_ORDINARY) % 1000 for first in epoch)
+            gaps = np.diff([*places, places[0] + size])
+            assert sorted(gaps.tolist()) == [15] * (windows - 1) + [15 + size % 15]
+
+
+@pytest.mark.parametrize(("temperature", "mixed"), [(1.0, False), (2.0, False), (2.0, True), (1 / 0.7, True)])
+def test_language_frequencies(temperature: float, mixed: bool) -> None:
+    stream = train(temperature=temperature, mixed=mixed, rows=8)
+    sentences = np.array([CORPUS.sentences(language, "train") for language in LANGUAGES])
+    expected = (sentences / sentences.sum()) ** (1 / temperature)
+    expected /= expected.sum()
+    assert stream.probabilities == pytest.approx(expected)
+    draws = 20_000 * (8 if mixed else 1)
+    seen = stream.seen(20_000)
+    for language, share in zip(LANGUAGES, expected, strict=True):
+        count = seen[language]["rows"] / (1 if mixed else 8)
+        assert abs(count - draws * share) < 5 * math.sqrt(draws * share * (1 - share))
+
+
+def test_mixed_rows_are_drawn_independently() -> None:
+    """The variance of a language's rows in a step is the binomial one: neither one draw for all nor a quota."""
+    schedule = Schedule(np.array([0.3, 0.7]), 16, True, seed=1)
+    counts = np.array([schedule.at(step)[1] for step in range(4000)])
+    assert (counts.sum(axis=1) == 16).all()
+    assert counts[:, 0].var() == pytest.approx(16 * 0.3 * 0.7, rel=0.12)
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_train_weights_are_the_global_mean(mixed: bool) -> None:
+    batch = train(mixed=mixed, rows=512, length=64).batch(3)
+    assert batch.weights.shape == (512, 9)
+    assert batch.weights.double().sum().item() == pytest.approx(1, rel=1e-6)
+    assert batch.weights.unique().numel() == 1
+
+
+def test_no_sentence_end_is_masked() -> None:
+    for batch in (train(rows=200).batch(0), validation(rows=200).batch(0, 0)):
+        assert (batch.tokens == EOS).any() and not (batch.labels == EOS).any() and not (batch.labels == BOS).any()
+
+
+def test_seeds_steps_and_streams_differ() -> None:
+    batches = [train(seed=s).batch(step) for s in (1, 2) for step in (0, 1)] + [validation(rows=12).batch(0, 0)]
+    for a, b in combinations(batches, 2):
+        assert not torch.equal(a.tokens, b.tokens) and not torch.equal(a.positions, b.positions)
+        assert a.dropout_seed != b.dropout_seed
+
+
+def test_the_order_of_a_languages_text_ignores_its_companions() -> None:
+    """Mono and joint runs of one seed read a language alike; languages are numbered in the user's order."""
+    mono, joint = train(languages=["te"], rows=40), train(languages=["sw", "te"], rows=40)
+    step = next(step for step in range(100) if joint.batch(step).step_languages == (1,))
+    before = joint.seen(step)["te"]["rows"] / 40
+    assert before == int(before)
+    assert np.array_equal(original(joint.batch(step)), original(mono.batch(int(before))))
+    assert mono.batch(0).step_languages == (0,) and mono.languages == ("te",)
+
+
+@pytest.mark.parametrize("size", [1, 3, 14, 15, 16, 31])
+def test_tiny_corpora(size: int) -> None:
+    corpus = Corpus({"xx": size}, eos=False)
+    batch = train(corpus=corpus, languages=["xx"], rows=9).batch(11)
+    places = original(batch) - FIRST_ORDINARY
+    assert np.array_equal((places[:, :1] + np.arange(15)) % size, places)
+    evaluation = EvaluationSet(corpus, "xx", "valid", languages=["xx"], length=16)
+    assert evaluation.rows == max(1, size // 15)
+    assert original(evaluation.batch(0, 1)).tolist() == [[FIRST_ORDINARY + i % size for i in range(15)]]
+
+
+@settings(deadline=None, max_examples=60)
+@given(step=st.integers(0, 10**6), rows=st.integers(4, 40), language=st.integers(0, 3))
+def test_validation_weighs_every_language_the_same(step: int, rows: int, language: int) -> None:
+    batch = validation(rows=rows).batch(step, language)
+    assert batch.step_languages == (0, 1, 2, 3) and (batch.languages.diff() >= 0).all()
+    counts = torch.bincount(batch.languages, minlength=4)
+    assert counts.max() - counts.min() <= 1
+    for number in range(4):
+        assert batch.weights[batch.languages == number].double().sum().item() == pytest.approx(1 / 4, rel=1e-6)
+        assert batch.weights[batch.languages == number].unique().numel() == 1
+
+
+def test_validation_rotates_the_extra_rows() -> None:
+    counts = [torch.bincount(validation(rows=10).batch(step, 0).languages, minlength=4) for step in range(4)]
+    assert torch.stack(counts).sum(dim=0).tolist() == [10, 10, 10, 10]
+
+
+def test_validation_does_not_repeat_text_within_an_epoch() -> None:
+    stream = validation(corpus=Corpus({"en": 900, "sw": 900}, eos=False), languages=["en", "sw"], rows=4)
+    first = [place for step in range(30) for place in original(stream.batch(step, 0))[:, 0].tolist()]
+    assert len(set(first)) == len(first) == 120  # 60 windows a language, 2 rows a step
+    english, swahili = (np.array([place % 1000 for place in first if place // 1000 == number]) for number in (0, 1))
+    assert (english != swahili).any()  # every language in an order of its own
+
+
+@pytest.mark.parametrize("held", [2, 3, 4])
+@pytest.mark.parametrize("language", [0, 2, 4])
+def test_languages_per_step_is_unbiased(held: int, language: int) -> None:
+    """Over all subsets, equally likely, the weight vectors average to 1/L each: the estimate is the full one."""
+    stream = validation(corpus=Corpus(dict.fromkeys("abcde", 100)), languages=list("abcde"), languages_per_step=held)
+    vectors: dict[tuple[int, ...], np.ndarray] = {}
+    drawn = Counter[tuple[int, ...]]()
+    for step in range(1200):
+        chosen, weights, counts = stream.plan(step, language)
+        assert language in chosen and weights[chosen == language] == 1 / 5 and counts.sum() == 10
+        drawn[tuple(chosen)] += 1
+        vectors[tuple(chosen)] = np.bincount(chosen, weights, minlength=5)
+    subsets = math.comb(4, held - 1)
+    assert len(vectors) == subsets
+    assert np.mean(list(vectors.values()), axis=0) == pytest.approx(np.full(5, 1 / 5), abs=1e-15)
+    assert all(abs(n - 1200 / subsets) < 5 * math.sqrt(1200 / subsets) for n in drawn.values())
+    batch = stream.batch(3, language)
+    chosen, weights, _ = stream.plan(3, language)
+    assert batch.step_languages == tuple(chosen)
+    for number, weight in zip(chosen.tolist(), weights, strict=True):
+        assert batch.weights[batch.languages == number].double().sum().item() == pytest.approx(weight, rel=1e-6)
+
+
+def test_validation_with_one_language() -> None:
+    batch = validation(languages=["te"], rows=3).batch(5, 0)
+    assert batch.step_languages == (0,) and batch.weights.double().sum().item() == pytest.approx(1, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"rows": 3}, ["meta.batch = 3", "4 languages", "meta.languages_per_step"]),
+        ({"languages_per_step": 1}, ["meta.languages_per_step = 1", "2 to 4"]),
+        ({"languages_per_step": 5}, ["meta.languages_per_step = 5", "2 to 4"]),
+        ({"length": 100}, ["'pt'", "'meta'", "70 tokens", "data.sequence_length = 100"]),
+        ({"corpus": Corpus({"en": 200, "sw": 0}), "languages": ["en", "sw"]}, ["'sw'", "'meta' split is empty"]),
+        ({"languages": ["en", "en"]}, ["['en', 'en']", "en, sw, te, pt"]),
+    ],
+)
+def test_validation_refuses_with_the_remedy(changes: dict, words: list[str]) -> None:
+    with pytest.raises(UserError) as error:
+        validation(**changes)
+    assert all(word in str(error.value) for word in words), error.value
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"languages": ["en", "xx"]}, ["xx", "en, sw, te, pt"]),
+        ({"languages": []}, ["one or more"]),
+        ({"corpus": Corpus({"en": 0}), "languages": ["en"]}, ["'en'", "'train' split is empty"]),
+        ({"temperature": 0}, ["data.temperature = 0"]),
+        ({"length": 1}, ["data.sequence_length = 1"]),
+    ],
+)
+def test_train_refuses_with_the_remedy(changes: dict, words: list[str]) -> None:
+    with pytest.raises(UserError) as error:
+        train(**changes)
+    assert all(word in str(error.value) for word in words), error.value
+
+
+def evaluation(**changes: object) -> EvaluationSet:
+    return EvaluationSet(CORPUS, "sw", "valid", **({"languages": LANGUAGES, "length": 16} | changes))  # type: ignore[arg-type]
+
+
+def test_evaluation_covers_the_split_once_under_fixed_masks() -> None:
+    whole = evaluation().batch(0, 23)
+    assert evaluation().rows == 350 // 15 == 23
+    assert np.array_equal(original(whole).ravel(), CORPUS.tokens("sw", "valid")[: 23 * 15])
+    assert whole.languages.tolist() == [1] * 23 and whole.step_languages == (1,)
+    assert whole.weights.double().sum().item() == pytest.approx(1, rel=1e-6)
+    for rows in (1, 4, 23, 100):
+        parts = joined(list(evaluation().batches(rows)))
+        kept = parts.weights[:, 0] > 0
+        assert torch.equal(parts.tokens[kept], whole.tokens) and torch.equal(parts.positions[kept], whole.positions)
+    assert not torch.equal(evaluation(seed=1).batch(0, 23).positions, whole.positions)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 5, 40])
+@pytest.mark.parametrize("rows", [1, 4, 64])
+def test_evaluation_ranks_share_the_rows_in_equal_shapes(ranks: int, rows: int) -> None:
+    shares = [list(evaluation().batches(rows, rank, ranks)) for rank in range(ranks)]
+    shapes = {tuple(tuple(batch.tokens.shape) for batch in share) for share in shares}
+    assert len(shapes) == 1
+    kept = torch.cat([batch.tokens[batch.weights[:, 0] > 0] for share in shares for batch in share])
+    assert sorted(kept.tolist()) == sorted(evaluation().batch(0, 23).tokens.tolist())
+    total = sum(batch.weights.double().sum().item() for share in shares for batch in share)
+    assert total == pytest.approx(1, rel=1e-6)
+
+
+def test_evaluation_cap_spreads_over_the_split() -> None:
+    capped = evaluation(max_rows=5)
+    starts = original(capped.batch(0, 5))[:, 0]
+    text = CORPUS.tokens("sw", "valid")
+    assert capped.rows == 5 and starts.tolist() == [text[15 * window] for window in (0, 4, 9, 13, 18)]
+    assert evaluation(max_rows=500).rows == 23
+
+
+def test_unigram_perplexity_by_hand() -> None:
+    class Skewed(Corpus):
+        vocabulary_size = 9
+
+        def tokens(self, language: str, split: str) -> np.ndarray:
+            return np.tile(np.array([5, 5, 5, 6, 7, EOS], dtype=np.int32), 50)
+
+    measured = EvaluationSet(Skewed({"xx": 300}), "xx", "valid", languages=["xx"], length=11)
+    labels = measured.batch(0, measured.rows).labels.numpy().ravel()
+    assert set(labels.tolist()) == {5, 6, 7}
+    probability = {5: 151 / 259, 6: 51 / 259, 7: 51 / 259}  # 250 tokens without </s>, 9 pieces
+    expected = math.exp(-np.mean([math.log(probability[label]) for label in labels.tolist()]))
+    assert measured.unigram_perplexity() == pytest.approx(expected)
+
+
+def test_bits_per_character() -> None:
+    assert bits_per_character(math.log(2), tokens=10, characters=40) == pytest.approx(0.25)
+    assert evaluation().bits_per_character(math.log(2)) == pytest.approx((350 - 50) / 1400)
+
+
+def test_prefetch_gives_the_same_items_made_ahead_on_another_thread() -> None:
+    threads, made = set(), []
+
+    def source() -> Iterator[int]:
+        for item in range(50):
+            threads.add(threading.current_thread())
+            made.append(item)
+            yield item
+
+    items = prefetch(source(), depth=2)
+    assert next(items) == 0
+    patience = time.monotonic() + 20
+    while len(made) < 4 and time.monotonic() < patience:
+        time.sleep(0.01)
+    time.sleep(0.05)  # in which it could run further ahead
+    assert len(made) == 4  # one taken, two waiting, one in hand
+    assert list(items) == list(range(1, 50))
+    assert threading.current_thread() not in threads and not any(thread.is_alive() for thread in threads)
+
+
+def test_prefetch_raises_the_error_after_the_items_before_it() -> None:
+    def source() -> Iterator[int]:
+        yield 1
+        raise KeyError("planted")
+
+    items = prefetch(source())
+    assert next(items) == 1
+    with pytest.raises(KeyError, match="planted"):
+        next(items)
+
+
+@pytest.mark.parametrize("depth", [1, 2, 5])
+def test_prefetch_ends_when_the_consumer_stops_early(depth: int) -> None:
+    def source() -> Iterator[int]:
+        number = 0
+        while True:
+            yield number
+            number += 1
+
+    items = prefetch(source(), depth)
+    assert [next(items), next(items)] == [0, 1]
+    assert any(thread.name == "prefetch" for thread in threading.enumerate())
+    items.close()  # type: ignore[attr-defined]
+    assert not any(thread.name == "prefetch" for thread in threading.enumerate())
