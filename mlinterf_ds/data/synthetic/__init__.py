@@ -1,0 +1,99 @@
+"""Synthetic languages: a seeded family of artificial languages over one shared meaning space.
+
+A model organism, not a language: what is planted (how far two languages are, what a word means, how much there is to
+learn) is known exactly, so that every experiment can run in minutes with no download, and its instruments can be
+checked. What holds here need not hold for people's languages: no pragmatics, no discourse beyond a sentence, no
+idiom, shallow syntax, and meanings that are drawn from tables.
+
+- 632 content concepts (240 nouns in 12 classes, 96 verbs in pairs of opposites, 72 adjectives, 24 adverbs, 200 name
+  words), 21 function words, 5 suffixes and 2 stops. Verbs select the class of subject and object, the adverb and the
+  adposition; adpositions select their complement, noun classes their adjectives; 8% of noun phrases ignore all that.
+- Each list is Zipfian, 1 / (k + 1.5), and so is the text: exponent about 0.9 to 1 over its commonest 500 words.
+- Organisations' names start with a person's or a place's word 40% of the time, and 25% of verbs, adjectives and name
+  words are spelt like a noun: part of speech and entity type need context.
+- `syn` is the base language; `syn-close`, `syn-mid`, `syn-far` and numbered siblings (`syn-close-2`) lie at stated
+  distances from it (`distance`). `SyntheticLanguage` has the parameters; every function takes one in place of a name.
+- Number, tense, agreement and case are suffixes inside the word, for subword tokenizers to find.
+- Tokens are separated by one space, the final stop included; all is lower-case, so letters don't give names away.
+  Sentences have about 9 tokens.
+- Example number i depends on the language, the seed, the split and i, and not on how many are asked for. The `train`
+  split of a language is its own; any other split has the same meanings, in the same order, in every language.
+- `entropy_floor` states how far prediction can go.
+"""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from mlinterf_ds.data.synthetic.draws import draws
+from mlinterf_ds.data.synthetic.entropy import EntropyFloor, entropy_floor
+from mlinterf_ds.data.synthetic.grammar import Meaning, sample_meaning
+from mlinterf_ds.data.synthetic.language import SyntheticLanguage, distance, language, resolve
+from mlinterf_ds.data.synthetic.sentence import grammar
+from mlinterf_ds.data.synthetic.tasks import Entailment, Question, entailments, questions
+from mlinterf_ds.errors import UserError
+
+__all__ = [
+    "Annotated",
+    "Entailment",
+    "EntropyFloor",
+    "Question",
+    "SyntheticLanguage",
+    "annotated",
+    "distance",
+    "entailments",
+    "entropy_floor",
+    "language",
+    "questions",
+    "sentences",
+    "write_text",
+]
+
+
+class Annotated(NamedTuple):
+    """A sentence with gold labels, one of each per token."""
+
+    tokens: tuple[str, ...]
+    pos: tuple[str, ...]  # UPOS
+    entities: tuple[str, ...]  # IOB2 over PER, LOC, ORG
+    meaning: Meaning
+
+
+def sentences(name: str | SyntheticLanguage, count: int, seed: int, split: str = "train") -> Iterator[str]:
+    """`count` sentences of the language, tokens separated by spaces."""
+    spoken = resolve(name)
+    realise = grammar(spoken).text
+    for draw in draws(spoken, "text", count, seed, split):
+        yield realise(sample_meaning(draw))
+
+
+def annotated(name: str | SyntheticLanguage, count: int, seed: int, split: str = "train") -> Iterator[Annotated]:
+    """`count` sentences with part-of-speech tags, entities and meanings; other sentences than `sentences` gives."""
+    spoken = resolve(name)
+    speak = grammar(spoken)
+    for draw in draws(spoken, "annotated", count, seed, split):
+        meaning = sample_meaning(draw)
+        forms, pos, entities, _, _ = zip(*speak.tokens(meaning), strict=True)
+        yield Annotated(forms, pos, entities, meaning)
+
+
+def write_text(
+    name: str | SyntheticLanguage, path: str | os.PathLike[str], count: int, seed: int, split: str = "train"
+) -> None:
+    """Writes `count` sentences, one a line, UTF-8; the file appears whole or not at all.
+
+    Raises UserError if it can't be written (no such folder, no permission, disk full).
+    """
+    path = Path(path)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("w", encoding="utf-8", newline="\n") as file:
+            file.writelines(sentence + "\n" for sentence in sentences(name, count, seed, split))
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(
+            f"{path}: could not write synthetic text ({error.strerror}); choose another folder or free some space"
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)

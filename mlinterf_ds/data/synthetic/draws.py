@@ -1,0 +1,36 @@
+"""Random numbers for synthetic examples: a function of who asks, for what, the seed and the example's number."""
+
+import hashlib
+from collections.abc import Iterator
+
+import numpy as np
+
+from mlinterf_ds.data.synthetic.grammar import UNIFORMS, Draw
+from mlinterf_ds.data.synthetic.language import SyntheticLanguage
+from mlinterf_ds.errors import UserError
+
+BLOCK = 256  # examples whose random numbers are made at once
+
+
+def draws(
+    spoken: SyntheticLanguage, kind: str, count: int, seed: int, split: str, width: int = UNIFORMS
+) -> Iterator[Draw]:
+    """The random choices of examples 0 to `count - 1`; see `uniforms`."""
+    return map(Draw, uniforms(spoken, kind, count, seed, split, width))
+
+
+def uniforms(
+    spoken: SyntheticLanguage, kind: str, count: int, seed: int, split: str, width: int = UNIFORMS
+) -> Iterator[list[float]]:
+    """`width` uniform random numbers for each of examples 0 to `count - 1`.
+
+    The train split is the language's own; all languages share any other. Raises UserError for a negative count.
+    """
+    if count < 0:
+        raise UserError(f"synthetic language '{spoken.name}': asked for {count} examples; ask for 0 or more")
+    owner = spoken.name if split == "train" else "every language"
+    # hashlib, not hash(): the latter differs between processes.
+    key = int.from_bytes(hashlib.sha256(f"{kind}|{split}|{owner}|{seed}".encode()).digest()[:16], "big")
+    for block in range(0, count, BLOCK):
+        rows = np.random.default_rng([key, block]).random((BLOCK, width))
+        yield from rows[: count - block].tolist()

@@ -1,0 +1,150 @@
+"""Artificial languages as parameters: their names, word forms, scripts and the distance between two of them.
+
+Every language names the same concepts (see `grammar`). A language differs from another in which forms its
+concepts have, in word order, in morphology and in script. `syn` owns the family's common word list; any other language
+takes a stated share of its forms from that list and invents the rest.
+"""
+
+import random
+import re
+from dataclasses import dataclass, replace
+from functools import cache
+
+from mlinterf_ds.data.synthetic.grammar import CLASS_SIZE, CONCEPTS, NAMES, NOUNS, PUNCTUATION, SUFFIXES
+from mlinterf_ds.errors import UserError
+
+CONSONANTS, VOWELS = "ptkbdgmnslrvzf", "aeiou"
+# One letter for each of the 19 sounds. Syllables start with a consonant: Devanagari's vowel signs always have a bearer.
+SCRIPTS = {
+    "latin": CONSONANTS + VOWELS,
+    "cyrillic": "пткбдгмнслрвзф" + "аеиоу",
+    "greek": "πτκβδγμνσλρχζφ" + "αειου",
+    "georgian": "პტკბდგმნსლრვზფ" + "აეიოუ",
+    "devanagari": "पतकबदगमनसलरवजफ" + "ा\u0947\u093f\u094b\u0941",
+}
+HOMONYMS = 0.25  # share of verbs, adjectives and name words that are spelt like a noun
+NAME_FORMS = "syn, syn-close, syn-mid, syn-far, or a numbered sibling such as syn-close-2 (numbers from 2)"
+
+
+@dataclass(frozen=True)
+class SyntheticLanguage:
+    """The parameters of a language; `language(name)` gives the named ones, and any other may be built directly."""
+
+    name: str  # also names the language's own (non-parallel) training stream
+    draw: int  # which invented word list; 0 is the family's common one, which `syn` uses
+    share: float = 0.2  # of concepts whose form is the common one, at every frequency alike
+    adjective_after: bool = False  # the noun
+    postpositions: bool = False
+    verb_final: bool = False  # subject-object-verb instead of subject-verb-object
+    cases: bool = False  # objects and complements of adpositions carry a case suffix
+    script: str = "latin"  # of the invented forms; common forms stay Latin, as loanwords often do
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.share <= 1:
+            raise UserError(f"synthetic language '{self.name}': share is {self.share}; give a share from 0 to 1")
+        if self.script not in SCRIPTS:
+            raise UserError(
+                f"synthetic language '{self.name}': unknown script '{self.script}'; use {', '.join(SCRIPTS)}"
+            )
+
+
+def language(name: str) -> SyntheticLanguage:
+    """The language of that name.
+
+    `syn-close` has the grammar of `syn`; `syn-mid` puts adjective and adposition after the noun; `syn-far` is
+    verb-final too, has case suffixes and another script. All share 20% of their word forms with `syn` and with each
+    other. Numbered siblings differ in their invented words (and `syn-far-N` in the script: Cyrillic, Greek, Georgian,
+    Devanagari in turn). Raises UserError for any other name.
+    """
+    if name == "syn":
+        return SyntheticLanguage("syn", draw=0, share=1.0)
+    match = re.fullmatch(r"syn-(close|mid|far)(?:-([1-9][0-9]{0,5}))?", name)
+    if match is None or match[2] == "1":
+        raise UserError(f"unknown synthetic language '{name}'; the names are {NAME_FORMS}")
+    kind, number = match[1], int(match[2] or 1)
+    # Draws of the three kinds never coincide, so that only the common words are common.
+    base = SyntheticLanguage(name, draw=3 * number + ("close", "mid", "far").index(kind))
+    if kind == "close":
+        return base
+    base = replace(base, adjective_after=True, postpositions=True)
+    if kind == "mid":
+        return base
+    others = [script for script in SCRIPTS if script != "latin"]
+    return replace(base, verb_final=True, cases=True, script=others[(number - 1) % len(others)])
+
+
+def overlap(a: SyntheticLanguage, b: SyntheticLanguage) -> float:
+    """Share of words that have the same form in both languages, suffixes apart (expected: forms may meet by chance)."""
+    # The common list in Latin letters is itself whatever the share.
+    share_a, share_b = (1.0 if x.draw == 0 and x.script == "latin" else x.share for x in (a, b))
+    if (a.draw, a.script) == (b.draw, b.script):
+        return 1 - abs(share_a - share_b)
+    return min(share_a, share_b)
+
+
+def distance(a: str | SyntheticLanguage, b: str | SyntheticLanguage) -> float:
+    """How far apart two languages are: the mean of four parts, each from 0 (same) to 1.
+
+    (1 - overlap of word forms, differing share of the three word-order parameters, differing morphology, differing
+    script) / 4. Symmetric; 0 for a language and itself. From `syn`: close 0.20, mid 0.37, far 0.95.
+    """
+    a, b = resolve(a), resolve(b)
+    order = (a.adjective_after != b.adjective_after, a.postpositions != b.postpositions, a.verb_final != b.verb_final)
+    return (1 - overlap(a, b) + sum(order) / len(order) + (a.cases != b.cases) + (a.script != b.script)) / 4
+
+
+def resolve(named: str | SyntheticLanguage) -> SyntheticLanguage:
+    """A language given by name or by its parameters."""
+    return language(named) if isinstance(named, str) else named
+
+
+def is_common(concept: int, share: float) -> bool:
+    """Whether a language with this share takes the concept's form from the common list.
+
+    Multiples of the golden ratio fill [0, 1) evenly over any run of concepts, so the share holds for nouns as for verbs
+    and for frequent words as for rare ones; and the common words of a small share are common at a larger one too.
+    """
+    return (concept * 0.6180339887498949) % 1 < share
+
+
+@cache
+def lexicon(spoken: SyntheticLanguage) -> tuple[str, ...]:
+    """The form of every concept, `(len(CONCEPTS),)`: stems, function words, suffixes and punctuation."""
+    common = _word_list(0)
+    invented = _word_list(spoken.draw)
+    letters = str.maketrans(SCRIPTS["latin"], SCRIPTS[spoken.script])
+    own = [form.translate(letters) for form in invented]
+    # A common suffix is written in the language's own letters: it is part of its words.
+    common = common[: SUFFIXES.start] + tuple(common[c].translate(letters) for c in SUFFIXES)
+    return tuple(common[c] if is_common(c, spoken.share) else own[c] for c in range(len(CONCEPTS)))
+
+
+@cache
+def _word_list(draw: int) -> tuple[str, ...]:
+    """One invented Latin form per concept; forms differ from each other (homonyms apart) and from the common list's."""
+    rng = random.Random(f"words {draw}")
+    # Each list has its own favourite sounds, so languages also differ in their letter statistics.
+    consonants, vowels = ([rng.random() + 0.2 for _ in sounds] for sounds in (CONSONANTS, VOWELS))
+    taken = set(_word_list(0)) if draw else set()
+
+    def syllable() -> str:
+        return rng.choices(CONSONANTS, consonants)[0] + rng.choices(VOWELS, vowels)[0]
+
+    def fresh(syllables: int) -> str:
+        while True:
+            form = "".join(syllable() for _ in range(syllables))
+            if rng.random() < 0.4:
+                form += rng.choices(CONSONANTS, consonants)[0]
+            if form not in taken:
+                taken.add(form)
+                return form
+
+    # Function words and suffixes, numbered after the names, have one syllable; content words have two or three.
+    forms = [PUNCTUATION.get(c) or fresh(1 if c >= NAMES.stop else rng.choice((2, 2, 3))) for c in range(len(CONCEPTS))]
+    ambiguous = [c for c, concept in enumerate(CONCEPTS) if concept in ("VERB", "ADJ", "PROPN")]
+    # About as frequent in its own list as the noun is in its class, so that neither sense always wins.
+    nouns = sorted(rng.sample(NOUNS, len(NOUNS)), key=lambda noun: noun % CLASS_SIZE)
+    for concept in rng.sample(ambiguous, round(HOMONYMS * len(ambiguous))):
+        part = [c for c in ambiguous if CONCEPTS[c] == CONCEPTS[concept]]
+        forms[concept] = forms[nouns.pop(part.index(concept) * len(nouns) // len(part))]
+    return tuple(forms)

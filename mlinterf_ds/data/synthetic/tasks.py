@@ -1,0 +1,186 @@
+"""Question answering and entailment in synthetic languages, read off from the meanings."""
+
+from collections.abc import Iterator
+from itertools import permutations
+from typing import Any, NamedTuple
+
+from mlinterf_ds.data.synthetic.draws import draws
+from mlinterf_ds.data.synthetic.grammar import (
+    ABLE,
+    EVERY,
+    HUMAN,
+    PLACE,
+    UNIFORMS,
+    VERBS,
+    WHAT,
+    WHERE,
+    WHO,
+    Clause,
+    Draw,
+    Meaning,
+    Phrase,
+    Table,
+    sample_adjunct,
+    sample_clause,
+    world,
+)
+from mlinterf_ds.data.synthetic.language import SyntheticLanguage, resolve
+from mlinterf_ds.data.synthetic.sentence import Token, grammar
+
+CONTEXT_SENTENCES, TRIES = 4, 12  # of different verbs, out of so many
+LABELS = ("entailment", "neutral", "contradiction")
+ROLES = ("subject", "object", "complement")
+_ORDERS = Table(tuple(permutations(LABELS)), [1.0] * 6)
+_HALF = 0.5
+
+
+class Question(NamedTuple):
+    """A question about one sentence of the context; `context[start : start + len(answer)] == answer`."""
+
+    context: str
+    question: str
+    answer: str
+    start: int  # in characters
+
+
+class Entailment(NamedTuple):
+    premise: str
+    hypothesis: str
+    label: str  # one of LABELS
+
+
+# --- questions -------------------------------------------------------------------------------------------------------
+def questions(name: str | SyntheticLanguage, count: int, seed: int, split: str = "train") -> Iterator[Question]:
+    """`count` questions, each on a context of four sentences whose verbs differ, so that there is one answer."""
+    spoken = resolve(name)
+    speak = grammar(spoken)
+    for draw in draws(spoken, "questions", count, seed, split, width=(TRIES + 1) * UNIFORMS):
+        clauses = _context(draw)
+        target = draw.pick(Table(range(len(clauses)), [1.0] * len(clauses)))
+        asked, role = _question(draw, clauses[target])
+        told = [speak.tokens(Meaning((clause,))) for clause in clauses]
+        texts = [" ".join(token.form for token in tokens) for tokens in told]
+        answer, offset = _find(told[target], role)
+        start = offset + sum(len(text) + 1 for text in texts[:target])
+        yield Question(" ".join(texts), speak.text(asked), answer, start)
+
+
+def _context(draw: Draw) -> list[Clause]:
+    """Four statements with different verbs (fewer only in the rare case that the tries run out)."""
+    clauses: dict[int, Clause] = {}
+    for _ in range(TRIES):
+        clause = sample_clause(draw)
+        if len(clauses) < CONTEXT_SENTENCES:
+            clauses.setdefault(clause.verb, clause)
+    return list(clauses.values())
+
+
+def _question(draw: Draw, clause: Clause) -> tuple[Meaning, str]:
+    """Asks for one of the clause's phrases, and keeps of the rest the verb, subject and object."""
+    present = [role for role in ROLES if getattr(clause, role) is not None]
+    role = draw.pick(Table(present, [1.0] * len(present)))
+    asked: Phrase = getattr(clause, role)
+    word = WHO if asked.noun_class == HUMAN else WHERE if asked.noun_class == PLACE else WHAT
+    clause = clause._replace(adverb=None)
+    if role != "complement":
+        clause = clause._replace(adposition=None, complement=None)
+    return Meaning((_put(clause, role, Phrase((word,), None)),), question=True), role
+
+
+def _put(clause: Clause, role: str, phrase: Phrase) -> Clause:
+    changed: dict[str, Any] = {role: phrase}
+    return clause._replace(**changed)
+
+
+def _find(tokens: list[Token], role: str) -> tuple[str, int]:
+    """The phrase's text and where it starts, in characters."""
+    first = next(n for n, token in enumerate(tokens) if token.role == role)
+    text = " ".join(token.form for token in tokens if token.role == role)
+    return text, sum(len(token.form) + 1 for token in tokens[:first])
+
+
+# --- entailment ------------------------------------------------------------------------------------------------------
+def entailments(name: str | SyntheticLanguage, count: int, seed: int, split: str = "train") -> Iterator[Entailment]:
+    """`count` pairs; each run of three holds each label once, in random order.
+
+    As in SNLI both sentences speak of the same event and participants. Dropping a modifier entails, adding one is
+    neutral, negation or the opposite verb contradicts; in a negated premise dropping and adding change places. One
+    pair in four has a negated premise and many hypotheses differ by a second modifier, so that neither a negation
+    nor the length of the hypothesis gives the label away.
+    """
+    spoken = resolve(name)
+    say = grammar(spoken).text
+    triples = draws(spoken, "labels", -(-count // 3) if count > 0 else count, seed, split, width=1)
+    labels = (label for triple in triples for label in triple.pick(_ORDERS))
+    for draw, label in zip(draws(spoken, "entailments", count, seed, split, width=2 * UNIFORMS), labels, strict=False):
+        premise, hypothesis = _pair(draw, label)
+        yield Entailment(say(Meaning((premise,))), say(Meaning((hypothesis,))), label)
+
+
+def _pair(draw: Draw, label: str) -> tuple[Clause, Clause]:
+    """Premise and hypothesis with that label."""
+    negative = draw.chance(0.25)
+    clause = sample_clause(draw)._replace(negative=negative)
+    modifiers = _modifiers(clause)
+    first = draw.pick(Table(modifiers, [1.0] * len(modifiers)))
+    richer, poorer = _with(draw, clause, first), _without(clause, first)
+    stronger, weaker = (poorer, richer) if negative else (richer, poorer)  # the stronger entails the weaker
+    premise, hypothesis = {
+        "entailment": (stronger, weaker),
+        "neutral": (weaker, stronger),
+        "contradiction": (weaker, weaker) if draw.chance(_HALF) else (stronger, stronger),
+    }[label]
+    if label == "contradiction":
+        hypothesis = _opposite(draw, hypothesis)
+    if draw.chance(_HALF):  # weakens the hypothesis further, which keeps every label
+        second = draw.pick(Table(modifiers, [1.0] * len(modifiers)))
+        if second != first:
+            hypothesis = _with(draw, hypothesis, second) if negative else _without(hypothesis, second)
+    return premise, hypothesis
+
+
+def _modifiers(clause: Clause) -> list[str]:
+    """What may be dropped or added with a known effect.
+
+    Not adjectives under negation (they would change who is spoken of) or after "every" (all the red dogs are not all
+    the dogs); nor on names.
+    """
+    found = ["adverb", "complement"]
+    for role in ("subject", "object"):
+        phrase: Phrase | None = getattr(clause, role)
+        if phrase and not phrase.entity and not clause.negative and phrase.determiner != EVERY:
+            found.append(role)
+    return found
+
+
+def _with(draw: Draw, clause: Clause, modifier: str) -> Clause:
+    """The clause with the modifier added if it is missing."""
+    if modifier == "adverb" and clause.adverb is None:
+        return clause._replace(adverb=draw.pick(world().verbs[clause.verb].adverb))
+    if modifier == "complement" and clause.complement is None:
+        adposition, complement = sample_adjunct(draw, clause.verb)
+        return clause._replace(adposition=adposition, complement=complement)
+    if modifier in ("subject", "object"):
+        phrase: Phrase = getattr(clause, modifier)
+        if phrase.adjective is None:
+            assert phrase.noun_class is not None
+            adjective = draw.pick(world().adjectives[phrase.noun_class])
+            return _put(clause, modifier, phrase._replace(adjective=adjective))
+    return clause
+
+
+def _without(clause: Clause, modifier: str) -> Clause:
+    """The clause with the modifier dropped if it is there."""
+    if modifier == "adverb":
+        return clause._replace(adverb=None)
+    if modifier == "complement":
+        return clause._replace(adposition=None, complement=None)
+    phrase: Phrase = getattr(clause, modifier)
+    return _put(clause, modifier, phrase._replace(adjective=None))
+
+
+def _opposite(draw: Draw, clause: Clause) -> Clause:
+    """Negated, or affirmed; or with the opposite verb, where that contradicts (one can do a thing and its opposite)."""
+    if not clause.negative and clause.tense != ABLE and draw.chance(_HALF):
+        return clause._replace(verb=VERBS[(clause.verb - VERBS.start) ^ 1])
+    return clause._replace(negative=not clause.negative)
