@@ -1,0 +1,128 @@
+"""What a run records about itself, as MLflow accepts it and without secrets: parameters, versions, addresses."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import itertools
+import json
+import os
+import platform
+import posixpath
+import re
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+# MLflow 3's limits (mlflow.utils.validation): longer values are cut here so that every server version agrees.
+MAX_PARAMETER = 6000
+MAX_TAG = 8000
+MAX_NAME = 250
+
+SECRET_WORDS = {"password", "passwd", "passphrase", "secret", "secrets", "token", "credential", "credentials", "apikey"}
+SECRET_KEYS = {"api", "access", "private", "secret", "encryption", "auth"}  # followed by the word "key"
+HIDDEN = "***"
+
+_URI_USER = re.compile(r"(?<=://)[^/\s?#]+@")
+_URI_QUERY = re.compile(
+    r"([?&;][\w.-]*(?:token|secret|password|passwd|key|signature)[\w.-]*=)[^&\s'\"]+", re.IGNORECASE
+)
+
+
+def is_secret(name: str) -> bool:
+    """Whether `name` is called like a credential: `hf_token`, `apiKey`, `AWS_SECRET_ACCESS_KEY`, not `tokenizer`."""
+    words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).lower()
+    parts = [part for part in re.split(r"[^a-z0-9]+", words) if part]
+    pairs = itertools.pairwise(parts)
+    return not SECRET_WORDS.isdisjoint(parts) or any(a in SECRET_KEYS and b == "key" for a, b in pairs)
+
+
+def scrub(text: str) -> str:
+    """`text` without what must not be shown: users and passwords in URIs, values of credential-like variables."""
+    text = _URI_QUERY.sub(rf"\1{HIDDEN}", _URI_USER.sub("", text))
+    for name, value in os.environ.items():
+        if len(value) >= 6 and value in text and is_secret(name):
+            text = text.replace(value, HIDDEN)
+    return text
+
+
+def first_line(error: BaseException, limit: int = 300) -> str:
+    """The reason in one scrubbed line, for warnings and tags."""
+    message = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    return scrub(f"{type(error).__name__}: {message}" if message else type(error).__name__)[:limit]
+
+
+def clean_name(name: str) -> str:
+    """`name` with what MLflow refuses replaced by `_`; slashes are kept, they group its charts."""
+    name = posixpath.normpath(re.sub(r"[^\w.\- :/]", "_", str(name))).lstrip("/").replace("../", "")
+    return (name if name not in ("", ".", "..") else "_")[-MAX_NAME:]
+
+
+def _without_secrets(key: str, value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(name): _without_secrets(str(name), inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_secrets(key, inner) for inner in value]
+    # `mask_token_id = 4` is no secret; a password may be a number.
+    number = isinstance(value, int | float) and "token" in key.lower()
+    return HIDDEN if is_secret(key) and not (value is None or isinstance(value, bool) or number) else value
+
+
+def flatten(parameters: Mapping[str, Any]) -> dict[str, str]:
+    """Nested parameters as MLflow's flat ones: keys joined by dots, values trimmed, credentials hidden."""
+    flat: dict[str, str] = {}
+
+    def walk(prefix: str, value: Any) -> None:
+        if isinstance(value, Mapping) and value:
+            for name, inner in value.items():
+                walk(f"{prefix}.{name}" if prefix else str(name), inner)
+            return
+        text = json.dumps(value, ensure_ascii=False, default=str) if isinstance(value, list | dict) else str(value)
+        text = scrub(text)
+        flat[clean_name(prefix)] = text if len(text) <= MAX_PARAMETER else text[: MAX_PARAMETER - 1] + "…"
+
+    walk("", _without_secrets("", parameters))
+    return flat
+
+
+def tidy_tags(tags: Mapping[str, str]) -> dict[str, str]:
+    """Tags as MLflow accepts them, credentials hidden."""
+    return {clean_name(k): HIDDEN if is_secret(k) else scrub(str(v))[:MAX_TAG] for k, v in tags.items()}
+
+
+def environment_facts() -> dict[str, str]:
+    """Versions (read from package metadata, nothing is imported), git state of the package's checkout, host name."""
+    facts = {"python": platform.python_version(), "host": platform.node(), "platform": platform.platform()}
+    for package in ("mlinterf_ds", "torch", "deepspeed", "megatron-core", "mlflow", "numpy", "sentencepiece"):
+        try:
+            facts[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return facts | _git_facts(Path(__file__).resolve().parents[1])
+
+
+def _git_facts(checkout: Path) -> dict[str, str]:
+    """`git_commit` and `git_dirty`, or nothing where `checkout` is not the top of a git working tree."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(checkout), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+
+    try:
+        # An installed package may lie inside somebody else's repository: that commit says nothing about it.
+        if Path(git("rev-parse", "--show-toplevel")).resolve() != checkout:
+            return {}
+        commit = git("rev-parse", "HEAD")
+        # Only the code counts: runs and databases beside it do not make the commit a lie.
+        changes = git("status", "--porcelain", "--", "mlinterf_ds", "launch", "tools")
+        return {"git_commit": commit, "git_dirty": str(bool(changes)).lower()}
+    except (OSError, subprocess.SubprocessError):
+        return {}
+
+
+def tracking_uri() -> str:
+    """MLflow's own MLFLOW_TRACKING_URI, else an SQLite file in the working directory; SQLite paths made absolute."""
+    uri = os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
+    if uri.startswith("sqlite:///") and not uri.startswith("sqlite:////"):
+        return f"sqlite:///{Path.cwd() / uri.removeprefix('sqlite:///')}"
+    return uri

@@ -1,0 +1,262 @@
+"""MLflow's server away, killed, stopped, answering errors or nothing: training goes on and nothing is lost."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mlinterf_ds.tracking import Tracker, main
+from mlinterf_ds.tracking.spool import SPOOL
+
+
+@pytest.fixture(scope="module")
+def empty_store(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """A fresh database: making its tables takes seconds, copying it does not."""
+    path = tmp_path_factory.mktemp("store") / "mlflow.db"
+    code = f"from mlflow import MlflowClient; MlflowClient('sqlite:///{path}').search_experiments()"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120, capture_output=True)
+    return path.read_bytes()
+
+
+@pytest.fixture(autouse=True)
+def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, empty_store: bytes) -> Path:
+    for name in ("mlflow.db", "server.db", "later.db"):
+        (tmp_path / name).write_bytes(empty_store)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "2")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    monkeypatch.setattr("mlinterf_ds.tracking.LONGEST_PAUSE", 1.0)
+    monkeypatch.setattr("mlinterf_ds.tracking.INTERVAL", 0.2)
+    return tmp_path
+
+
+def start(**options: Any) -> Tracker:
+    return Tracker.start(
+        enabled=True, experiment="faults", name="a run", folder=Path("out"), parameters={"a": 1}, tags={}, **options
+    )
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.05)
+
+
+def warnings_in(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+def points(uri: str, run_id: str | None, name: str = "a") -> list[tuple[int, float]]:
+    from mlflow import MlflowClient
+
+    return sorted((point.step, point.value) for point in MlflowClient(uri).get_metric_history(run_id, name))
+
+
+def only_run(uri: str, experiment: str = "faults") -> Any:
+    from mlflow import MlflowClient
+
+    client = MlflowClient(uri)
+    (run,) = client.search_runs([client.get_experiment_by_name(experiment).experiment_id])
+    return run
+
+
+@contextlib.contextmanager
+def mlflow_server(port: int) -> Iterator[subprocess.Popen[bytes]]:
+    """The real thing on a loopback port, in a process group of its own."""
+    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    command += ["--backend-store-uri", "sqlite:///server.db", "--artifacts-destination", "./server-artifacts"]
+    environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
+    with open("server.log", "ab") as log:
+        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+    try:
+        deadline = time.monotonic() + 90
+        while True:
+            with contextlib.suppress(OSError):
+                if urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2).status == 200:
+                    break
+            if process.poll() is not None or time.monotonic() > deadline:
+                pytest.skip(f"mlflow server does not start here: {Path('server.log').read_text()[-500:]}")
+            time.sleep(0.1)
+        yield process
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait(30)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def test_server_away_then_stopped_then_killed_then_back(
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
+    workplace: Path,
+) -> None:
+    port = free_port()
+    uri, store = f"http://127.0.0.1:{port}", f"sqlite:///{workplace}/server.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    tracker = start()
+    tracker.log({"a": 0.0}, 0)
+    wait_until(lambda: bool(warnings_in(caplog)))
+    assert str(tracker.run_id).startswith("pending-") and tracker.browse() == uri
+    with mlflow_server(port) as server:
+        wait_until(lambda: tracker._sender.unsent == 0)
+        assert points(store, tracker.run_id) == [(0, 0.0)]
+        assert tracker.browse().endswith(f"/runs/{tracker.run_id}")
+        os.killpg(server.pid, signal.SIGSTOP)  # slow: it takes requests and answers them much later
+        tracker.log({"a": 1.0}, 1)
+        time.sleep(2.5)
+        os.killpg(server.pid, signal.SIGCONT)
+        wait_until(lambda: tracker._sender.unsent == 0)
+    for step in range(2, 50):
+        began = time.perf_counter()
+        tracker.log({"a": float(step)}, step)
+        assert time.perf_counter() - began < 0.5
+    (workplace / "out" / "note.txt").write_text("hello")
+    tracker.artifact(workplace / "out" / "note.txt")
+    with mlflow_server(port):
+        tracker.close(timeout=60)
+    assert points(store, tracker.run_id) == [(step, float(step)) for step in range(50)]
+    run = only_run(store)
+    assert run.info.status == "FINISHED" and run.info.run_id == tracker.run_id
+    (note,) = (workplace / "server-artifacts").rglob("note.txt")
+    assert note.read_text() == "hello" and tracker.run_id in note.parts
+    assert capsys.readouterr().out == "", "MLflow does not write between the job's own lines"
+    assert len(warnings_in(caplog)) == 1, "one warning for all of it"
+
+
+class Refusing(BaseHTTPRequestHandler):
+    def answer(self) -> None:
+        self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        self.send_response(500)
+        self.end_headers()
+        self.wfile.write(b"out of order")
+
+    do_GET = do_POST = do_PATCH = do_PUT = answer
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+def test_server_answers_errors_and_the_spool_is_sent_later(
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
+    workplace: Path,
+) -> None:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Refusing)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://ann:hush@127.0.0.1:{server.server_address[1]}")
+    tracker = start()
+    wait_until(lambda: bool(warnings_in(caplog)))
+    for step in range(50):
+        tracker.log({"a": float(step)}, step)
+    began = time.monotonic()
+    tracker.close(timeout=1.0)
+    assert time.monotonic() - began < 5.0
+    assert len(warnings_in(caplog)) == 2 and "python -m mlinterf_ds.tracking out" in warnings_in(caplog)[1]
+    assert "52 MLflow records" in warnings_in(caplog)[1], "the run, its 50 points and its end"
+    wait_until(lambda: not tracker._thread.is_alive())
+    assert main(["out"]) == 1
+    assert "52 of 52 records could not be sent" in capsys.readouterr().err
+    server.shutdown()
+    server.server_close()
+
+    uri = f"sqlite:///{workplace}/later.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    for _ in range(2):  # the second time there is nothing left to send
+        assert main(["out"]) == 0
+    assert "52 records sent" in capsys.readouterr().out
+    run = only_run(uri)
+    assert run.info.status == "FINISHED" and run.data.params == {"a": "1"}
+    assert points(uri, run.info.run_id) == [(step, float(step)) for step in range(50)]
+    told = caplog.text + "".join(path.read_text("utf-8") for path in Path("out").iterdir())
+    assert "hush" not in told and "127.0.0.1" in told
+
+
+def test_server_never_answers(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        tracker = start()
+        began = time.monotonic()
+        for step in range(500):
+            tracker.log({"a": 1.0}, step)
+        assert time.monotonic() - began < 5.0
+        began = time.monotonic()
+        tracker.close(timeout=1.0)
+        assert time.monotonic() - began < 4.0
+        assert "502 MLflow records" in warnings_in(caplog)[-1]
+        wait_until(lambda: not tracker._thread.is_alive())
+    assert len(Path("out", SPOOL).read_text("utf-8").splitlines()) == 502
+
+
+def test_database_locked_by_another_job(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], workplace: Path
+) -> None:
+    tracker = start()
+    wait_until(lambda: tracker._sender.unsent == 0)
+    assert main(["out"]) == 1, "a running job sends its own spool"
+    assert "another process is sending" in capsys.readouterr().err
+    other = sqlite3.connect("mlflow.db", isolation_level=None)
+    other.execute("BEGIN EXCLUSIVE")
+    tracker.log({"a": 1.0}, 1)
+    time.sleep(6.0)  # longer than SQLite waits by itself
+    assert tracker._sender.unsent == 1
+    other.execute("COMMIT")
+    other.close()
+    tracker.close()
+    assert points(f"sqlite:///{workplace}/mlflow.db", tracker.run_id) == [(1, 1.0)]
+    assert capsys.readouterr().err == "", "MLflow's tracebacks go to its log file"
+
+
+def test_server_comes_back_with_an_empty_database(monkeypatch: pytest.MonkeyPatch, workplace: Path) -> None:
+    tracker = start()
+    tracker.log({"a": 1.0}, 1)
+    wait_until(lambda: tracker._sender.unsent == 0)
+    first = tracker.run_id
+    with sqlite3.connect("mlflow.db") as database:
+        for table in ("metrics", "latest_metrics", "params", "tags", "runs", "experiments"):
+            database.execute(f"DELETE FROM {table}")
+    tracker.log({"a": 2.0}, 2)
+    tracker.close()
+    assert tracker.run_id != first
+    assert points(f"sqlite:///{workplace}/mlflow.db", tracker.run_id) == [(1, 1.0), (2, 2.0)]
+
+
+def test_killed_job_is_marked_by_the_sending_command(workplace: Path) -> None:
+    code = (
+        "import pathlib, os, signal; from mlinterf_ds.tracking import Tracker;"
+        "t = Tracker.start(enabled=True, experiment='e', name='n', folder=pathlib.Path('out'), parameters={}, tags={});"
+        "t.log({'a': 1.0}, 1); os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+    assert subprocess.run([sys.executable, "-c", code], env=environment, timeout=60, check=False).returncode == -9
+    assert main(["out"]) == 0
+    run = only_run(f"sqlite:///{workplace}/mlflow.db", "e")
+    assert run.info.status == "KILLED" and run.data.metrics == {"a": 1.0}
+
+
+def test_wrong_folder(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["nowhere"]) == 1
+    assert "nowhere: no mlflow-spool.jsonl" in capsys.readouterr().err
