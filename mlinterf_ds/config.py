@@ -15,7 +15,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from mlinterf_ds.errors import UserError
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
-Variant = Literal["mono", "joint", "ffn", "attn", "adpt", "share_adpt"]
+Variant = Literal["mono", "joint", "ffn", "attn", "adpt", "share_adpt", "meta_adpt", "meta_ffn", "meta_attn"]
 LANGUAGE_PATTERN = r"^[a-z][a-z0-9_-]*$"
 
 
@@ -90,7 +90,9 @@ class TrainConfig(Section):
     batch: int = Field(32, ge=1, description="rows of a global batch, over all ranks and micro-batches")
     micro_batch: int | None = Field(None, ge=1, description="rows a rank handles at once; default: all its rows")
     seed: int = Field(0, ge=0, description="seed of initialisation, data order, masks and dropout")
-    precision: Precision = Field("auto", description="auto: fp16 on CUDA, bf16 on a CPU with bf16 arithmetic, else fp32")
+    precision: Precision = Field(
+        "auto", description="auto: fp16 on CUDA, bf16 on a CPU with bf16 arithmetic, else fp32"
+    )
     max_hours: float | None = Field(None, gt=0, description="stop (resumable) after this many hours")
     lr: float = Field(1e-3, gt=0, description="peak learning rate")
     schedule: Literal["inverse_sqrt", "constant"] = Field(
@@ -105,6 +107,32 @@ class TrainConfig(Section):
     epoch_steps: int = Field(100, ge=1, description="steps between evaluations (the paper's epoch: 10000)")
     save_steps: int | None = Field(None, ge=1, description="steps between checkpoints; default: every epoch")
     keep: int = Field(2, ge=1, description="newest checkpoints kept, beside the best")
+
+
+class MetaConfig(Section):
+    """The meta step of the meta_* variants (paper section 4, Algorithm 1, appendix B)."""
+
+    beta: float | None = Field(
+        None, gt=0, description="step of the lookahead (Eq. 3); default: the current learning rate"
+    )
+    lookahead: Literal["sgd", "adam"] = Field(
+        "sgd", description="rule of the lookahead: the paper's, or Adam's own step"
+    )
+    order: Literal["phi_first", "theta_first"] = Field(
+        "phi_first", description="Algorithm 1's order, or that of the authors' released code"
+    )
+    terms: Literal["both", "direct"] = Field("both", description="direct: leave the second-order term out (a control)")
+    difference: Literal["central", "one_sided"] = Field("central", description="finite difference of Eq. 8")
+    radius: Literal["auto"] | Annotated[float, Field(gt=0, le=0.5)] = Field(
+        "auto", description="displacement |e v| / |theta| of Eq. 8: 'auto' (controlled online), or a number"
+    )
+    check_every: int = Field(100, ge=0, description="steps between self-checks of the difference; 0 switches them off")
+    batch: int | None = Field(None, ge=1, description="global rows of the validation loss; default train.batch")
+    languages_per_step: int | None = Field(
+        None, ge=2, description="languages of the validation loss in a step (unbiased); default: all"
+    )
+    every: int = Field(1, ge=1, description="only every k-th step is a meta step")
+    between: Literal["freeze", "plain"] = Field("freeze", description="language modules in the steps between")
 
 
 class ParallelConfig(Section):
@@ -129,12 +157,21 @@ class RunConfig(Section):
     variant: Variant = Field("adpt", description="which module is language-specific (paper, table 2)")
     output: str | None = Field(None, description="folder of checkpoints and summary; default runs/<name>-<time>")
     resume: str = Field("", description="'auto': continue from the newest checkpoint in output; or a checkpoint folder")
+    treatment: Literal["none", "pcgrad"] = Field(
+        "none", description="pcgrad: project conflicting languages' gradients (joint training, data.mixed=true)"
+    )
     init: str | None = Field(None, description="start from this checkpoint's weights; missing adapters are added")
     model: ModelConfig = ModelConfig()  # type: ignore[call-arg]
     data: DataConfig = DataConfig()  # type: ignore[call-arg]
     train: TrainConfig = TrainConfig()  # type: ignore[call-arg]
+    meta: MetaConfig = MetaConfig()  # type: ignore[call-arg]
     parallel: ParallelConfig = ParallelConfig()  # type: ignore[call-arg]
     tracking: TrackingConfig = TrackingConfig()  # type: ignore[call-arg]
+
+    @property
+    def routing(self) -> str:
+        """The variant's architecture: which module is language-specific, however it is trained."""
+        return self.variant.removeprefix("meta_")
 
     @model_validator(mode="after")
     def _consistent(self) -> RunConfig:
@@ -149,10 +186,24 @@ class RunConfig(Section):
         for key, value in (("model.heads", self.model.heads), ("model.ffn", self.model.ffn)):
             if value % tensor:
                 raise ValueError(f"{key}={value} is not divisible by parallel.tensor={tensor}: change one of them")
-        if self.variant in ("adpt", "share_adpt") and self.model.adapter_width % tensor:
+        if self.variant.endswith("adpt") and self.model.adapter_width % tensor:
             raise ValueError(
                 f"adapter bottleneck {self.model.adapter_width} is not divisible by parallel.tensor={tensor}: "
                 "set model.adapter to a multiple of it"
+            )
+        if self.variant.startswith("meta_"):
+            if len(languages) == 1:
+                raise ValueError(
+                    f"variant={self.variant} needs two languages or more, languages has one: use variant=mono"
+                )
+            if self.data.mixed:
+                raise ValueError(
+                    f"variant={self.variant} trains one language a step (Algorithm 1): set data.mixed=false"
+                )
+        if self.treatment == "pcgrad" and not (self.data.mixed and self.variant in ("joint", "share_adpt")):
+            raise ValueError(
+                f"treatment=pcgrad compares languages inside a step: set data.mixed=true (now {self.data.mixed}) and "
+                f"variant=joint or share_adpt (now {self.variant})"
             )
         if self.resume and self.resume != "auto" and self.init:
             raise ValueError("resume and init exclude each other: resume continues a run, init starts a new one")

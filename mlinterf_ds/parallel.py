@@ -92,8 +92,7 @@ def start(tensor: int = 1, address: str | None = None) -> Layout:
     if not dist.is_initialized():
         backend = "gloo" if accelerator.device_name() == "cpu" else accelerator.communication_backend_name()
         address = address or rendezvous()
-        where = {} if address == "env://" else {"rank": rank, "world_size": world}
-        dist.init_process_group(backend, init_method=address, timeout=TIMEOUT, **where)
+        dist.init_process_group(backend, init_method=address, timeout=TIMEOUT, rank=rank, world_size=world)
     parallel_state.initialize_model_parallel(tensor_model_parallel_size=tensor)
     return Layout(rank, world, tensor)
 

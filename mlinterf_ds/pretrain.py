@@ -19,9 +19,12 @@ from tqdm import tqdm
 from mlinterf_ds import command, parallel
 from mlinterf_ds.config import RunConfig
 from mlinterf_ds.data.corpus import Corpus
-from mlinterf_ds.data.stream import EvaluationSet, TrainStream, prefetch
+from mlinterf_ds.data.masking import Batch
+from mlinterf_ds.data.stream import EvaluationSet, TrainStream, ValidationStream, prefetch
 from mlinterf_ds.engine import checkpoint
 from mlinterf_ds.engine.engine import Engine
+from mlinterf_ds.engine.meta_step import AGREEMENT, MetaStep
+from mlinterf_ds.engine.pcgrad import pcgrad_step
 from mlinterf_ds.engine.precision import DTYPES, choose_precision, read_json, rows_per_rank
 from mlinterf_ds.engine.throughput import flops_per_row, peak_flops
 from mlinterf_ds.errors import UserError
@@ -169,7 +172,7 @@ class Job:
         }
         model = Encoder(
             config.model,
-            variant=config.variant,
+            variant=config.routing,
             languages=self.languages,
             vocabulary=corpus.vocabulary_size,
             positions=data.sequence_length,
@@ -177,6 +180,7 @@ class Job:
         )
         self.parameters = sum(p.numel() for p in model.parameters()) * layout.tensor
         self.engine = Engine(model, config, deepspeed_json, precision, layout)
+        self._prepare_meta()
         self.history: dict[str, list[tuple[int, float]]] = {language: [] for language in self.languages}
         self.best, self.seconds, self.run_id = math.inf, 0.0, None
         self.tracker, self.tracker_open = Tracker.off(), False
@@ -184,6 +188,28 @@ class Job:
         masked = self.stream.batch(0, 0, 1).positions.shape[1]
         self.row_flops = flops_per_row(config, corpus.vocabulary_size, masked)
         self.peak = peak_flops(self.engine.device, DTYPES[precision]) * layout.world
+
+    def _prepare_meta(self) -> None:
+        """The meta variants' step, and the stream of their validation loss."""
+        config = self.config
+        self.meta: MetaStep | None = None
+        if not config.variant.startswith("meta_"):
+            return
+        if len(self.languages) < 2:
+            raise UserError(f"variant={config.variant} needs two languages or more, here is only {self.languages[0]}")
+        self.meta = MetaStep(self.engine, config.meta)
+        self.meta_rows = config.meta.batch or config.train.batch
+        if self.meta_rows % self.layout.data:
+            raise UserError(f"meta.batch={self.meta_rows} is not divisible by {self.layout.data} data-parallel ranks")
+        self.validation = ValidationStream(
+            self.corpus,
+            self.languages,
+            rows=self.meta_rows,
+            length=config.data.sequence_length,
+            seed=config.train.seed,
+            languages_per_step=config.meta.languages_per_step,
+            mask_share=config.data.mask,
+        )
 
     # -- state ---------------------------------------------------------------------------------------------------
 
@@ -200,6 +226,8 @@ class Job:
         state = checkpoint.load(path, self.engine)
         self.history = {language: [tuple(p) for p in points] for language, points in state["history"].items()}
         self.best, self.seconds, self.run_id = state["best"], state["seconds"], state["run_id"]
+        if self.meta and not self.meta.radius.fixed:
+            self.meta.radius.radius = state["radius"]
         if self.first:
             print(f"resumed from {path} at step {self.engine.step}", flush=True)
 
@@ -231,17 +259,32 @@ class Job:
             "best": self.best,
             "seconds": self.seconds,
             "run_id": self.tracker.run_id,
+            "radius": self.meta.radius.radius if self.meta else None,
         }
         files = {"tokenizer.model": self.corpus.folder / "tokenizer.model"}
         return checkpoint.save(self.output, self.engine, state, files, self.config.train.keep)
 
     # -- training ------------------------------------------------------------------------------------------------
 
-    def batches(self) -> Iterator[list[Any]]:
-        """This rank's micro-batches of every step to come."""
+    def batches(self) -> Iterator[tuple[list[Batch], list[Batch]]]:
+        """This rank's micro-batches of every step to come: training, and (in a meta step) validation."""
         slices = self.engine.slices(self.config.train.batch)
         for step in range(self.engine.step, self.config.train.steps):
-            yield [self.stream.batch(step, start, stop) for start, stop in slices]
+            train = [self.stream.batch(step, start, stop) for start, stop in slices]
+            validation: list[Batch] = []
+            if self.meta and step % self.config.meta.every == 0:
+                (language,) = train[0].step_languages
+                rows = self.engine.slices(self.meta_rows)
+                validation = [self.validation.batch(step, language, start, stop) for start, stop in rows]
+            yield train, validation
+
+    def step(self, train: list[Batch], validation: list[Batch]) -> dict[str, float]:
+        """One step of the run's variant."""
+        if self.meta:
+            return self.meta.step(train, validation)
+        if self.config.treatment == "pcgrad":
+            return pcgrad_step(self.engine, train, self.config.train.seed)
+        return self.engine.train_step(train)
 
     def train(self, signals: command.Signals) -> dict[str, Any]:
         """The loop: steps, evaluations, checkpoints; ends with the summary."""
@@ -252,14 +295,19 @@ class Job:
         bar = tqdm(total=config.train.steps, initial=engine.step, disable=not self.first, unit="step", mininterval=1)
         stopped, clock, started_at, saved = "", time.perf_counter(), engine.step, -1
         before = self.seconds
-        for batches in prefetch(self.batches()):
-            facts = engine.train_step(batches)
+        for train, validation in prefetch(self.batches()):
+            facts = self.step(train, validation)
             step, self.seconds = engine.step, before + time.perf_counter() - clock
             rate = (step - started_at) * config.train.batch * config.data.sequence_length / (self.seconds - before)
             bar.set_postfix_str(f"loss {facts['loss']:.3f}, {rate:,.0f} tokens/s", refresh=False)
             bar.update()
-            if step % LOG_STEPS == 0 or step == config.train.steps:
+            if step % LOG_STEPS == 0 or step == config.train.steps or "meta/self_check" in facts:
                 self._log_step(facts, step, rate)
+            if self.first and facts.get("meta/self_check", 1.0) < AGREEMENT:
+                tqdm.write(
+                    f"warning: step {step}: the finite difference is noise (two radii agree to a cosine of "
+                    f"{facts['meta/self_check']:.2f} only): see meta/radius and meta/change in MLflow"
+                )
             if step % config.train.epoch_steps == 0 or step == config.train.steps:
                 self.evaluate()
             if step % (config.train.save_steps or config.train.epoch_steps) == 0 or step == config.train.steps:
@@ -331,7 +379,8 @@ class Job:
             name=self.output.name,
             folder=self.output,
             parameters=config.model_dump() | {"languages": ",".join(self.languages)},
-            tags=facts | {"variant": config.variant, "languages": ",".join(self.languages), "seed": str(config.train.seed)},
+            tags=facts
+            | {"variant": config.variant, "languages": ",".join(self.languages), "seed": str(config.train.seed)},
             run_id=self.run_id,
         )
         self.tracker_open = True
@@ -366,9 +415,7 @@ class Job:
                 language: found.bits_per_character(math.log(self.history[language][-1][1]))
                 for language, found in self.evaluation.items()
             },
-            "unigram_perplexity": {
-                language: found.unigram_perplexity() for language, found in self.evaluation.items()
-            },
+            "unigram_perplexity": {language: found.unigram_perplexity() for language, found in self.evaluation.items()},
             "finished": not stopped,
         }
         if self.first:

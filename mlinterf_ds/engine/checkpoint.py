@@ -152,7 +152,9 @@ def find(path: str | Path, prefer: str = "newest") -> Path:
     if prefer == "best" and best in found:
         return best
     if not found:
-        raise UserError(f"{folder}: no checkpoint here; expected a run's output folder or one of its checkpoints/step-*")
+        raise UserError(
+            f"{folder}: no checkpoint here; expected a run's output folder or one of its checkpoints/step-*"
+        )
     return found[-1]
 
 

@@ -29,23 +29,19 @@ PATIENCE = 25  # steps skipped in a row before a run is declared lost
 class Rows(Protocol):
     """What the engine needs of a batch; the model reads the rest."""
 
-    languages: Tensor  # (rows,)
-    step_languages: tuple[int, ...]
-
+    @property
+    def languages(self) -> Tensor: ...  # (rows,)
+    @property
+    def step_languages(self) -> tuple[int, ...]: ...
     def to(self, device: torch.device) -> Any: ...
 
 
-class RoutedModel(Protocol):
-    """What the engine needs of a model: `model(batch)` gives (weighted loss, nll of every masked position)."""
-
-    languages: tuple[str, ...]
-
-    def language_parameters(self) -> dict[str, dict[str, nn.Parameter]]: ...
-    def shared_parameters(self) -> dict[str, nn.Parameter]: ...
-
-
 class Engine:
-    """Holds the model, its spaces (shared, and one a language), their AdamW states and the counters."""
+    """Holds the model, its spaces (shared, and one a language), their AdamW states and the counters.
+
+    The model: `model(batch)` gives (weighted loss, nll of every masked position); it has `languages`,
+    `language_parameters()` and `shared_parameters()`.
+    """
 
     def __init__(self, model: Any, config: RunConfig, deepspeed_json: dict[str, Any], precision: str, layout: Layout):
         import deepspeed
@@ -104,9 +100,9 @@ class Engine:
         first, size = self.layout.data_rank * mine, min(self.micro, mine)
         return [(first + start, first + min(start + size, mine)) for start in range(0, mine, size)]
 
-    def train_step(self, batches: Sequence[Rows]) -> dict[str, float]:
-        """One ordinary update of the shared parameters and of the step's languages; the step's facts."""
-        spaces = self.active(batches[0].step_languages)
+    def train_step(self, batches: Sequence[Rows], spaces: Sequence[Space] | None = None) -> dict[str, float]:
+        """One ordinary update of `spaces` (the shared parameters and the step's languages); the step's facts."""
+        spaces = self.active(batches[0].step_languages) if spaces is None else spaces
         sums = self.accumulate(batches, spaces)
         gradients = [space.gradient() for space in spaces]
         norm, losses = self._reduce(spaces, gradients, sums)
@@ -124,6 +120,10 @@ class Engine:
         """The spaces that a step over these languages trains: the shared one first."""
         names = [SHARED, *(self.languages[index] for index in step_languages)]
         return [self.spaces[name] for name in names if name in self.spaces]
+
+    def name_of(self, space: Space) -> str:
+        """'shared' or the language of a space."""
+        return next(name for name, found in self.spaces.items() if found is space)
 
     def accumulate(self, batches: Sequence[Rows], spaces: Sequence[Space]) -> Tensor:
         """Forward and backward over this rank's micro-batches; only the gradients of `spaces` are computed.
@@ -191,8 +191,7 @@ class Engine:
         """AdamW on one space's shards by factor * gradient, then its working weights."""
         if factor != 1.0:
             gradient = [piece.mul_(factor) for piece in gradient]
-        name = next(name for name, found in self.spaces.items() if found is space)
-        apply(self.optimizers[name], space.masters, gradient, lr)
+        apply(self.optimizers[self.name_of(space)], space.masters, gradient, lr)
         space.write()
 
     @torch.no_grad()

@@ -26,7 +26,9 @@ def read_json(path: str | Path) -> dict[str, Any]:
         raise UserError(f"{path}: expected a JSON object, found {type(found).__name__}")
     for section in ("optimizer", "scheduler"):
         if section in found:
-            raise UserError(f"{path}: remove '{section}': the run configuration decides it (train.lr, train.schedule, ...)")
+            raise UserError(
+                f"{path}: remove '{section}': the run configuration decides it (train.lr, train.schedule, ...)"
+            )
     return found
 
 
@@ -48,8 +50,8 @@ def choose_precision(wanted: str, found: dict[str, Any]) -> tuple[str, str]:
     forced = [name for name, enabled in switches.items() if enabled is True]
     refused = [name for name, enabled in switches.items() if enabled is False]
     if len(forced) > 1:
-        raise UserError("DeepSpeed's JSON enables fp16 and bf16 at once: leave one, or set both to \"auto\"")
-    if wanted != "auto" and (forced and forced[0] != wanted or wanted in refused):
+        raise UserError('DeepSpeed\'s JSON enables fp16 and bf16 at once: leave one, or set both to "auto"')
+    if wanted != "auto" and ((forced and forced[0] != wanted) or wanted in refused):
         said = f"{forced[0]}.enabled=true" if forced else f"{wanted}.enabled=false"
         raise UserError(f'train.precision={wanted} contradicts {said} in DeepSpeed\'s JSON: set the JSON to "auto"')
     device = accelerator.device_name()

@@ -140,8 +140,8 @@ class FlatSpace(Space):
         self._arrived: list[dict[str, Tensor]] = [{} for _ in self._buckets]
         for number, names in enumerate(self._buckets):
             for name in names:
-                parameter = self.parameters[name].requires_grad_(True)
-                parameter.register_post_accumulate_grad_hook(self._hook(number, name))
+                self.parameters[name].requires_grad_(True)
+                self.parameters[name].register_post_accumulate_grad_hook(self._hook(number, name))
                 self._slice(name, self.masters[0].detach()).copy_(self._local_slice(name))
 
     def _slice(self, name: str, flat: Tensor) -> Tensor:
@@ -334,9 +334,7 @@ class Zero3Space(Space):
                 width, numel, name = parameter.partition_numel(), parameter.ds_numel, names[id(parameter)]
                 start = min(numel, self.index * width)
                 length = min(width, numel - start)
-                self.segments.append(
-                    Segment(name, tuple(parameter.ds_shape), start, length, shard, offset, dims[name])
-                )
+                self.segments.append(Segment(name, tuple(parameter.ds_shape), start, length, shard, offset, dims[name]))
                 offset += width
         self._count(tensor_rank)
 

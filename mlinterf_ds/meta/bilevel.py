@@ -90,11 +90,12 @@ class AdamLookahead:
     def pull_back(self, gradient: Vector, cotangent: Vector) -> Vector:
         c1 = (1 - self.beta1) / (1 - self.beta1**self.step_number)
         c2 = (1 - self.beta2) / (1 - self.beta2**self.step_number)
-        tiny = torch.finfo(gradient[0].dtype).tiny
-        return [
-            cotangent_ * (c1 / (root + self.eps) - c2 * g * m / (root.clamp_min(tiny) * (root + self.eps) ** 2))
-            for cotangent_, (g, m, root) in zip(cotangent, self._moments(gradient), strict=True)
-        ]
+        result = []
+        for piece, (g, m, root) in zip(cotangent, self._moments(gradient), strict=True):
+            slope = c1 / (root + self.eps)
+            bend = c2 * g * m / (root * (root + self.eps) ** 2)  # 0 / 0 where no gradient ever came
+            result.append(piece * torch.where(root > 0, slope - bend, slope))
+        return result
 
 
 @dataclass(frozen=True)
@@ -200,7 +201,7 @@ class RadiusControl:
     target: float = 0.3
     fixed: bool = False
 
-    LOW, HIGH = 1e-6, 3e-2
+    LOW, HIGH = 1e-6, 0.3
 
     def update(self, change: float) -> None:
         """After a difference that changed the gradient by this much."""

@@ -10,9 +10,10 @@ import torch
 
 from mlinterf_ds import parallel
 from mlinterf_ds.config import RunConfig, load_config
-from mlinterf_ds.data.stream import TrainStream
+from mlinterf_ds.data.stream import TrainStream, ValidationStream
 from mlinterf_ds.engine import checkpoint
 from mlinterf_ds.engine.engine import Engine
+from mlinterf_ds.engine.meta_step import MetaStep
 from mlinterf_ds.engine.precision import read_json
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -60,7 +61,7 @@ def make(settings: list[str], json_name: str = "zero1", tensor: int = 1, languag
     )
     model = Encoder(
         config.model,
-        variant=config.variant,
+        variant=config.routing,
         languages=languages,
         vocabulary=corpus.vocabulary_size,
         positions=config.data.sequence_length,
@@ -106,3 +107,33 @@ def weights(folder: str | Path, kind: str = "master") -> dict[str, torch.Tensor]
         dim = next(iter(ranks.values()))[0][0].partition_dim
         found[name] = parts[0] if dim is None else torch.cat(parts, dim)
     return found
+
+
+def train_meta(settings: list[str], json_name: str, tensor: int, out: str, steps: int = 4) -> list[dict[str, float]]:
+    """Meta steps up to `steps`, then save; the facts of every step."""
+    engine, stream, config = make(settings, json_name, tensor)
+    facts = advance_meta(engine, stream, config, MetaStep(engine, config.meta), steps)
+    checkpoint.save(Path(out), engine, {}, {}, keep=9)
+    return facts
+
+
+def advance_meta(
+    engine: Engine, stream: TrainStream, config: RunConfig, meta: MetaStep, until: int
+) -> list[dict[str, float]]:
+    """Meta steps up to step `until`; their facts."""
+    rows = config.meta.batch or config.train.batch
+    validation = ValidationStream(
+        Made(stream.languages),
+        stream.languages,
+        rows=rows,
+        length=config.data.sequence_length,
+        seed=config.train.seed,
+        languages_per_step=config.meta.languages_per_step,
+    )
+    facts = []
+    while engine.step < until:
+        train = [stream.batch(engine.step, *slice_) for slice_ in engine.slices(config.train.batch)]
+        (language,) = train[0].step_languages
+        held_out = [validation.batch(engine.step, language, *slice_) for slice_ in engine.slices(rows)]
+        facts.append(meta.step(train, held_out))
+    return facts

@@ -1,0 +1,219 @@
+"""What a rank of a meta test runs: the engine's quantities beside exact double backward in float64."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from mlinterf_ds.data.stream import ValidationStream
+from mlinterf_ds.engine.engine import SHARED, Engine
+from mlinterf_ds.engine.meta_step import MetaStep, WholeSpace
+from mlinterf_ds.engine.optimizer import learning_rate
+from mlinterf_ds.engine.zero import Vector
+from mlinterf_ds.meta.bilevel import AdamLookahead, GradientDescent, mixed_product
+from mlinterf_ds.meta.local import LocalSpace, exact_hypergradient, exact_mixed_product, gradients_of
+from mlinterf_ds.model.encoder import Encoder
+from tests.parity import bodies
+
+
+def double(batch: Any) -> Any:
+    return replace(batch, weights=batch.weights.double())
+
+
+class Exact:
+    """A float64 copy of an engine's model, and the losses of one step as functions of its weights."""
+
+    def __init__(self, engine: Engine, batch: Any, held_out: Any):
+        config, model = engine.config, engine.model
+        self.model = Encoder(
+            config.model,
+            variant=config.routing,
+            languages=model.languages,
+            vocabulary=model.vocabulary,
+            positions=config.data.sequence_length,
+        ).double()
+        self.model.twice_differentiable = True
+        self.model.train()
+        with torch.no_grad():
+            masters = flat_weights(engine)
+            for name, parameter in self.model.named_parameters():
+                parameter.copy_(masters[name].view_as(parameter))
+                parameter.requires_grad_(True)
+        self.language = engine.languages[batch.step_languages[0]]
+        self.theta_names = list(self.model.shared_parameters())
+        self.phi_names = list(self.model.language_parameters()[self.language])
+        self.theta = LocalSpace([self.model.get_parameter(name) for name in self.theta_names])
+        self.phi = LocalSpace([self.model.get_parameter(name) for name in self.phi_names])
+        self.train = lambda: self.model(double(batch))[0]
+        self.validation = lambda: self.model(double(held_out))[0]
+
+    def moments(self, engine: Engine) -> AdamLookahead:
+        config = engine.config.train
+        first, second = (gathered(engine, SHARED, kind, self.theta_names) for kind in ("exp_avg", "exp_avg_sq"))
+        space = engine.spaces[SHARED]
+        number = int(engine.optimizers[SHARED].state[space.masters[0]]["step"].item()) + 1
+        return AdamLookahead(first, second, number, config.beta1, config.beta2, config.eps)
+
+
+def flat_weights(engine: Engine) -> dict[str, torch.Tensor]:
+    """Every parameter's fp32 master, whole (one rank)."""
+    return {
+        segment.name: space.masters[segment.shard].detach()[segment.offset : segment.offset + segment.length].double()
+        for space in engine.spaces.values()
+        for segment in space.segments
+    }
+
+
+def by_name(engine: Engine, space_name: str, vector: Vector) -> dict[str, torch.Tensor]:
+    return {
+        segment.name: vector[segment.shard][segment.offset : segment.offset + segment.length].double()
+        for segment in engine.spaces[space_name].segments
+    }
+
+
+def gathered(engine: Engine, space_name: str, kind: str, names: list[str]) -> Vector:
+    space = engine.spaces[space_name]
+    vector = [engine.optimizers[space_name].state[master][kind] for master in space.masters]
+    found = by_name(engine, space_name, vector)
+    return [found[name] for name in names]
+
+
+def shard(engine: Engine, space_name: str, names: list[str], pieces: Vector) -> Vector:
+    """Named float64 pieces as the engine's fp32 shards."""
+    known = dict(zip(names, pieces, strict=True))
+    space = engine.spaces[space_name]
+    vector = [torch.zeros_like(master, requires_grad=False) for master in space.masters]
+    for segment in space.segments:
+        into = vector[segment.shard][segment.offset : segment.offset + segment.length]
+        into.copy_(known[segment.name].reshape(-1))
+    return vector
+
+
+def batches(engine: Engine, stream: Any, step: int) -> tuple[Any, Any]:
+    """The step's train batch and validation batch, whole."""
+    config = engine.config
+    rows = config.meta.batch or config.train.batch
+    validation = ValidationStream(
+        bodies.Made(stream.languages),
+        stream.languages,
+        rows=rows,
+        length=config.data.sequence_length,
+        seed=config.train.seed,
+    )
+    batch = stream.batch(step)
+    return batch, validation.batch(step, batch.step_languages[0])
+
+
+def mixed_products(settings: list[str], warm: int, lookahead: str, difference: str) -> dict[str, float]:
+    """Cosine and relative error of the engine's mixed product against double backward, after `warm` plain steps."""
+    engine, stream, config = bodies.make(settings, "zero1")
+    bodies.advance(engine, stream, config, warm)
+    batch, held_out = batches(engine, stream, engine.step)
+    exact = Exact(engine, batch, held_out)
+    rule = GradientDescent() if lookahead == "sgd" else exact.moments(engine)
+    (descent,) = gradients_of(exact.train)([exact.theta])
+    with exact.theta.displaced(rule.step(descent), -learning_rate(config.train, engine.updates + 1)):
+        (value,) = gradients_of(exact.validation)([exact.theta])
+    v = rule.pull_back(descent, value)
+    wanted = torch.cat(exact_mixed_product(exact.train, exact.theta, exact.phi, v))
+    meta = MetaStep(engine, config.meta)
+    theta, phi = WholeSpace(engine.spaces[SHARED]), WholeSpace(engine.spaces[exact.language])
+    direction = shard(engine, SHARED, exact.theta_names, v)
+
+    def train(spaces: Any) -> list[Vector]:
+        engine.accumulate([batch], [space.space for space in spaces])
+        return [[piece / engine.scale.value for piece in space.space.gradient()] for space in spaces]
+
+    for _ in range(12):  # let the controller find its radius, as it would over the first steps
+        here = train([phi])[0] if difference == "one_sided" else None
+        found, change = mixed_product(train, theta, phi, direction, meta.radius.radius, here)
+        used = meta.radius.radius
+        meta.radius.update(change)
+    named = by_name(engine, exact.language, found)
+    ours = torch.cat([named[name] for name in exact.phi_names])
+    return {
+        "cosine": torch.nn.functional.cosine_similarity(ours, wanted, dim=0).item(),
+        "error": ((ours - wanted).norm() / wanted.norm()).item(),
+        "radius": used,
+        "change": change,
+    }
+
+
+def local_mixed_products(settings: list[str], lookahead: str, radius: float) -> float:
+    """Relative error of the central difference itself, float64 throughout (the algorithm file on LocalSpaces)."""
+    engine, stream, config = bodies.make(settings, "zero0")
+    bodies.advance(engine, stream, config, 3)
+    batch, held_out = batches(engine, stream, engine.step)
+    exact = Exact(engine, batch, held_out)
+    rule = GradientDescent() if lookahead == "sgd" else exact.moments(engine)
+    (descent,) = gradients_of(exact.train)([exact.theta])
+    with exact.theta.displaced(rule.step(descent), -0.01):
+        (value,) = gradients_of(exact.validation)([exact.theta])
+    v = rule.pull_back(descent, value)
+    wanted = torch.cat(exact_mixed_product(exact.train, exact.theta, exact.phi, v))
+    found, _ = mixed_product(gradients_of(exact.train), exact.theta, exact.phi, v, radius)
+    return ((torch.cat(found) - wanted).norm() / wanted.norm()).item()
+
+
+def whole_step(settings: list[str]) -> dict[str, float]:
+    """The largest error of theta and phi after engine meta steps, against a float64 step with double backward."""
+    engine, stream, config = bodies.make(settings, "zero1")
+    meta = MetaStep(engine, config.meta)
+    bodies.advance_meta(engine, stream, config, meta, 2)
+    batch, held_out = batches(engine, stream, engine.step)
+    exact = Exact(engine, batch, held_out)
+    lr = learning_rate(config.train, engine.updates + 1)
+    beta = config.meta.beta or lr
+    rule = GradientDescent() if config.meta.lookahead == "sgd" else exact.moments(engine)
+    updates = {name: local_adamw(engine, name, exact, lr) for name in (SHARED, exact.language)}
+
+    def phase_1() -> None:
+        h = exact_hypergradient(exact.train, exact.validation, exact.theta, exact.phi, lookahead=rule, beta=beta)
+        updates[exact.language](h)
+
+    def phase_2() -> None:
+        updates[SHARED](gradients_of(exact.train)([exact.theta])[0])
+        if config.meta.order == "theta_first" and config.meta.lookahead == "adam":
+            raise AssertionError("not compared: the lookahead's moments have moved")
+
+    before = {name: value.clone() for name, value in flat_weights(engine).items()}
+    for phase in (phase_1, phase_2) if config.meta.order == "phi_first" else (phase_2, phase_1):
+        phase()
+    meta.step([batch], [held_out])
+    after = flat_weights(engine)
+    errors = {}
+    for what, names in (("theta", exact.theta_names), ("phi", exact.phi_names)):
+        moved = torch.cat([exact.model.get_parameter(name).detach().reshape(-1) - before[name] for name in names])
+        ours = torch.cat([after[name] - before[name] for name in names])
+        errors[what] = ((ours - moved).norm() / moved.norm()).item()
+    return errors
+
+
+def local_adamw(engine: Engine, space_name: str, exact: Exact, lr: float) -> Any:
+    """torch's AdamW in float64 on the copy, continuing from the engine's moments."""
+    names = exact.theta_names if space_name == SHARED else exact.phi_names
+    parameters = [exact.model.get_parameter(name) for name in names]
+    train = engine.config.train
+    optimizer = torch.optim.AdamW(
+        parameters, lr=lr, betas=(train.beta1, train.beta2), eps=train.eps, weight_decay=train.weight_decay
+    )
+    master = engine.spaces[space_name].masters[0]
+    steps = engine.optimizers[space_name].state[master]["step"].item()
+    moments = {kind: gathered(engine, space_name, kind, names) for kind in ("exp_avg", "exp_avg_sq")}
+    for index, parameter in enumerate(parameters):
+        optimizer.state[parameter] = {"step": torch.tensor(float(steps))} | {
+            kind: found[index].view_as(parameter).clone() for kind, found in moments.items()
+        }
+
+    def update(gradient: Vector) -> None:
+        length = torch.cat(gradient).norm()
+        factor = min(1.0, train.clip / (length.item() + 1e-6)) if train.clip else 1.0
+        for parameter, piece in zip(parameters, gradient, strict=True):
+            parameter.grad = piece.view_as(parameter) * factor
+        optimizer.step()
+        for parameter in exact.model.parameters():
+            parameter.grad = None
+
+    return update
