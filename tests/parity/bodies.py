@@ -44,11 +44,20 @@ class Made:
         return tokens.astype(np.int64)
 
 
-def make(settings: list[str], json_name: str = "zero1", tensor: int = 1, languages: tuple[str, ...] = LANGUAGES) -> Any:
-    """(engine, stream, config) on the ranks that run this."""
+def make(
+    settings: list[str],
+    json_name: str = "zero1",
+    tensor: int = 1,
+    languages: tuple[str, ...] = LANGUAGES,
+    bucket: int | None = None,
+) -> Any:
+    """(engine, stream, config) on the ranks that run this; bucket: elements DeepSpeed reduces at once."""
     from mlinterf_ds.model.encoder import Encoder
 
     layout = parallel.relayout(tensor)
+    from deepspeed.accelerator import get_accelerator
+
+    get_accelerator().is_fp16_supported = lambda: True  # this CPU is slow at it, which a tiny model does not feel
     config = load_config([], [*TINY, f"parallel.tensor={tensor}", *settings])
     corpus = Made(languages)
     stream = TrainStream(
@@ -68,6 +77,10 @@ def make(settings: list[str], json_name: str = "zero1", tensor: int = 1, languag
         seed=config.train.seed,
     )
     found = read_json(REPOSITORY / "ds_configs" / f"{json_name}.json")
+    if bucket:
+        found["zero_optimization"] |= {"reduce_bucket_size": bucket, "allgather_bucket_size": bucket}
+        if json_name == "zero3":  # weights are gathered ahead only as far as this
+            found["zero_optimization"] |= {"stage3_prefetch_bucket_size": bucket, "stage3_max_live_parameters": bucket}
     return Engine(model, config, found, config.train.precision, layout), stream, config
 
 
@@ -137,3 +150,22 @@ def advance_meta(
         held_out = [validation.batch(engine.step, language, *slice_) for slice_ in engine.slices(rows)]
         facts.append(meta.step(train, held_out))
     return facts
+
+
+def radius_after(settings: list[str], json_name: str, tensor: int, steps: int) -> float:
+    """The controlled radius after `steps` meta steps (Job keeps it in run.json)."""
+    engine, stream, config = make(settings, json_name, tensor)
+    meta = MetaStep(engine, config.meta)
+    advance_meta(engine, stream, config, meta, steps)
+    return meta.radius.radius
+
+
+def resumed_meta(
+    settings: list[str], json_name: str, tensor: int, source: str, radius: float, steps: int
+) -> list[dict[str, float]]:
+    """Continue meta training from a checkpoint folder up to `steps`."""
+    engine, stream, config = make(settings, json_name, tensor)
+    checkpoint.load(Path(source), engine)
+    meta = MetaStep(engine, config.meta)
+    meta.radius.radius = radius
+    return advance_meta(engine, stream, config, meta, steps)

@@ -217,3 +217,169 @@ def local_adamw(engine: Engine, space_name: str, exact: Exact, lr: float) -> Any
             parameter.grad = None
 
     return update
+
+
+def state_of(engine: Engine, name: str) -> list[torch.Tensor]:
+    space = engine.spaces[name]
+    kept = [t for master in space.masters for t in engine.optimizers[name].state[master].values()]
+    return [tensor.detach().clone() for tensor in (*space.masters, *kept)]
+
+
+def same(left: list[torch.Tensor], right: list[torch.Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(left, right, strict=True))
+
+
+def what_moves(settings: list[str], json_name: str) -> tuple[int, bool]:
+    """(languages whose state changed in a meta step, whether theta changed before phase 2)."""
+    from mlinterf_ds.engine import meta_step
+
+    engine, stream, config = bodies.make(settings, json_name)
+    meta = MetaStep(engine, config.meta)
+    bodies.advance_meta(engine, stream, config, meta, 2)
+    before = {name: state_of(engine, name) for name in engine.spaces}
+    seen: list[bool] = []
+    phase_2 = meta_step._Run.phase_2
+
+    def watched(run: Any) -> None:
+        seen.append(not same(before[SHARED], state_of(engine, SHARED)))
+        phase_2(run)
+
+    meta_step._Run.phase_2 = watched  # type: ignore[method-assign]
+    try:
+        bodies.advance_meta(engine, stream, config, meta, 3)
+    finally:
+        meta_step._Run.phase_2 = phase_2  # type: ignore[method-assign]
+    assert len(seen) == 1 and not same(before[SHARED], state_of(engine, SHARED))
+    moved = [name for name in engine.languages if not same(before[name], state_of(engine, name))]
+    return len(moved), seen[0]
+
+
+def overflow(settings: list[str], json_name: str, failing: int) -> dict[str, Any]:
+    """Plant an infinite loss in pass number `failing` of a meta step; what changed."""
+    engine, stream, config = bodies.make(settings, json_name)
+    engine.scale.value, engine.scale.hysteresis, engine.scale.patience, engine.scale.minimum = 1.0, 1, 1, 0.125
+    meta = MetaStep(engine, config.meta)
+    bodies.advance_meta(engine, stream, config, meta, 2)
+    before = {name: state_of(engine, name) for name in engine.spaces}
+    working = {name: p.detach().clone() for name, p in engine.model.named_parameters()}
+    radius, skipped, updates = meta.radius.radius, engine.skipped, engine.updates
+    accumulate, passes = engine.accumulate, []
+
+    def planted(batches_: Any, spaces: Any) -> torch.Tensor:
+        passes.append(len(passes))
+        if passes[-1] == failing:
+            batches_ = [replace(batch, weights=batch.weights * float("inf")) for batch in batches_]
+        return accumulate(batches_, spaces)
+
+    engine.accumulate = planted  # type: ignore[method-assign]
+    batch, held_out = batches(engine, stream, engine.step)
+    meta.step([batch], [held_out])
+    assert len(passes) == failing + 1, "later passes must not run"
+    unchanged = all(same(before[name], state_of(engine, name)) for name in engine.spaces)
+    unchanged &= all(torch.equal(working[name], p) for name, p in engine.model.named_parameters())
+    unchanged &= meta.radius.radius == radius and engine.updates == updates
+    return {"unchanged": unchanged, "skipped": engine.skipped - skipped, "scale": engine.scale.value}
+
+
+def largest_tensor(json_name: str) -> tuple[int, int, int]:
+    """Elements of the largest tensor made inside a meta step, of the smaller group (theta or phi_i), of a shard."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    from mlinterf_ds.engine import zero
+
+    sizes: list[int] = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = function(*args, **(kwargs or {}))
+            made = isinstance(out, torch.Tensor) and out.untyped_storage().size() > 0
+            if made and all(
+                not isinstance(a, torch.Tensor) or a.untyped_storage().data_ptr() != out.untyped_storage().data_ptr()
+                for a in args
+            ):
+                sizes.append(out.untyped_storage().nbytes() // out.element_size())
+            return out
+
+    bucket, zero.BUCKET = zero.BUCKET, 2000
+    settings = ["variant=meta_ffn", "model.width=64", "model.ffn=144", "model.layers=4", "train.batch=4"]
+    try:
+        engine, stream, config = bodies.make(settings, json_name, bucket=2000)
+        meta = MetaStep(engine, config.meta)
+        bodies.advance_meta(engine, stream, config, meta, 2)
+        _, held_out = batches(engine, stream, engine.step)
+        slices = engine.slices(4)
+        with Watch():
+            meta.step([stream.batch(engine.step, *s) for s in slices], [held_out])
+    finally:
+        zero.BUCKET = bucket
+    groups = [engine.model.shared_parameters(), *engine.model.language_parameters().values()]
+    whole = [sum(zero.shape_numel(tuple(getattr(p, "ds_shape", p.shape))) for p in group.values()) for group in groups]
+    return max(sizes), min(whole[0], whole[1]), max(whole) // 2
+
+
+def subsets_error(settings: list[str]) -> float:
+    """Relative difference of the mean direct and mixed terms over all pairs of languages and the full estimate."""
+    from mlinterf_ds.engine.meta_step import _Run
+
+    settings = [*settings, "meta.batch=6", "train.lr=0.003"]
+    engine, stream, config = bodies.make(settings, "zero1")
+    bodies.advance(engine, stream, config, 3)
+    meta = MetaStep(engine, config.meta)
+    batch = stream.batch(engine.step)
+    (language,) = batch.step_languages
+    # The same two rows of every language, whatever subset is drawn: only the weights differ.
+    validation = ValidationStream(
+        bodies.Made(), stream.languages, rows=6, length=config.data.sequence_length, seed=0
+    ).batch(0, language)
+    count = len(engine.languages)
+
+    def gradient(weights: dict[int, float]) -> torch.Tensor:
+        factors = torch.tensor([weights.get(int(j), 0.0) * count for j in validation.languages])
+        weighted = replace(validation, weights=validation.weights * factors.view(-1, 1))
+        run = _Run(meta, [batch], [weighted], engine.languages[language], 0.01, {})
+        value, direct = run.validation([run.theta, run.phi])
+        return torch.cat([*value, *direct]).double()
+
+    full = gradient(dict.fromkeys(range(count), 1 / count))
+    others = [other for other in range(count) if other != language]
+    plans = [ValidationStream(bodies.Made(), stream.languages, rows=6, length=16, seed=0, languages_per_step=2)]
+    weights = {}
+    for step in range(40):
+        chosen, scale, _ = plans[0].plan(step, language)
+        (other,) = [int(c) for c in chosen if c != language]
+        weights[other] = {int(c): float(w) for c, w in zip(chosen, scale, strict=True)}
+    assert sorted(weights) == others, "every subset is drawn"
+    mean = sum(gradient(weights[other]) for other in others) / len(others)
+    return ((mean - full).norm() / full.norm()).item()
+
+
+def routed_names(languages: tuple[str, ...]) -> set[str]:
+    """Languages whose own parameters, and no other's, move in a step on them."""
+    engine, stream, config = bodies.make(["variant=meta_adpt"], "zero1", languages=languages)
+    meta = MetaStep(engine, config.meta)
+    right = set()
+    for _ in range(200):
+        batch, held_out = batches(engine, stream, engine.step)
+        name = languages[batch.step_languages[0]]
+        if name in right:
+            engine.skipped += 1  # on to the next batch
+            continue
+        before = {other: state_of(engine, other) for other in languages}
+        meta.step([batch], [held_out])
+        moved = [other for other in languages if not same(before[other], state_of(engine, other))]
+        assert moved == [name], (name, moved)
+        right.add(name)
+        if len(right) == len(languages):
+            break
+    return right
+
+
+def pcgrad_facts(settings: list[str], json_name: str, tensor: int) -> list[dict[str, float]]:
+    from mlinterf_ds.engine.pcgrad import pcgrad_step
+
+    engine, stream, config = bodies.make(settings, json_name, tensor)
+    facts = []
+    while engine.step < 3:
+        train = [stream.batch(engine.step, *slice_) for slice_ in engine.slices(config.train.batch)]
+        facts.append(pcgrad_step(engine, train, 0))
+    return facts

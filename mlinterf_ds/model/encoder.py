@@ -1,0 +1,193 @@
+"""The multilingual encoder: embeddings, pre-norm Transformer with routed modules, masked-language-model head.
+
+Shapes: hidden states (rows, length, width) throughout. Tensor-parallel ranks hold slices of one model; rows, route and
+dropout are the same on all of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from hashlib import blake2b
+from typing import Protocol
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel.layers import VocabParallelEmbedding
+from megatron.core.transformer.transformer_block import TransformerBlock
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from mlinterf_ds.config import ModelConfig
+from mlinterf_ds.errors import UserError
+from mlinterf_ds.model.heads import MaskedHead, cross_entropy, gathered, padded
+from mlinterf_ds.model.layers import block_spec, megatron_config
+from mlinterf_ds.model.routing import Routed, Router
+from mlinterf_ds.parallel import replayed
+
+INITIAL_STD = 0.02  # of weight matrices and embeddings, as BERT and XLM-R
+
+
+class Batch(Protocol):
+    """What a forward pass reads."""
+
+    @property
+    def tokens(self) -> Tensor: ...  # (rows, length) int64
+    @property
+    def positions(self) -> Tensor: ...  # (rows, masked) int64: columns to predict
+    @property
+    def labels(self) -> Tensor: ...  # (rows, masked) int64
+    @property
+    def weights(self) -> Tensor: ...  # (rows, masked) fp32
+    @property
+    def languages(self) -> Tensor: ...  # (rows,) int64: index into the encoder's languages
+    @property
+    def step_languages(self) -> tuple[int, ...]: ...  # of all ranks, ascending
+    @property
+    def dropout_seed(self) -> int: ...
+
+
+class Embeddings(nn.Module):
+    """Word + position (+ language) embeddings, with dropout."""
+
+    def __init__(self, config: TransformerConfig, vocabulary: int, positions: int, languages: int):
+        super().__init__()
+        self.dropout, width = config.hidden_dropout, config.hidden_size
+        group = parallel_state.get_tensor_model_parallel_group()
+        self.word = VocabParallelEmbedding(
+            padded(vocabulary), width, init_method=config.init_method, config=config, tp_group=group
+        )
+        self.position = nn.Embedding(positions, width)
+        self.language = nn.Embedding(languages, width) if languages else None
+
+    def forward(self, tokens: Tensor, languages: Tensor) -> Tensor:
+        """tokens (rows, length), languages (rows,) to (rows, length, width)."""
+        length, most = tokens.shape[1], self.position.num_embeddings
+        if length > most:
+            raise UserError(f"rows of {length} tokens, the model has {most} positions: cut the rows to {most} tokens")
+        hidden = self.word(tokens) + self.position(torch.arange(length, device=tokens.device))
+        if self.language is not None:
+            hidden = hidden + self.language(languages.to(tokens.device))[:, None]
+        return F.dropout(hidden, self.dropout, self.training)
+
+
+class Encoder(nn.Module):
+    """A multilingual masked language model with language-routed modules. `parallel.start` comes first.
+
+    variant: which module is language-specific: none (`mono`, `joint`, `share_adpt`), `ffn`, `attn` or `adpt`.
+    languages: codes, in the order of the indices that batches carry. vocabulary: tokens, before padding.
+    positions: the longest row. Equal seeds give equal weights at any tensor-parallel size, parameter by parameter:
+    what two models share by name does not depend on their other variants' modules or languages.
+    """
+
+    twice_differentiable = False  # for the oracle: torch's cross entropy and plain attention; one rank only
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        variant: str,
+        languages: Sequence[str],
+        vocabulary: int,
+        positions: int,
+        seed: int = 0,
+    ):
+        super().__init__()
+        tensor = parallel_state.get_tensor_model_parallel_world_size()
+        if padded(vocabulary) % tensor:
+            raise UserError(f"parallel.tensor={tensor} does not divide a vocabulary padded to {padded(vocabulary)}")
+        self.config, self.variant, self.vocabulary = config, variant, vocabulary
+        self.router = Router(languages)
+        shape = megatron_config(config, tensor)
+        with replayed(seed):  # building draws default weights: leave the ambient random state alone
+            embedded = len(self.languages) if config.language_embeddings else 0
+            self.embeddings = Embeddings(shape, vocabulary, positions, embedded)
+            self.block = TransformerBlock(shape, block_spec(config, shape, variant, self.router))
+            self.head = MaskedHead(config.width, vocabulary)
+        self._initialise(seed)
+
+    @property
+    def languages(self) -> tuple[str, ...]:
+        return self.router.languages
+
+    @torch.no_grad()
+    def _initialise(self, seed: int) -> None:
+        """Matrices are normal, each from a seed of its own and cut to this rank's slice; biases zero, norms one."""
+        group = parallel_state.get_tensor_model_parallel_group()
+        for name, parameter in self.named_parameters():
+            if parameter.ndim == 1:
+                nn.init.constant_(parameter, 0.0 if name.endswith("bias") else 1.0)
+                continue
+            digest = blake2b(f"{seed} {name}".encode(), digest_size=8).digest()
+            source = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+            dimension, shape = partition_dim(parameter), list(parameter.shape)
+            if dimension is not None:
+                shape[dimension] *= group.size()
+            whole = torch.empty(shape).normal_(0.0, INITIAL_STD, generator=source)
+            parameter.copy_(whole if dimension is None else whole.chunk(group.size(), dimension)[group.rank()])
+
+    def hidden(
+        self, tokens: Tensor, languages: Tensor, step_languages: Sequence[int], padding: Tensor | None = None
+    ) -> Tensor:
+        """Hidden states (rows, length, width) after the final LayerNorm.
+
+        tokens: (rows, length); languages: (rows,); step_languages: those of all ranks' rows, in the order in which all
+        ranks visit them; padding: (rows, length) bool, True = ignore, or None.
+        """
+        route, order = self.router.plan(languages, step_languages)
+        if order is not None:  # group the rows by language; tokens are cheaper to move than hidden states
+            tokens, languages = tokens[order], languages[order]
+            padding = padding[order] if padding is not None else None
+        mask = None if padding is None else ~padding[:, None, None, :]
+        with self.router.following(route):
+            hidden: Tensor = self.block(self.embeddings(tokens, languages), attention_mask=mask)
+        if order is None:
+            return hidden
+        back = torch.tensor(order, device=hidden.device).argsort()
+        return hidden.index_select(0, back)
+
+    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The loss, sum(weights * nll) (a scalar), and the detached nll (rows, masked), both fp32."""
+        with contextlib.ExitStack() as stack:
+            if self.training:
+                stack.enter_context(replayed(batch.dropout_seed))
+            if self.twice_differentiable:
+                stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+            hidden = self.hidden(batch.tokens, batch.languages, batch.step_languages)
+            logits = self.head(at_positions(hidden, batch.positions), self.embeddings.word.weight)
+            nll = cross_entropy(logits, batch.labels, self.twice_differentiable)
+        return (batch.weights * nll).sum(), nll.detach()
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits (..., vocabulary) of hidden states (..., width), gathered over tensor-parallel ranks, fp32."""
+        return gathered(self.head(hidden, self.embeddings.word.weight), self.vocabulary)
+
+    def language_parameters(self) -> dict[str, dict[str, nn.Parameter]]:
+        """Each language's own parameters by full name; empty where nothing is routed."""
+        own: dict[str, dict[str, nn.Parameter]] = {code: {} for code in self.languages}
+        names = {id(parameter): name for name, parameter in self.named_parameters()}
+        for module in self.modules():
+            if isinstance(module, Routed):
+                for code in self.languages:
+                    own[code] |= {names[id(parameter)]: parameter for parameter in module.language(code).parameters()}
+        return own
+
+    def shared_parameters(self) -> dict[str, nn.Parameter]:
+        """All other parameters by full name."""
+        owned = {name for parameters in self.language_parameters().values() for name in parameters}
+        return {name: parameter for name, parameter in self.named_parameters() if name not in owned}
+
+
+def at_positions(hidden: Tensor, positions: Tensor) -> Tensor:
+    """hidden (rows, length, width) at positions (rows, masked): (rows, masked, width)."""
+    starts = torch.arange(len(hidden), device=hidden.device)[:, None] * hidden.shape[1]
+    picked = hidden.flatten(0, 1).index_select(0, (positions + starts).flatten())
+    return picked.view(*positions.shape, hidden.shape[2])
+
+
+def partition_dim(parameter: nn.Parameter) -> int | None:
+    """The dimension along which tensor-parallel ranks hold slices of a parameter; None: each holds all of it."""
+    sharded = getattr(parameter, "tensor_model_parallel", False)  # megatron's mark
+    return getattr(parameter, "partition_dim", None) if sharded else None

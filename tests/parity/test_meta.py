@@ -1,0 +1,163 @@
+"""The meta step against exact double backward in float64, at every layout, and what it must leave alone."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.parity import bodies, meta_bodies
+from tests.ranks import pool
+
+VARIANTS = ["meta_adpt", "meta_ffn", "meta_attn"]
+
+
+@pytest.mark.parametrize("lookahead", ["sgd", "adam"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_mixed_product_in_float64(variant: str, lookahead: str) -> None:
+    """The difference quotient is the derivative: error under 1e-6 at a small fixed radius."""
+    (error,) = pool(1).run(meta_bodies.local_mixed_products, [f"variant={variant}"], lookahead, 1e-5)
+    assert error < 1e-6
+
+
+@pytest.mark.parametrize("warm", [0, 200])
+@pytest.mark.parametrize("lookahead", ["sgd", "adam"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_mixed_product_in_fp32(variant: str, lookahead: str, warm: int) -> None:
+    settings = [f"variant={variant}", "train.lr=0.003"]
+    (found,) = pool(1).run(meta_bodies.mixed_products, settings, warm, lookahead, "central")
+    assert found["cosine"] > 0.999, found
+
+
+@pytest.mark.parametrize("warm", [0, 200])
+@pytest.mark.parametrize("difference, least", [("central", 0.99), ("one_sided", 0.95)])
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_mixed_product_in_16_bit(precision: str, difference: str, least: float, warm: int) -> None:
+    settings = ["variant=meta_adpt", f"train.precision={precision}", f"meta.difference={difference}", "train.lr=0.003"]
+    (found,) = pool(1).run(meta_bodies.mixed_products, settings, warm, "sgd", difference)
+    assert found["cosine"] > least, found
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["variant=meta_adpt"],
+        ["variant=meta_adpt", "meta.order=theta_first"],
+        ["variant=meta_adpt", "meta.lookahead=adam"],
+        ["variant=meta_ffn", "meta.beta=0.01"],
+        ["variant=meta_attn", "model.dropout=0.1"],
+        ["variant=meta_ffn", "meta.order=theta_first", "meta.beta=0.01"],
+    ],
+    ids=" ".join,
+)
+def test_a_step_equals_one_with_double_backward(settings: list[str]) -> None:
+    (errors,) = pool(1).run(meta_bodies.whole_step, settings)
+    assert errors["theta"] < 1e-3 and errors["phi"] < 5e-3, errors
+
+
+LAYOUTS = [
+    ("zero0", 2, 1, []),
+    ("zero1", 2, 1, []),
+    ("zero2", 2, 1, []),
+    ("zero3", 2, 1, []),
+    ("zero2_offload", 2, 1, []),
+    ("zero0", 2, 2, []),
+    ("zero1", 2, 2, []),
+    ("zero2", 2, 2, ["train.micro_batch=2"]),
+    ("zero3", 2, 2, []),
+    ("zero1", 4, 2, []),
+    ("zero2", 4, 2, ["train.micro_batch=1"]),
+    ("zero3", 4, 2, ["train.micro_batch=1"]),
+    ("zero1", 1, 1, ["train.micro_batch=2"]),
+    ("zero3", 1, 1, ["train.micro_batch=2"]),
+]
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory: pytest.TempPathFactory):
+    out = tmp_path_factory.mktemp("meta")
+    facts = pool(1).run(bodies.train_meta, SETTINGS, "zero0", 1, str(out))[0]
+    return facts, bodies.weights(out / "checkpoints" / "step-00000004")
+
+
+# A fixed radius: the controller would turn round-off in `change` into other radii. Three languages over rows of all.
+SETTINGS = ["variant=meta_adpt", "meta.radius=1e-3", "meta.check_every=0", "meta.batch=12"]
+
+
+@pytest.mark.parametrize("json_name, ranks, tensor, extra", LAYOUTS)
+def test_every_layout_equals_one_process(one_process, json_name, ranks, tensor, extra, tmp_path: Path) -> None:
+    wanted, weights = one_process
+    for facts in pool(ranks).run(bodies.train_meta, SETTINGS + extra, json_name, tensor, str(tmp_path)):
+        for ours, theirs in zip(facts, wanted, strict=True):
+            assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-5)
+    for name, value in bodies.weights(tmp_path / "checkpoints" / "step-00000004").items():
+        if "linear_qkv.bias" not in name:  # a key bias has no gradient: Adam turns its round-off into steps
+            assert (value - weights[name]).norm() <= 1e-3 * weights[name].norm() + 1e-6, name
+
+
+@pytest.mark.parametrize("json_name, tensor", [("zero0", 1), ("zero2", 1), ("zero3", 1), ("zero1", 2)])
+def test_resume_is_bit_exact(json_name: str, tensor: int, tmp_path: Path) -> None:
+    settings = ["variant=meta_adpt", "model.dropout=0.1", "meta.lookahead=adam"]
+    whole = pool(2).run(bodies.train_meta, settings, json_name, tensor, str(tmp_path / "whole"), 6)
+    pool(2).run(bodies.train_meta, settings, json_name, tensor, str(tmp_path / "half"), 3)
+    source = tmp_path / "half" / "checkpoints" / "step-00000003"
+    radius = 0.0 if not whole else pool(2).run(bodies.radius_after, settings, json_name, tensor, 3)[0]
+    rest = pool(2).run(bodies.resumed_meta, settings, json_name, tensor, str(source), radius, 6)
+    assert [facts[3:] for facts in whole] == rest
+
+
+@pytest.mark.parametrize("json_name", ["zero0", "zero1", "zero2", "zero3"])
+def test_only_the_steps_language_moves(json_name: str) -> None:
+    """Weights and moments of the others are bit-identical after a meta step; theta is, through phase 1."""
+    for moved, theta_moved_in_phase_1 in pool(2).run(meta_bodies.what_moves, ["variant=meta_adpt"], json_name):
+        assert moved == 1 and not theta_moved_in_phase_1
+
+
+@pytest.mark.parametrize("order", ["phi_first", "theta_first"])
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("failing", [0, 1, 2, 3, 4])
+def test_an_overflow_in_any_pass_changes_nothing(failing: int, precision: str, order: str) -> None:
+    settings = ["variant=meta_adpt", f"train.precision={precision}", f"meta.order={order}"]
+    (found,) = pool(1).run(meta_bodies.overflow, settings, "zero1", failing)
+    assert found["unchanged"] and found["skipped"] == 1
+    assert found["scale"] == (0.5 if precision == "fp16" else 1.0)
+
+
+@pytest.mark.parametrize("json_name", ["zero2", "zero3"])
+def test_no_rank_holds_a_full_gradient(json_name: str) -> None:
+    """Of theta and phi_i (equally large here) a rank makes shards and buckets only, in any precision."""
+    for largest, group, shard in pool(2).run(meta_bodies.largest_tensor, json_name):
+        assert largest <= shard + 2000 + 64 < 0.6 * group  # 2000: the bucket
+
+
+def test_subsets_of_languages_average_to_the_full_estimate() -> None:
+    (error,) = pool(1).run(meta_bodies.subsets_error, ["variant=meta_adpt"])
+    assert error < 1e-5
+
+
+def test_languages_named_like_modules_are_routed_by_key() -> None:
+    languages = ("te", "pt", "da", "as", "to", "ad", "en", "be")
+    (found,) = pool(1).run(meta_bodies.routed_names, languages)
+    assert found == set(languages)
+
+
+def test_pcgrad_projects_off_conflicts() -> None:
+    import numpy as np
+
+    from mlinterf_ds.engine.pcgrad import project
+
+    left, right = torch.tensor([1.0, 0.0]), torch.tensor([-1.0, 1.0])
+    products = np.array([[1.0, -1.0], [-1.0, 2.0]])
+    total, count = project([[left], [right]], products, np.random.default_rng(0))
+    # (1, 0) loses its part along (-1, 1): (0.5, 0.5); (-1, 1) loses its part along (1, 0): (0, 1).
+    assert count == 2 and torch.allclose(total[0], torch.tensor([0.5, 1.5]))
+    total, count = project([[left], [left]], np.array([[1.0, 1.0], [1.0, 1.0]]), np.random.default_rng(0))
+    assert count == 0 and torch.allclose(total[0], 2 * left)
+
+
+@pytest.mark.parametrize("json_name, ranks, tensor", [("zero2", 2, 1), ("zero3", 2, 1), ("zero1", 2, 2)])
+def test_pcgrad_at_every_layout(json_name: str, ranks: int, tensor: int) -> None:
+    settings = ["variant=joint", "data.mixed=true", "treatment=pcgrad"]
+    (wanted,) = pool(1).run(meta_bodies.pcgrad_facts, settings, "zero0", 1)
+    for facts in pool(ranks).run(meta_bodies.pcgrad_facts, settings, json_name, tensor):
+        for ours, theirs in zip(facts, wanted, strict=True):
+            assert ours == pytest.approx(theirs, rel=1e-4)

@@ -1,0 +1,140 @@
+"""Our encoder against transformers' XLM-RoBERTa-XL (pre-norm) on copied weights: an independent implementation."""
+
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from mlinterf_ds import parallel
+from mlinterf_ds.config import ModelConfig
+from mlinterf_ds.model.encoder import Encoder, at_positions
+
+transformers = pytest.importorskip("transformers")
+
+LAYERS, HEADS, WIDTH, FFN, VOCABULARY, LENGTH, ROWS = 3, 4, 32, 96, 150, 20, 4
+FIRST_POSITION = 2  # theirs start after the padding index, 1
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    parallel.start(1, f"file://{tmp_path_factory.mktemp('rendezvous')}/file")
+    torch.set_num_threads(1)
+    yield
+    parallel.stop()
+
+
+def theirs() -> Any:
+    config = transformers.XLMRobertaXLConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=WIDTH,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS,
+        intermediate_size=FFN,
+        max_position_embeddings=LENGTH + FIRST_POSITION,
+        type_vocab_size=1,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+    model = transformers.XLMRobertaXLForMaskedLM(config).eval()
+    source = torch.Generator().manual_seed(0)
+    with torch.no_grad():  # biases and norms too: all far from their defaults
+        for name, parameter in model.named_parameters():
+            centre = 1.0 if "norm" in name.lower() and name.endswith("weight") else 0.0
+            parameter.copy_(centre + torch.randn(parameter.shape, generator=source) * 0.2)
+    return model
+
+
+def copied(model: Any) -> Encoder:
+    config = ModelConfig(layers=LAYERS, heads=HEADS, width=WIDTH, ffn=FFN, dropout=0, attention_dropout=0)
+    ours = Encoder(config, variant="mono", languages=["en"], vocabulary=VOCABULARY, positions=LENGTH).eval()
+    source, target = model.state_dict(), {}
+
+    def heads_together(query: str) -> torch.Tensor:
+        """Their three projections as one, each head's q, k and v neighbours."""
+        parts = [source[query.replace("query", part)] for part in ("query", "key", "value")]
+        return torch.stack([part.unflatten(0, (HEADS, -1)) for part in parts], dim=1).flatten(0, 2)
+
+    for layer in range(LAYERS):
+        there, here = f"roberta.encoder.layer.{layer}", f"block.layers.{layer}"
+        names = {
+            "input_layernorm": "attention.self_attn_layer_norm",
+            "self_attention.linear_proj": "attention.output.dense",
+            "pre_mlp_layernorm": "LayerNorm",
+            "mlp.linear_fc1": "intermediate.dense",
+            "mlp.linear_fc2": "output.dense",
+        }
+        for kind in ("weight", "bias"):
+            target[f"{here}.self_attention.linear_qkv.{kind}"] = heads_together(f"{there}.attention.self.query.{kind}")
+            target |= {f"{here}.{name}.{kind}": source[f"{there}.{other}.{kind}"] for name, other in names.items()}
+    for kind in ("weight", "bias"):
+        target[f"block.final_layernorm.{kind}"] = source[f"roberta.encoder.LayerNorm.{kind}"]
+        target[f"head.dense.{kind}"] = source[f"lm_head.dense.{kind}"]
+        target[f"head.norm.{kind}"] = source[f"lm_head.layer_norm.{kind}"]
+    types = source["roberta.embeddings.token_type_embeddings.weight"][0]  # one type: part of every position
+    target["embeddings.position.weight"] = (
+        source["roberta.embeddings.position_embeddings.weight"][FIRST_POSITION:] + types
+    )
+    padding = ours.embeddings.word.num_embeddings - VOCABULARY
+    words = source["roberta.embeddings.word_embeddings.weight"]
+    target["embeddings.word.weight"] = torch.cat([words, torch.full((padding, WIDTH), 7.0)])  # must not be seen
+    target["head.bias"] = torch.cat([source["lm_head.bias"], torch.full((padding,), 7.0)])
+    ours.load_state_dict(target)
+    return ours
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_hidden_states_and_logits(padded: bool) -> None:
+    reference = theirs()
+    ours = copied(reference)
+    source = torch.Generator().manual_seed(1)
+    tokens = torch.randint(4, VOCABULARY, (ROWS, LENGTH), generator=source)
+    padding = torch.zeros(ROWS, LENGTH, dtype=torch.bool)
+    if padded:
+        padding[1, 13:] = padding[3, 4:] = True
+        tokens[padding] = 1
+    with torch.no_grad():
+        expected = reference(tokens, attention_mask=(~padding).long(), output_hidden_states=True)
+        hidden = ours.hidden(tokens, torch.zeros(ROWS, dtype=torch.long), (0,), padding if padded else None)
+        logits = ours.logits(hidden)
+    torch.testing.assert_close(hidden[~padding], expected.hidden_states[-1][~padding], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(logits[~padding], expected.logits[~padding], rtol=1e-5, atol=1e-5)
+
+
+def test_loss_and_gradients() -> None:
+    reference = theirs()
+    ours = copied(reference)
+    source = torch.Generator().manual_seed(2)
+    tokens = torch.randint(4, VOCABULARY, (ROWS, LENGTH), generator=source)
+    positions = torch.rand(ROWS, LENGTH, generator=source).argsort(dim=1)[:, :3]
+    labels = torch.randint(4, VOCABULARY, (ROWS, 3), generator=source)
+    everywhere = torch.full_like(tokens, -100).scatter(1, positions, labels)
+    batch = SimpleNamespace(
+        tokens=tokens,
+        positions=positions,
+        labels=labels,
+        weights=torch.full((ROWS, 3), 1 / (3 * ROWS)),
+        languages=torch.zeros(ROWS, dtype=torch.long),
+        step_languages=(0,),
+        dropout_seed=0,
+    )
+    loss, _ = ours(batch)
+    expected = reference(tokens, labels=everywhere).loss
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
+    loss.backward()
+    expected.backward()
+    words = reference.roberta.embeddings.word_embeddings.weight.grad
+    mine = ours.embeddings.word.weight.grad[:VOCABULARY].clone()
+    mine[1] = words[1]  # they drop the gradient of their padding token
+    torch.testing.assert_close(mine, words, rtol=1e-5, atol=1e-5)
+    attention = reference.roberta.encoder.layer[0].attention.self
+    qkv = ours.block.layers[0].self_attention.linear_qkv.weight.grad.unflatten(0, (HEADS, 3, -1))
+    for part, projection in enumerate((attention.query, attention.key, attention.value)):
+        torch.testing.assert_close(qkv[:, part].flatten(0, 1), projection.weight.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_positions_are_picked_by_row() -> None:
+    hidden = torch.arange(24.0).view(2, 4, 3)
+    picked = at_positions(hidden, torch.tensor([[3, 0], [1, 1]]))
+    assert torch.equal(picked, torch.stack([hidden[0, [3, 0]], hidden[1, [1, 1]]]))
