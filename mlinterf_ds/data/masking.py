@@ -34,9 +34,9 @@ class Batch:
     dropout_seed: int  # replays this slice's dropout: a function of (seed, step, first row)
 
     def to(self, device: torch.device | str) -> Batch:
-        """The same batch with its tensors on `device`."""
+        """The same batch with its tensors on `device`; `languages` stays: routing reads it on the CPU."""
         moved: dict[str, Any] = {
-            k: v.to(device, non_blocking=True) for k, v in vars(self).items() if torch.is_tensor(v)
+            k: v.to(device, non_blocking=True) for k, v in vars(self).items() if torch.is_tensor(v) and k != "languages"
         }
         return replace(self, **moved)
 

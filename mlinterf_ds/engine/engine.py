@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from mlinterf_ds.config import RunConfig
 from mlinterf_ds.engine.optimizer import LossScale, adamw, apply, learning_rate
