@@ -1,0 +1,41 @@
+"""Running text of a Wikipedia article's markup."""
+
+import re
+from contextlib import suppress
+from typing import Any
+
+from mlinterf_ds.errors import UserError
+
+# A link "Name:Target" with no space after the colon leads to a picture, a category or another wiki, whatever the
+# namespace is called in the dump's language; it is no part of the text.
+_NAMESPACE_LINK = re.compile(r"^\s*[^\s:]+:\S")
+_HEADING_OR_LIST = re.compile(r"^[=*#:;|!{}\s]+|[=\s]+$")
+
+
+def plain_text(markup: str) -> str:
+    """Paragraphs of an article, one a line: no tables, templates, references, pictures, categories or headings' marks.
+
+    Raises UserError if mwparserfromhell, which does the parsing, is not installed.
+    """
+    try:
+        import mwparserfromhell
+    except ImportError:
+        raise UserError(
+            "a Wikipedia XML dump needs the library mwparserfromhell: pip install mwparserfromhell"
+        ) from None
+    code = mwparserfromhell.parse(markup, skip_style_tags=True)
+    for link in code.filter_wikilinks(recursive=True):
+        if _NAMESPACE_LINK.match(str(link.title)):
+            _remove(code, link)
+    for tag in code.filter_tags(
+        recursive=True, matches=lambda t: str(t.tag).lower() in ("ref", "table", "gallery", "math")
+    ):
+        _remove(code, tag)
+    text = code.strip_code(normalize=True, collapse=True, keep_template_params=False)
+    lines = (_HEADING_OR_LIST.sub("", line.replace("'''", "").replace("''", "")) for line in text.split("\n"))
+    return "\n".join(line for line in lines if line)
+
+
+def _remove(code: Any, node: Any) -> None:
+    with suppress(ValueError):  # it may have gone with the node around it
+        code.remove(node)

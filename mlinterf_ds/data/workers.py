@@ -1,0 +1,75 @@
+"""Worker processes for preparing corpora: ordered results, bounded memory, clean ends."""
+
+import ctypes
+import multiprocessing
+import signal
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from types import TracebackType
+from typing import TypeVar
+
+from mlinterf_ds.errors import UserError
+
+Task = TypeVar("Task")
+Result = TypeVar("Result")
+
+_PR_SET_PDEATHSIG = 1
+
+
+class WorkerKilled(UserError):
+    """A worker process died; what it had finished is on disk."""
+
+
+class Workers:
+    """`count` processes that map functions over streams of tasks; with `count` 1, this process does it.
+
+    They are forked: the functions use numpy and SentencePiece only, so that starting costs nothing and no main module
+    has to be importable.
+    """
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+        self._pool: ProcessPoolExecutor | None = None
+        if count > 1:
+            context = multiprocessing.get_context("fork")
+            self._pool = ProcessPoolExecutor(count, mp_context=context, initializer=_die_with_parent)
+
+    def __enter__(self) -> "Workers":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+
+    def map(self, function: Callable[[Task], Result], tasks: Iterable[Task]) -> Iterator[Result]:
+        """Results in the order of the tasks; only a few tasks are drawn ahead of the results that have been taken.
+
+        Raises what the function raises, and WorkerKilled if a process was killed.
+        """
+        if self._pool is None:
+            yield from map(function, tasks)
+            return
+        running: deque[Future[Result]] = deque()
+        try:
+            for task in tasks:
+                running.append(self._pool.submit(function, task))
+                if len(running) > 2 * self._count:
+                    yield running.popleft().result()
+            while running:
+                yield running.popleft().result()
+        except BrokenProcessPool:
+            raise WorkerKilled(
+                "a worker process was killed, most likely because memory ran out; run the same command again, with "
+                "fewer workers: what is finished is kept"
+            ) from None
+
+
+def _die_with_parent() -> None:
+    """Leave interrupts to the parent, and don't outlive it (Linux; elsewhere a killed parent leaves idle workers)."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if prctl := getattr(ctypes.CDLL(None), "prctl", None):
+        prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -1,0 +1,472 @@
+"""Preparing and opening a corpus, on inputs of every kind: what is in it is held against the text itself."""
+
+import bz2
+import gzip
+import hashlib
+import io
+import lzma
+import random
+import subprocess
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mlinterf_ds.data import sources as sources_module
+from mlinterf_ds.data import stages
+from mlinterf_ds.data.corpus import Corpus
+from mlinterf_ds.data.prepare import prepare
+from mlinterf_ds.data.shards import write_shard
+from mlinterf_ds.data.splits import held_out
+from mlinterf_ds.data.text import normalise
+from mlinterf_ds.data.tokenizer import EOS, Tokenizer
+from mlinterf_ds.errors import UserError
+
+SPLITS = ("train", "meta", "valid", "test")
+TOOL = Path(__file__).parents[2] / "tools" / "prepare_corpus.py"
+
+
+def some_lines(count: int, seed: int = 0, syllables: str = "ba ko mi tu la ne") -> list[str]:
+    """Distinct sentences."""
+    draw = random.Random(seed)
+    words = ["".join(draw.choices(syllables.split(), k=draw.randint(1, 4))) for _ in range(300)]
+    lines: dict[str, None] = {}
+    while len(lines) < count:
+        lines[" ".join(draw.choices(words, k=draw.randint(3, 9)))] = None
+    return list(lines)
+
+
+def written(path: Path, lines: list[str]) -> Path:
+    path.write_text("".join(line + "\n" for line in lines))
+    return path
+
+
+def texts(corpus: Corpus, language: str, split: str) -> list[str]:
+    """The sentences of a split, decoded from its tokens."""
+    tokens = corpus.tokens(language, split)
+    parts = np.split(tokens, np.flatnonzero(tokens == EOS) + 1)
+    assert len(parts.pop()) == 0
+    return [corpus.tokenizer.decode(part) for part in parts]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """The corpus proper: all files but the note of where it was made from."""
+    assert not (folder / ".work").exists()
+    return {p.name: p.read_bytes() for p in folder.iterdir() if p.name != "arguments.json"}
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Corpus, dict[str, list[str]]]:
+    folder = tmp_path_factory.mktemp("corpus")
+    lines = {"en": some_lines(3000), "sw": some_lines(400, 1, "за ко ли ми")}
+    files: dict[str, Any] = {code: [written(folder / f"{code}.txt", of)] for code, of in lines.items()}
+    return prepare(files, folder / "out", vocabulary_size=200, workers=1), lines
+
+
+def test_every_sentence_is_in_one_split_and_reads_back(prepared: tuple[Corpus, dict[str, list[str]]]) -> None:
+    corpus, lines = prepared
+    for language, expected in lines.items():
+        found = [sentence for split in SPLITS for sentence in texts(corpus, language, split)]
+        assert sorted(found) == sorted(expected)
+        order = {line: n for n, line in enumerate(expected)}
+        for split in SPLITS:  # within a split, in the order of the input
+            assert [order[s] for s in texts(corpus, language, split)] == sorted(
+                order[s] for s in texts(corpus, language, split)
+            )
+
+
+def test_counts_are_those_of_the_text(prepared: tuple[Corpus, dict[str, list[str]]]) -> None:
+    corpus, _ = prepared
+    for language in corpus.languages:
+        for split in SPLITS:
+            text = texts(corpus, language, split)
+            assert corpus.sentences(language, split) == len(text)
+            assert corpus.words(language, split) == sum(len(sentence.split()) for sentence in text)
+            assert corpus.characters(language, split) == sum(len(sentence) for sentence in text)
+            facts = corpus.manifest["languages"][language]["splits"][split]
+            assert (
+                facts["tokens"]
+                == len(corpus.tokens(language, split))
+                == sum(len(corpus.tokenizer.encode(s)) + 1 for s in text)
+            )
+
+
+def test_held_out_shares(prepared: tuple[Corpus, dict[str, list[str]]]) -> None:
+    corpus, lines = prepared
+    for language, of in lines.items():
+        for split in ("meta", "valid", "test"):
+            assert corpus.sentences(language, split) == held_out(len(of))
+    assert [held_out(n) for n in (50, 400, 1000, 3000, 10_000, 10**6)] == [5, 40, 50, 60, 200, 10_000]
+
+
+def test_tokens_are_memory_mapped_flat_and_read_only(prepared: tuple[Corpus, dict[str, list[str]]]) -> None:
+    tokens = prepared[0].tokens("en", "train")
+    assert isinstance(tokens, np.memmap) and tokens.ndim == 1 and tokens.dtype == np.uint16
+    with pytest.raises(ValueError, match="read-only"):
+        tokens[0] = 0
+
+
+def test_open_chooses_languages(prepared: tuple[Corpus, dict[str, list[str]]]) -> None:
+    folder = prepared[0].folder
+    assert Corpus.open(folder).languages == ["en", "sw"]
+    chosen = Corpus.open(str(folder), ["sw"])
+    assert chosen.languages == ["sw"] and chosen.vocabulary_size == 200
+    with pytest.raises(UserError, match="'en': not opened; open are: sw"):
+        chosen.tokens("en", "train")
+    with pytest.raises(UserError, match="split 'dev': must be one of"):
+        chosen.tokens("sw", "dev")
+    for languages in (["de"], ["en", "en"], []):
+        with pytest.raises(UserError, match="en, sw"):
+            Corpus.open(folder, languages)
+
+
+def test_manifest_hash_and_verify(prepared: tuple[Corpus, dict[str, list[str]]]) -> None:
+    corpus = prepared[0]
+    corpus.verify()
+    data = (corpus.folder / "manifest.json").read_bytes()
+    assert corpus.manifest_hash == hashlib.sha256(data).hexdigest()
+    assert str(corpus.folder.parent).encode() not in data  # no path of this machine
+
+
+def test_megatron_reads_the_shards(prepared: tuple[Corpus, dict[str, list[str]]]) -> None:
+    indexed = pytest.importorskip("megatron.core.datasets.indexed_dataset")
+    corpus = prepared[0]
+    dataset = indexed.IndexedDataset(str(corpus.folder / "en.train"))
+    assert len(dataset) == corpus.sentences("en", "train") == len(dataset.document_indices) - 1
+    assert [corpus.tokenizer.decode(row) for row in dataset[:50]] == texts(corpus, "en", "train")[:50]
+
+
+def test_shards_equal_megatrons_builders_byte_for_byte(tmp_path: Path) -> None:
+    indexed = pytest.importorskip("megatron.core.datasets.indexed_dataset")
+    draw = np.random.default_rng(0)
+    blocks = []  # each a list of documents, each a list of sentences
+    for documents in (3, 0, 2):
+        blocks.append(
+            [[draw.integers(0, 999, draw.integers(1, 6)) for _ in range(draw.integers(1, 4))] for _ in range(documents)]
+        )
+    for dtype in (np.uint16, np.int32):
+        builder = indexed.IndexedDatasetBuilder(str(tmp_path / "theirs.bin"), dtype=dtype)
+        for document in (document for block in blocks for document in block):
+            builder.add_document(np.concatenate(document), [len(sentence) for sentence in document])
+        builder.finalize(str(tmp_path / "theirs.idx"))
+        sentences = [[sentence for document in block for sentence in document] for block in blocks]
+        parts = {
+            "ids": [np.concatenate([np.zeros(0, dtype), *block]).astype(dtype) for block in sentences],
+            "lengths": [np.array([len(sentence) for sentence in block], np.int32) for block in sentences],
+            "ends": [np.cumsum([len(document) for document in block]).astype(np.int32) for block in blocks],
+        }
+        facts = write_shard(tmp_path / "ours", dtype, lambda name, parts=parts: iter(parts[name]))
+        for ending in ("bin", "idx"):
+            data = (tmp_path / f"ours.{ending}").read_bytes()
+            assert data == (tmp_path / f"theirs.{ending}").read_bytes()
+            assert facts[ending] == {
+                "file": f"ours.{ending}",
+                "bytes": len(data),
+                "sha256": hashlib.sha256(data).hexdigest(),
+            }
+
+
+def test_any_number_of_workers_gives_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources_module, "BLOCK", 1 << 14)
+    monkeypatch.setattr(stages, "LINES_PER_BUCKET", 1000)
+    lines = some_lines(3000)
+    files: dict[str, Any] = {
+        "en": [written(tmp_path / "en.txt", lines + lines[::3])],
+        "sw": [written(tmp_path / "sw.txt", some_lines(500, 1, "за ко ли ми"))],
+    }
+    made = [prepare(files, tmp_path / str(n), vocabulary_size=200, limits={"en": 1500}, workers=n) for n in (1, 2, 3)]
+    assert contents(made[0].folder) == contents(made[1].folder) == contents(made[2].folder)
+    assert made[0].manifest["languages"]["en"]["dropped"]["duplicate"]["lines"] == 1000
+
+
+def test_the_size_of_blocks_and_buckets_doesnt_matter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = some_lines(2000)
+    file = written(tmp_path / "en.txt", [*lines, "", "\x07", *[""] * 20_000, *lines[::2]])  # some blocks are all blank
+    whole = prepare({"en": [file]}, tmp_path / "whole", vocabulary_size=200, workers=1)
+    monkeypatch.setattr(sources_module, "BLOCK", 7777)
+    monkeypatch.setattr(stages, "LINES_PER_BUCKET", 700)
+    pieces = prepare({"en": [file]}, tmp_path / "pieces", vocabulary_size=200, workers=1)
+    assert contents(whole.folder) == contents(pieces.folder)
+
+
+def test_lines_are_dropped_by_reason_and_the_first_named(tmp_path: Path) -> None:
+    good = some_lines(100)
+    data = "\n".join([good[0], "", good[0], "\x07\u200b", *good[1:], "  "]).encode()
+    data += b"\nno utf-8: \xff\n" + b"x" * 70_000 + b"\nle dernier sans fin"
+    (tmp_path / "en.txt").write_bytes(data)
+    corpus = prepare({"en": [tmp_path / "en.txt"]}, tmp_path / "out", vocabulary_size=60, workers=1)
+    assert corpus.manifest["languages"]["en"]["dropped"] == {
+        "empty": {"lines": 2, "first": ["en.txt:2", "en.txt:104"]},
+        "control characters only": {"lines": 1, "first": ["en.txt:4"]},
+        "invalid UTF-8": {"lines": 1, "first": ["en.txt:105"]},
+        "too long": {"lines": 1, "first": ["en.txt:106"]},
+        "duplicate": {"lines": 1, "first": ["en.txt:3"]},
+    }
+    found = {sentence for split in SPLITS for sentence in texts(corpus, "en", split)}
+    assert {*good} - found == set() and len(found) == 101
+
+
+def test_text_is_normalised_before_it_is_compared(tmp_path: Path) -> None:
+    lines = some_lines(60)
+    messy = [line.replace(" ", " \u00a0\t").replace("é", "e\u0301") + "\r" for line in lines]
+    file = written(tmp_path / "en.txt", [*lines, *messy])
+    corpus = prepare({"en": [file]}, tmp_path / "out", vocabulary_size=60, workers=1)
+    assert corpus.manifest["languages"]["en"]["dropped"]["duplicate"]["lines"] == 60
+
+
+def test_limit_takes_nested_subsets_and_leaves_what_is_held_out(tmp_path: Path) -> None:
+    file = written(tmp_path / "fr.txt", some_lines(2000))
+    made = {
+        n: prepare({"fr": [file]}, tmp_path / str(n), vocabulary_size=100, limits={"fr": n} if n else {}, workers=1)
+        for n in (0, 500, 100, 99_999)
+    }
+    train = {n: set(texts(corpus, "fr", "train")) for n, corpus in made.items()}
+    assert [len(train[n]) for n in (100, 500, 0, 99_999)] == [100, 500, 1850, 1850]
+    assert train[100] < train[500] < train[0] == train[99_999]
+    for split in ("meta", "valid", "test"):
+        assert texts(made[0], "fr", split) == texts(made[100], "fr", split)
+    assert made[100].manifest["languages"]["fr"]["dropped"]["over the limit"]["lines"] == 1750
+
+
+def test_another_corpus_tokenizer_can_be_used(prepared: tuple[Corpus, dict[str, list[str]]], tmp_path: Path) -> None:
+    file = written(tmp_path / "en.txt", some_lines(300, 5))
+    corpus = prepare({"en": [file]}, tmp_path / "out", tokenizer=prepared[0].tokenizer.path, workers=1)
+    assert corpus.tokenizer.pieces == prepared[0].tokenizer.pieces
+    assert sum(corpus.sentences("en", split) for split in SPLITS) == 300
+
+
+def test_temperature_gives_small_languages_more_of_the_vocabulary(tmp_path: Path) -> None:
+    files: dict[str, Any] = {
+        "en": [written(tmp_path / "en.txt", some_lines(4000))],
+        "ru": [written(tmp_path / "ru.txt", some_lines(60, 1, "за ко ли ми"))],
+    }
+    cyrillic = []
+    for temperature in (1.0, 5.0):
+        corpus = prepare(files, tmp_path / str(temperature), vocabulary_size=150, temperature=temperature, workers=1)
+        cyrillic.append(sum(any("а" <= c <= "я" for c in piece) for piece in corpus.tokenizer.pieces))
+    assert cyrillic[0] < cyrillic[1]
+
+
+def test_a_part_of_a_large_language_is_sampled_with_the_right_weight(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stages, "distinct_characters", lambda size: 1000)  # so that 20,000 characters are read
+    seen: list[Any] = []
+    real = Tokenizer.learn_from_counts
+    monkeypatch.setattr(
+        Tokenizer, "learn_from_counts", lambda counts, *rest: (seen.append(counts), real(counts, *rest))[1]
+    )
+    files: dict[str, Any] = {
+        "en": [written(tmp_path / "en.txt", [f"{line} en" for line in some_lines(4000)])],
+        "sw": [written(tmp_path / "sw.txt", [f"{line} sw" for line in some_lines(400, 1)])],
+    }
+    corpus = prepare(files, tmp_path / "out", vocabulary_size=150, temperature=2.0, workers=1)
+    expected = (corpus.sentences("en", "train") / corpus.sentences("sw", "train")) ** 0.5
+    assert seen[0]["en"] / seen[0]["sw"] == pytest.approx(expected, rel=0.01)
+    assert seen[0]["en"] < 1000  # of 3760
+
+
+@pytest.mark.parametrize("opener", [gzip.open, bz2.open, lzma.open])
+def test_compressed_text_is_the_same_text(tmp_path: Path, opener: Any) -> None:
+    lines = some_lines(200)
+    plain = prepare({"en": [written(tmp_path / "en.txt", lines)]}, tmp_path / "plain", vocabulary_size=60, workers=1)
+    with opener(tmp_path / "en.packed", "wb") as file:  # told by content, not by name
+        file.write((tmp_path / "en.txt").read_bytes())
+    packed = prepare({"en": [tmp_path / "en.packed"]}, tmp_path / "packed", vocabulary_size=60, workers=1)
+    assert {k: v for k, v in contents(plain.folder).items() if k != "manifest.json"} == {
+        k: v for k, v in contents(packed.folder).items() if k != "manifest.json"
+    }
+    source = packed.manifest["languages"]["en"]["sources"][0]
+    data = (tmp_path / "en.packed").read_bytes()
+    assert source == {"name": "en.packed", "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+
+
+def test_a_folder_is_all_its_files(tmp_path: Path) -> None:
+    lines = some_lines(200)
+    (tmp_path / "in" / "b").mkdir(parents=True)
+    written(tmp_path / "in" / "b" / "one.txt", lines[100:])
+    with gzip.open(tmp_path / "in" / "a.gz", "wt") as file:
+        file.write("\n".join(lines[:100]))
+    written(tmp_path / "in" / ".hidden", ["hidden"])
+    corpus = prepare({"en": [tmp_path / "in"]}, tmp_path / "out", vocabulary_size=60, workers=1)
+    assert sum(corpus.sentences("en", split) for split in SPLITS) == 200
+    assert [s["name"] for s in corpus.manifest["languages"]["en"]["sources"]] == ["in/a.gz", "in/b/one.txt"]
+
+
+def test_standard_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = "\n".join(some_lines(100)).encode()
+    monkeypatch.setattr(sys, "stdin", types.SimpleNamespace(buffer=io.BytesIO(data)))
+    corpus = prepare({"en": ["-"]}, tmp_path / "out", vocabulary_size=60, workers=1)
+    assert sum(corpus.sentences("en", split) for split in SPLITS) == 100
+    with pytest.raises(UserError, match="is finished; to read standard input again"):
+        prepare({"en": ["-"]}, tmp_path / "out", vocabulary_size=60, workers=1)
+
+
+def documents(count: int) -> list[list[str]]:
+    lines = iter(some_lines(5 * count))
+    return [[f"{next(lines)}." for _ in range(1 + n % 5)] for n in range(count)]
+
+
+def check_documents_are_whole(corpus: Corpus, expected: list[list[str]]) -> None:
+    split_of = {sentence: split for split in SPLITS for sentence in texts(corpus, "en", split)}
+    assert set(split_of) == {sentence for document in expected for sentence in document}
+    assert all(len({split_of[sentence] for sentence in document}) == 1 for document in expected)
+    assert len(set(split_of.values())) == 4
+    indexed = pytest.importorskip("megatron.core.datasets.indexed_dataset")
+    starts = [len(indexed.IndexedDataset(str(corpus.folder / f"en.{split}")).document_indices) - 1 for split in SPLITS]
+    assert sum(starts) == len(expected)
+
+
+def test_extracted_dump_is_split_by_document(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources_module, "BLOCK", 500)
+    expected = documents(120)
+    text = "".join(
+        f'<doc id="{n}" url="u?curid={n}" title="T">\n{" ".join(of[:2])}\n\n{" ".join(of[2:])}\n</doc>\n'
+        for n, of in enumerate(expected)
+    )
+    (tmp_path / "wiki_00").write_text(text.replace(expected[0][0], expected[0][0].replace("a", "&#97;", 1)))
+    corpus = prepare({"en": [tmp_path / "wiki_00"]}, tmp_path / "out", vocabulary_size=60, workers=1)
+    check_documents_are_whole(corpus, expected)
+
+
+def dump(pages: list[str]) -> str:
+    page = "<page><title>T</title><ns>{}</ns>{}<revision><text>{}</text></revision></page>"
+    body = "".join(page.format(0, "", text) for text in pages)
+    body += page.format(1, "", "talk talk") + page.format(0, '<redirect title="x"/>', "#REDIRECT [[x]]")
+    return f'<mediawiki xmlns="http://www.mediawiki.org/xml/export-0.11/"><siteinfo/>{body}</mediawiki>'
+
+
+def test_wikipedia_dump_is_cleaned_and_split_by_document(tmp_path: Path) -> None:
+    pytest.importorskip("mwparserfromhell")
+    expected = documents(120)
+    with bz2.open(tmp_path / "enwiki.xml.bz2", "wt") as file:
+        file.write(dump(["\n\n".join(of) for of in expected]))
+    corpus = prepare({"en": [tmp_path / "enwiki.xml.bz2"]}, tmp_path / "out", vocabulary_size=60, workers=1)
+    check_documents_are_whole(corpus, expected)
+
+
+def test_wiki_markup_is_removed() -> None:
+    pytest.importorskip("mwparserfromhell")
+    from mlinterf_ds.data.wikitext import plain_text
+
+    markup = """{{Infobox|name=x}}
+'''Nairobi''' ni [[mji mkuu|mji]] wa [[Kenya]].<ref name="a">{{cite|title=x}}</ref> Watu ''wengi''.<ref name="a" />
+[[Picha:Nairobi.jpg|thumb|left|A [[caption]] with links]]
+== Historia ==
+* Kwanza
+{| class="wikitable"
+! a || b
+|}
+[[Jamii:Miji ya Kenya]]
+[https://example.org tovuti rasmi] &amp; <!-- hidden -->[[Star Trek: Voyager]]
+"""
+    assert plain_text(markup).split("\n") == [
+        "Nairobi ni mji wa Kenya. Watu wengi.",
+        "Historia",
+        "Kwanza",
+        "tovuti rasmi & Star Trek: Voyager",
+    ]
+
+
+def test_hugging_face_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = documents(80)
+    calls = []
+
+    def load_dataset(name: str, config: str | None, split: str, streaming: bool) -> list[dict[str, str]]:
+        calls.append((name, config, split, streaming))
+        return [{"body": " ".join(of)} for of in expected]
+
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+    corpus = prepare({"en": ["hf:own/name:20231101.en::body"]}, tmp_path / "out", vocabulary_size=60, workers=1)
+    assert calls == [("own/name", "20231101.en", "train", True)]
+    check_documents_are_whole(corpus, expected)
+    with pytest.raises(UserError, match="no text column 'text'; it has: body"):
+        prepare({"en": ["hf:own/name"]}, tmp_path / "other", vocabulary_size=60, workers=1)
+
+
+def test_a_finished_corpus_is_returned_as_it_is(tmp_path: Path) -> None:
+    file = written(tmp_path / "en.txt", some_lines(100))
+    first = prepare({"en": [file]}, tmp_path / "out", vocabulary_size=60, workers=1)
+    before = {p: p.stat().st_mtime_ns for p in first.folder.iterdir()}
+    assert prepare({"en": [file]}, tmp_path / "out", vocabulary_size=60, workers=2).manifest_hash == first.manifest_hash
+    assert before == {p: p.stat().st_mtime_ns for p in first.folder.iterdir()}
+
+
+def test_command_line(tmp_path: Path) -> None:
+    written(tmp_path / "en.txt", some_lines(200))
+    written(tmp_path / "sw.txt", some_lines(200, 1))
+    command = [
+        sys.executable,
+        str(TOOL),
+        "--out",
+        "out",
+        "--vocab-size",
+        "80",
+        "--limit",
+        "sw=50",
+        "en=en.txt",
+        "sw=sw.txt",
+    ]
+    done = subprocess.run([*command, "--licence", "CC0"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "out: 2 languages, 80 pieces" in done.stdout.splitlines()[-1]
+    assert "sw: dropped 90 over the limit" in done.stdout
+    corpus = Corpus.open(tmp_path / "out")
+    assert corpus.sentences("sw", "train") == 50 and corpus.manifest["licence"] == "CC0"
+    tokens = sum(len(corpus.tokens("en", split)) for split in SPLITS)
+    assert f"{tokens:,}" in done.stdout
+    help_text = subprocess.run([*command[:2], "--help"], capture_output=True, text=True).stdout
+    assert "--vocab-temperature" in help_text and "hf:NAME" in help_text
+
+
+def test_preparing_doesnt_import_torch() -> None:
+    code = "import sys, mlinterf_ds.data.prepare; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def peak_memory(arguments: list[str], folder: Path) -> int:
+    """Bytes at most resident in a run's one process (its own: what the system counts for a child starts at its parent's)."""
+    code = f"import sys; sys.path.insert(0, {str(TOOL.parent)!r}); import prepare_corpus; \
+prepare_corpus.main(sys.argv[1:]); print(open('/proc/self/status').read().split('VmHWM:')[1].split()[0])"
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], cwd=folder, capture_output=True, text=True, check=True
+    )
+    return int(done.stdout.split()[-1]) * 1024
+
+
+def test_memory_is_flat(tmp_path: Path) -> None:
+    """Ten times the text, a third of it duplicates, takes hardly more memory."""
+    lines = some_lines(50_000)
+    size = sum(len(line) + 1 for line in lines)
+    peaks = []
+    for name, wanted in (("small", 3e6), ("large", 30e6)):
+        with (tmp_path / name).open("w") as file:
+            for copy in range(round(wanted / size)):
+                mark = "" if copy % 3 == 2 else f"{copy} "  # every third copy is the same
+                file.write("".join(f"{mark}{line}\n" for line in lines))
+        options = ["--out", f"{name}.corpus", "--vocab-size", "500", "--workers", "1", f"en={name}"]
+        peaks.append(peak_memory(options, tmp_path))
+    assert peaks[1] < peaks[0] + 60e6, peaks
+    assert peaks[1] < 300e6, peaks
+
+
+def test_real_text(tmp_path: Path, shared_data: Path) -> None:
+    """Languages in nine scripts: next to nothing is unknown, and it reads back."""
+    codes = ["en", "ar", "hi", "th", "ko", "ka", "am", "ru", "te"]
+    files: dict[str, Any] = {}
+    for code in codes:
+        with (shared_data / "text" / f"{code}.txt").open() as file:
+            files[code] = [
+                written(tmp_path / code, [line.rstrip("\n") for _, line in zip(range(1500), file, strict=False)])
+            ]
+    corpus = prepare(files, tmp_path / "out", vocabulary_size=4000)
+    corpus.verify()
+    for code in codes:
+        splits = corpus.manifest["languages"][code]["splits"]
+        assert sum(s["unknown"] for s in splits.values()) < 0.002 * sum(s["tokens"] for s in splits.values())
+        known = {normalise(line) for line in files[code][0].read_text().split("\n")}
+        exact = [sentence for sentence in texts(corpus, code, "valid") if "\u2047" not in sentence]
+        assert len(exact) > 0.7 * corpus.sentences(code, "valid") and set(exact) <= known

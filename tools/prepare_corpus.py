@@ -1,0 +1,139 @@
+#!/usr/bin/env python
+"""Prepare a corpus: text files in, deduplicated, split, tokenised and memory-mapped token shards out.
+
+    python tools/prepare_corpus.py --out corpora/en-sw --vocab-size 8000 en=english.txt sw=swahili.txt.gz
+
+Then train on it: deepspeed launch/pretrain.py --deepspeed_config ds_configs/zero2.json --set corpus=corpora/en-sw
+"""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+from mlinterf_ds.data.corpus import Corpus
+from mlinterf_ds.data.prepare import prepare
+from mlinterf_ds.errors import UserError
+
+INPUTS = """\
+inputs, as LANGUAGE=INPUT (one language may have several):
+  en=FILE       plain text, a sentence a line; .gz, .bz2 and .xz of it; a Wikipedia XML dump; what WikiExtractor makes of it
+  en=FOLDER     all files in it, in name order
+  en=-          standard input
+  en=hf:NAME[:CONFIG[:SPLIT[:COLUMN]]]    a Hugging Face dataset (needs the library `datasets` and a network)
+
+A run that was interrupted is continued by the same command. A language needs at least 50 distinct sentences.
+"""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = _parser().parse_args(arguments)
+    started = time.perf_counter()
+    try:
+        corpus = prepare(
+            _pairs(options.inputs),
+            options.out,
+            vocabulary_size=options.vocab_size,
+            temperature=options.vocab_temperature,
+            tokenizer=options.tokenizer,
+            limits=_limits(options.limit),
+            licence=options.licence,
+            workers=options.workers,
+        )
+    except UserError as error:
+        print(f"prepare_corpus: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("prepare_corpus: interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+    print(report(corpus, time.perf_counter() - started))
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="prepare_corpus.py",
+        description="Clean, deduplicate, split and tokenise text in one or many languages for pretraining.",
+        epilog=INPUTS,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("inputs", nargs="+", metavar="LANGUAGE=INPUT", help="what to read; see below")
+    parser.add_argument(
+        "--out", required=True, type=Path, metavar="FOLDER", help="a new or empty folder for the corpus"
+    )
+    vocabulary = parser.add_mutually_exclusive_group()
+    vocabulary.add_argument(
+        "--vocab-size", type=int, default=32_000, metavar="N", help="pieces of the shared vocabulary (default: 32000)"
+    )
+    vocabulary.add_argument(
+        "--tokenizer", type=Path, metavar="FILE", help="another corpus's tokenizer.model, so that perplexities compare"
+    )
+    parser.add_argument(
+        "--vocab-temperature",
+        type=float,
+        default=2.0,
+        metavar="T",
+        help="languages weigh sentences^(1/T) in learning the vocabulary: 1 is proportional, higher favours small "
+        "languages (default: 2)",
+    )
+    parser.add_argument(
+        "--limit",
+        action="append",
+        default=[],
+        metavar="LANGUAGE=N",
+        help="keep N of the language's training sentences, a low-resource version; what is held out stays the same",
+    )
+    parser.add_argument("--licence", default="", metavar="TEXT", help="a note on the texts' licences for the manifest")
+    parser.add_argument(
+        "--workers", type=int, metavar="N", help="processes (default: all cores); the result is the same"
+    )
+    return parser
+
+
+def _pairs(inputs: list[str]) -> dict[str, list[str | Path]]:
+    sources: dict[str, list[str | Path]] = {}
+    for text in inputs:
+        language, equals, source = text.partition("=")
+        if not equals or not source:
+            raise UserError(f"{text!r}: expected LANGUAGE=INPUT, for example en=english.txt")
+        sources.setdefault(language, []).append(source)
+    return sources
+
+
+def _limits(texts: list[str]) -> dict[str, int]:
+    limits: dict[str, int] = {}
+    for text in texts:
+        language, _, number = text.partition("=")
+        if not number.isdecimal() or language in limits:
+            raise UserError(f"--limit {text}: expected LANGUAGE=N once for a language, for example fr=10000")
+        limits[language] = int(number)
+    return limits
+
+
+def report(corpus: Corpus, seconds: float) -> str:
+    """A table of what the corpus holds and what was dropped, and a line that sums it up."""
+    head = ("language", "sentences", "train", "words", "tokens", "unknown", "tokens/word")
+    rows: list[tuple[str, ...]] = [head]
+    for language in corpus.languages:
+        splits = corpus.manifest["languages"][language]["splits"]
+        total = {name: sum(s[name] for s in splits.values()) for name in ("sentences", "words", "tokens", "unknown")}
+        pieces = total["tokens"] - total["sentences"]  # every sentence has one </s>, which is no word's
+        counts = (total["sentences"], splits["train"]["sentences"], total["words"], total["tokens"])
+        rates = (f"{total['unknown'] / pieces:.3%}", f"{pieces / total['words']:.2f}")
+        rows.append((language, *(f"{count:,}" for count in counts), *rates))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+    for language in corpus.languages:
+        for reason, entry in corpus.manifest["languages"][language]["dropped"].items():
+            first = f" (first: {', '.join(entry['first'])})" if entry["first"] else ""
+            lines.append(f"{language}: dropped {entry['lines']:,} {reason}{first}")
+    read = sum(s.get("bytes", 0) for x in corpus.languages for s in corpus.manifest["languages"][x]["sources"])
+    lines.append(
+        f"{corpus.folder}: {len(corpus.languages)} languages, {corpus.vocabulary_size:,} pieces, {read / 1e6:.1f} MB read "
+        f"in {seconds:.1f} s"
+    )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
