@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
@@ -30,6 +30,9 @@ class Section(BaseModel):
     """A group of keys; unknown ones are refused, values are checked, results are immutable."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=False, validate_default=True)
+
+
+Kind = TypeVar("Kind", bound=Section)
 
 
 class ModelConfig(Section):
@@ -211,8 +214,10 @@ class RunConfig(Section):
 
 
 def load_config(
-    recipes: list[str | Path] | None = None, overrides: list[str] | None = None, kind: type[RunConfig] = RunConfig
-) -> RunConfig:
+    recipes: list[str | Path] | None = None,
+    overrides: list[str] | None = None,
+    kind: type[Kind] = RunConfig,  # type: ignore[assignment]
+) -> Kind:
     """Defaults, then each recipe in order, then each `section.key=value` in order."""
     merged: dict[str, Any] = {}
     origin: dict[str, str] = {}

@@ -27,8 +27,6 @@ from mlinterf_ds.model.layers import block_spec, megatron_config
 from mlinterf_ds.model.routing import Routed, Router
 from mlinterf_ds.parallel import replayed
 
-INITIAL_STD = 0.02  # of weight matrices and embeddings, as BERT and XLM-R
-
 
 class Batch(Protocol):
     """What a forward pass reads."""
@@ -114,7 +112,10 @@ class Encoder(nn.Module):
 
     @torch.no_grad()
     def _initialise(self, seed: int) -> None:
-        """Matrices are normal, each from a seed of its own and cut to this rank's slice; biases zero, norms one."""
+        """As XLM: embeddings of std width^-0.5, matrices of std (3 fan-in)^-0.5, biases zero, norms one.
+
+        Each matrix is drawn from a seed of its own and cut to this rank's slice.
+        """
         group = parallel_state.get_tensor_model_parallel_group()
         for name, parameter in self.named_parameters():
             if parameter.ndim == 1:
@@ -125,7 +126,8 @@ class Encoder(nn.Module):
             dimension, shape = partition_dim(parameter), list(parameter.shape)
             if dimension is not None:
                 shape[dimension] *= group.size()
-            whole = torch.empty(shape).normal_(0.0, INITIAL_STD, generator=source)
+            fan_in = shape[1] if name.startswith("embeddings.") else 3 * shape[1]
+            whole = torch.empty(shape).normal_(0.0, fan_in**-0.5, generator=source)
             parameter.copy_(whole if dimension is None else whole.chunk(group.size(), dimension)[group.rank()])
 
     def hidden(

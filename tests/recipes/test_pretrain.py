@@ -1,0 +1,141 @@
+"""The main job through the real launcher, as a user starts it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SHORT = ["train.steps=6", "train.epoch_steps=3", "data.eval_rows=8", "data.synthetic_sentences=600", "train.batch=8"]
+SHORT += ["model.width=32", "model.ffn=64", "train.warmup=2"]
+
+
+def command(*settings: str, ranks: int = 1, config: str = "zero2") -> list[str]:
+    flags = [word for setting in (*SHORT, *settings) for word in ("--set", setting)]
+    launcher = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", str(ranks)]
+    return [
+        *launcher,
+        str(ROOT / "launch/pretrain.py"),
+        "--deepspeed_config",
+        str(ROOT / f"ds_configs/{config}.json"),
+        *flags,
+    ]
+
+
+def run(folder: Path, *settings: str, ranks: int = 1, config: str = "zero2") -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    arguments = command(*settings, ranks=ranks, config=config)
+    return subprocess.run(arguments, cwd=folder, env=environment, capture_output=True, text=True, timeout=400)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One working folder: the synthetic corpus is prepared once."""
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def default(folder: Path) -> subprocess.CompletedProcess[str]:
+    return run(folder, "output=runs/default", ranks=2)
+
+
+def test_the_default_run_ends_with_a_table_and_a_record(folder: Path, default) -> None:
+    assert default.returncode == 0, default.stderr[-3000:]
+    summary = json.loads((folder / "runs/default/summary.json").read_text())
+    assert summary["variant"] == "meta_adpt" and summary["steps"] == 6 and summary["skipped"] == 0
+    for key in ("valid_perplexity", "valid_bits_per_character", "unigram_perplexity"):
+        assert summary[key].keys() == set(summary["languages"]) and all(value > 0 for value in summary[key].values())
+    assert summary["tokens_per_second"] > 0 and 0 < summary["mfu"] < 1.5
+    assert (
+        "valid perplexity" in default.stdout and "mlflow ui --backend-store-uri sqlite:///mlflow.db" in default.stdout
+    )
+    assert (folder / "runs/default/perplexity.png").stat().st_size > 1000
+
+
+def test_mlflow_has_one_finished_run_with_curves(folder: Path, default) -> None:
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{folder / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name("mlinterf_ds")
+    (found,) = client.search_runs([experiment.experiment_id])
+    assert found.info.status == "FINISHED"
+    assert found.data.params["train.steps"] == "6" and found.data.params["variant"] == "meta_adpt"
+    assert found.data.tags["variant"] == "meta_adpt"
+    language = json.loads((folder / "runs/default/summary.json").read_text())["languages"][0]
+    points = client.get_metric_history(found.info.run_id, f"valid/perplexity/{language}")
+    assert sorted({point.step for point in points}) == [0, 3, 6]
+    assert {"train/loss", "train/lr", "speed/tokens_per_second"} <= found.data.metrics.keys()
+    names = {artifact.path for artifact in client.list_artifacts(found.info.run_id)}
+    assert {"config.json", "perplexity.png", "tokenizer.model", "summary.json"} <= names
+
+
+def test_a_run_stopped_by_the_scheduler_resumes_to_the_same_end(folder: Path, default) -> None:
+    """SIGTERM saves and ends; the resumed run's validation perplexities equal the uninterrupted run's, digit for digit."""
+    settings = ["output=runs/stopped", "train.steps=6", "tracking.enabled=false"]
+    process = subprocess.Popen(
+        command(*settings, ranks=2), cwd=folder, env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+    )  # fmt: skip
+    seen = ""
+    assert process.stdout is not None
+    deadline = time.monotonic() + 300
+    while "step 0: validation" not in seen and time.monotonic() < deadline:
+        seen += process.stdout.read(64)
+    ranks = subprocess.run(
+        ["pgrep", "-g", str(process.pid), "-f", "pretrain.py --local_rank"], capture_output=True, text=True
+    )
+    for pid in ranks.stdout.split():
+        os.kill(int(pid), signal.SIGTERM)
+    seen += process.communicate(timeout=300)[0]
+    assert "go on with --set output=runs/stopped --set resume=auto" in seen, seen[-3000:]
+    assert json.loads((folder / "runs/stopped/summary.json").read_text())["finished"] is False
+    done = run(folder, *settings, "resume=auto", ranks=2)
+    assert done.returncode == 0 and "resumed from runs/stopped/checkpoints" in done.stdout, done.stderr[-3000:]
+    ended, whole = (json.loads((folder / f"runs/{name}/summary.json").read_text()) for name in ("stopped", "default"))
+    assert ended["valid_perplexity"] == whole["valid_perplexity"]
+
+
+@pytest.mark.parametrize(
+    "settings, ranks, words",
+    [
+        (["output=runs/default"], 1, ["runs/default holds checkpoints", "resume=auto"]),
+        (["output=runs/default", "resume=auto", "model.width=64"], 1, ["model.width is 64, was 32", "init="]),
+        (["corpus=nowhere"], 1, ["nowhere", "prepare_corpus.py"]),
+        (["languages=syn,klingon"], 1, ["klingon"]),
+        (["parallel.tensor=2"], 1, ["parallel.tensor=2", "1 ranks"]),
+        (["train.batch=7"], 2, ["train.batch=7", "2 data-parallel"]),
+    ],
+)
+def test_a_users_mistake_is_one_clear_line(
+    folder: Path, default, settings: list[str], ranks: int, words: list[str]
+) -> None:
+    done = run(folder, *settings, ranks=ranks)
+    assert done.returncode != 0
+    (line,) = {line for line in done.stderr.splitlines() if line.startswith("error: ")}
+    for word in words:
+        assert word in line
+    assert "Traceback" not in done.stderr
+
+
+def test_a_truncated_checkpoint_is_refused_by_name_and_the_one_before_is_offered(folder: Path, default) -> None:
+    from mlinterf_ds.engine import checkpoint
+    from mlinterf_ds.errors import UserError
+
+    newest = checkpoint.find(folder / "runs/default")
+    shard = newest / "shard-00001.safetensors"
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[: len(whole) // 2])
+    try:
+        with pytest.raises(UserError, match=r"shard-00001.*truncated.*step-00000003"):
+            checkpoint.verify(newest)
+        shard.write_bytes(whole[:-9] + bytes([whole[-9] ^ 1]) + whole[-8:])
+        with pytest.raises(UserError, match=r"shard-00001.*altered"):
+            checkpoint.verify(newest)
+    finally:
+        shard.write_bytes(whole)
+    assert checkpoint.verify(newest)["updates"] == 6

@@ -1,0 +1,115 @@
+"""The run configuration: precedence, refusals, every shipped recipe and DeepSpeed JSON."""
+
+from pathlib import Path
+
+import pytest
+
+from mlinterf_ds.config import describe, fields, load_config
+from mlinterf_ds.engine.precision import choose_precision, read_json, resolve
+from mlinterf_ds.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[2]
+RECIPES = [
+    p for p in sorted((ROOT / "launch" / "recipes").glob("*.toml")) if not p.stem.startswith(("finetune", "study"))
+]
+JSONS = sorted((ROOT / "ds_configs").glob("*.json"))
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_every_shipped_recipe_loads(recipe: Path) -> None:
+    assert load_config([recipe]) == load_config([recipe.stem])
+
+
+@pytest.mark.parametrize("path", JSONS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_every_shipped_json_resolves(path: Path, precision: str) -> None:
+    resolved = resolve(read_json(path), load_config(["tiny"]), precision, 2)
+    assert "auto" not in str(resolved)
+    assert resolved["train_micro_batch_size_per_gpu"] == 16
+    assert [name for name in ("fp16", "bf16") if name in resolved] == [precision] * (precision != "fp32")
+
+
+def test_set_beats_recipe_beats_default(tmp_path: Path) -> None:
+    recipe = tmp_path / "r.toml"
+    recipe.write_text("[train]\nsteps = 7\nbatch = 6\n")
+    config = load_config([recipe], ["train.batch=5", "train.batch=4", "languages=en,sw", "model.adapter=none"])
+    assert (config.train.steps, config.train.batch, config.train.seed) == (7, 4, 0)
+    assert config.languages == ["en", "sw"] and config.model.adapter_width == 32
+
+
+@pytest.mark.parametrize(
+    "settings, words",
+    [
+        (["train.step=3"], ["train.step", "'3'", "train.steps"]),
+        (["steps=3"], ["steps", "train.steps"]),
+        (["train.steps=many"], ["train.steps", "many", "integer"]),
+        (["train.steps"], ["section.key=value"]),
+        (["variant=adapter"], ["variant", "adapter", "adpt"]),
+        (["model.heads=3"], ["model.heads=3", "model.width", "head_width"]),
+        (["model.heads=6", "model.width=96", "parallel.tensor=4"], ["model.heads=6", "parallel.tensor=4"]),
+        (["languages=en,en"], ["en", "twice"]),
+        (["languages=EN"], ["languages", "EN"]),
+        (["variant=mono", "languages=en,sw"], ["mono", "joint"]),
+        (["variant=meta_adpt", "languages=en"], ["meta_adpt", "mono"]),
+        (["variant=meta_adpt", "data.mixed=true"], ["data.mixed"]),
+        (["meta.radius=0"], ["meta.radius", "greater than 0"]),
+        (["meta.beta=0"], ["meta.beta", "greater than 0"]),
+        (["treatment=pcgrad", "variant=joint"], ["data.mixed=true"]),
+        (["resume=x", "init=y"], ["resume", "init"]),
+    ],
+)
+def test_refusals_name_key_value_and_remedy(settings: list[str], words: list[str]) -> None:
+    with pytest.raises(UserError) as caught:
+        load_config([], settings)
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_bad_recipes_are_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"nothere.*tiny"):
+        load_config(["nothere"])
+    (tmp_path / "bad.toml").write_text("[train\n")
+    with pytest.raises(UserError, match=r"bad\.toml.*TOML"):
+        load_config([tmp_path / "bad.toml"])
+    (tmp_path / "key.toml").write_text("[train]\nspeed = 1\n")
+    with pytest.raises(UserError, match=r"train\.speed.*key\.toml"):
+        load_config([tmp_path / "key.toml"])
+
+
+def test_help_lists_every_key_with_a_meaning() -> None:
+    text = describe()
+    for key, _, meaning in fields():
+        assert f"{key}=" in text and len(meaning) > 10, key
+
+
+def test_contradictions_between_json_and_run_are_errors(tmp_path: Path) -> None:
+    config = load_config(["tiny"])
+    for key, value in [("train_batch_size", 999), ("gradient_clipping", 1.0)]:
+        with pytest.raises(UserError, match=f"{key}.*train."):
+            resolve({key: value}, config, "fp32", 1)
+    with pytest.raises(UserError, match="batch=32.*3 data-parallel"):
+        resolve({}, config, "fp32", 3)
+    with pytest.raises(UserError, match="micro_batch=5"):
+        resolve({}, load_config(["tiny"], ["train.micro_batch=5"]), "fp32", 1)
+    with pytest.raises(UserError, match="bf16.*fp16"):
+        choose_precision("bf16", {"fp16": {"enabled": True}})
+    with pytest.raises(UserError, match="both"):
+        choose_precision("auto", {"fp16": {"enabled": True}, "bf16": {"enabled": True}})
+    with pytest.raises(UserError, match="optimizer"):
+        (tmp_path / "o.json").write_text('{"optimizer": {"type": "Adam"}}')
+        read_json(tmp_path / "o.json")
+    with pytest.raises(UserError, match="not JSON"):
+        (tmp_path / "j.json").write_text("{")
+        read_json(tmp_path / "j.json")
+    with pytest.raises(UserError, match="ds_configs"):
+        read_json(tmp_path / "none.json")
+
+
+def test_a_precision_the_device_lacks_is_refused() -> None:
+    from deepspeed.accelerator import get_accelerator
+
+    if get_accelerator().device_name() != "cpu" or get_accelerator().is_fp16_supported():
+        pytest.skip("this device computes in fp16")
+    with pytest.raises(UserError, match="fp16.*no fp16 arithmetic"):
+        choose_precision("fp16", {})
+    assert choose_precision("auto", {})[0] in ("bf16", "fp32")

@@ -1,0 +1,56 @@
+"""Imports go one way: config <- parallel <- data, model, meta, tracking <- engine, tasks, analysis <- report, export <- recipes."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parents[2] / "mlinterf_ds"
+LAYERS = {
+    "errors": 0, "config": 1, "command": 2, "parallel": 2,
+    "data": 3, "model": 3, "meta": 3, "tracking": 3,
+    "engine": 4, "tasks": 4, "analysis": 4,
+    "report": 5, "export": 5,
+    "pretrain": 6, "finetune": 6, "finetune_config": 2, "finetune_run": 6, "finetune_report": 6, "evaluate": 6, "analyze": 6, "study": 6,
+}  # fmt: skip
+FORBIDDEN = {
+    "model": {"data", "meta", "tracking"},
+    "data": {"model", "meta", "tracking"},
+    "meta": {"data", "model", "tracking"},
+}
+FILES = sorted(path for path in PACKAGE.rglob("*.py") if path.parent != PACKAGE or path.name != "__init__.py")
+
+
+def imported(path: Path) -> set[str]:
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            module = node.module.split(".")
+            if module[0] == "mlinterf_ds":
+                found |= {module[1]} if len(module) > 1 else {alias.name for alias in node.names}
+            else:
+                found.add(module[0])
+        elif isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[1 if alias.name.startswith("mlinterf_ds.") else 0] for alias in node.names}
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_layers(path: Path) -> None:
+    mine = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    assert mine in LAYERS, f"{mine} has no layer: add it above"
+    for other in imported(path) & LAYERS.keys() - {mine}:
+        assert LAYERS[other] <= LAYERS[mine], f"{mine} imports {other}"
+        assert other not in FORBIDDEN.get(mine, set()), f"{mine} imports {other}"
+
+
+def test_the_algorithm_needs_torch_alone() -> None:
+    standard = {"__future__", "math", "collections", "contextlib", "dataclasses", "typing"}
+    for path in (PACKAGE / "meta").glob("*.py"):
+        assert imported(path) <= standard | {"torch", "meta"}, path
+
+
+def test_only_one_file_reads_deepspeeds_optimizer() -> None:
+    for path in FILES:
+        if path.name != "zero.py":
+            assert "deepspeed.runtime" not in path.read_text(), path
