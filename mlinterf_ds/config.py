@@ -31,6 +31,15 @@ class Section(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=False, validate_default=True)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _none_by_name(cls, values: Any) -> Any:
+        """`--set key=none` unsets a key, except where 'none' is one of its choices."""
+        if not isinstance(values, dict):
+            return values
+        named = [name for name, field in cls.model_fields.items() if "none" in get_args(field.annotation)]
+        return values | {name: "none" for name in named if name in values and values[name] is None}
+
 
 Kind = TypeVar("Kind", bound=Section)
 

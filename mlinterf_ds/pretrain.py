@@ -73,6 +73,8 @@ def run(config: RunConfig, deepspeed_json: dict[str, Any]) -> dict[str, Any]:
             f"ranks (data x tensor), ZeRO {stage}, {precision} ({why}); output {output}",
             flush=True,
         )
+        if job.resumed:
+            print(job.resumed, flush=True)
     try:
         with command.Signals() as signals:
             return job.train(signals)
@@ -183,7 +185,7 @@ class Job:
         self._prepare_meta()
         self.history: dict[str, list[tuple[int, float]]] = {language: [] for language in self.languages}
         self.best, self.seconds, self.run_id = math.inf, 0.0, None
-        self.tracker, self.tracker_open = Tracker.off(), False
+        self.tracker, self.tracker_open, self.resumed = Tracker.off(), False, ""
         self._restore()
         masked = self.stream.batch(0, 0, 1).positions.shape[1]
         self.row_flops = flops_per_row(config, corpus.vocabulary_size, masked)
@@ -228,8 +230,7 @@ class Job:
         self.best, self.seconds, self.run_id = state["best"], state["seconds"], state["run_id"]
         if self.meta and not self.meta.radius.fixed:
             self.meta.radius.radius = state["radius"]
-        if self.first:
-            print(f"resumed from {path} at step {self.engine.step}", flush=True)
+        self.resumed = f"resumed from {path} at step {self.engine.step}"
 
     def _compare(self, path: Path) -> None:
         """Refuse to continue another run: every key that decides data, model or step must be as it was."""

@@ -80,10 +80,10 @@ class LossScale:
             else:
                 self.value = max(self.minimum, self.value / 2)
         else:
-            self.quiet += 1
-            if self.quiet % self.window == 0:
+            if self.quiet and self.quiet % self.window == 0:
                 self.value *= 2
                 self.patience = self.hysteresis
+            self.quiet += 1
 
     def state(self) -> dict[str, float]:
         return {"value": self.value, "patience": self.patience, "quiet": self.quiet}

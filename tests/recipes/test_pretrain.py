@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.ranks import pool
+
 ROOT = Path(__file__).resolve().parents[2]
 SHORT = ["train.steps=6", "train.epoch_steps=3", "data.eval_rows=8", "data.synthetic_sentences=600", "train.batch=8"]
 SHORT += ["model.width=32", "model.ffn=64", "train.warmup=2"]
@@ -100,6 +102,23 @@ def test_a_run_stopped_by_the_scheduler_resumes_to_the_same_end(folder: Path, de
     assert ended["valid_perplexity"] == whole["valid_perplexity"]
 
 
+def refusal(folder: str, settings: list[str]) -> str:
+    """On a rank of the pool: what `pretrain` says to these settings."""
+    from unittest import mock
+
+    from mlinterf_ds import parallel, pretrain
+    from mlinterf_ds.errors import UserError
+
+    os.chdir(folder)
+    flags = [word for setting in (*SHORT, *settings) for word in ("--set", setting)]
+    try:
+        with mock.patch.object(parallel, "stop"):  # the pool goes on
+            pretrain.main(["--deepspeed_config", str(ROOT / "ds_configs/zero1.json"), *flags])
+    except UserError as error:
+        return str(error)
+    return "accepted"
+
+
 @pytest.mark.parametrize(
     "settings, ranks, words",
     [
@@ -109,17 +128,22 @@ def test_a_run_stopped_by_the_scheduler_resumes_to_the_same_end(folder: Path, de
         (["languages=syn,klingon"], 1, ["klingon"]),
         (["parallel.tensor=2"], 1, ["parallel.tensor=2", "1 ranks"]),
         (["train.batch=7"], 2, ["train.batch=7", "2 data-parallel"]),
+        (["meta.batch=1"], 1, ["meta.batch = 1", "2 languages"]),
+        (["languages=syn"], 1, ["meta_adpt", "mono"]),
     ],
 )
-def test_a_users_mistake_is_one_clear_line(
+def test_a_users_mistake_is_one_clear_sentence(
     folder: Path, default, settings: list[str], ranks: int, words: list[str]
 ) -> None:
-    done = run(folder, *settings, ranks=ranks)
-    assert done.returncode != 0
-    (line,) = {line for line in done.stderr.splitlines() if line.startswith("error: ")}
-    for word in words:
-        assert word in line
-    assert "Traceback" not in done.stderr
+    for said in pool(ranks).run(refusal, str(folder), settings):
+        for word in words:
+            assert word in said
+
+
+def test_a_mistake_ends_the_job_with_its_reason_and_no_traceback(folder: Path) -> None:
+    done = run(folder, "train.speed=9")
+    assert done.returncode != 0 and "Traceback" not in done.stderr
+    assert "error: train.speed='9'" in done.stderr and "unknown key" in done.stderr
 
 
 def test_a_truncated_checkpoint_is_refused_by_name_and_the_one_before_is_offered(folder: Path, default) -> None:

@@ -1,0 +1,68 @@
+"""What every launcher shares: stale build locks, signals, how errors end."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mlinterf_ds import command
+from mlinterf_ds.parallel import rendezvous
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="needs /proc")
+def test_a_lock_nobody_holds_is_removed_and_one_in_use_is_kept(tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    stale, used = tmp_path / "one" / "lock", tmp_path / "two" / "lock"
+    for path in (stale, used):
+        path.parent.mkdir()
+        path.touch()
+    with used.open():
+        assert command.remove_stale_locks() == [stale]
+    assert used.exists() and not stale.exists()
+    assert str(stale) in capsys.readouterr().err
+
+
+def test_signals_ask_and_the_second_interrupt_interrupts() -> None:
+    with command.Signals() as signals:
+        assert signals.received is None
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert signals.received == "SIGTERM"
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+@pytest.mark.parametrize(
+    "raised, status, said",
+    [
+        ("UserError('use a file')", 2, "error: use a file"),
+        ("RuntimeError('broken')", 1, "error: rank 3 failed: RuntimeError: broken"),
+        ("KeyboardInterrupt", 130, "interrupted"),
+    ],
+)
+def test_how_a_launcher_ends(raised: str, status: int, said: str) -> None:
+    code = (
+        "from mlinterf_ds.command import main\nfrom mlinterf_ds.errors import UserError\n"
+        f"def run(_):\n    raise {raised}\nmain(run, [])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | {"RANK": "3"}, timeout=60
+    )
+    assert done.returncode == status
+    assert done.stderr.strip().splitlines()[-1] == said, "the reason comes last"
+    assert ("Traceback" in done.stderr) == (status == 1)
+
+
+def test_two_jobs_on_one_machine_meet_in_different_places(monkeypatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_SIZE", "2")
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    monkeypatch.setattr(os, "getppid", lambda: 1)
+    first = rendezvous()
+    monkeypatch.setattr(os, "getppid", lambda: os.getpid())
+    assert first.startswith("file://") and rendezvous() != first
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert rendezvous() == "env://", "ranks on other hosts meet by the launcher's address"

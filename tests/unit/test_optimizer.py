@@ -1,0 +1,65 @@
+"""AdamW by language, XLM's schedules, the loss scale."""
+
+import pytest
+import torch
+
+from mlinterf_ds.config import TrainConfig
+from mlinterf_ds.engine.optimizer import LossScale, adamw, apply, learning_rate
+
+
+def test_gated_groups_equal_adamw_run_per_language() -> None:
+    """Languages stepped now and then equal torch's AdamW seeing only their own steps; the others don't move."""
+    config = TrainConfig(lr=0.01, beta2=0.98, weight_decay=0.1)  # type: ignore[call-arg]
+    torch.manual_seed(0)
+    start = {language: torch.randn(7) for language in ("as", "te", "en")}
+    ours = {language: [value.clone().requires_grad_()] for language, value in start.items()}
+    optimizers = {language: adamw(masters, config) for language, masters in ours.items()}
+    theirs = {language: value.clone().requires_grad_() for language, value in start.items()}
+    separate = {
+        language: torch.optim.AdamW([value], lr=0.01, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.1)
+        for language, value in theirs.items()
+    }
+    for step in range(30):
+        language = ("as", "te")[step % 3 == 0]
+        gradient, lr = torch.randn(7), 0.01 / (step + 1)
+        idle = {other: ours[other][0].detach().clone() for other in ours if other != language}
+        apply(optimizers[language], ours[language], [gradient.clone()], lr)
+        separate[language].param_groups[0]["lr"] = lr
+        theirs[language].grad = gradient
+        separate[language].step()
+        for other, before in idle.items():
+            assert torch.equal(before, ours[other][0])
+    for language in start:
+        torch.testing.assert_close(ours[language][0], theirs[language], rtol=1e-6, atol=1e-7)
+    assert torch.equal(ours["en"][0], start["en"]) and optimizers["en"].state[ours["en"][0]]["step"] == 0
+
+
+def test_schedules() -> None:
+    config = TrainConfig(lr=1e-4, warmup=4000)  # type: ignore[call-arg]
+    assert learning_rate(config, 4000) == pytest.approx(1e-4)
+    assert learning_rate(config, 2000) == pytest.approx(1e-7 + (1e-4 - 1e-7) / 2)
+    assert learning_rate(config, 16000) == pytest.approx(5e-5)
+    constant = TrainConfig(lr=1e-4, warmup=0, schedule="constant")  # type: ignore[call-arg]
+    assert {learning_rate(constant, step) for step in (1, 10, 10**6)} == {1e-4}
+
+
+def test_loss_scale_follows_deepspeeds(monkeypatch) -> None:
+    """Step by step the same as DeepSpeed's DynamicLossScaler over a random history of overflows."""
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
+
+    monkeypatch.setattr("deepspeed.comm.get_rank", lambda *_: 1)  # it reports overflows on rank 0, with a job running
+
+    torch.manual_seed(1)
+    ours = LossScale(True, {"initial_scale_power": 8, "loss_scale_window": 5, "hysteresis": 2, "min_loss_scale": 1})
+    theirs = DynamicLossScaler(
+        init_scale=2**8, scale_window=5, min_scale=1, delayed_shift=2, consecutive_hysteresis=False,
+        raise_error_at_min_scale=False, dtype=torch.float16,
+    )  # fmt: skip
+    for overflow in (torch.rand(400) < 0.2).tolist():
+        ours.update(overflow)
+        theirs.update_scale(overflow)
+        assert ours.value == theirs.cur_scale
+    assert LossScale(False, {}).value == 1.0
+    fixed = LossScale(True, {"loss_scale": 128})
+    fixed.update(True)
+    assert fixed.value == 128
