@@ -14,6 +14,7 @@ from mlinterf_ds.data.stream import TrainStream, ValidationStream
 from mlinterf_ds.engine import checkpoint
 from mlinterf_ds.engine.engine import Engine
 from mlinterf_ds.engine.meta_step import MetaStep
+from mlinterf_ds.engine.optimizer import LossScale
 from mlinterf_ds.engine.precision import read_json
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -120,6 +121,21 @@ def weights(folder: str | Path, kind: str = "master") -> dict[str, torch.Tensor]
         dim = next(iter(ranks.values()))[0][0].partition_dim
         found[name] = parts[0] if dim is None else torch.cat(parts, dim)
     return found
+
+
+def train_fp16(out: str, steps: int, source: str | None = None) -> tuple[list[dict[str, float]], list[float]]:
+    """fp16 from a scale that overflows, with a window so short that it grows again; (facts, scales after each step)."""
+    settings = ["variant=adpt", "train.precision=fp16", "model.dropout=0.1"]
+    engine, stream, config = make(settings, "zero2")
+    engine.scale = LossScale(True, {"initial_scale_power": 24, "hysteresis": 1, "loss_scale_window": 3})
+    if source:
+        checkpoint.load(Path(source), engine)
+    facts, scales = [], []
+    while engine.step < steps:
+        facts += advance(engine, stream, config, engine.step + 1)
+        scales.append(engine.scale.value)
+    checkpoint.save(Path(out), engine, {}, {}, keep=9)
+    return facts, scales
 
 
 def train_meta(settings: list[str], json_name: str, tensor: int, out: str, steps: int = 4) -> list[dict[str, float]]:

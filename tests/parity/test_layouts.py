@@ -84,3 +84,15 @@ def test_checkpoint_loads_at_another_layout(tmp_path: Path) -> None:
         rest = pool(ranks).run(bodies.resumed, settings, json_name, tensor, str(source), 6)[0]
         for ours, theirs in zip(rest, whole[3:], strict=True):
             assert ours == pytest.approx(theirs, rel=1e-4)
+
+
+def test_fp16_goes_through_overflow_scale_changes_and_resume(tmp_path: Path) -> None:
+    facts, scales = pool(2).run(bodies.train_fp16, str(tmp_path / "whole"), 24)[0]
+    skipped = [after["skipped"] - before["skipped"] for before, after in zip(facts, facts[1:], strict=False)]
+    assert facts[0]["skipped"] == 1 and scales[0] == 2.0**23, "the first scale overflows and is halved"
+    assert 0 in skipped and max(scales[8:]) > min(scales), "later steps count, and the scale grows again"
+    assert facts[-1]["loss"] < facts[0]["loss"]
+    pool(2).run(bodies.train_fp16, str(tmp_path / "half"), 11)
+    source = tmp_path / "half" / "checkpoints" / "step-00000011"
+    rest, later = pool(2).run(bodies.train_fp16, str(tmp_path / "rest"), 24, str(source))[0]
+    assert rest == facts[11:] and later == scales[11:]
