@@ -43,3 +43,14 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
         product[0, 0].item()  # waits for the device
         best = min(best, time.perf_counter() - begin)
     return 2.0 * size**3 / best
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes this rank has held at most: of the accelerator, or resident on a CPU."""
+    from deepspeed.accelerator import get_accelerator
+
+    if device.type != "cpu":
+        return int(get_accelerator().max_memory_allocated())
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -96,7 +96,9 @@ def make(
     config = load_config([], [*FINETUNE, *own, *settings], FinetuneConfig)
     files = {language: f"{data}/{task}-{language}" for language in LANGUAGES}
     options = {"train": {"te": files["te"]}, "dev": {"te": "split"}, "test": files}
-    job, _ = prepare(config, options, read_json(REPOSITORY / "ds_configs" / f"{json_name}.json"), "fp32", layout)
+    job, _ = prepare(
+        config, options, read_json(REPOSITORY / "ds_configs" / f"{json_name}.json"), config.train.precision, layout
+    )
     found = config.finetune
     assert found.head_lr is not None
     return Finetuning(job, Point(seed, found.batch[0], found.lr[0], found.head_lr[0]), Path(out), Tracker.off())

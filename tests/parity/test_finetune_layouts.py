@@ -52,6 +52,13 @@ def test_two_ranks_predict_what_one_does(ground, reference, task, json_name, ten
     assert found[1]["predictions"] == {"te": [], "as": []}
 
 
+@pytest.mark.parametrize("json_name", ["zero1", "zero2_offload", "zero3"])
+def test_bf16_is_close(ground, reference, json_name: str, tmp_path: Path) -> None:
+    settings = [*EXACT, "train.precision=bf16"]
+    found = pool(2).run(bodies.finetune, "pos", *ground, str(tmp_path), settings, json_name, 1)[0]
+    assert found["progress"]["losses"] == pytest.approx(reference("pos")["progress"]["losses"], rel=0.03)
+
+
 @pytest.mark.parametrize("steps", [3, 5, 7])
 @pytest.mark.parametrize("json_name, tensor", [("zero1", 1), ("zero2", 2)])
 def test_resume_is_bit_exact(ground, json_name: str, tensor: int, steps: int, tmp_path: Path) -> None:
