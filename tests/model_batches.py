@@ -57,7 +57,7 @@ def encoder(variant: str, dropout: float = 0.0, spread: float = 0.3, **options: 
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:
-                parameter.mul_(spread / 0.02)
+                parameter.mul_(spread / parameter.std())
     return model
 
 

@@ -44,7 +44,7 @@ def equals_one_rank(variant: str, vocabulary: int, options: dict[str, Any], lang
     source = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in whole.parameters():  # biases and norms too: all far from their defaults
-            centre, spread = (parameter, 0.3) if parameter.ndim == 1 else (parameter * 10, 0.1)
+            centre, spread = (parameter, 0.3) if parameter.ndim == 1 else (0.2 * parameter / parameter.std(), 0.1)
             parameter.copy_(centre + spread * torch.randn(parameter.shape, generator=source))
     expected = run(whole, vocabulary, languages)
 

@@ -282,7 +282,9 @@ def test_initial_weights_depend_on_seed_and_name_only() -> None:
     assert all(torch.equal(value, more[name]) for name, value in adapted.items())
     matrices = [name for name, value in joint.items() if value.ndim > 1]
     assert all(not torch.equal(joint[name], other[name]) for name in matrices)
-    assert all(abs(float(joint[name].std()) - 0.02) < 0.006 for name in matrices)
+    for name in matrices:  # XLM's: embeddings width^-0.5, matrices (3 fan-in)^-0.5
+        fan_in = joint[name].shape[1] * (1 if name.startswith("embeddings.") else 3)
+        assert abs(float(joint[name].std()) * fan_in**0.5 - 1) < 0.3, name
     assert not any("_extra_state" in name for name in joint)
 
 

@@ -1,0 +1,219 @@
+"""What a pretrained model makes of any text: perplexity, pseudo-perplexity, and words for `<mask>`.
+
+Perplexity is that of masked prediction, as during training: 15% of the tokens under fixed masks, rows packed.
+Pseudo-perplexity (Salazar et al., 2020) masks the tokens of a sentence one at a time: exp of the mean surprisal over all of
+them; it costs a forward pass a token. Both depend on the vocabulary: compare them under one tokenizer only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from mlinterf_ds import command, parallel
+from mlinterf_ds.data.files import write_json
+from mlinterf_ds.data.masking import Batch
+from mlinterf_ds.data.stream import EvaluationSet
+from mlinterf_ds.data.text import normalise
+from mlinterf_ds.data.tokenizer import BOS, EOS, MASK, Tokenizer
+from mlinterf_ds.engine import checkpoint
+from mlinterf_ds.engine.precision import DTYPES, choose_precision
+from mlinterf_ds.engine.zero import Segment
+from mlinterf_ds.errors import UserError
+from mlinterf_ds.model.encoder import Encoder, partition_dim
+from mlinterf_ds.pretrained import Pretrained
+from mlinterf_ds.tasks.files import read_text
+from mlinterf_ds.tasks.sources import parse
+
+BLANK = "<mask>"
+ROWS = 64  # evaluated at once
+
+
+def main(arguments: Sequence[str]) -> int:
+    """`launch/evaluate.py --checkpoint RUN --text sw=FILE` or `--fill "... <mask> ..." --language sw`."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--checkpoint", required=True, help="a run's output folder (its best checkpoint) or a checkpoint"
+    )
+    parser.add_argument(
+        "--text", action="append", default=[], metavar="LANG=FILE", help="one sentence a line; repeatable"
+    )
+    parser.add_argument(
+        "--sentences", type=int, default=100, help="scored for pseudo-perplexity (default 100; 0: none)"
+    )
+    parser.add_argument("--fill", metavar="TEXT", help=f"predict every {BLANK} of this text")
+    parser.add_argument("--language", help="of --fill")
+    parser.add_argument("--top", type=int, default=5, help="candidates shown for a mask (default 5)")
+    parser.add_argument("--precision", default="auto", choices=("auto", *DTYPES), help="default: as in training")
+    parser.add_argument("--tensor", type=int, default=1, help="ranks that share the model (tensor parallel)")
+    parser.add_argument("--out", type=Path, help="write the results to this JSON file too")
+    parser.add_argument("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    if bool(options.text) == bool(options.fill):
+        raise UserError('give either --text LANG=FILE (repeatable) or --fill "... <mask> ..." with --language')
+    texts = parse(options.text, "text") if options.text else {}
+    with command.hushed():
+        layout = parallel.start(options.tensor)
+    try:
+        model = Model(options.checkpoint, layout, options.precision)
+        if options.fill:
+            results: Any = fill(model, options.fill, options.language, options.top)
+        else:
+            results = {lang: score(model, lang, Path(path), options.sentences) for lang, path in texts.items()}
+        if layout.rank == 0:
+            print(_shown(results), flush=True)
+            if options.out:
+                write_json(options.out, results)
+        return 0
+    finally:
+        parallel.stop()
+
+
+class Model:
+    """A checkpoint's encoder and tokenizer on this rank, for evaluation."""
+
+    def __init__(self, place: str, layout: parallel.Layout, precision: str = "auto"):
+        from deepspeed.accelerator import get_accelerator
+
+        pretrained = Pretrained.open(place)
+        self.languages, self.path, self.layout = pretrained.languages, pretrained.path, layout
+        self.length = pretrained.positions
+        self.tokenizer = pretrained.tokenizer()
+        self.device = torch.device(get_accelerator().current_device_name())
+        self.encoder = Encoder(
+            pretrained.shape(dropout=0.0),
+            variant=pretrained.variant,
+            languages=pretrained.languages,
+            vocabulary=int(pretrained.saved["vocabulary"]),
+            positions=pretrained.positions,
+        )
+        _fill_weights(self.encoder, pretrained.path, layout)
+        self.encoder.to(self.device, DTYPES[choose_precision(precision, {})[0]]).eval()
+
+    def index(self, language: str | None) -> int:
+        """The number of a language; UserError if the model doesn't know it."""
+        if language not in self.languages:
+            raise UserError(
+                f"language {language!r}: the model at {self.path} knows {', '.join(self.languages)}; name one of them"
+            )
+        return self.languages.index(language)
+
+    @torch.no_grad()
+    def surprisals(self, batch: Batch) -> torch.Tensor:
+        """(rows, masked) fp32, in nats."""
+        return self.encoder(batch.to(self.device))[1].cpu()
+
+    def summed(self, values: Sequence[float]) -> list[float]:
+        """The sums over all data-parallel ranks."""
+        total = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(total)
+        return [float(value) / self.layout.tensor for value in total]
+
+
+def _fill_weights(model: Encoder, path: Path, layout: parallel.Layout) -> None:
+    source = checkpoint.Source(path)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            shape = tuple(parameter.shape)
+            whole = Segment(name, shape, 0, parameter.numel(), 0, 0, partition_dim(parameter))
+            parameter.copy_(source.read(whole, "master", layout.tensor, layout.tensor_rank).view(shape))
+
+
+class Text:
+    """A text file as `mlinterf_ds.data.stream` wants a corpus: one language, one split."""
+
+    def __init__(self, path: Path, language: str, tokenizer: Tokenizer):
+        self.languages, self.vocabulary_size = [language], tokenizer.size
+        self.lines = [line for line in map(normalise, read_text(path).split("\n")) if line]
+        self.encoded = [tokenizer.encode(line) for line in self.lines]
+        self.flat = np.array([piece for ids in self.encoded for piece in (*ids, EOS)], dtype=np.int64)
+
+    def sentences(self, language: str, split: str) -> int:
+        return len(self.lines)
+
+    def characters(self, language: str, split: str) -> int:
+        return sum(map(len, self.lines))
+
+    def tokens(self, language: str, split: str) -> np.ndarray:
+        return self.flat
+
+
+def score(model: Model, language: str, path: Path, sentences: int) -> dict[str, float]:
+    """Perplexity, bits per character and pseudo-perplexity (of the first `sentences` lines) of a text file."""
+    number, text = model.index(language), Text(path, language, model.tokenizer)
+    layout = model.layout
+    rows = EvaluationSet(text, language, "test", languages=model.languages, length=model.length)
+    total = 0.0
+    for batch in rows.batches(ROWS, layout.data_rank, layout.data):
+        total += float((batch.weights * model.surprisals(batch)).sum())
+    (nll,) = model.summed([total])
+    found = {
+        "perplexity": math.exp(nll),
+        "bits_per_character": rows.bits_per_character(nll),
+        "sentences": len(text.lines),
+    }
+    if sentences:
+        sums = np.zeros(2)
+        for ids in text.encoded[:sentences][layout.data_rank :: layout.data]:
+            for batch in one_at_a_time(ids[: model.length - 2], number):
+                sums += float(model.surprisals(batch).sum()), len(batch.tokens)
+        nll, count = model.summed(sums.tolist())
+        found |= {"pseudo_perplexity": math.exp(nll / count), "pseudo_perplexity_tokens": count}
+    return found
+
+
+def one_at_a_time(ids: Sequence[int], language: int) -> Iterator[Batch]:
+    """`<s> sentence </s>` once for each of its tokens, with that one masked."""
+    sentence = torch.tensor([BOS, *ids, EOS])
+    for first in range(0, len(ids), ROWS):
+        columns = torch.arange(first, min(first + ROWS, len(ids)))[:, None] + 1
+        tokens = sentence.repeat(len(columns), 1)
+        yield _batch(tokens.scatter(1, columns, MASK), columns, tokens.gather(1, columns), language)
+
+
+def _batch(tokens: torch.Tensor, positions: torch.Tensor, labels: torch.Tensor, language: int) -> Batch:
+    languages = torch.full((len(tokens),), language)
+    return Batch(tokens, positions, labels, torch.ones(positions.shape), languages, (language,), 0)
+
+
+@torch.no_grad()
+def fill(model: Model, text: str, language: str | None, top: int) -> list[list[dict[str, Any]]]:
+    """For each `<mask>` of the text the likeliest pieces, best first: [{"piece", "probability"}]."""
+    if BLANK not in text:
+        raise UserError(f"--fill {text!r}: has no {BLANK}")
+    number = model.index(language)
+    ids: list[int] = [BOS]
+    for index, part in enumerate(text.split(BLANK)):
+        ids += [MASK] * (index > 0) + model.tokenizer.encode(part)
+    ids.append(EOS)
+    tokens = torch.tensor([ids], device=model.device)
+    hidden = model.encoder.hidden(tokens, torch.tensor([number]), (number,))
+    chances = model.encoder.logits(hidden)[0].softmax(-1).cpu()
+    found, pieces = [], model.tokenizer.pieces
+    for column in (k for k, piece in enumerate(ids) if piece == MASK):
+        values, best = chances[column].topk(min(top, len(pieces)))
+        found.append([{"piece": pieces[int(i)], "probability": float(p)} for p, i in zip(values, best, strict=True)])
+    return found
+
+
+def _shown(results: Any) -> str:
+    if isinstance(results, list):
+        lines = []
+        for number, candidates in enumerate(results, 1):
+            lines.append(f"{BLANK} {number}:")
+            lines += [f"  {c['probability']:>7.2%}  {c['piece'].replace(chr(0x2581), '_')}" for c in candidates]
+        return "\n".join(lines)
+    lines = [f"{'language':<12}{'perplexity':>12}{'bits/character':>16}{'pseudo-perplexity':>19}{'sentences':>11}"]
+    for language, found in results.items():
+        pseudo = f"{found['pseudo_perplexity']:.2f}" if "pseudo_perplexity" in found else "-"
+        lines.append(
+            f"{language:<12}{found['perplexity']:>12.2f}{found['bits_per_character']:>16.3f}{pseudo:>19}{found['sentences']:>11}"
+        )
+    return "\n".join(lines)

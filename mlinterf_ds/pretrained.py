@@ -1,0 +1,78 @@
+"""A pretrained checkpoint as fine-tuning and evaluation start from it; and what ranks must agree on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from mlinterf_ds.command import Signals
+from mlinterf_ds.config import ModelConfig
+from mlinterf_ds.data.tokenizer import Tokenizer
+from mlinterf_ds.engine import checkpoint
+from mlinterf_ds.errors import UserError
+from mlinterf_ds.parallel import Layout
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """A checkpoint to start from, and what its run says of it."""
+
+    path: Path
+    saved: dict[str, Any]  # run.json
+
+    @classmethod
+    def open(cls, place: str) -> Pretrained:
+        """The best checkpoint of a run's output folder, or the checkpoint of that folder."""
+        path = checkpoint.find(place, "best")
+        saved = checkpoint.verify(path)
+        if "task" in saved.get("config", {}):
+            raise UserError(
+                f"{path}: a checkpoint of a fine-tuning: set checkpoint to a pretraining run's output folder"
+            )
+        return cls(path, saved)
+
+    @property
+    def languages(self) -> list[str]:
+        return list(self.saved["languages"])
+
+    @property
+    def variant(self) -> str:
+        """The architecture: which module is language-specific."""
+        return str(self.saved["config"]["variant"]).removeprefix("meta_")
+
+    @property
+    def positions(self) -> int:
+        """The longest row, in pieces."""
+        return int(self.saved["config"]["data"]["sequence_length"])
+
+    @property
+    def run_id(self) -> str | None:
+        """MLflow's id of the pretraining run."""
+        return self.saved.get("run_id")
+
+    def shape(self, dropout: float | None = None) -> ModelConfig:
+        """The encoder's; with other dropouts if asked."""
+        changed = {} if dropout is None else {"dropout": dropout, "attention_dropout": dropout}
+        return ModelConfig(**(self.saved["config"]["model"] | changed))
+
+    def tokenizer(self) -> Tokenizer:
+        return Tokenizer(self.path / "tokenizer.model")
+
+
+def asked_to_stop(signals: Signals, layout: Layout, device: torch.device) -> str:
+    """Which signal asked any rank to end ('' if none did); all ranks agree."""
+    flag = torch.tensor(float(signals.received is not None), device=device)
+    if layout.world > 1:
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+    return (signals.received or "a signal to another rank") if flag else ""
+
+
+def from_first(value: Any) -> Any:
+    """Rank 0's value, on every rank."""
+    box = [value]
+    dist.broadcast_object_list(box)
+    return box[0]

@@ -1,0 +1,105 @@
+"""The encoder with a task's linear classifier on top: one class for each chosen column, or the two ends of a span.
+
+Legend: rows = sequences, places = columns looked at in a row (words' first pieces, `<s>`, or a context's pieces),
+targets = predictions wanted of a row (one a place, or start and end).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from hashlib import blake2b
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mlinterf_ds.config import ModelConfig
+from mlinterf_ds.model.encoder import Encoder, at_positions
+from mlinterf_ds.parallel import replayed
+from mlinterf_ds.tasks.base import Kind
+
+HEAD_STD = 0.02  # of a new classifier, as BERT
+CLASSIFIER = "task classifier"  # its name among the languages' parameter groups; no language's code has a space
+
+
+@dataclass(frozen=True)
+class TaskBatch:
+    """One rank's rows of one micro-batch. The loss is `(weights * cross_entropy).sum()`, summed over all slices."""
+
+    tokens: Tensor  # (rows, length) int64
+    padding: Tensor  # (rows, length) bool, True where a row has ended
+    positions: Tensor  # (rows, places) int64: columns
+    valid: Tensor  # (rows, places) bool: False where a row has fewer places
+    targets: Tensor  # (rows, targets) int64: classes (0 where there is none), or indices of places
+    weights: Tensor  # (rows, targets) float32: they sum to 1 over the global batch; 0 where there is no target
+    languages: Tensor  # (rows,) int64: index into the encoder's languages
+    step_languages: tuple[int, ...]  # of the whole global batch, ascending: the same on all ranks
+    dropout_seed: int
+
+    def to(self, device: torch.device | str) -> TaskBatch:
+        """The same batch with its tensors on `device`."""
+        moved: dict[str, Any] = {
+            k: v.to(device, non_blocking=True) for k, v in vars(self).items() if torch.is_tensor(v)
+        }
+        return replace(self, **moved)
+
+
+class TaskModel(Encoder):
+    """The pretrained encoder (its parameters keep their names) with a linear classifier in place of the masked head.
+
+    kind "labels": `classes` logits at each place (tagging; sentence pairs, whose one place is `<s>`). kind "span": every
+    place is scored as a start and as an end. The classifier is a parameter group of its own, so that it can have its own
+    learning rate and stay trainable when all else is frozen; tensor-parallel ranks hold replicas.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        kind: Kind,
+        classes: int,
+        variant: str,
+        languages: Sequence[str],
+        vocabulary: int,
+        positions: int,
+        seed: int,
+    ):
+        super().__init__(config, variant=variant, languages=languages, vocabulary=vocabulary, positions=positions)
+        del self.head
+        self.kind = kind
+        self.dropout = config.dropout
+        self.classifier = nn.Linear(config.width, 2 if kind == "span" else classes)
+        digest = blake2b(f"{seed} classifier".encode(), digest_size=8).digest()
+        source = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+        with torch.no_grad():
+            self.classifier.weight.normal_(0.0, HEAD_STD, generator=source)
+            self.classifier.bias.zero_()
+
+    def forward(self, batch: TaskBatch) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        """The loss, and when training each row's mean nll (rows, 1), else the logits.
+
+        Logits: (rows, places, classes), or (rows, 2, places) of a span; fp32.
+        """
+        with contextlib.ExitStack() as stack:
+            if self.training:
+                stack.enter_context(replayed(batch.dropout_seed))
+            hidden = self.hidden(batch.tokens, batch.languages, batch.step_languages, batch.padding)
+            places = F.dropout(at_positions(hidden, batch.positions), self.dropout, self.training)
+        logits = self.classifier(places).float()
+        if self.kind == "span":
+            logits = logits.masked_fill(~batch.valid[:, :, None], -torch.inf).transpose(1, 2)
+        flat = F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), reduction="none")
+        nll = flat.view(batch.targets.shape)
+        loss = (batch.weights * nll).sum()
+        if not self.training:
+            return loss.detach(), logits.detach()
+        counted = (batch.weights > 0).float()
+        return loss, ((counted * nll).sum(1, keepdim=True) / counted.sum(1, keepdim=True).clamp(min=1)).detach()
+
+    def language_parameters(self) -> dict[str, dict[str, nn.Parameter]]:
+        """Each language's own parameters by full name, and the classifier's under CLASSIFIER."""
+        classifier = {f"classifier.{name}": parameter for name, parameter in self.classifier.named_parameters()}
+        return super().language_parameters() | {CLASSIFIER: classifier}

@@ -1,0 +1,146 @@
+"""Scores, in percent: entity F1 by seqeval, SQuAD's EM and F1, accuracies, intervals; and tables of the errors."""
+
+from __future__ import annotations
+
+import math
+import re
+import string
+import warnings
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+Tags = Sequence[Sequence[str]]
+
+
+# --- tags ------------------------------------------------------------------------------------------------------------
+def entity_scores(gold: Tags, predicted: Tags) -> dict[str, float]:
+    """Micro F1, precision and recall over entities: an entity counts if its type and both ends are right (seqeval)."""
+    from seqeval.metrics import f1_score, precision_score, recall_score
+
+    ours, theirs = [list(tags) for tags in predicted], [list(tags) for tags in gold]
+    scorers = {"f1": f1_score, "precision": precision_score, "recall": recall_score}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # says that a metric without predictions is set to 0: so it is
+        return {name: 100 * float(score(theirs, ours, zero_division=0)) for name, score in scorers.items()}
+
+
+def run_f1(gold: Tags, predicted: Tags) -> float:
+    """Micro F1 over runs of equal tags: what seqeval makes of part-of-speech tags, hence what XTREME reports.
+
+    Except that seqeval, given bare tags, takes SCONJ and SYM for one-word entities (S) and loses X beside a sentence's end.
+    """
+    inside = [[[f"I-{tag}" for tag in tags] for tags in side] for side in (gold, predicted)]
+    return entity_scores(*inside)["f1"]
+
+
+def tag_accuracy(gold: Tags, predicted: Tags) -> float:
+    """Share of words with the right tag."""
+    pairs = [pair for ours, theirs in zip(gold, predicted, strict=True) for pair in zip(ours, theirs, strict=True)]
+    return 100 * sum(a == b for a, b in pairs) / len(pairs)
+
+
+def entity_report(gold: Tags, predicted: Tags) -> str:
+    """Precision, recall and F1 of every type of entity, as a Markdown table."""
+    from seqeval.metrics import classification_report
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found: Any = classification_report(
+            [list(tags) for tags in gold], [list(tags) for tags in predicted], output_dict=True, zero_division=0
+        )
+    lines = ["| type | precision | recall | F1 | entities |", "|---|---|---|---|---|"]
+    for kind, facts in found.items():
+        if "macro" not in kind and "weighted" not in kind:
+            numbers = " | ".join(f"{100 * facts[key]:.1f}" for key in ("precision", "recall", "f1-score"))
+            lines.append(f"| {kind.removesuffix(' avg')} | {numbers} | {int(facts['support'])} |")
+    return "\n".join(lines) + "\n"
+
+
+def confusion(gold: Tags, predicted: Tags, name: Callable[[str], str]) -> str:
+    """How often each class (rows) was taken for each (columns), in words; as a Markdown table."""
+    counts: Counter[tuple[str, str]] = Counter()
+    for ours, theirs in zip(gold, predicted, strict=True):
+        counts.update((name(a), name(b)) for a, b in zip(ours, theirs, strict=True))
+    classes = sorted({name for pair in counts for name in pair})
+    lines = [f"| gold \\ predicted | {' | '.join(classes)} |", "|---" * (len(classes) + 1) + "|"]
+    for row in classes:
+        lines.append(f"| {row} | {' | '.join(str(counts[row, column]) for column in classes)} |")
+    return "\n".join(lines) + "\n"
+
+
+# --- answers ---------------------------------------------------------------------------------------------------------
+ARTICLES = re.compile(r"\b(a|an|the)\b")
+PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+def normalise_answer(text: str) -> str:
+    """SQuAD's: lower case, without punctuation (ASCII), English articles and surplus space."""
+    return " ".join(ARTICLES.sub(" ", text.lower().translate(PUNCTUATION)).split())
+
+
+def exact_match(prediction: str, answers: Sequence[str]) -> float:
+    """1 if the prediction is one of the answers after normalisation, else 0."""
+    return float(any(normalise_answer(prediction) == normalise_answer(answer) for answer in answers))
+
+
+def answer_f1(prediction: str, answers: Sequence[str]) -> float:
+    """The best word overlap (F1, 0 to 1) with one of the answers; with no words on a side, 1 only if both have none."""
+    return max(_overlap(normalise_answer(prediction).split(), normalise_answer(answer).split()) for answer in answers)
+
+
+def _overlap(ours: list[str], theirs: list[str]) -> float:
+    if not ours or not theirs:
+        return float(ours == theirs)
+    common = sum((Counter(ours) & Counter(theirs)).values())
+    return 2 * common / (len(ours) + len(theirs))
+
+
+# --- uncertainty -----------------------------------------------------------------------------------------------------
+def wilson(right: float, total: int, z: float = 1.959964) -> tuple[float, float]:
+    """95% interval (percent) of a share of `right` out of `total` (Wilson, 1927)."""
+    share, spread = right / total, z * z / total
+    centre = (share + spread / 2) / (1 + spread)
+    half = z / (1 + spread) * math.sqrt(share * (1 - share) / total + spread / (4 * total))
+    return 100 * max(0.0, centre - half), 100 * min(1.0, centre + half)
+
+
+def mean_std(values: Sequence[float]) -> dict[str, float]:
+    """Mean and sample standard deviation; the latter 0 for a single value."""
+    return {"mean": float(np.mean(values)), "std": float(np.std(values, ddof=1)) if len(values) > 1 else 0.0}
+
+
+def ranks(values: Sequence[float]) -> np.ndarray:
+    """Rank of each value from 1, ties sharing their mean rank.  # (n,)"""
+    found = np.asarray(values, dtype=float)
+    return np.array([(found < value).sum() + ((found == value).sum() + 1) / 2 for value in found])
+
+
+def rank_correlation(x: Sequence[float], y: Sequence[float]) -> float:
+    """Spearman's; NaN if either side is constant."""
+    a, b = ranks(x) - (len(x) + 1) / 2, ranks(y) - (len(y) + 1) / 2
+    size = math.sqrt(float(a @ a) * float(b @ b))
+    return float(a @ b) / size if size else math.nan
+
+
+def transfer_correlation(
+    closeness: dict[str, float], scores: dict[str, Sequence[float]], resamples: int = 2000
+) -> dict[str, float]:
+    """Rank correlation of score with closeness over (language, seed), and its 95% bootstrap interval over seeds.
+
+    closeness, scores by language; scores one a seed, in the same order for every language.
+    """
+    languages = sorted(scores)
+    table = np.array([scores[language] for language in languages])  # (languages, seeds)
+    near = [closeness[language] for language in languages]
+
+    def correlation(columns: Any) -> float:
+        return rank_correlation(np.repeat(near, len(columns)).tolist(), table[:, columns].ravel().tolist())
+
+    seeds = table.shape[1]
+    draw = np.random.default_rng(0)
+    found = [correlation(draw.integers(seeds, size=seeds)) for _ in range(resamples)] if seeds > 1 else [math.nan]
+    low, high = np.nanquantile(found, [0.025, 0.975]) if not np.isnan(found).all() else (math.nan, math.nan)
+    return {"rho": correlation(np.arange(seeds)), "low": float(low), "high": float(high)}

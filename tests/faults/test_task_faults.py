@@ -1,0 +1,147 @@
+"""Fine-tuning and evaluation under a user's mistakes and damaged files: refused in words, nothing lost."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.parity import finetune_bodies as bodies
+from tests.ranks import pool
+
+
+@pytest.fixture(scope="module")
+def ground(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("ground")
+    pool(1).run(bodies.pretrain, str(folder / "model"))
+    bodies.write_data(folder / "data")
+    return folder
+
+
+def refusal(task: str, model: Path, data: Path, out: Path, settings: list[str]) -> str:
+    """The message with which preparing a fine-tuning is refused."""
+    from mlinterf_ds.errors import UserError
+
+    try:
+        bodies.make(task, str(model), str(data), str(out), settings, "zero1", 1)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def refused(
+    ground: Path, words: list[str], task: str = "ner", model: Path | None = None, data: Path | None = None, settings=()
+):
+    (message,) = pool(1).run(
+        refusal, task, model or ground / "model", data or ground / "data", ground / "out", list(settings)
+    )
+    for word in words:
+        assert word in message, message
+    assert not (ground / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "settings, words",
+    [
+        (["finetune.max_length=32"], ["finetune.max_length=32", "24 positions"]),
+        (["finetune.batch=6", "finetune.micro_batch=4"], ["finetune.batch=6", "micro_batch=4"]),
+        (["finetune.unseen=xx", "finetune.limit=4"], []),
+        (["checkpoint=/nowhere"], ["/nowhere", "no checkpoint here"]),
+    ],
+)
+def test_settings_that_do_not_fit(ground: Path, settings: list[str], words: list[str]) -> None:
+    if words:
+        refused(ground, words, settings=settings)
+    else:  # a fallback that nobody needs is no mistake
+        assert pool(1).run(refusal, "ner", ground / "model", ground / "data", ground / "out", settings) == [""]
+
+
+def test_a_test_language_with_a_new_entity_type(ground: Path, tmp_path: Path) -> None:
+    shutil.copytree(ground / "data", tmp_path / "data")
+    path = tmp_path / "data" / "ner-as"
+    lines = path.read_text().split("\n")
+    lines[1] = lines[1].split("\t")[0] + "\tB-MISC"
+    path.write_text("\n".join(lines))
+    refused(ground, [f"{path}, line 2", "'B-MISC'", "B-PER"], data=tmp_path / "data")
+
+
+@pytest.mark.parametrize("task, text", [("ner", ""), ("pos", "\n\n"), ("qa", ""), ("nli", " \n")])
+def test_an_empty_file(ground: Path, task: str, text: str, tmp_path: Path) -> None:
+    shutil.copytree(ground / "data", tmp_path / "data")
+    (tmp_path / "data" / f"{task}-te").write_text(text)
+    refused(ground, [f"{task}-te", "empty"], task=task, data=tmp_path / "data")
+
+
+def test_a_damaged_and_a_fine_tuned_checkpoint(ground: Path, tmp_path: Path) -> None:
+    shutil.copytree(ground / "model", tmp_path / "model")
+    (shard,) = tmp_path.glob("model/checkpoints/*/shard-*")
+    content = shard.read_bytes()
+    shard.write_bytes(content[:-5])
+    refused(ground, [str(shard), "truncated"], model=tmp_path / "model")
+    shard.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    refused(ground, [str(shard), "altered"], model=tmp_path / "model")
+    data = str(ground / "data")
+    pool(1).run(
+        bodies.finetune, "ner", str(ground / "model"), data, str(tmp_path / "done"), ["finetune.epochs=1"], "zero1", 1
+    )
+    refused(ground, ["a checkpoint of a fine-tuning", "pretraining run"], model=tmp_path / "done")
+
+
+def test_a_lost_checkpoint_is_named_and_the_one_before_still_resumes(ground: Path, tmp_path: Path) -> None:
+    """A fine-tuning killed while saving leaves a partial folder; a truncated newest checkpoint is refused by name."""
+    keep = ["finetune.keep=5"]
+    inputs = [str(ground / "model"), str(ground / "data")]
+    whole = pool(1).run(bodies.finetune, "ner", *inputs, str(tmp_path / "a"), keep, "zero1", 1)[0]
+    pool(1).run(bodies.stop_after, "ner", *inputs, str(tmp_path / "b"), keep, "zero1", 1, 7)
+    newest = sorted((tmp_path / "b" / "checkpoints").glob("step-*"))[-1]
+    shutil.copytree(newest, newest.with_name("step-00000009.partial"))
+    (newest / "complete.json").unlink()
+    with pytest.raises(AssertionError, match="not a checkpoint of mlinterf_ds.*the one before it is.*step-00000005"):
+        pool(1).run(bodies.finetune, "ner", *inputs, str(tmp_path / "b"), keep, "zero1", 1)
+    shutil.rmtree(newest)
+    rest = pool(1).run(bodies.finetune, "ner", *inputs, str(tmp_path / "b"), keep, "zero1", 1)[0]
+    assert rest == whole
+
+
+def evaluate(arguments: list[str]) -> str:
+    """`evaluate.main` in a rank of the pool; what it refuses with."""
+    from mlinterf_ds import parallel
+    from mlinterf_ds.errors import UserError
+    from mlinterf_ds.evaluate import main
+
+    start, stop = parallel.start, parallel.stop
+    parallel.start, parallel.stop = parallel.relayout, lambda: None  # type: ignore[assignment]
+    try:
+        main(arguments)
+    except UserError as error:
+        return str(error)
+    finally:
+        parallel.start, parallel.stop = start, stop
+    return ""
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--text", "te=nofile"], "nofile: cannot be read"),
+        (["--text", "xx=nofile"], "knows te, as"),
+        (["--fill", "a <mask>", "--language", "xx"], "knows te, as"),
+        (["--fill", "a <mask>"], "knows te, as"),
+        (["--fill", "a", "--language", "te"], "has no <mask>"),
+        ([], "give either --text"),
+        (["--fill", "a", "--text", "te=f"], "give either --text"),
+    ],
+)
+def test_evaluation_refuses(ground: Path, arguments: list[str], words: str) -> None:
+    (message,) = pool(1).run(evaluate, ["--checkpoint", str(ground / "model"), *arguments])
+    assert words in message
+
+
+def test_evaluation_of_a_fine_tuned_model_is_refused(ground: Path, tmp_path: Path) -> None:
+    data = str(ground / "data")
+    pool(1).run(bodies.finetune, "ner", str(ground / "model"), data, str(tmp_path), ["finetune.epochs=1"], "zero1", 1)
+    (message,) = pool(1).run(evaluate, ["--checkpoint", str(tmp_path), "--fill", "<mask>", "--language", "te"])
+    assert "a checkpoint of a fine-tuning" in message
+    assert json.loads((tmp_path / "result.json").read_text())["best_epoch"] == 1

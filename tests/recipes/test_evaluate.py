@@ -1,0 +1,85 @@
+"""Evaluation of a checkpoint on any text: against the encoder's own losses, by hand, on one rank and two."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.parity import finetune_bodies as bodies
+from tests.ranks import pool
+
+
+@pytest.fixture(scope="module")
+def ground(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("ground")
+    pool(1).run(bodies.pretrain, str(folder / "model"))
+    words = bodies.WORDS
+    lines = [" ".join(words[(n * k + n) % len(words)] for k in range(2 + n % 7)) + " ." for n in range(30)]
+    (folder / "text").write_text("\n".join(lines) + "\n\n")
+    return folder
+
+
+def scored(ground: str, tensor: int) -> dict[str, Any]:
+    from mlinterf_ds import parallel
+    from mlinterf_ds.evaluate import Model, score
+
+    model = Model(f"{ground}/model", parallel.relayout(tensor), "fp32")
+    return score(model, "as", Path(ground) / "text", 6)
+
+
+def by_hand(ground: str) -> tuple[float, list[float]]:
+    """(pseudo-perplexity of the first six lines, chances of the first piece of `fill`) with plain loops."""
+    from mlinterf_ds import parallel
+    from mlinterf_ds.evaluate import Model, fill
+
+    model = Model(f"{ground}/model", parallel.relayout(1), "fp32")
+    total, count = 0.0, 0
+    with torch.no_grad():
+        for line in (Path(ground) / "text").read_text().split("\n")[:6]:
+            ids = [0, *model.tokenizer.encode(line), 2]
+            for place in range(1, len(ids) - 1):
+                masked = torch.tensor([[*ids[:place], 4, *ids[place + 1 :]]])
+                hidden = model.encoder.hidden(masked, torch.tensor([1]), (1,))
+                total -= float(model.encoder.logits(hidden)[0, place].log_softmax(-1)[ids[place]])
+                count += 1
+        words = "bak <mask> den <mask>"
+        found = fill(model, words, "as", 3)
+        ids = [0, *model.tokenizer.encode("bak"), 4, *model.tokenizer.encode("den"), 4, 2]
+        chances = model.encoder.logits(model.encoder.hidden(torch.tensor([ids]), torch.tensor([1]), (1,)))[0].softmax(
+            -1
+        )
+        wanted = chances[ids.index(4)].topk(3).values.tolist()
+    assert len(found) == 2 and [c["probability"] for c in found[0]] == pytest.approx(wanted)
+    assert all(c["piece"] in model.tokenizer.pieces for c in found[1])
+    return math.exp(total / count), wanted
+
+
+def test_pseudo_perplexity_and_fill_by_hand(ground: Path) -> None:
+    ((wanted, _),) = pool(1).run(by_hand, str(ground))
+    (found,) = pool(1).run(scored, str(ground), 1)
+    assert found["pseudo_perplexity"] == pytest.approx(wanted, rel=1e-5)
+    assert found["sentences"] == 30
+    # an untrained model knows nothing: about as many choices as there are pieces
+    assert 10 < found["perplexity"] < 500
+
+
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_two_ranks_equal_one(ground: Path, tensor: int) -> None:
+    (wanted,) = pool(1).run(scored, str(ground), 1)
+    for found in pool(2).run(scored, str(ground), tensor):
+        assert found == pytest.approx(wanted, rel=1e-5)
+
+
+def test_the_command_writes_what_it_shows(ground: Path, tmp_path: Path) -> None:
+    from tests.faults.test_task_faults import evaluate
+
+    arguments = ["--checkpoint", str(ground / "model"), "--text", f"te={ground}/text", "--text", f"as={ground}/text"]
+    assert pool(1).run(evaluate, [*arguments, "--sentences", "2", "--out", str(tmp_path / "out.json")]) == [""]
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert set(found) == {"te", "as"} and found["te"]["pseudo_perplexity_tokens"] > 2
+    assert found["te"]["perplexity"] != found["as"]["perplexity"]  # each has its own adapters

@@ -1,0 +1,280 @@
+"""The fine-tuning command from end to end: what it writes, how it selects, resumes, nests and refuses."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mlinterf_ds.config import describe, load_config
+from mlinterf_ds.errors import UserError
+from mlinterf_ds.finetune import main, serving
+from mlinterf_ds.finetune_config import FinetuneConfig
+from mlinterf_ds.finetune_report import _transfer
+from mlinterf_ds.finetune_run import Point
+from mlinterf_ds.pretrained import Pretrained
+from mlinterf_ds.tasks import TASKS
+from tests.parity import finetune_bodies as bodies
+from tests.ranks import pool
+
+ROOT = Path(__file__).resolve().parents[2]
+RECIPES = sorted((ROOT / "launch" / "recipes").glob("finetune*.toml"))
+
+
+@pytest.fixture(scope="module")
+def ground(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `model` and `data`."""
+    folder = tmp_path_factory.mktemp("ground")
+    pool(1).run(bodies.pretrain, str(folder / "model"))
+    bodies.write_data(folder / "data")
+    return folder
+
+
+def command(ground: Path, task: str, out: Path, *more: str) -> list[str]:
+    files = {language: f"{language}={ground}/data/{task}-{language}" for language in bodies.LANGUAGES}
+    settings = [f"checkpoint={ground}/model", f"task={task}", f"output={out}", *bodies.FINETUNE]
+    arguments = ["--deepspeed_config", str(ROOT / "ds_configs" / "zero1.json")]
+    arguments += [part for setting in settings for part in ("--set", setting)]
+    return [
+        *arguments,
+        "--train",
+        files["te"],
+        "--dev",
+        "te=split",
+        "--test",
+        files["te"],
+        "--test",
+        files["as"],
+        *more,
+    ]
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_loads(recipe: Path) -> None:
+    config = load_config([recipe], ["checkpoint=x"], FinetuneConfig)
+    assert recipe.stem.endswith(("tiny", config.task))
+
+
+def test_the_appendix_grids() -> None:
+    found = {task: load_config([f"finetune_{task}"], ["checkpoint=x"], FinetuneConfig).finetune for task in TASKS}
+    assert {task: settings.epochs for task, settings in found.items()} == {"ner": 10, "pos": 10, "qa": 2, "nli": 200}
+    for task in ("ner", "pos", "qa"):
+        assert (found[task].batch, found[task].lr, found[task].head_lr) == ([16, 32], [2e-5, 3e-5, 5e-5], None)
+    assert (found["nli"].batch, found["nli"].lr) == ([4, 8], [1e-6, 5e-6, 2e-5])
+    assert found["nli"].head_lr == [5e-6, 2e-5, 5e-5]
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_from_a_checkpoint_to_a_table(task: str, ground: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    assert pool(1).run(run_main, command(ground, task, out, "--set", "finetune.seeds=0,1")) == [0]
+    summary = json.loads((out / "summary.json").read_text())
+    assert (summary["task"], summary["metric"], summary["seeds"]) == (task, TASKS[task].metric, [0, 1])
+    assert set(summary["scores"]) == set(summary["baseline"]) == {"te", "as"}
+    assert summary["setting"] == {"te": "within", "as": "zero-shot"}
+    for language, score in summary["scores"].items():
+        values = summary["per_seed"][language]
+        assert score["mean"] == pytest.approx(sum(values) / 2) and score["std"] == pytest.approx(
+            abs(values[0] - values[1]) / 2**0.5
+        )
+        # the prediction files score what the summary says
+        examples = TASKS[task].read(ground / "data" / f"{task}-{language}", language)
+        (file,) = (out / "predictions" / "seed1").glob(f"{language}.*")
+        if task == "qa":
+            answers = json.loads(file.read_text())
+            predictions = [answers[q.id] for q in examples]
+        else:
+            written = TASKS[task].read(file, language)
+            predictions = [e.label if task == "nli" else list(e.tags) for e in written]
+        assert TASKS[task].score(examples, predictions)[summary["metric"]] == pytest.approx(values[1])
+    if task == "nli":
+        low, high = summary["interval"]["te"]
+        assert low < summary["scores"]["te"]["mean"] < high
+    text = (out / "table.md").read_text()
+    assert "| te | within | 22 |" in text and "| as | zero-shot |" in text
+    assert (out / "report.md").read_text().startswith("# Errors of seed0")
+
+
+def run_main(arguments: list[str]) -> int:
+    """`main` in a rank of the pool, whose process group must outlive it."""
+    from mlinterf_ds import parallel
+
+    start, stop = parallel.start, parallel.stop
+    parallel.start, parallel.stop = parallel.relayout, lambda: None  # type: ignore[assignment]
+    try:
+        return main(arguments)
+    finally:
+        parallel.start, parallel.stop = start, stop
+
+
+def test_the_grid_is_searched_by_the_dev_set_and_resumed(ground: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    grid = ["--set", "finetune.lr=1e-9,0.02", "--set", "finetune.head_lr=none", "--set", "finetune.seeds=3,4"]
+    arguments = [*command(ground, "pos", out, *grid, "--set", "finetune.epochs=6")]
+    arguments[arguments.index("te=split")] = f"te={ground}/data/pos-te"
+    pool(1).run(run_main, arguments)
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["chosen"]["lr"] == 0.02  # at 1e-9 nothing is learnt
+    assert sorted(path.parent.name for path in out.glob("*/result.json")) == [
+        "seed3-batch4-lr0.02",
+        "seed3-batch4-lr1e-09",
+        "seed4-batch4-lr0.02",
+    ]
+    dev = {path.parent.name: json.loads(path.read_text())["best"] for path in out.glob("*/result.json")}
+    assert dev["seed3-batch4-lr0.02"] > dev["seed3-batch4-lr1e-09"]
+    # done once more it trains nothing and reports the same
+    stamps = {path: path.stat().st_mtime_ns for path in out.glob("*/checkpoints/step-*/run.json")}
+    pool(1).run(run_main, [*arguments, "--set", "resume=auto"])
+    assert {path: path.stat().st_mtime_ns for path in out.glob("*/checkpoints/step-*/run.json")} == stamps
+    assert json.loads((out / "summary.json").read_text()) == summary
+    with pytest.raises(AssertionError, match="finetune.epochs is 4, was 6"):
+        pool(1).run(run_main, [*arguments, "--set", "resume=auto", "--set", "finetune.epochs=4"])
+
+
+@pytest.mark.parametrize("task, tensor", [("ner", 1), ("qa", 2)])
+def test_two_ranks_report_what_one_does(task: str, tensor: int, ground: Path, tmp_path: Path) -> None:
+    exact = ["--set", "finetune.dropout=0", "--set", "finetune.lr=0.01,0.02", "--set", f"parallel.tensor={tensor}"]
+    one = command(ground, task, tmp_path / "one", *exact[:4])
+    two = command(ground, task, tmp_path / "two", *exact)
+    pool(1).run(run_main, one)
+    assert pool(2).run(run_main, two) == [0, 0]
+    wanted, found = (json.loads((tmp_path / name / "summary.json").read_text()) for name in ("one", "two"))
+    assert found == wanted
+    for file in (tmp_path / "one" / "predictions" / "seed0").iterdir():
+        assert (tmp_path / "two" / "predictions" / "seed0" / file.name).read_bytes() == file.read_bytes()
+
+
+def test_transfer_is_correlated_with_closeness_on_synthetic_languages_only() -> None:
+    targets = ["syn-close", "syn-mid", "syn-far"]
+    options = {"train": {"syn": "synthetic"}, "test": dict.fromkeys(["syn", *targets], "synthetic")}
+    scores = {"syn": [99.0, 98.0], "syn-close": [97.0, 96.0], "syn-mid": [81.0, 80.0], "syn-far": [60.0, 61.0]}
+    found = _transfer(options, scores)
+    assert found is not None and list(found["closeness"]) == targets
+    assert found["rank_correlation"] == pytest.approx({"rho": 0.9561829, "low": 0.9561829, "high": 1.0}, abs=0.05)
+    assert _transfer({"train": {"en": "file"}, "test": {"sw": "file"}}, {"sw": [1.0]}) is None
+    assert _transfer(options, {"syn-close": [1.0], "syn-mid": [1.0]}) is None
+
+
+def test_as_a_command_under_mlflow(ground: Path, tmp_path: Path) -> None:
+    """A fresh process, its MLflow run nested under the pretraining run; then a refusal without a traceback."""
+    from mlflow import MlflowClient
+
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    client = MlflowClient(uri)
+    parent = client.create_run(client.create_experiment("mlinterf_ds")).info.run_id
+    model = tmp_path / "model"
+    pool(1).run(bodies.pretrain, str(model))
+    (checkpoint,) = model.glob("checkpoints/step-*")
+    rewrite(checkpoint, parent)
+    arguments = [*command(ground, "ner", tmp_path / "run", "--set", f"checkpoint={model}")]
+    arguments[arguments.index("tracking.enabled=false")] = "tracking.enabled=true"
+    environment = os.environ | {"MLFLOW_TRACKING_URI": uri, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    script = [sys.executable, str(ROOT / "launch" / "finetune.py")]
+    done = subprocess.run([*script, *arguments], env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "zero-shot" in done.stdout
+    found = [run for run in client.search_runs(["1"]) if run.info.run_id != parent]
+    assert [run.data.tags["mlflow.parentRunId"] for run in found] == [parent]
+    assert {"test/f1/te", "test/f1/as"} <= found[0].data.metrics.keys() and found[0].info.status == "FINISHED"
+    again = subprocess.run([*script, *arguments], env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert again.returncode == 2 and "Traceback" not in again.stderr and "resume=auto" in again.stderr
+
+
+def rewrite(checkpoint: Path, run_id: str) -> None:
+    """Give a checkpoint a pretraining run in MLflow."""
+    import hashlib
+
+    saved = json.loads((checkpoint / "run.json").read_text()) | {"run_id": run_id}
+    text = json.dumps(saved).encode()
+    (checkpoint / "run.json").write_bytes(text)
+    complete = json.loads((checkpoint / "complete.json").read_text())
+    complete["files"]["run.json"] = {"bytes": len(text), "sha256": hashlib.sha256(text).hexdigest()}
+    (checkpoint / "complete.json").write_text(json.dumps(complete))
+
+
+# --- which modules serve a language --------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "settings, split, language, expected",
+    [
+        ([], "test", "as", 1),
+        (["finetune.route=source"], "test", "as", 0),
+        (["finetune.route=source"], "test", "sw", 0),
+        (["finetune.unseen=as"], "test", "sw", 1),
+        (["finetune.unseen=as"], "train", "sw", 1),
+        (["finetune.unseen=as"], "test", "te", 0),
+        ([], "test", "sw", "no modules for 'sw'.*te, as.*finetune.unseen=LANG.*finetune.route=source"),
+        ([], "train", "sw", "no modules for 'sw'"),
+        (["finetune.unseen=xx"], "test", "sw", "no modules for 'xx'"),
+    ],
+)
+def test_routing(settings: list[str], split: str, language: str, expected: int | str, ground: Path) -> None:
+    config = load_config([], ["checkpoint=x", *settings], FinetuneConfig)
+    options = {"train": {"te": "f"}, "dev": {"te": "f"}, "test": {"as": "f"}}
+    pretrained = Pretrained.open(str(ground / "model"))
+    if isinstance(expected, int):
+        assert serving(config, pretrained, options, split, language) == expected
+    else:
+        with pytest.raises(UserError, match=expected):
+            serving(config, pretrained, options, split, language)
+
+
+def test_source_routing_needs_one_source(ground: Path) -> None:
+    config = load_config([], ["checkpoint=x", "finetune.route=source"], FinetuneConfig)
+    options = {"train": {"te": "f", "as": "f"}, "dev": {"te": "f"}, "test": {"as": "f"}}
+    with pytest.raises(UserError, match="one training language"):
+        serving(config, Pretrained.open(str(ground / "model")), options, "test", "as")
+
+
+# --- configuration ---------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "settings, words",
+    [
+        ([], "checkpoint is not set"),
+        (["checkpoint=x", "finetune.lrr=1"], "did you mean finetune.lr"),
+        (["checkpoint=x", "finetune.lr=0"], "greater than 0"),
+        (["checkpoint=x", "finetune.seeds=1,1"], "names a value twice"),
+        (["checkpoint=x", "resume=auto"], "output=FOLDER"),
+        (["checkpoint=x", "finetune.batch="], "at least 1 item"),
+        (["checkpoint=x", "finetune.freeze=all"], "'none', 'language' or 'shared'"),
+    ],
+)
+def test_refused_settings(settings: list[str], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        load_config([], settings, FinetuneConfig)
+
+
+def test_lists_and_help() -> None:
+    config = load_config(
+        [], ["checkpoint=x", "finetune.batch=8,16", "finetune.lr=1e-3", "finetune.seeds=0,1,2"], FinetuneConfig
+    )
+    assert (config.finetune.batch, config.finetune.lr, config.finetune.seeds) == ([8, 16], [1e-3], [0, 1, 2])
+    assert "finetune.route=target" in describe(FinetuneConfig)
+    assert Point(1, 8, 1e-3, 2e-3).name == "seed1-batch8-lr0.001-head0.002"
+
+
+REAL = {
+    "ner": ("ner/panx/sw/train.tsv", "ner/panx/te/dev.tsv"),
+    "pos": ("pos/two_column/sw_masakhapos/train.txt", "pos/ud/te_mtg-ud-test.conllu"),
+    "qa": ("qa/tydiqa_goldp/sw/train.json", "qa/tydiqa_goldp/te/dev.json"),
+    "nli": ("nli/xnli/sw/test.tsv", "nli/xnli/hi/dev.tsv"),
+}
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_real_files_run(task: str, ground: Path, shared_data: Path, tmp_path: Path) -> None:
+    """A few real examples through everything; TyDiQA's withheld answers are predicted and not scored."""
+    train, test = (shared_data / "tasks" / name for name in REAL[task])
+    arguments = command(ground, task, tmp_path / "run")[:-8]
+    settings = ["finetune.limit=12", "finetune.epochs=1", "finetune.unseen=te", "finetune.max_question=6"]
+    arguments += [part for setting in settings for part in ("--set", setting)]
+    arguments += ["--train", f"sw={train}", "--dev", "sw=split", "--test", "sw=split", "--test", f"te={test}"]
+    assert pool(1).run(run_main, arguments) == [0]
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["examples"]["test"]["te"] == 12 and "sw" in summary["scores"]
+    assert summary["unscored"] == (["te"] if task == "qa" else [])
+    assert ("labels withheld" in (tmp_path / "run" / "table.md").read_text()) == (task == "qa")
+    assert len(list((tmp_path / "run" / "predictions" / "seed0").iterdir())) == 2

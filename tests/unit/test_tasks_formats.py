@@ -1,0 +1,273 @@
+"""Task files: read as published, written back byte for byte, refused with file and line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from mlinterf_ds.errors import UserError
+from mlinterf_ds.tasks import TASKS
+from mlinterf_ds.tasks import ner as ner_module
+from mlinterf_ds.tasks.sources import load, parse
+
+CONLLU = """# newdoc
+# sent_id = 1
+1-2\tdel\t_\t_\t_\t_\t_\t_\t_\t_
+1\tde\tde\tADP\t_\t_\t3\tcase\t_\t_
+2\tel\tel\tDET\t_\t_\t3\tdet\t_\t_
+2.1\tghost\t_\tNOUN\t_\t_\t_\t_\t_\t_
+3\t10 000\t_\tNUM\t_\t_\t0\troot\t_\tSpaceAfter=No
+
+# sent_id = 2
+1\tYes\tyes\tINTJ\t_\t_\t0\troot\t_\t_
+
+"""
+
+
+def put(folder: Path, name: str, text: str) -> Path:
+    path = folder / name
+    path.write_bytes(text.encode())
+    return path
+
+
+def roundtrip(task: str, path: Path, gold) -> None:
+    """Written with its own labels a file is the same bytes."""
+    examples = TASKS[task].read(path, "en")
+    out = path.with_name("out")
+    TASKS[task].write(examples, [gold(example) for example in examples], out)
+    assert out.read_bytes() == path.read_bytes()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Ann\tB-PER\nSmith\tI-PER\n\nhi\tO\n\n",
+        "Ann\tB-PER\nSmith\tI-PER\n\n\nhi\tO\n",  # no blank line at the end, two in between
+        "Ann NNP B-NP B-PER\nran VBD B-VP O\n",
+        "-DOCSTART- -X- -X- O\n\nAnn NNP B-NP S-PER\nLee NNP I-NP B-ORG\nCo NNP I-NP E-ORG\n\n",
+        "\nAnn\tB-PER\r\nhi\tO\r\n\r\n",
+        "a\u2028b\tO\n#\tO\n",  # a line separator inside a word; a word that looks like a comment
+    ],
+)
+def test_entity_files_come_back_byte_for_byte(text: str, tmp_path: Path) -> None:
+    roundtrip("ner", put(tmp_path, "f.tsv", text), lambda s: ner_module.iob2(s.tags))
+
+
+@pytest.mark.parametrize("name, text", [("f.conllu", CONLLU), ("f.txt", "10 000 NUM\nfois NOUN\n\noui INTJ\n")])
+def test_treebanks_come_back_byte_for_byte(name: str, text: str, tmp_path: Path) -> None:
+    path = put(tmp_path, name, text)
+    roundtrip("pos", path, lambda s: s.tags)
+    first = TASKS["pos"].read(path, "en")[0]
+    assert "10 000" in first.words and "ghost" not in first.words and "del" not in first.words
+
+
+def test_conllu_predictions_replace_only_the_tag(tmp_path: Path) -> None:
+    task = TASKS["pos"]
+    examples = task.read(put(tmp_path, "f.conllu", CONLLU), "en")
+    task.write(examples, [["X"] * len(s.words) for s in examples], tmp_path / "out.conllu")
+    text = (tmp_path / "out.conllu").read_text()
+    assert text.count("\tX\t") == 4 and text.count("# sent_id") == 2 and "2.1\tghost\t_\tNOUN" in text
+    assert [s.words for s in task.read(tmp_path / "out.conllu", "en")] == [s.words for s in examples]
+
+
+SCHEMES = {
+    "IOB1": "I-PER I-PER B-PER O I-LOC I-ORG",
+    "IOB2": "B-PER I-PER B-PER O B-LOC B-ORG",
+    "IOBES": "B-PER E-PER S-PER O S-LOC S-ORG",
+    "BILOU": "B-PER L-PER U-PER O U-LOC U-ORG",
+}
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_every_scheme_means_the_same_and_is_recognised(scheme: str) -> None:
+    from seqeval.metrics.sequence_labeling import get_entities
+
+    tags = SCHEMES[scheme].split()
+    assert ner_module.spans(tags) == [("PER", 0, 2), ("PER", 2, 3), ("LOC", 4, 5), ("ORG", 5, 6)]
+    assert ner_module.iob2(tags) == SCHEMES["IOB2"].split()
+    assert ner_module.scheme_of([tags]) == scheme
+    assert ner_module.in_scheme(SCHEMES["IOB2"].split(), scheme) == tags
+    if scheme != "BILOU":  # seqeval's default reading does not know U
+        assert [(kind, first, last + 1) for kind, first, last in get_entities(tags)] == ner_module.spans(tags)
+
+
+def test_language_prefix_of_wikiann(tmp_path: Path) -> None:
+    examples = TASKS["ner"].read(put(tmp_path, "f", "sw:Ann\tB-PER\nsw:na\tO\n"), "sw")
+    assert examples[0].words == ("Ann", "na")
+    assert TASKS["ner"].read(put(tmp_path, "g", "sw:Ann\tB-PER\nna\tO\n"), "sw")[0].words[0] == "sw:Ann"
+
+
+HEADER = "language\tgold_label\tsentence1\tsentence2\n"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "A cat.\tAn animal.\tentailment\nA cat.\tA dog.\tcontradiction\nx\ty\t-\n",
+        HEADER + "en\tneutral\tA.\tB.\n",
+        json.dumps({"sentence1": "a", "sentence2": "b", "gold_label": "neutral", "language": "en", "k": 1}) + "\n",
+    ],
+)
+def test_pairs_come_back_byte_for_byte(text: str, tmp_path: Path) -> None:
+    roundtrip("nli", put(tmp_path, "f", text), lambda pair: pair.label)
+
+
+def test_pairs_of_one_language_and_no_label(tmp_path: Path) -> None:
+    task = TASKS["nli"]
+    text = HEADER + "sw\tneutral\tA.\tB.\nen\tcontradictory\tC.\tD.\n"
+    (pair,) = task.read(put(tmp_path, "f.tsv", text), "en")
+    assert (pair.premise, pair.hypothesis, pair.label) == ("C.", "D.", "contradiction")
+    pairs = task.read(put(tmp_path, "g.tsv", "a\tb\t-\na\tb\tneutral\n"), "en")
+    assert [task.labelled(p) for p in pairs] == [False, True]
+    assert task.score(pairs, ["neutral", "neutral"]) == {"accuracy": 100.0}
+
+
+def squad(context: str, *questions: dict) -> str:
+    return json.dumps({"data": [{"paragraphs": [{"context": context, "qas": list(questions)}]}]}, indent=1)
+
+
+def asked(name: str, *answers: tuple[str, int], **more) -> dict:
+    return {"id": name, "question": "?", "answers": [{"text": t, "answer_start": s} for t, s in answers], **more}
+
+
+def test_questions_are_read_by_name(tmp_path: Path) -> None:
+    text = squad(
+        "Ann ran.", asked("a", ("Ann", 0)), asked("b", is_impossible=True), asked("c", ("", 0)), asked("a", ("ran", 4))
+    )
+    task = TASKS["qa"]
+    found = task.read(put(tmp_path, "f.json", text), "en")
+    assert [q.texts for q in found] == [["Ann"], [""], [""], ["ran"]]
+    assert [task.labelled(q) for q in found] == [True, True, False, True]  # c: the answer is withheld
+    assert [q.id for q in found] == ["a", "b", "c", "a#2"]
+    assert task.labels(found)[-1] == "none" and len(task.labels(found[:1])) == 2
+    task.write(found, [q.texts[0] for q in found], tmp_path / "out.json")
+    assert json.loads((tmp_path / "out.json").read_text()) == {"a": "Ann", "b": "", "c": "", "a#2": "ran"}
+    assert task.score(found, ["Ann", "", "x", "ran"]) == {"f1": 100.0, "em": 100.0}
+
+
+# --- mistakes --------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "task, text, words",
+    [
+        ("ner", "Ann\tB-PER\nhi O\n", ["line 2", "1 columns, expected 2"]),
+        ("ner", "Ann NN B-PER\nhi O\n", ["line 2", "2 columns, expected 3"]),
+        ("ner", "Ann\tB-PER\n\nhi\n", ["line 3", "1 columns, expected 2"]),
+        ("ner", "Ann\tB-PER\n\tO\n", ["line 2", "word is missing"]),
+        ("ner", "Ann\tB-PER\nhi\tX-LOC\n", ["line 2", "'X-LOC'", "expected O or B-"]),
+        ("ner", " \n\n", ["empty"]),
+        ("ner", "-DOCSTART- O\n", ["no words"]),
+        ("pos", "1\tde\tde\tADP\t_\n", ["line 1", "5 columns, expected 10"]),
+        ("pos", CONLLU.replace("INTJ", "INTERJ"), ["line 10", "'INTERJ'", "INTJ"]),
+        ("pos", CONLLU.replace("3\t10", "4\t10"), ["line 7", "ID '4'", "expected 3"]),
+        ("qa", "{", ["line 1", "not JSON"]),
+        ("qa", '{"data": 3}', ["SQuAD"]),
+        (
+            "qa",
+            squad("Ann ran.", asked("a", ("Ann", 0)), asked("b", ("ran", 3))),
+            ["'b'", "answer_start 3", "occurs at 4"],
+        ),
+        ("qa", squad("Ann ran.", asked("a", ("Bob", 0))), ["'a'", "does not occur"]),
+        ("qa", squad("Ann ran.", asked("a")), ["no answers", "is_impossible"]),
+        ("qa", '{"data": []}', ["no questions"]),
+        ("nli", "a\tb\tneutral\na\tneutral\n", ["line 2", "2 columns"]),
+        ("nli", "a\tb\tmaybe\n", ["line 1", "'maybe'", "entailment"]),
+        ("nli", '{"sentence1": "a"}\n', ["line 1", "sentence2"]),
+        ("nli", HEADER + "sw\tneutral\tA.\tB.\n", ["no pairs in language 'en'"]),
+    ],
+)
+def test_mistakes_name_file_and_line(task: str, text: str, words: list[str], tmp_path: Path) -> None:
+    path = put(tmp_path, "f.conllu" if task == "pos" else "f", text)
+    with pytest.raises(UserError) as caught:
+        TASKS[task].read(path, "en")
+    for word in [str(path), *words]:
+        assert word in str(caught.value), caught.value
+
+
+def test_line_of_a_wrong_answer_and_of_bad_bytes(tmp_path: Path) -> None:
+    text = squad("Ann ran.", asked("a", ("Ann", 0)), asked("b", ("ran", 3)))
+    line = 1 + text[: text.index('"b"')].count("\n")
+    with pytest.raises(UserError, match=f"line {line}"):
+        TASKS["qa"].read(put(tmp_path, "f.json", text), "en")
+    (tmp_path / "g").write_bytes(b"a\tO\nb\xff\tO\n")
+    with pytest.raises(UserError, match="line 2: not UTF-8"):
+        TASKS["ner"].read(tmp_path / "g", "en")
+    with pytest.raises(UserError, match="cannot be read"):
+        TASKS["ner"].read(tmp_path / "absent", "en")
+
+
+# --- LANG=FILE -------------------------------------------------------------------------------------------------------
+def sets(folder: Path, train: str, dev: str, test: str, task: str = "ner", **more):
+    options = {"train": parse([train], "train"), "dev": parse([dev], "dev"), "test": parse([test], "test")}
+    counts = {"train": 40, "dev": 10, "test": 10}
+    return load(TASKS[task], options, shares={"dev": 0.2, "test": 0.3}, synthetic=counts, **more)
+
+
+def test_a_split_keeps_groups_together_and_is_always_the_same(tmp_path: Path) -> None:
+    lines = "".join(f"w{n % 10}\tO\n\n" for n in range(50))
+    path = put(tmp_path, "f.tsv", lines)
+    found = sets(tmp_path, f"en={path}", "en=split", "en=split")
+    words = {split: {s.words for s in found.of(split)["en"]} for split in ("train", "dev", "test")}
+    assert [len(words[split]) for split in ("train", "dev", "test")] == [5, 2, 3]
+    assert len(set.union(*words.values())) == 10
+    assert sum(len(found.of(split)["en"]) for split in words) == 50
+    again = sets(tmp_path, f"en={path}", "en=split", "en=split")
+    assert [s.first_line for s in again.dev["en"]] == [s.first_line for s in found.dev["en"]]
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_synthetic_sets_differ_by_split(task: str, tmp_path: Path) -> None:
+    found = sets(tmp_path, "syn=synthetic", "syn=synthetic", "syn-mid=synthetic", task)
+    assert len(found.train["syn"]) == 40 and len(found.dev["syn"]) == len(found.test["syn-mid"]) == 10
+    assert found.train["syn"][:10] != found.dev["syn"]
+    path = tmp_path / f"out{TASKS[task].suffix(found.dev['syn'])}"
+    if task in ("ner", "pos"):
+        TASKS[task].write(found.dev["syn"], [s.tags for s in found.dev["syn"]], path)
+        assert [s.words for s in TASKS[task].read(path, "syn")] == [s.words for s in found.dev["syn"]]
+
+
+@pytest.mark.parametrize(
+    "train, dev, test, words",
+    [
+        ("en=", "en=split", "en=split", "LANG=FILE"),
+        ("EN=f", "en=split", "en=split", "LANG=FILE"),
+        ("en={}", "sw=split", "en=split", "give --train sw=FILE"),
+        ("nosuch=synthetic", "nosuch=split", "nosuch=split", "unknown synthetic language 'nosuch'"),
+    ],
+)
+def test_wrong_options(train: str, dev: str, test: str, words: str, tmp_path: Path) -> None:
+    path = put(tmp_path, "f", "a\tO\n\nb\tO\n\nc\tO\n\nd\tO\n")
+    with pytest.raises(UserError, match=words):
+        sets(tmp_path, train.format(path), dev, test)
+
+
+def test_withheld_labels_are_for_tests_only(tmp_path: Path) -> None:
+    path = put(tmp_path, "f.json", squad("Ann ran.", asked("a", ("", 0))))
+    gold = put(tmp_path, "g.json", squad("Ann ran.", asked("a", ("Ann", 0))))
+    found = sets(tmp_path, f"en={gold}", f"en={gold}", f"en={path}", "qa")
+    assert any("1 of 1 have no label" in note for note in found.notes)
+    assert TASKS["qa"].score(found.test["en"], ["Ann"]) == {}
+    with pytest.raises(UserError, match="labels are withheld"):
+        sets(tmp_path, f"en={gold}", f"en={path}", f"en={gold}", "qa")
+
+
+@pytest.mark.parametrize("option, twice", [(["en=a", "en=b"], "given twice"), ([], "missing")])
+def test_each_language_once(option: list[str], twice: str) -> None:
+    with pytest.raises(UserError, match=twice):
+        parse(option, "test")
+
+
+# --- real files ------------------------------------------------------------------------------------------------------
+def test_real_files_come_back_byte_for_byte(shared_data: Path, tmp_path: Path) -> None:
+    tasks = shared_data / "tasks"
+    files = [("ner", path) for path in sorted(tasks.glob("ner/panx/[hmst]*/dev.tsv"))]
+    files += [("pos", path) for path in sorted(tasks.glob("pos/ud/*_[ump]*-ud-*.conllu"))]
+    files += [("pos", path) for path in sorted(tasks.glob("pos/two_column/*/test.txt"))]
+    files += [("nli", path) for path in sorted(tasks.glob("nli/xnli/*/dev.tsv"))]
+    assert len(files) > 15
+    for task, path in files:
+        examples = TASKS[task].read(path, path.parent.name)
+        gold = [e.label for e in examples] if task == "nli" else [e.tags for e in examples]
+        TASKS[task].write(examples, gold, tmp_path / "out")
+        assert (tmp_path / "out").read_bytes() == path.read_bytes(), path
