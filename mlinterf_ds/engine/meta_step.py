@@ -37,7 +37,7 @@ AGREEMENT = 0.8  # below this cosine of two radii's estimates, the difference is
 # (which a one-sided difference feels in the first order).
 TARGETS = {
     "central": {"fp32": 0.01, "bf16": 0.15, "fp16": 0.1},
-    "one_sided": {"fp32": 0.005, "bf16": 0.03, "fp16": 0.02},
+    "one_sided": {"fp32": 0.005, "bf16": 0.08, "fp16": 0.02},
 }
 
 

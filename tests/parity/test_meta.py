@@ -33,6 +33,7 @@ def test_mixed_product_in_fp32(variant: str, lookahead: str, warm: int) -> None:
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_mixed_product_in_16_bit(precision: str, difference: str, least: float, warm: int) -> None:
     settings = ["variant=meta_adpt", f"train.precision={precision}", f"meta.difference={difference}", "train.lr=0.003"]
+    settings += ["data.sequence_length=32", "train.batch=16"]  # round-off averages over the batch
     (found,) = pool(1).run(meta_bodies.mixed_products, settings, warm, "sgd", difference)
     assert found["cosine"] > least, found
 
