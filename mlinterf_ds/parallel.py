@@ -6,18 +6,23 @@ Ranks that share a copy of the model (tensor parallel) are neighbours; data-para
 from __future__ import annotations
 
 import contextlib
+import copy
 import datetime
 import os
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
 from mlinterf_ds.errors import UserError
+
+# megatron's module state before any group exists
+_untouched = {n: copy.copy(v) for n, v in vars(parallel_state).items() if n.startswith("_") and n.isupper()}
 
 TIMEOUT = datetime.timedelta(minutes=10)
 
@@ -72,6 +77,7 @@ def local_world() -> int:
 
 def start(tensor: int = 1, address: str | None = None) -> Layout:
     """Join the job's process group (a single process is a job of one rank) and lay out the ranks."""
+    import deepspeed.ops
     from deepspeed.accelerator import get_accelerator
 
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -89,6 +95,8 @@ def start(tensor: int = 1, address: str | None = None) -> Layout:
         if local_rank >= accelerator.device_count():
             raise UserError(f"{neighbours} ranks on a host with {accelerator.device_count()} accelerators: --num_gpus")
         accelerator.set_device(local_rank)
+    # DeepSpeed compiles this op at start-up, for inference alone, behind a lock file that a killed rank leaves for ever.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if not dist.is_initialized():
         backend = "gloo" if accelerator.device_name() == "cpu" else accelerator.communication_backend_name()
         address = address or rendezvous()
@@ -102,11 +110,25 @@ def current(tensor: int) -> Layout:
     return Layout(dist.get_rank(), dist.get_world_size(), tensor)
 
 
+_layouts: dict[int, dict[str, Any]] = {}  # megatron's groups by tensor-parallel size
+
+
 def relayout(tensor: int) -> Layout:
-    """Other tensor-parallel groups over the same ranks (one process serves several models, in tests)."""
-    if parallel_state.get_tensor_model_parallel_world_size() != tensor:
-        parallel_state.destroy_model_parallel()
-        parallel_state.initialize_model_parallel(tensor_model_parallel_size=tensor)
+    """Other tensor-parallel groups over the same ranks (one process serves several models, in tests).
+
+    Groups are kept, not destroyed: each has threads that would outlive it.
+    """
+    now = parallel_state.get_tensor_model_parallel_world_size()
+    if now != tensor:
+        known = [name for name in vars(parallel_state) if name.startswith("_") and name.isupper()]
+        _layouts[now] = {name: getattr(parallel_state, name) for name in known}
+        if tensor in _layouts:
+            for name, value in _layouts[tensor].items():
+                setattr(parallel_state, name, value)
+        else:
+            for name in known:
+                setattr(parallel_state, name, _untouched[name])
+            parallel_state.initialize_model_parallel(tensor_model_parallel_size=tensor)
     return current(tensor)
 
 
