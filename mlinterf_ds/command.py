@@ -46,6 +46,8 @@ def configuration(arguments: argparse.Namespace, default_recipe: str = "tiny") -
 
 def quiet(log: Path) -> None:
     """Send third-party start-up chatter (loggers, warnings) to a file; our own messages stay on screen."""
+    import deepspeed  # noqa: F401  (its logger takes a handler when imported)
+
     log.parent.mkdir(parents=True, exist_ok=True)
     handler = logging.FileHandler(log, delay=True)
     handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s %(message)s"))

@@ -97,6 +97,8 @@ def start(tensor: int = 1, address: str | None = None) -> Layout:
         accelerator.set_device(local_rank)
     # DeepSpeed compiles this op at start-up, for inference alone, behind a lock file that a killed rank leaves for ever.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if parallel_state.model_parallel_is_initialized():  # this process has joined before
+        return relayout(tensor)
     if not dist.is_initialized():
         backend = "gloo" if accelerator.device_name() == "cpu" else accelerator.communication_backend_name()
         address = address or rendezvous()

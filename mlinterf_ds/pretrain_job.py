@@ -350,7 +350,7 @@ class Job:
             )
         print(
             f"{summary['steps']} steps in {summary['seconds']:.0f} s, {summary['tokens_per_second']:,.0f} tokens/s, "
-            f"MFU {summary['mfu']:.1%}; {self.output}/summary.json, perplexity.png, checkpoints/"
+            f"MFU {100 * summary['mfu']:.2g}%; {self.output}/summary.json, perplexity.png, checkpoints/"
         )
         if stopped:
             print(f"stopped by {stopped}; go on with --set output={self.output} --set resume=auto")

@@ -47,11 +47,14 @@ class Made:
 
 def interleaved(work: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
     """Seconds of each piece of work, once a round, after one round to warm up."""
+    from deepspeed.accelerator import get_accelerator
+
     seconds: dict[str, list[float]] = {name: [] for name in work}
     for number in range(rounds + 1):
         for name, run in work.items():
             started = time.perf_counter()
             run()
+            get_accelerator().synchronize()
             if number:
                 seconds[name].append(time.perf_counter() - started)
         print(f"round {number}/{rounds}", end="\r", file=sys.stderr)
@@ -115,8 +118,9 @@ def theirs(options: argparse.Namespace, engine: Any, batch: Any) -> Callable[[],
         num_attention_heads=shape.heads, intermediate_size=shape.ffn, max_position_embeddings=options.length + 2,
         hidden_dropout_prob=options.dropout, attention_probs_dropout_prob=options.dropout, type_vocab_size=1,
     )  # fmt: skip
-    model = XLMRobertaForMaskedLM(config).to(dtype).train()
+    model = XLMRobertaForMaskedLM(config).to(engine.device, dtype).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    batch = batch.to(engine.device)
     labels = torch.full_like(batch.tokens, -100).scatter(1, batch.positions, batch.labels)
 
     def step() -> None:
@@ -135,10 +139,13 @@ def products(options: argparse.Namespace, engine: Any, masked: int) -> Callable[
     linear = [(tokens, shape.width, 3 * inner), (tokens, inner, shape.width)] * shape.layers
     linear += [(tokens, shape.width, shape.ffn), (tokens, shape.ffn, shape.width)] * shape.layers
     linear += [(masked, shape.width, shape.width), (masked, shape.width, options.vocabulary)]
-    made = {size: (torch.ones(size[:2], dtype=dtype), torch.ones(size[1:], dtype=dtype)) for size in set(linear)}
+
+    def random(*size: int) -> torch.Tensor:
+        return torch.randn(*size, device=engine.device).to(dtype)
+
+    made = {size: (random(*size[:2]), random(*size[1:])) for size in set(linear)}
     heads = options.rows * shape.heads
-    scores = torch.ones(heads, options.length, options.length, dtype=dtype)
-    values = torch.ones(heads, options.length, shape.kv_channels, dtype=dtype)
+    scores, values = (random(heads, options.length, last) for last in (options.length, shape.kv_channels))
 
     def run() -> None:
         for size in linear:
@@ -182,8 +189,9 @@ def exact_step(engine: Any, batch: Any, held: Any) -> Callable[[], None]:
     model = Encoder(
         config.model, variant=config.routing, languages=ours.languages, vocabulary=ours.vocabulary,
         positions=config.data.sequence_length,
-    ).to(next(ours.parameters()).dtype)  # fmt: skip
+    ).to(engine.device, next(ours.parameters()).dtype)  # fmt: skip
     model.twice_differentiable = True
+    batch, held = batch.to(engine.device), held.to(engine.device)
     language = ours.languages[batch.step_languages[0]]
     theta = LocalSpace(list(model.shared_parameters().values()))
     phi = LocalSpace(list(model.language_parameters()[language].values()))
@@ -224,10 +232,15 @@ def meta_work(options: argparse.Namespace, count: int) -> dict[str, Callable[[],
 
 def _memory(options: argparse.Namespace, name: str, send: Any) -> None:
     _start(0, 1, tempfile.mkdtemp(), options.threads)
+    from deepspeed.accelerator import get_accelerator
+
     run = meta_work(options, 2)[name]
     run()
     run()
-    send.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+    if get_accelerator().device_name() == "cpu":
+        send.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+    else:
+        send.send(get_accelerator().max_memory_allocated() / 2**30)
 
 
 def bench_meta(options: argparse.Namespace) -> dict[str, Any]:
@@ -316,7 +329,9 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     )
     found.add_argument("--length", type=int, default=128, help="tokens of a row")
     found.add_argument("--vocabulary", type=int, help="pieces (default: step and meta 32000, languages 2000)")
-    found.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="of weights and arithmetic")
+    found.add_argument(
+        "--precision", choices=["fp32", "bf16", "fp16"], default="fp32", help="of weights and arithmetic"
+    )
     found.add_argument("--dropout", type=float, default=0.1, help="all dropout rates")
     found.add_argument("--variant", default="joint", help="of `step`")
     found.add_argument("--languages", type=int, nargs="+", default=[2, 8, 32], help="of `meta`")
@@ -335,12 +350,16 @@ def main(words: Sequence[str] | None = None) -> dict[str, Any]:
     options = arguments(words)
     if options.mode != "languages":
         _start(0, 1, tempfile.mkdtemp(), options.threads)
+        from deepspeed.accelerator import get_accelerator
+
         from mlinterf_ds.engine.precision import bf16_arithmetic
 
-        if options.precision == "bf16" and not bf16_arithmetic():
+        host = get_accelerator().device_name() == "cpu"
+        if host and options.precision == "bf16" and not bf16_arithmetic():
             print("warning: this processor emulates bf16, some 100 times slower than fp32", file=sys.stderr)
     modes = {"step": bench_step, "meta": bench_meta, "languages": bench_languages}
-    machine = {"processor": platform.processor() or platform.machine(), "threads": options.threads}
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+    machine = {"device": device, "threads": options.threads}
     facts = machine | {"torch": torch.__version__, "precision": options.precision, "rounds": options.rounds}
     result = {"mode": options.mode, **facts, **modes[options.mode](options)}
     show(result)

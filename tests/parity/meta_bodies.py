@@ -132,7 +132,7 @@ def mixed_products(settings: list[str], warm: int, lookahead: str, difference: s
         used = meta.radius.radius
         meta.radius.update(change)
     named = by_name(engine, exact.language, found)
-    ours = torch.cat([named[name] for name in exact.phi_names])
+    ours = torch.cat([named[name] for name in exact.phi_names]).to(wanted)
     return {
         "cosine": torch.nn.functional.cosine_similarity(ours, wanted, dim=0).item(),
         "error": ((ours - wanted).norm() / wanted.norm()).item(),
