@@ -59,6 +59,9 @@ class ModelConfig(Section):
     dropout: float = Field(0.1, ge=0, lt=1, description="dropout on embeddings and residual branches")
     attention_dropout: float = Field(0.1, ge=0, lt=1, description="dropout on attention probabilities")
     language_embeddings: bool = Field(False, description="add a learned embedding of the row's language")
+    output_bias: Literal["frequency", "zero"] = Field(
+        "frequency", description="bias of the output layer at the start: the corpus's log frequencies, or 0 as in XLM"
+    )
     recompute: bool = Field(False, description="recompute activations in the backward pass (less memory, more time)")
     compile: bool = Field(False, description="fuse element-wise work with torch.compile (needs a C++ compiler on CPU)")
 

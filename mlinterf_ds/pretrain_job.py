@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
@@ -88,6 +89,10 @@ class Job:
             positions=data.sequence_length,
             seed=train.seed,
         )
+        if config.model.output_bias == "frequency":
+            counts = np.stack([self.evaluation[language].counts for language in self.languages]) + 1.0
+            frequencies = self.stream.probabilities @ (counts / counts.sum(axis=1, keepdims=True))
+            model.head.start_at(torch.from_numpy(np.log(frequencies)))
         split = [partition_dim(parameter) is not None for parameter in model.parameters()]
         copies = [layout.tensor if cut else 1 for cut in split]
         self.parameters = sum(n * p.numel() for n, p in zip(copies, model.parameters(), strict=True))
