@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
-from mlinterf_ds.config import ConflictSection, Languages, ParallelConfig, Section, TrackingConfig
+from mlinterf_ds.config import ConflictSection, Languages, ParallelConfig, Section, TrackingConfig, comma_list
 from mlinterf_ds.finetune_config import PrecisionSection
 
+Names = Annotated[list[str], BeforeValidator(comma_list)]
 NEEDS_CHECKPOINT = ("conflict", "prune")
 
 
@@ -16,6 +17,7 @@ class ConflictAnalysis(ConflictSection):
     """Gradient conflict on a checkpoint."""
 
     seed: int = Field(0, ge=0, description="seed of the batches and of the projection")
+    runs: Names = Field([], description="instead: draw figure 3 from conflict.csv of these runs' output folders")
 
 
 class PruneSection(Section):
@@ -44,7 +46,8 @@ class AnalyzeConfig(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> AnalyzeConfig:
-        if self.analysis in NEEDS_CHECKPOINT and not self.checkpoint:
+        drawn_only = self.analysis == "conflict" and self.conflict.runs
+        if self.analysis in NEEDS_CHECKPOINT and not self.checkpoint and not drawn_only:
             raise ValueError(
                 f"checkpoint is not set: analysis={self.analysis} measures a pretrained model, "
                 "--set checkpoint=runs/... names it"

@@ -19,11 +19,12 @@ Variant = Literal["mono", "joint", "ffn", "attn", "adpt", "share_adpt", "meta_ad
 LANGUAGE_PATTERN = r"^[a-z][a-z0-9_-]*$"
 
 
-def _comma_list(value: Any) -> Any:
+def comma_list(value: Any) -> Any:
+    """'a, b' as ['a', 'b']; what is no string as it is."""
     return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
 
 
-Languages = Annotated[list[Annotated[str, Field(pattern=LANGUAGE_PATTERN)]], BeforeValidator(_comma_list)]
+Languages = Annotated[list[Annotated[str, Field(pattern=LANGUAGE_PATTERN)]], BeforeValidator(comma_list)]
 
 
 class Section(BaseModel):
