@@ -82,9 +82,7 @@ def heading(figure: Figure, title: str, caption: str) -> None:
 
 
 def _colours() -> Colormap:
-    colours = colormaps["PuOr"].copy()
-    colours.set_bad("#D0D0D0")
-    return colours
+    return colormaps["PuOr"].with_extremes(bad="#D0D0D0")
 
 
 def _panel(
