@@ -51,7 +51,7 @@ class AnalyzeConfig(Section):
     languages: Languages | None = Field(None, description="comma-separated codes; default: the checkpoint's")
     conflict: ConflictAnalysis = ConflictAnalysis()  # type: ignore[call-arg]
     prune: PruneSection = PruneSection()
-    interference: InterferenceSection = InterferenceSection()
+    interference: InterferenceSection = InterferenceSection()  # type: ignore[call-arg]
     train: PrecisionSection = PrecisionSection()  # type: ignore[call-arg]
     parallel: ParallelConfig = ParallelConfig()  # type: ignore[call-arg]
     tracking: TrackingConfig = TrackingConfig()  # type: ignore[call-arg]

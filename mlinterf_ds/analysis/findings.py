@@ -8,30 +8,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from mlinterf_ds.analysis.comparison import Comparison
 from mlinterf_ds.analysis.runs import Group, Run
 from mlinterf_ds.analysis.task_scores import Scores
-
-BITS = "bits per character"
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """One language in a joint model against its mono models: seeds and rows paired."""
-
-    metric: str  # "bits per character", "ner f1"
-    language: str
-    group: Group
-    seeds: tuple[int, ...]
-    rows: int  # evaluated, of each seed; of a task: fine-tuning seeds
-    mono: tuple[float, ...]  # by seed
-    joint: tuple[float, ...]
-    difference: float  # positive: joint training hurts
-    low: float  # of its 95% interval
-    high: float
-
-    @property
-    def others(self) -> tuple[str, ...]:
-        return tuple(code for code in self.group[0] if code != self.language)
 
 
 @dataclass(frozen=True)

@@ -21,9 +21,9 @@ from typing import Any
 
 import numpy as np
 
-from mlinterf_ds.analysis.bootstrap import interval
+from mlinterf_ds.analysis.comparison import BITS, Comparison
 from mlinterf_ds.analysis.distance import distances
-from mlinterf_ds.analysis.findings import BITS, Comparison, Findings, pair_distances
+from mlinterf_ds.analysis.findings import Findings, pair_distances
 from mlinterf_ds.analysis.interference_figures import draw
 from mlinterf_ds.analysis.job import AnalysisJob
 from mlinterf_ds.analysis.runs import Group, Run, by_group, differences, one_text
@@ -70,14 +70,16 @@ def gather(job: AnalysisJob) -> Findings:
                 )
     runs = [*kinds["mono"], *kinds["joint"], *kinds["larger"]]
     scores = [read_scores(place) for place in settings.tasks]
-    known = sorted({code for each in [*runs, *scores] for code in each.languages})
+    groups_of = [each.languages for each in runs] + [each.languages for each in scores]
+    known = sorted(set(itertools.chain(*groups_of)))
     if unknown := [code for code in job.languages if code not in known]:
         raise UserError(f"languages: no run knows {', '.join(unknown)}; the runs' languages are {', '.join(known)}")
     languages = tuple(job.languages or known)
     comparisons: list[Comparison] = []
     larger: dict[tuple[str, str], tuple[float, ...]] = {}
     distance: dict[str, np.ndarray] = {}
-    notes, data = [], ""
+    notes: list[str] = []
+    data = ""
     if runs:
         corpus = one_text(runs, job.config.corpus)
         bits = {each.place: evaluate(job, each, corpus, languages) for each in runs}
@@ -87,13 +89,19 @@ def gather(job: AnalysisJob) -> Findings:
                 larger[BITS, code] = tuple(values)
         distance = from_first(distances(corpus, languages, settings.typology) if job.first else None)
         data = described(runs, corpus, job, languages)
-    comparisons += [
-        Comparison(*row, *interval(table))  # type: ignore[arg-type]
-        for *row, table in compare_scores(scores, settings.larger, languages, larger)
-    ]
+    of_tasks, larger_scores = compare_scores(scores, languages, settings.larger)
     groups = {kind: by_group(of) for kind, of in kinds.items()}
     return Findings(
-        comparisons, larger, groups["mono"], groups["joint"], groups["larger"], scores, distance, languages, data, notes
+        comparisons + of_tasks,
+        larger | larger_scores,
+        groups["mono"],
+        groups["joint"],
+        groups["larger"],
+        scores,
+        distance,
+        languages,
+        data,
+        notes,
     )
 
 
@@ -130,7 +138,11 @@ def compare(
     notes: list[str],
 ) -> list[Comparison]:
     """Every language of every joint model against its mono model, seed by seed; what cannot be paired is noted."""
-    alone = {group[0][0]: seeds for group, seeds in mono.items()}
+    alone: dict[str, dict[int, Run]] = {}
+    for ((only,), variant), seeds in mono.items():
+        if only in alone:
+            raise UserError(f"interference.mono: {only} has runs of several variants, {variant} too: give one")
+        alone[only] = seeds
     found = []
     for group, seeds in joint.items():
         for code in (code for code in group[0] if code in languages):
@@ -145,19 +157,7 @@ def compare(
                 notes.append(f"{name}: mono and joint differ in {', '.join(differ)}")
             ours = np.stack([bits[alone[code][seed].place][code] for seed in common])  # (seeds, rows)
             theirs = np.stack([bits[seeds[seed].place][code] for seed in common])
-            found.append(
-                Comparison(
-                    BITS,
-                    code,
-                    group,
-                    tuple(common),
-                    ours.shape[1],
-                    tuple(ours.mean(axis=1).tolist()),
-                    tuple(theirs.mean(axis=1).tolist()),
-                    float((theirs - ours).mean()),
-                    *interval(theirs - ours),
-                )
-            )
+            found.append(Comparison.of(BITS, code, group, common, ours, theirs))
     return found
 
 
@@ -165,7 +165,7 @@ def described(runs: Sequence[Run], corpus: Corpus, job: AnalysisJob, languages: 
     """Data, steps and seeds of the runs in words."""
     sizes = ", ".join(f"{code} {corpus.sentences(code, 'train'):,}" for code in languages)
     steps, batch, seeds = (
-        "/".join(map(str, sorted({value for value in values})))
+        "/".join(map(str, sorted(set(values))))
         for values in zip(*((each.step, each.config["train"]["batch"], each.seed) for each in runs), strict=True)
     )
     length = runs[0].pretrained.positions
@@ -188,7 +188,7 @@ def correlations(found: Findings) -> dict[str, dict[str, Any]]:
         both = [(each.difference, pair_distances(found, each).get(name, math.nan)) for each in mine]
         both = [pair for pair in both if math.isfinite(pair[1])]
         if len(both) >= 4:
-            rho = rank_correlation(*zip(*both, strict=True))  # type: ignore[arg-type]
+            rho = rank_correlation(*zip(*both, strict=True))
             table.setdefault(variant, {})[name] = {"rho": None if math.isnan(rho) else rho, "pairs": len(both)}
     return table
 

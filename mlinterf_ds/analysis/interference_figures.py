@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from mlinterf_ds.analysis.findings import BITS, Comparison, Findings, pair_distances, pairs
+from mlinterf_ds.analysis.comparison import BITS, Comparison
+from mlinterf_ds.analysis.findings import Findings, pair_distances, pairs
 from mlinterf_ds.analysis.task_scores import transfer
 from mlinterf_ds.data.files import write_csv
 from mlinterf_ds.report.heatmap import heatmaps
@@ -122,7 +123,8 @@ def _basis(comparisons: list[Comparison], found: Findings) -> str:
 
 
 def _table(output: Path, found: Findings) -> None:
-    fields = "metric language joint_with variant seeds rows mono joint interference low high".split()
+    fields = ["metric", "language", "joint_with", "variant", "seeds", "rows"]
+    fields += ["mono", "joint", "interference", "low", "high"]
     rows: list[list[Any]] = []
     for each in found.comparisons:
         near = pair_distances(found, each)

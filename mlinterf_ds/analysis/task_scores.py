@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from mlinterf_ds.analysis.comparison import Comparison
+from mlinterf_ds.analysis.runs import Group
 from mlinterf_ds.data.files import read_json
 from mlinterf_ds.errors import UserError
 
@@ -28,7 +30,7 @@ class Scores:
     tests: dict[str, str]  # tested language -> what its test set is
 
     @property
-    def group(self) -> tuple[tuple[str, ...], str]:
+    def group(self) -> Group:
         return self.languages, self.variant
 
     @property
@@ -65,54 +67,54 @@ def read_scores(place: str) -> Scores:
 
 
 def compare_scores(
-    found: Sequence[Scores],
-    larger: Sequence[str],
-    languages: Sequence[str],
-    of_larger: dict[tuple[str, str], tuple[float, ...]],
-) -> list[tuple[Any, ...]]:
+    found: Sequence[Scores], languages: Sequence[str], larger: Sequence[str] = ()
+) -> tuple[list[Comparison], dict[tuple[str, str], tuple[float, ...]]]:
     """Within-language scores, joint against mono, paired by the seeds of pretraining and fine-tuning.
 
-    A comparison is (metric, language, joint group, seeds, fine-tuning seeds, mono by seed, joint by seed, difference, table);
-    difference = mono - joint in percent; table (pretraining seeds, fine-tuning seeds) of it. Scores of models in the folders
-    `larger` go to `of_larger`. UserError if test sets differ or a model was fine-tuned twice.
+    Also the mean scores of models in the folders `larger`, by (metric, language). UserError if test sets differ, a model was
+    fine-tuned twice, or two fine-tunings have no seed in common.
     """
-    tables: dict[tuple[str, str], dict[Any, dict[int, Scores]]] = {}  # (metric, language) -> group -> seed -> scores
+    rows: list[Comparison] = []
+    of_larger: dict[tuple[str, str], list[float]] = {}
+    tables: dict[tuple[str, str], list[Scores]] = {}  # by metric and language
     for each in found:
         for code in (code for code in each.within if code in languages):
-            seeds = tables.setdefault((each.metric, code), {}).setdefault(_kind(each, larger), {})
+            tables.setdefault((each.metric, code), []).append(each)
+    for (metric, code), every in tables.items():
+        _one_test(every, code)
+        groups: dict[Group, dict[int, Scores]] = {}
+        for each in every:
+            if _inside(each.checkpoint, larger):
+                of_larger.setdefault((metric, code), []).append(float(np.mean(list(each.scores[code].values()))))
+                continue
+            seeds = groups.setdefault(each.group, {})
             if each.pretraining_seed in seeds:
                 raise UserError(
                     f"{each.place} and {seeds[each.pretraining_seed].place}: both fine-tune {each.variant} on "
-                    f"{'-'.join(each.languages)} of pretraining seed {each.pretraining_seed} for {each.metric} in {code}: "
-                    "give each once"
+                    f"{'-'.join(each.languages)} of train.seed={each.pretraining_seed} for {metric} in {code}: give each once"
                 )
             seeds[each.pretraining_seed] = each
-    rows = []
-    for (metric, code), groups in tables.items():
-        _one_test([scores for seeds in groups.values() for scores in seeds.values()], code)
-        big = [scores for group, seeds in groups.items() if group == "larger" for scores in seeds.values()]
-        if big:
-            of_larger[metric, code] = tuple(float(np.mean(list(scores.scores[code].values()))) for scores in big)
-        alone = next((seeds for group, seeds in groups.items() if len(group[0]) == 1), {})
-        for group, seeds in groups.items():
-            common = sorted(alone.keys() & seeds.keys())
-            if group == "larger" or len(group[0]) == 1 or not common:
-                continue
-            pairs = [(alone[seed].scores[code], seeds[seed].scores[code]) for seed in common]
-            both = sorted(set.intersection(*(set(side) for pair in pairs for side in pair)))
-            if not both:
-                raise UserError(f"{metric} in {code}: the fine-tunings have no seed in common (finetune.seeds)")
-            mono, joint = (np.array([[pair[side][seed] for seed in both] for pair in pairs]) for side in (0, 1))
-            means = tuple(mono.mean(axis=1).tolist()), tuple(joint.mean(axis=1).tolist())
-            table = mono - joint
-            rows.append((metric, code, group, tuple(common), len(both), *means, float(table.mean()), table))
-    return rows
+        rows += _paired(metric, code, groups)
+    return rows, {key: tuple(values) for key, values in of_larger.items()}
 
 
-def _kind(each: Scores, larger: Sequence[str]) -> Any:
-    """The group, or "larger"."""
-    path = Path(each.checkpoint).resolve()
-    return "larger" if any(path.is_relative_to(Path(place).resolve()) for place in larger) else each.group
+def _paired(metric: str, language: str, groups: dict[Group, dict[int, Scores]]) -> Iterator[Comparison]:
+    """Every joint model against the mono one."""
+    alone = next((seeds for group, seeds in groups.items() if len(group[0]) == 1), {})
+    for group, seeds in groups.items():
+        common = sorted(alone.keys() & seeds.keys())
+        if len(group[0]) == 1 or not common:
+            continue
+        pairs = [(alone[seed].scores[language], seeds[seed].scores[language]) for seed in common]
+        tuned = sorted(set.intersection(*(set(side) for pair in pairs for side in pair)))
+        if not tuned:
+            raise UserError(f"{metric} in {language}: the fine-tunings have none of finetune.seeds in common")
+        mono, joint = (np.array([[pair[side][seed] for seed in tuned] for pair in pairs]) for side in (0, 1))
+        yield Comparison.of(metric, language, group, common, mono, joint)
+
+
+def _inside(path: str, folders: Sequence[str]) -> bool:
+    return any(Path(path).resolve().is_relative_to(Path(folder).resolve()) for folder in folders)
 
 
 def _one_test(found: Sequence[Scores], language: str) -> None:
