@@ -18,11 +18,11 @@ class Findings:
     """All that the figures are drawn from."""
 
     comparisons: list[Comparison]
-    larger: dict[tuple[str, str], tuple[float, ...]]  # (metric, language) -> a value a larger model
+    of_larger: dict[tuple[str, str], tuple[float, ...]]  # (metric, language) -> a value a larger model
     mono: dict[Group, dict[int, Run]]
     joint: dict[Group, dict[int, Run]]
-    extra: dict[Group, dict[int, Run]]  # larger models
-    transfer: list[Scores]
+    larger: dict[Group, dict[int, Run]]
+    scores: list[Scores]
     distance: dict[str, np.ndarray]
     languages: tuple[str, ...]
     data: str  # what was evaluated, for captions

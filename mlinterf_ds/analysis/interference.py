@@ -45,7 +45,7 @@ def run(job: AnalysisJob) -> dict[str, Any]:
             "or fine-tunings (--set interference.tasks=runs/ner-en,...)"
         )
     found = gather(job)
-    if not found.comparisons and not found.transfer:
+    if not found.comparisons and not found.scores:
         raise UserError("nothing to compare: " + ("; ".join(found.notes) or "no language has a mono and a joint model"))
     summary = _summary(job, found)
     if job.first:
@@ -58,51 +58,46 @@ def run(job: AnalysisJob) -> dict[str, Any]:
 
 
 def gather(job: AnalysisJob) -> Findings:
-    """Open, check, evaluate and compare."""
+    """Open, check, evaluate and compare; every mistake is found before anything is evaluated."""
     settings = job.config.interference
-    kinds = {kind: [Run.open(place) for place in getattr(settings, kind)] for kind in ("mono", "joint", "larger")}
-    for kind, least, most in (("mono", 1, 1), ("joint", 2, math.inf), ("larger", 2, math.inf)):
-        for each in kinds[kind]:
-            if not least <= len(each.languages) <= most:
-                raise UserError(
-                    f"interference.{kind} {each.place}: that model's languages are {', '.join(each.languages)}; expected "
-                    + ("one language" if most == 1 else "two languages or more")
-                )
-    runs = [*kinds["mono"], *kinds["joint"], *kinds["larger"]]
+    runs = {kind: open_runs(kind, getattr(settings, kind)) for kind in ("mono", "joint", "larger")}
+    groups = {kind: by_group(of) for kind, of in runs.items()}
+    every = list(itertools.chain(*runs.values()))
     scores = [read_scores(place) for place in settings.tasks]
-    groups_of = [each.languages for each in runs] + [each.languages for each in scores]
-    known = sorted(set(itertools.chain(*groups_of)))
+    known = sorted(
+        {code for of in [each.languages for each in every] + [each.languages for each in scores] for code in of}
+    )
     if unknown := [code for code in job.languages if code not in known]:
         raise UserError(f"languages: no run knows {', '.join(unknown)}; the runs' languages are {', '.join(known)}")
     languages = tuple(job.languages or known)
-    comparisons: list[Comparison] = []
-    larger: dict[tuple[str, str], tuple[float, ...]] = {}
+    comparisons, larger = compare_scores(scores, languages, settings.larger)
     distance: dict[str, np.ndarray] = {}
     notes: list[str] = []
     data = ""
-    if runs:
-        corpus = one_text(runs, job.config.corpus)
-        bits = {each.place: evaluate(job, each, corpus, languages) for each in runs}
-        comparisons = compare(by_group(kinds["mono"]), by_group(kinds["joint"]), bits, languages, notes)
-        for code in languages:
-            if values := [float(bits[each.place][code].mean()) for each in kinds["larger"] if code in each.languages]:
-                larger[BITS, code] = tuple(values)
+    if every:
+        corpus = one_text(every, job.config.corpus)
         distance = from_first(distances(corpus, languages, settings.typology) if job.first else None)
-        data = described(runs, corpus, job, languages)
-    of_tasks, larger_scores = compare_scores(scores, languages, settings.larger)
-    groups = {kind: by_group(of) for kind, of in kinds.items()}
+        bits = {each.place: evaluate(job, each, corpus, languages) for each in every}
+        comparisons = compare(groups["mono"], groups["joint"], bits, languages, notes) + comparisons
+        for code in languages:
+            if values := [float(bits[each.place][code].mean()) for each in runs["larger"] if code in each.languages]:
+                larger[BITS, code] = tuple(values)
+        data = described(every, corpus, languages)
     return Findings(
-        comparisons + of_tasks,
-        larger | larger_scores,
-        groups["mono"],
-        groups["joint"],
-        groups["larger"],
-        scores,
-        distance,
-        languages,
-        data,
-        notes,
+        comparisons, larger, **groups, scores=scores, distance=distance, languages=languages, data=data, notes=notes
     )
+
+
+def open_runs(kind: str, places: Sequence[str]) -> list[Run]:
+    """The runs of interference.<kind>: mono ones of one language, others of several."""
+    runs = [Run.open(place) for place in places]
+    for each in runs:
+        if (len(each.languages) == 1) != (kind == "mono"):
+            wanted = "one language" if kind == "mono" else "two languages or more"
+            raise UserError(
+                f"interference.{kind} {each.place}: that model's languages are {', '.join(each.languages)}; expected {wanted}"
+            )
+    return runs
 
 
 # --- bits per character ----------------------------------------------------------------------------------------------
@@ -161,7 +156,7 @@ def compare(
     return found
 
 
-def described(runs: Sequence[Run], corpus: Corpus, job: AnalysisJob, languages: Sequence[str]) -> str:
+def described(runs: Sequence[Run], corpus: Corpus, languages: Sequence[str]) -> str:
     """Data, steps and seeds of the runs in words."""
     sizes = ", ".join(f"{code} {corpus.sentences(code, 'train'):,}" for code in languages)
     steps, batch, seeds = (

@@ -27,7 +27,7 @@ def draw(output: Path, found: Findings) -> None:
     _table(output, found)
     for metric in dict.fromkeys(each.metric for each in found.comparisons):
         _metric(output, found, metric)
-    for metric, panels in transfer(found.transfer, found.languages).items():
+    for metric, panels in transfer(found.scores, found.languages).items():
         caption = (
             f"{found.data}\nmean over seeds and over the models that have both languages; diagonal: within-language"
         )
@@ -79,7 +79,7 @@ def _metric(output: Path, found: Findings, metric: str) -> None:
         category = f"{each.language} with {others(each.language, each.group[0])}"
         if not any(value.category == category and value.series == "mono" for value in heights):
             heights.append(_bar(category, "mono", each.mono))
-            if of_larger := found.larger.get((metric, each.language)):
+            if of_larger := found.of_larger.get((metric, each.language)):
                 heights.append(_bar(category, "larger", of_larger))
         heights.append(_bar(category, each.group[1], each.joint))
         gaps.append(Value(category, each.group[1], each.difference, each.low, each.high))
@@ -140,7 +140,9 @@ def _curves(output: Path, found: Findings) -> None:
     perplexity: dict[str, dict[str, dict[int, Points]]] = {code: {} for code in found.languages}
     losses: dict[str, dict[str, dict[int, Points]]] = {code: {} for code in found.languages}
     warm = last = 0
-    runs = [run for kind in (found.mono, found.joint, found.extra) for seeds in kind.values() for run in seeds.values()]
+    runs = [
+        run for kind in (found.mono, found.joint, found.larger) for seeds in kind.values() for run in seeds.values()
+    ]
     tables = {}
     for run in runs:
         path = Path(run.place) / "train.csv"
