@@ -54,7 +54,7 @@ def heatmaps(
     cell = (0.52 if most <= 8 else 0.38) if most <= READABLE else min(0.24, 9 / most)
     across = min(len(names), 3)
     down = -(-len(names) // across)
-    width = max(2.6, cell * len(columns) + 0.9)
+    width = max(1.9, cell * len(columns) + 0.9)
     height = max(1.6, cell * len(rows) + 0.9)
     figure = Figure(figsize=(across * width + 1.3, down * height + 1.0), dpi=160, layout="constrained")
     FigureCanvasAgg(figure)
