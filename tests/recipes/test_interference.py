@@ -19,7 +19,7 @@ from tests.ranks import pool
 
 ROOT = Path(__file__).resolve().parents[2]
 CORPUS = "corpora/synthetic-800-syn+syn-far-syn-far=150"
-SHORT = ["train.steps=6", "train.epoch_steps=3", "data.eval_rows=8", "data.synthetic_sentences=800", "train.batch=8"]
+SHORT = ["train.steps=6", "train.epoch_steps=6", "data.eval_rows=8", "data.synthetic_sentences=800", "train.batch=8"]
 SHORT += ["model.layers=1", "model.width=32", "model.ffn=64", "train.warmup=2", "train.precision=fp32"]
 SHORT += ["tracking.enabled=false", "data.sequence_length=32"]
 BOTH = ["variant=joint", "languages=syn,syn-far", "data.synthetic_limit=syn-far=150"]
