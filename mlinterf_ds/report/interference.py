@@ -44,11 +44,7 @@ Curves = Mapping[str, Mapping[str, Mapping[int, Points]]]  # language -> model -
 
 def bars(values: Sequence[Value], path: Path, *, title: str, label: str, caption: str = "") -> None:
     """Groups of bars, a group a category and a colour a series, their values above them. PNG, SVG, CSV."""
-    write_csv(path.with_suffix(".csv"), Value._fields, values)
-    categories = list(dict.fromkeys(value.category for value in values))
-    caption = _shortened(caption, len(categories), MOST_CATEGORIES)
-    categories = categories[:MOST_CATEGORIES]
-    series = list(dict.fromkeys(value.series for value in values))
+    categories, series, caption = _prepared(values, path, caption)
     width = 0.8 / len(series)
     figure = Figure(figsize=(max(5.2, 0.42 * len(series) * len(categories) + 1.4), 3.9), dpi=160, layout="constrained")
     FigureCanvasAgg(figure)
@@ -76,11 +72,7 @@ def bars(values: Sequence[Value], path: Path, *, title: str, label: str, caption
 
 def intervals(values: Sequence[Value], path: Path, *, title: str, label: str, caption: str = "") -> None:
     """A point and its interval a line, zero marked: right of it is interference. PNG, SVG, CSV."""
-    write_csv(path.with_suffix(".csv"), Value._fields, values)
-    categories = list(dict.fromkeys(value.category for value in values))
-    caption = _shortened(caption, len(categories), MOST_CATEGORIES)
-    categories = categories[:MOST_CATEGORIES]
-    series = list(dict.fromkeys(value.series for value in values))
+    categories, series, caption = _prepared(values, path, caption)
     figure = Figure(figsize=(6.4, max(2.4, 0.3 * len(categories) + 1.7)), dpi=160, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
@@ -167,6 +159,14 @@ def binned(points: Points, first: int, last: int, bins: int = BINS) -> Points:
         if first < step <= last and math.isfinite(value):
             sums.setdefault((step - first - 1) // width, []).append(value)
     return [(min(last, first + (at + 1) * width), float(np.mean(values))) for at, values in sorted(sums.items())]
+
+
+def _prepared(values: Sequence[Value], path: Path, caption: str) -> tuple[list[str], list[str], str]:
+    """Writes the CSV; the categories to draw, the series, and the caption."""
+    write_csv(path.with_suffix(".csv"), Value._fields, values)
+    categories = list(dict.fromkeys(value.category for value in values))
+    series = list(dict.fromkeys(value.series for value in values))
+    return categories[:MOST_CATEGORIES], series, _shortened(caption, len(categories), MOST_CATEGORIES)
 
 
 def _shortened(caption: str, count: int, most: int) -> str:

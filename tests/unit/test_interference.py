@@ -116,6 +116,17 @@ def test_synthetic_languages_in_order(tmp_path: Path) -> None:
     assert set(distance.sentences(corpus, "syn", 7)) < set(whole) and len(distance.sentences(corpus, "syn", 7)) == 7
 
 
+def test_a_low_resource_version_beside_the_whole_language(tmp_path: Path) -> None:
+    """As launch/recipes/low_resource_fr.toml says: same vocabulary, same held-out text, a subset to train on."""
+    write_text("syn", tmp_path / "text", 500, seed=0)
+    sources = {"fr": [tmp_path / "text"], "frl": [tmp_path / "text"]}
+    corpus = prepare(sources, tmp_path / "corpus", vocabulary_size=500, limits={"frl": 120}, progress=False, workers=1)
+    for split in ("valid", "test"):
+        assert (corpus.tokens("fr", split) == corpus.tokens("frl", split)).all()
+    whole, low = (set(distance.sentences(corpus, code, 1000)) for code in ("fr", "frl"))
+    assert len(low) == 120 < len(whole) and low < whole
+
+
 def test_typology(tmp_path: Path) -> None:
     path = tmp_path / "features.tsv"
     path.write_text("code\torder\tcase\ttone\nen\tSVO\t0\t\nhi\tSOV\t1\t0\nsw\tSVO\t0\t1\n")
