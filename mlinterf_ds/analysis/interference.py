@@ -47,6 +47,7 @@ def run(job: AnalysisJob) -> dict[str, Any]:
     found = gather(job)
     if not found.comparisons and not found.scores:
         raise UserError("nothing to compare: " + ("; ".join(found.notes) or "no language has a mono and a joint model"))
+    found.comparisons.sort(key=lambda each: (each.metric != BITS, each.metric, each.language, each.group[0]))
     summary = _summary(job, found)
     if job.first:
         draw(job.output, found)

@@ -85,7 +85,7 @@ def _metric(output: Path, found: Findings, metric: str) -> None:
         gaps.append(Value(category, each.group[1], each.difference, each.low, each.high))
     heights.sort(key=lambda value: {"mono": 0, "larger": 2}.get(value.series, 1))
     basis = _basis(mine, found)
-    title = "Perplexity of held-out text" if metric == BITS else f"{metric}, within-language"
+    title = "Bits per character of held-out text" if metric == BITS else f"{metric}, within-language"
     name = _file(metric)
     better = "lower is better" if metric == BITS else "higher is better"
     bars(heights, output / f"bars-{name}.png", title=title, label=metric, caption=f"{basis}; {better}; {whiskers}")
@@ -118,8 +118,7 @@ def _basis(comparisons: list[Comparison], found: Findings) -> str:
     rows = sorted({each.rows for each in comparisons})
     what = "rows a language" if comparisons[0].metric == BITS else "fine-tuning seeds"
     span = f"{rows[0]}" if len(rows) == 1 else f"{rows[0]} to {rows[-1]}"
-    parts = [found.data, f"{span} {what}", f"seeds {', '.join(map(str, seeds))}"]
-    return "; ".join(part for part in parts if part)
+    return "; ".join([found.data or f"pretraining seeds {'/'.join(map(str, seeds))}", f"{span} {what}"])
 
 
 def _table(output: Path, found: Findings) -> None:

@@ -24,6 +24,7 @@ from mlinterf_ds.report.heatmap import heading
 HATCHES = ["", "////", "....", "xxxx", "\\\\\\\\"]  # tell bars apart in grey print
 BASELINE = "mono"  # dashed in curves
 MOST_PANELS = 24  # languages drawn; the CSV has all
+BARS_ACROSS = 22  # of one row
 MOST_CATEGORIES = 40  # bars or intervals drawn: likewise
 BINS = 100  # points of a curve of training losses
 
@@ -45,10 +46,25 @@ Curves = Mapping[str, Mapping[str, Mapping[int, Points]]]  # language -> model -
 def bars(values: Sequence[Value], path: Path, *, title: str, label: str, caption: str = "") -> None:
     """Groups of bars, a group a category and a colour a series, their values above them. PNG, SVG, CSV."""
     categories, series, caption = _prepared(values, path, caption)
-    width = 0.8 / len(series)
-    figure = Figure(figsize=(max(5.2, 0.42 * len(series) * len(categories) + 1.4), 3.9), dpi=160, layout="constrained")
+    across = max(1, BARS_ACROSS // len(series))
+    down = -(-len(categories) // across)
+    across = -(-len(categories) // down)  # rows of about equal length
+    width = max(5.2, 0.4 * len(series) * across + 1.4)
+    figure = Figure(figsize=(width, 2.5 * down + 1.4), dpi=160, layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
+    grid = figure.subplots(down, 1, squeeze=False, sharey=True)[:, 0]
+    for row, axes in enumerate(grid):
+        _bars(axes, values, categories[row * across : (row + 1) * across], series)
+        axes.set_xlim(-0.5, across - 0.5)
+    figure.supylabel(label, fontsize=9)
+    handles, names = grid[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside upper right", ncols=len(series), fontsize=8, frameon=False)
+    heading(figure, title, _wrapped(caption, figure))
+    figures._save(figure, path)
+
+
+def _bars(axes: Axes, values: Sequence[Value], categories: list[str], series: list[str]) -> None:
+    width = 0.8 / len(series)
     for number, name in enumerate(series):
         mine = [value for value in values if value.series == name and value.category in categories]
         places = [categories.index(value.category) + (number - (len(series) - 1) / 2) * width for value in mine]
@@ -62,12 +78,9 @@ def bars(values: Sequence[Value], path: Path, *, title: str, label: str, caption
             shown = f"{value.value:.2f}" if abs(value.value) < 10 else f"{value.value:.1f}"
             axes.annotate(shown, (place, top), (0, 2), textcoords="offset points", ha="center", fontsize=6.5)
     axes.set_xticks(range(len(categories)), [name.replace(" with ", "\nwith ") for name in categories], fontsize=8)
-    axes.set_ylabel(label)
-    axes.margins(x=0.02, y=0.12)
+    axes.tick_params(axis="y", labelsize=8)
+    axes.margins(y=0.15)
     _tidy(axes, "y")
-    figure.legend(loc="outside upper right", ncols=len(series), fontsize=8, frameon=False)
-    heading(figure, title, _wrapped(caption, figure))
-    figures._save(figure, path)
 
 
 def intervals(values: Sequence[Value], path: Path, *, title: str, label: str, caption: str = "") -> None:
