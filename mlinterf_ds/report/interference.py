@@ -26,7 +26,7 @@ BASELINE = "mono"  # dashed in curves
 MOST_PANELS = 24  # languages drawn; the CSV has all
 BARS_ACROSS = 22  # of one row
 MOST_CATEGORIES = 40  # bars or intervals drawn: likewise
-BINS = 100  # points of a curve of training losses
+BINS = 40  # points of a curve of training losses
 
 
 class Value(NamedTuple):
