@@ -137,7 +137,7 @@ def _table(output: Path, found: Findings) -> None:
 def _curves(output: Path, found: Findings) -> None:
     """Figures 2 and 4c: from the runs' own records; a run without train.csv is left out of the latter."""
     runs = [
-        (run, "" if kind is not found.larger else "larger: ")
+        (run, kind is found.larger)
         for kind in (found.mono, found.joint, found.larger)
         for seeds in kind.values()
         for run in seeds.values()
@@ -149,11 +149,14 @@ def _curves(output: Path, found: Findings) -> None:
     perplexity: dict[str, dict[str, dict[int, Points]]] = {}
     losses: dict[str, dict[str, dict[int, Points]]] = {}
     for code in found.languages:
-        for run, prefix in (each for each in runs if code in each[0].languages):
-            name = (
-                run.variant if len(run.languages) == 1 else f"{prefix}{run.variant} with {others(code, run.languages)}"
-            )
-            perplexity.setdefault(code, {}).setdefault(name, {})[run.seed] = run.history[code]
+        for run, larger in (each for each in runs if code in each[0].languages):
+            name = f"{run.variant} with {others(code, run.languages)}"
+            if larger:
+                name = f"larger ({run.variant}, {len(run.languages)} languages)"
+            elif len(run.languages) == 1:
+                name = run.variant
+            trained = [point for point in run.history[code] if point[0]]  # untrained, it would set the scale
+            perplexity.setdefault(code, {}).setdefault(name, {})[run.seed] = trained
             if points := binned(steps.get(run.place, {}).get(code, []), warm, last):
                 losses.setdefault(code, {}).setdefault(name, {})[run.seed] = points
     more = "line: mean of the seeds, shade: their range; x: steps over all languages of a model"
@@ -171,5 +174,5 @@ def _file(metric: str) -> str:
     return metric.replace(" ", "-")
 
 
-def _lines(caption: str, width: int = 90) -> str:
+def _lines(caption: str, width: int = 72) -> str:
     return "\n".join(line for part in caption.split("\n") for line in textwrap.wrap(part, width))

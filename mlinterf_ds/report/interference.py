@@ -128,13 +128,15 @@ def curves(found: Curves, path: Path, *, title: str, label: str, caption: str = 
     models = sorted({model for language in languages for model in found[language]}, key=lambda m: (m != BASELINE, m))
     looks = {model: figures._look(number) for number, model in enumerate(models)}
     if BASELINE in looks:
-        looks[BASELINE] |= {"linestyle": (0, (5, 2)), "color": "black", "marker": ""}
+        looks[BASELINE] |= {"linestyle": (0, (5, 2)), "marker": ""}
     handles: dict[str, Any] = {}
     for index, axes in enumerate(grid.flat):
         if index >= len(languages):
             axes.set_visible(False)
             continue
-        for model, seeds in found[languages[index]].items():
+        models_here = found[languages[index]]
+        figures._scale(axes, [v for seeds in models_here.values() for line in seeds.values() for _, v in line])
+        for model, seeds in models_here.items():
             handles.setdefault(model, _line(axes, list(seeds.values()), looks[model]))
         axes.set_title(languages[index], fontsize=9, loc="left", fontfamily=figures._families(languages[index]))
         axes.xaxis.set_major_locator(MaxNLocator(nbins=4, integer=True, steps=[1, 2, 2.5, 5, 10]))
