@@ -317,7 +317,7 @@ def bench_conflict(options: argparse.Namespace) -> dict[str, Any]:
     from mlinterf_ds.analysis.similarity import DIMENSION, measure
 
     count = options.languages[-1]
-    settings = ["variant=joint", *shapes(options)]
+    settings = ["variant=joint", *shapes(options), "meta.languages_per_step=2"]
     engine, _, _ = build(options, CODES[:count], "paper", settings, "zero0")
     config = engine.config.conflict.model_copy(update={"sequences": options.rows, "micro_batch": options.rows})
     corpus = Made(CODES[:count], options.vocabulary)
