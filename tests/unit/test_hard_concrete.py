@@ -53,7 +53,7 @@ def test_point_masses_and_mean_from_the_density(value: float) -> None:
 def test_samples_have_the_stated_distribution(value: float) -> None:
     log_alpha = torch.tensor(value, dtype=torch.float64)
     z = hc.sample(log_alpha, draws())
-    assert 0 <= float(z.min()) and float(z.max()) <= 1
+    assert float(z.min()) >= 0 and float(z.max()) <= 1
     assert float((z > 0).double().mean()) == pytest.approx(float(hc.nonzero(log_alpha)), abs=1e-5)
     assert float((z == 1).double().mean()) == pytest.approx(float(hc.one(log_alpha)), abs=1e-5)
     assert float(z.mean()) == pytest.approx(float(hc.mean(log_alpha)), abs=1e-5)
