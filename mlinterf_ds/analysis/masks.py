@@ -91,7 +91,7 @@ class Subject:
 
     def _gradient(self, pi: Tensor, batches: Iterable[tuple[Batch, Tensor]]) -> tuple[float, Tensor]:
         """The loss of all ranks' rows under sampled gates, and its gradient (groups,), the same on all ranks."""
-        loss = torch.zeros(1, device=self.device)
+        loss, pi.grad = torch.zeros(1, device=self.device), None
         for batch, uniform in batches:
             with self.gates.applied(hard_concrete.sample(pi, uniform)):
                 part, _ = self.model(batch)
@@ -100,7 +100,6 @@ class Subject:
         assert pi.grad is not None
         replicas = self.gates.replicas().to(self.device)
         summed = torch.cat([pi.grad / (replicas * self.scale.value), loss / self.layout.tensor])
-        pi.grad = None
         dist.all_reduce(summed)  # rows of all data-parallel ranks, slices of all tensor-parallel ones
         return summed[-1].item(), summed[:-1]
 
