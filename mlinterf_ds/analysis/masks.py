@@ -137,24 +137,27 @@ class Subject:
         )  # a ruined model's loss may be past what exp takes
 
     def scores(self, language: str, pi: Tensor, seed: int, rows: int) -> dict[str, float]:
-        """Perplexities of the full model, the pruned one (Louizos' gates) and random prunings (mean and standard error).
+        """Perplexities of the full model, the pruned one, and random prunings (mean and standard error).
 
-        A random pruning keeps as many groups of each module as the learned one, at gates of 1.
+        pruned: at the gates learned, some of which lie between 0 and 1; kept_whole: those above 0 set to 1, as in the random
+        prunings, which keep as many groups of each module.
         """
         learned = hard_concrete.gate(pi)
+        whole = (learned > 0).float()
         found = {
             "full": self.perplexity(language, torch.ones_like(pi), rows),
             "pruned": self.perplexity(language, learned, rows),
+            "kept_whole": self.perplexity(language, whole, rows),
         }
         others = [
-            self.perplexity(language, self._shuffled(learned, key(seed, "random", language, draw)), rows)
+            self.perplexity(language, self._shuffled(whole, key(seed, "random", language, draw)), rows)
             for draw in range(RANDOM)
         ]
         return found | {"random": float(np.mean(others)), "random_error": float(np.std(others, ddof=1) / RANDOM**0.5)}
 
-    def _shuffled(self, learned: Tensor, seed: int) -> Tensor:
-        source = torch.Generator().manual_seed(seed >> 1)
-        kept = (learned > 0).float()
+    def _shuffled(self, kept: Tensor, seed: int) -> Tensor:
+        """Other groups of the same modules, as many of each."""
+        source, kept = torch.Generator().manual_seed(seed >> 1), kept.clone()
         for site in self.gates.sites:
             mine = slice(site.start, site.start + site.size)
             kept[mine] = kept[mine][torch.randperm(site.size, generator=source)]

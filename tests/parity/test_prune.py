@@ -61,7 +61,7 @@ def test_pruning_beats_random_pruning_of_as_many_groups(planted: dict[str, Any],
     kept = (planted["pi"][language] > math.log(0.1 / 1.1)).float().mean()  # gates above 0
     assert kept < 0.7
     assert scores["full"] < 40, "of 85 tokens: it has learnt something to lose"
-    assert scores["pruned"] < 1.1 * scores["full"] and scores["random"] > 1.2 * scores["full"]
+    assert max(scores["pruned"], scores["kept_whole"]) < 1.1 * scores["full"] < 1.2 * scores["full"] < scores["random"]
 
 
 def test_the_model_is_as_before(planted: dict[str, Any]) -> None:
