@@ -56,9 +56,9 @@ def training_curves(runs: Mapping[str, Curves], path: Path, *, title: str, capti
     for run, curves in runs.items():
         suffix = f" ({run})" if len(runs) > 1 else ""
         if len(curves) <= MOST_LINES:
-            chosen = {f"{left}–{right}{suffix}": points for (left, right), points in curves.items()}
+            chosen = {f"{left} – {right}{suffix}": points for (left, right), points in curves.items()}
             lines |= chosen
-            dashed |= {f"{left}–{right}{suffix}" for left, right in curves if left == right}
+            dashed |= {f"{left} – {right}{suffix}" for left, right in curves if left == right}
             continue
         for within in (True, False):
             name = ("within a language" if within else "between two") + suffix
@@ -73,7 +73,7 @@ def training_curves(runs: Mapping[str, Curves], path: Path, *, title: str, capti
     for name, points in lines.items():
         _draw(axes, points, looks[name], bands.get(name))
     figures._label_ends(figure, axes, {name: _smooth(points)[-1] for name, points in lines.items()}, looks, ".2f")
-    heading(figure, title, caption)
+    heading(figure, title, caption + "; band: 10th to 90th percentile of the pairs" * bool(bands))
     figures._save(figure, path)
 
 
@@ -145,7 +145,7 @@ def by_component(
         axes.set_title(part, fontsize=9)
         axes.set_xlabel("layer")
     if flat:
-        _panel(grid[-1], flat, [table[part][""] for part in flat], joined=False)
+        _panel(grid[-1], [part.replace(" ", "\n") for part in flat], [table[part][""] for part in flat], joined=False)
     grid[0].set_ylabel("cosine of the gradients")
     handles, labels = grid[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper right", ncols=2, fontsize=8, frameon=False)
