@@ -11,7 +11,7 @@ LAYERS = {
     "data": 3, "model": 3, "meta": 3, "tracking": 3,
     "engine": 4, "tasks": 4, "analysis": 4,
     "report": 5, "export": 5,
-    "pretrain": 6, "pretrain_job": 6, "pretrained": 5, "finetune": 6, "finetune_config": 2, "finetune_run": 6, "finetune_report": 6, "evaluate": 6, "analyze": 6, "study": 6,
+    "pretrain": 6, "pretrain_job": 6, "pretrained": 5, "initial": 5, "finetune": 6, "finetune_config": 2, "finetune_run": 6, "finetune_report": 6, "evaluate": 6, "analyze": 6, "study": 6,
 }  # fmt: skip
 FORBIDDEN = {
     "model": {"data", "meta", "tracking"},
