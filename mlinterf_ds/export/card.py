@@ -34,8 +34,10 @@ def card(pretrained: Pretrained, stock: bool) -> str:
     lines = [
         *head,
         f"# {saved['config'].get('name', 'model')}: {variant} on {', '.join(languages)}",
+        "",
         "A masked language model of mlinterf_ds, a study of negative interference between languages "
         "([arXiv:2010.03017](https://arxiv.org/abs/2010.03017)).",
+        "",
         f"- Variant `{variant}`: {ROUTED[pretrained.variant]}{trained}.",
         f"- {shape.layers} layers, width {shape.width}, {shape.heads} heads of width {shape.kv_channels}, feed-forward "
         f"{shape.ffn}{adapters}, {saved['vocabulary']} pieces, rows of up to {pretrained.positions}.",
@@ -43,11 +45,14 @@ def card(pretrained: Pretrained, stock: bool) -> str:
         "",
         *_scores(pretrained),
         "## Use",
+        "",
         _use(stock, languages),
+        "",
         "`<mask>` and the other special pieces are read as such where a text has them; otherwise ids equal those of "
         "`sentencepiece.model` on NFC text with single spaces, which the tokenizer makes of any text.",
         "",
         "## Limits and licence",
+        "",
         DEPARTURES,
         "",
         _licence(pretrained),
@@ -65,7 +70,11 @@ def _scores(pretrained: Pretrained) -> list[str]:
 
 
 def _use(stock: bool, languages: list[str]) -> str:
-    first = "" if stock else "import mlinterf_ds.export.modeling_mlinterf  # or trust_remote_code=True below\n"
+    first = (
+        ""
+        if stock
+        else "import mlinterf_ds.export.modeling_mlinterf  # or trust_remote_code=True in both calls below\n"
+    )
     language = "" if stock else f', language="{languages[-1]}"'
     return f"""```python
 from transformers import AutoModelForMaskedLM, AutoTokenizer

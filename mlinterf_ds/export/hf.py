@@ -67,6 +67,7 @@ def _write(pretrained: Pretrained, folder: Path) -> dict[str, Any]:
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     config = configuration(pretrained)
     (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+    shutil.copymode(folder / "config.json", folder / "model.safetensors")  # safetensors writes for its user alone
     vocabulary_file = folder / "sentencepiece.model"  # for tools/prepare_corpus.py --tokenizer
     shutil.copyfile(pretrained.path / "tokenizer.model", vocabulary_file)
     tokenizer.write(pretrained.tokenizer(), folder, pretrained.positions)
