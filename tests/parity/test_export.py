@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from mlinterf_ds.data import embedded
 from mlinterf_ds.errors import UserError
 from mlinterf_ds.export.hf import export
 from tests.parity import export_bodies as bodies
@@ -199,6 +200,20 @@ def altered(folder: Path, copy: Path, name: str, change: Callable[[bytes], bytes
     return copy
 
 
+def flipped(old: bytes) -> bytes:
+    """One bit of the last byte changed."""
+    return old[:-1] + bytes([old[-1] ^ 1])
+
+
+def swapped(old: bytes) -> bytes:
+    """Two pieces of a tokenizer.json in each other's place."""
+    found = json.loads(old)
+    vocabulary = found["model"]["vocab"]
+    ninth, tenth = (piece for number in (9, 10) for piece in vocabulary if vocabulary[piece] == number)
+    vocabulary[ninth], vocabulary[tenth] = 10, 9
+    return json.dumps(found).encode()
+
+
 def edit(**changes: Any) -> Callable[[bytes], bytes]:
     return lambda old: json.dumps(json.loads(old) | changes).encode()
 
@@ -206,7 +221,7 @@ def edit(**changes: Any) -> Callable[[bytes], bytes]:
 @pytest.mark.parametrize(
     "file, change, listed, words",
     [
-        ("model.safetensors", lambda old: old[:-1] + b"?", True, ["altered", "sha256", "export it again"]),
+        ("model.safetensors", flipped, True, ["altered", "sha256", "export it again"]),
         ("model.safetensors", lambda old: old[:-9], True, ["truncated"]),
         ("model.safetensors", lambda old: old[:-9], False, ["safetensors", "copy it again"]),
         ("config.json", edit(num_attention_heads=4), False, ["4 attention heads", "model.heads=2"]),
@@ -214,7 +229,7 @@ def edit(**changes: Any) -> Callable[[bytes], bytes]:
         ("config.json", edit(hidden_act="relu"), False, ["hidden_act", "'relu'", "'gelu'"]),
         ("config.json", edit(adapter_activation="tanh"), False, ["tanh", "model.adapter_activation=gelu"]),
         ("config.json", edit(vocab_size=51), False, ["50 pieces", "51"]),
-        ("tokenizer.json", lambda old: old.replace(b'"bad"', b'"bda"'), False, ["vocabulary", "--tokenizer"]),
+        ("tokenizer.json", swapped, False, ["vocabulary", "piece 9 is", "--tokenizer"]),
         ("tokenizer.json", lambda old: old[:-9], False, ["tokenizer.json", "not a tokenizer"]),
     ],
 )
@@ -241,19 +256,20 @@ def test_what_cannot_be_exported(made, tmp_path: Path) -> None:
         export(str(tmp_path), tmp_path / "out")
     whole = next((checkpoint / "checkpoints").glob("step-*"))
     shard = "shard-00001.safetensors"
-    broken = altered(whole, tmp_path / whole.name, shard, lambda old: old[:-1] + bytes([old[-1] ^ 1]))
+    broken = altered(whole, tmp_path / whole.name, shard, flipped)
     with pytest.raises(UserError, match=rf"{shard}: altered"):
         export(str(broken), tmp_path / "out")
-    unigram = altered(whole, tmp_path / "x" / whole.name, "run.json", edit(config={"task": "ner"}))
-    (unigram / "complete.json").write_text('{"format": 1, "files": {}}')
+    tuned = altered(whole, tmp_path / "x" / whole.name, "run.json", edit(config={"task": "ner"}))
+    (tuned / "complete.json").write_text('{"format": 1, "files": {}}')
     with pytest.raises(UserError, match="of a fine-tuning"):
-        export(str(unigram), tmp_path / "out")
-    assert not (tmp_path / "out").exists() and not list(tmp_path.glob("*.partial"))
+        export(str(tuned), tmp_path / "out")
+    assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".export-*"))
 
 
 def test_pretraining_goes_on_from_an_exported_run(tmp_path: Path) -> None:
-    settings = ["train.steps=2", "train.batch=8", "data.eval_rows=8", "data.synthetic_sentences=300", "model.width=32"]
-    settings += ["model.ffn=64", "tracking.enabled=false"]
+    embedded.prepare_synthetic(tmp_path / "corpus", embedded.LANGUAGES, 300)
+    settings = ["corpus=corpus", "train.steps=2", "train.batch=8", "data.eval_rows=8", "model.width=32", "model.ffn=64"]
+    settings += ["tracking.enabled=false"]
     (before,) = pool(1).run(bodies.pretrained, str(tmp_path), [*settings, "output=first"])
     export(str(tmp_path / "first"), tmp_path / "folder")
     card = (tmp_path / "folder" / "README.md").read_text()
