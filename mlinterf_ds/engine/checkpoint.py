@@ -20,7 +20,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -28,9 +28,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mlinterf_ds.engine.engine import Engine
 from mlinterf_ds.engine.zero import FlatSpace, Segment, Space
 from mlinterf_ds.errors import UserError
+
+if TYPE_CHECKING:  # whoever only reads checkpoints does without DeepSpeed and megatron
+    from mlinterf_ds.engine.engine import Engine
 
 FORMAT = 1
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -46,19 +48,19 @@ def save(run: Path, engine: Engine, state: Mapping[str, Any], files: Mapping[str
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     dist.barrier()
-    digests: dict[str, Any] = {}
+    written: dict[str, Any] = {}
     try:
         shard = _write_shard(partial, engine, rank)
-        digests = _digests([shard] if shard else [])
+        written = digests([shard] if shard else [])
         if rank == 0:
             (partial / "run.json").write_text(json.dumps({"format": FORMAT, **_counters(engine), **state}, indent=1))
             for name, source in files.items():
                 shutil.copyfile(source, partial / name)
-            digests |= _digests([partial / name for name in ("run.json", *files)])
+            written |= digests([partial / name for name in ("run.json", *files)])
     except (OSError, SafetensorError) as error:
         problem = f"rank {rank}: {error}"
     found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, (digests, problem))
+    dist.all_gather_object(found, (written, problem))
     problems = [why for _, why in found if why]
     if problems:
         if rank == 0:
@@ -108,7 +110,8 @@ def _write_shard(folder: Path, engine: Engine, rank: int) -> Path | None:
     return path
 
 
-def _digests(paths: list[Path]) -> dict[str, Any]:
+def digests(paths: list[Path]) -> dict[str, Any]:
+    """Size and sha256 of files that are now on disk, by name: what complete.json lists."""
     facts = {}
     for path in paths:
         with path.open("rb") as handle:
@@ -261,13 +264,19 @@ class Source:
             mine = tensor_rank if wanted.partition_dim is not None else 0
             self._check(wanted, saved.shape)
             return self._range(ranks[mine], kind, wanted.start, wanted.length)
-        dim = wanted.partition_dim
-        parts = [self._range(ranks[rank], kind, 0, _numel(saved.shape)).view(saved.shape) for rank in sorted(ranks)]
-        whole = torch.cat(parts, dim)
-        size = whole.shape[dim] // tensor
-        local = whole.narrow(dim, tensor_rank * size, size)
+        local = part(self.whole(wanted.name, kind), wanted.partition_dim, tensor, tensor_rank)
         self._check(wanted, tuple(local.shape))
         return local.reshape(-1)[wanted.start : wanted.start + wanted.length]
+
+    def whole(self, name: str, kind: str) -> Tensor:
+        """The 'master' or a moment of a parameter (fp32, its full shape)."""
+        ranks = self._ranks(name)
+        (saved, _, _), *_ = ranks[min(ranks)]
+        pieces = [
+            self._range(ranks[rank], kind, 0, _numel(saved.shape)).view(saved.shape)
+            for rank in (sorted(ranks) if saved.partition_dim is not None else [min(ranks)])
+        ]
+        return torch.cat(pieces, saved.partition_dim or 0) if len(pieces) > 1 else pieces[0]
 
     def _check(self, wanted: Segment, shape: tuple[int, ...]) -> None:
         if tuple(wanted.shape) != tuple(shape):
@@ -286,8 +295,14 @@ class Source:
                 at = segment.offset + low - segment.start
                 result[low - start : high - start] = opened.get_slice(f"{key}/{kind}")[at : at + high - low]
                 filled += high - low
-        assert filled == length, f"{found[0][0].name}: {filled} of {length} elements found"
+        if filled != length:
+            raise UserError(f"{found[0][0].name}: {filled} of {length} elements are in the checkpoint: it is damaged")
         return result
+
+
+def part(whole: Tensor, dim: int | None, tensor: int, rank: int) -> Tensor:
+    """What tensor-parallel rank `rank` of `tensor` holds of a parameter (a view); dim None: all of it."""
+    return whole if dim is None else whole.chunk(tensor, dim)[rank]
 
 
 def _numel(shape: tuple[int, ...]) -> int:
