@@ -76,8 +76,8 @@ def hushed(log: Path | None = None) -> Iterator[None]:
             os.close(saved)
 
 
-def remove_stale_locks() -> list[Path]:
-    """Remove locks that a killed compiler left in torch's extension cache: every later start would wait for them.
+def stale_locks() -> list[Path]:
+    """Locks that a killed compiler left in torch's extension cache: every later start would wait for them.
 
     A lock is stale when no running process has the file open (torch keeps it open while it builds). Needs /proc.
     """
@@ -90,7 +90,12 @@ def remove_stale_locks() -> list[Path]:
     for link in Path("/proc").glob("[0-9]*/fd/*"):
         with contextlib.suppress(OSError):
             held.add(os.readlink(link))
-    stale = [path for path in locks if str(path) not in held]
+    return [path for path in locks if str(path) not in held]
+
+
+def remove_stale_locks() -> list[Path]:
+    """Remove them, so that this start does not wait."""
+    stale = stale_locks()
     for path in stale:
         path.unlink(missing_ok=True)
         print(f"removed {path}, left by a build that was killed", file=sys.stderr)

@@ -90,7 +90,9 @@ def start(tensor: int = 1, address: str | None = None) -> Layout:
     local_rank = int(os.environ.setdefault("LOCAL_RANK", "0"))
     accelerator = get_accelerator()
     if accelerator.device_name() == "cpu":
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // max(1, neighbours)))  # ranks share the cores
+        wanted = os.environ.get("OMP_NUM_THREADS", "")  # a user's or scheduler's word; else ranks share the cores
+        cores = int(wanted) if wanted.isdigit() else len(os.sched_getaffinity(0)) // max(1, neighbours)
+        torch.set_num_threads(max(1, cores))
     else:
         if local_rank >= accelerator.device_count():
             raise UserError(f"{neighbours} ranks on a host with {accelerator.device_count()} accelerators: --num_gpus")
