@@ -19,7 +19,9 @@ from typing import Any
 
 from mlinterf_ds.config import RunConfig, Section, describe, load_config
 from mlinterf_ds.errors import UserError
+from mlinterf_ds.launchers import adopt
 
+PRETRAIN = "Pretrain a multilingual masked language model."
 NOISY = ("DeepSpeed", "megatron", "mlflow", "alembic", "torch", "matplotlib")
 
 
@@ -131,6 +133,8 @@ def main(run: Callable[[Sequence[str]], int], arguments: Sequence[str] | None = 
     faulthandler.enable()
     rank = os.environ.get("RANK", "0")
     try:
+        adopt()
+        rank = os.environ.get("RANK", "0")
         status = run(sys.argv[1:] if arguments is None else arguments)
         sys.stdout.flush()
     except UserError as error:
@@ -145,7 +149,8 @@ def main(run: Callable[[Sequence[str]], int], arguments: Sequence[str] | None = 
         status = 130
     except Exception as error:
         traceback.print_exc()
-        print(f"\nerror: rank {rank} failed: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        hints = "".join(f"; {note}" for note in getattr(error, "__notes__", []))
+        print(f"\nerror: rank {rank} failed: {type(error).__name__}: {error}{hints}", file=sys.stderr, flush=True)
         status = 1
     if status:
         sys.stdout.flush()
