@@ -18,6 +18,8 @@ from mlinterf_ds.engine.throughput import flops_per_row
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 STATE = 12  # bytes of a master and its two moments
 PERSISTENT = 10_000  # elements: ZeRO 3 keeps smaller parameters whole (stage3_param_persistence_threshold)
+BUCKET = 20_000_000  # elements reduced at once (reduce_bucket_size)
+LIVE = 1_000_000_000  # elements that ZeRO 3 keeps gathered from the forward to the backward pass (DeepSpeed's default)
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ class Parameters:
     own: int  # of one language
     languages: int
     small: int  # of the shared ones, those that ZeRO 3 never cuts
-    largest: int  # of one layer: what ZeRO 3 gathers beside the rest
+    matrix: int  # the largest matrix of a layer
 
     @property
     def total(self) -> int:
@@ -82,15 +84,18 @@ def parameters(config: RunConfig, languages: int, vocabulary: int, tensor: int) 
         own=sum(own) * model.layers,
         languages=languages if own else 0,
         small=sum(size for size in sizes if size <= PERSISTENT),
-        largest=max(sum(in_layer) + sum(own), v * w // tensor),
+        matrix=max(in_layer),
     )
 
 
-def memory(config: RunConfig, count: Parameters, layout: Layout, vocabulary: int, on_gpu: bool = True) -> dict[str, float]:
+def memory(
+    config: RunConfig, count: Parameters, layout: Layout, vocabulary: int, on_gpu: bool = True
+) -> dict[str, float]:
     """Bytes of one rank at the fullest moment of a step, by kind.
 
-    "weights", "optimizer" (masters and moments), the same of the languages ("adapters"; of all of them), "gradients",
-    "meta step" (vectors beside the gradients), "activations" of one micro-batch.
+    "weights", "optimizer" (masters and moments), the same of the languages ("adapters"; of all of them), "gradients" (with
+    DeepSpeed's buffers), "gathered" (weights, under ZeRO 3), "meta step" (vectors beside the gradients), "activations" of
+    one micro-batch.
     """
     b, d = BYTES[layout.precision], layout.share
     cut = layout.data if layout.stage == 3 else 1
@@ -99,17 +104,32 @@ def memory(config: RunConfig, count: Parameters, layout: Layout, vocabulary: int
         "optimizer": STATE * count.shared / d,
         "adapters": count.languages * count.own * (b / cut + STATE / d),
     }
-    # ZeRO 1 in bf16 (DeepSpeed's BF16_Optimizer) sums whole fp32 gradients; else a rank keeps its share, in fp32
-    whole = 4.0 * count.shared if layout.stage == 1 and layout.precision == "bf16" else 0.0
     vector, own = 4 * count.shared / d, 4 * count.own / d
-    found["gradients"] = whole + vector + own
+    found["gradients"] = own + _gradients(count, layout, vector)
     if layout.stage == 3:
-        found["gradients"] += b * count.largest if layout.data > 1 else 0  # one layer gathered
+        found["gathered"] = b * min(LIVE, count.shared - count.small) if layout.data > 1 else 0.0
     if config.variant.startswith("meta_"):
         vectors = 1 + (config.meta.lookahead == "adam")  # the descent, beside the validation loss's gradient
         found["meta step"] = vectors * vector + STATE * count.own / d
     rows = micro_rows(config, layout.data)
     found["activations"] = activations(config, rows, vocabulary, layout, on_gpu)
+    return found
+
+
+def _gradients(count: Parameters, layout: Layout, vector: float) -> float:
+    """Bytes of the shared parameters' gradients, and of DeepSpeed's buffers for them, at the end of a pass."""
+    b, stage = BYTES[layout.precision], layout.stage
+    if stage == 0:
+        return vector
+    if stage == 3:
+        return vector + b * BUCKET
+    if stage == 1 and layout.precision == "bf16":  # BF16_Optimizer: whole fp32 sums beside the 16-bit gradients
+        return 4 * count.shared + max(b * count.shared, vector)
+    found = 2 * vector  # averaged pieces, and the flat vector they are summed into
+    if layout.precision == "fp16":
+        found += 4 * BUCKET  # two buffers of 16 bit
+    if layout.precision == "fp32" and layout.data > 1:  # a piece is a view of its parameter's whole gradient
+        found += b * count.matrix
     return found
 
 
@@ -131,10 +151,7 @@ def activations(config: RunConfig, rows: int, vocabulary: int, layout: Layout, o
         layer += 2 * b * n * (w + 2 * model.adapter_width / tensor)  # down projection's input, activation in and out
     dropped = (1 if on_gpu else b) * n * w if model.dropout else 0.0
     layer += 2 * dropped
-    if model.recompute:
-        layers = model.layers * b * n * w + layer
-    else:
-        layers = model.layers * layer
+    layers = model.layers * b * n * w + layer if model.recompute else model.layers * layer
     m = rows * masked_per_row(config.data.sequence_length, config.data.mask)
     v = -(-vocabulary // 64) * 64 / tensor
     head = b * m * 4 * w + 8 * m + 4 * m * v  # dense, GELU, norm and decoder in; the softmax in fp32
@@ -171,12 +188,11 @@ def data_parallel_volume(config: RunConfig, count: Parameters, layout: Layout) -
     volume = {"reduce_scatter": 4 * times["own"] * count.own * micro, "all_gather": 0.0}
     writes = times["write"] + 1
     if stage == 3:
-        cut = b * (count.shared - count.small) + own
+        cut = b * (count.shared - count.small) + own  # once more in the backward pass, unless still there
         volume["all_gather"] = micro * (times["forward"] * 2 * cut) + writes * b * count.small
         volume["reduce_scatter"] += micro * times["shared"] * shared
         return volume
-    reduced = 4 * count.shared if stage == 1 and layout.precision == "bf16" else shared
-    volume["all_reduce"] = times["shared"] * reduced * (micro if stage == 2 else 1)
+    volume["all_reduce"] = times["shared"] * shared * (micro if stage == 2 else 1)
     volume["all_gather"] = writes * shared + (own if count.own else 0)
     return volume
 
@@ -247,7 +263,7 @@ def step_seconds(
     }
 
 
-def fits(config: RunConfig, layout: Layout, per_host: int) -> bool:
+def divides(config: RunConfig, layout: Layout, per_host: int) -> bool:
     """Whether the model and the batch can be cut this way."""
     model = config.model
     if layout.ranks % layout.tensor or layout.tensor > per_host or config.train.batch % layout.data:
@@ -255,6 +271,8 @@ def fits(config: RunConfig, layout: Layout, per_host: int) -> bool:
     cut = [model.heads, model.ffn, *([model.adapter_width] if config.routing in ("adpt", "share_adpt") else [])]
     rows = config.train.batch // layout.data
     micro = config.train.micro_batch
-    return all(size % layout.tensor == 0 for size in cut) and math.gcd(64, layout.tensor) == layout.tensor and not (
-        micro and rows % micro
+    return (
+        all(size % layout.tensor == 0 for size in cut)
+        and math.gcd(64, layout.tensor) == layout.tensor
+        and not (micro and rows % micro)
     )

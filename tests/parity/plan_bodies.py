@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mlinterf_ds.config import RunConfig
 from mlinterf_ds.engine.engine import SHARED, Engine
 from mlinterf_ds.engine.meta_step import MetaStep
 from tests.parity import bodies
@@ -33,12 +32,11 @@ def alive() -> Storages:
     return storages(item for item in gc.get_objects() if type(item) in (torch.Tensor, torch.nn.Parameter))
 
 
+COLLECTIVES = {"allreduce_": "all_reduce", "_allgather_base_": "all_gather", "_reduce_scatter_base_": "reduce_scatter"}
+
+
 class Traffic(TorchDispatchMode):
     """Bytes that enter collectives, by (group size, collective)."""
-
-    NAMES = {"allreduce_": "all_reduce", "_allgather_base_": "all_gather", "_reduce_scatter_base_": "reduce_scatter",
-             "allgather_": "all_gather", "broadcast_": "broadcast", "reduce_": "reduce",
-             "allgather_into_tensor_coalesced_": "all_gather"}  # fmt: skip
 
     def __init__(self) -> None:
         super().__init__()
@@ -49,49 +47,64 @@ class Traffic(TorchDispatchMode):
             name = function._schema.name.partition("::")[2]
             flat = [x for a in args for x in (a if isinstance(a, list) else [a]) if isinstance(x, torch.Tensor)]
             group = next(a for a in args if isinstance(a, torch.ScriptObject) and "ProcessGroup" in str(a._type()))
-            size = max(tensor.nbytes for tensor in flat)  # the whole tensor: input of a reduction, output of a gathering
-            self.bytes[torch.distributed.ProcessGroup.unbox(group).size(), self.NAMES.get(name, name)] += size
+            size = max(
+                tensor.nbytes for tensor in flat
+            )  # the whole tensor: input of a reduction, output of a gathering
+            self.bytes[torch.distributed.ProcessGroup.unbox(group).size(), COLLECTIVES.get(name, name)] += size
         return function(*args, **(kwargs or {}))
 
 
-def measure(settings: list[str], json_name: str, tensor: int, languages: tuple[str, ...]) -> dict[str, Any]:
-    """A second step (a first one makes lazily made buffers) under observation; this rank's figures."""
-    engine, stream, config = bodies.make(settings, json_name, tensor, languages)
+def measure(
+    settings: list[str], json_name: str, tensor: int, languages: tuple[str, ...], bucket: int | None = None
+) -> dict[str, Any]:
+    """A second step (a first one makes lazily made buffers) under observation; this rank's figures.
+
+    "vectors": what is alive beside weights, masters and moments at the end of a pass, at most: gradients, the meta step's.
+    """
+    before = alive()  # other tests' leavings
+    engine, stream, config = bodies.make(settings, json_name, tensor, languages, bucket)
     meta = MetaStep(engine, config.meta) if config.variant.startswith("meta_") else None
-    step = (lambda until: bodies.advance_meta(engine, stream, config, meta, until)) if meta else (
-        lambda until: bodies.advance(engine, stream, config, until)
-    )
-    before = storages(item for item in gc.get_objects() if type(item) is torch.Tensor and not isinstance(item, torch.nn.Parameter))
+
+    def step(until: int) -> None:
+        if meta:
+            bodies.advance_meta(engine, stream, config, meta, until)
+        else:
+            bodies.advance(engine, stream, config, until)
+
     step(1)
     found = held(engine)
-    kept = storages(all_held(engine))
-    highest = Counter[str]()
-    inner, saved = engine.accumulate, Counter[str]()
-    largest = [0]
+    kept = before | storages(all_held(engine))
+    inner, vectors, saved = engine.accumulate, [0], [0]
+
+    seen: Storages = {}
+
+    def pack(item: torch.Tensor) -> torch.Tensor:
+        if item.untyped_storage().data_ptr() not in kept and not isinstance(item, torch.nn.Parameter):
+            seen.update(storages([item]))  # a parameter under ZeRO 3 saves itself, not what is gathered for it
+        return item
+
+    def forward_ends(*_: Any) -> None:
+        saved[0] = max(saved[0], sum(seen.values()))
+        seen.clear()
+
+    engine.model.register_forward_hook(forward_ends)
 
     def watched(batches: Any, spaces: Any) -> Any:
-        seen: Storages = {}
-
-        def pack(item: torch.Tensor) -> torch.Tensor:
-            if item.untyped_storage().data_ptr() not in kept:
-                seen.update(storages([item]))
-            return item
-
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda item: item):
             sums = inner(batches, spaces)
-        largest[0] = max(largest[0], sum(seen.values()) // len(batches))
-        now = {at: size for at, size in alive().items() if at not in kept and at not in resting}
-        highest["vectors"] = max(highest["vectors"], sum(now.values()))
+        vectors[0] = max(vectors[0], sum(size for at, size in alive().items() if at not in kept))
         return sums
 
-    resting = {at: size for at, size in alive().items() if at not in kept}
-    engine.accumulate = watched  # type: ignore[method-assign]
+    reduced = engine._reduce
+
+    def reducing(*arguments: Any) -> Any:
+        vectors[0] = max(vectors[0], sum(size for at, size in alive().items() if at not in kept))
+        return reduced(*arguments)
+
+    engine.accumulate, engine._reduce = watched, reducing  # type: ignore[method-assign]
     with Traffic() as traffic:
         step(2)
-    found |= {"activations": largest[0], "vectors": highest["vectors"], "resting": sum(resting.values()) - sum(
-        size for at, size in before.items() if at in resting)}
-    found["traffic"] = dict(traffic.bytes)
-    return found
+    return found | {"activations": saved[0], "vectors": vectors[0], "traffic": dict(traffic.bytes)}
 
 
 def all_held(engine: Engine) -> list[torch.Tensor]:
@@ -132,6 +145,3 @@ def elements(settings: list[str], tensor: int, languages: tuple[str, ...]) -> tu
     engine, _, _ = bodies.make(settings, "zero0", tensor, languages)
     own = next(iter(engine.model.language_parameters().values()))
     return sum(p.numel() for p in engine.model.shared_parameters().values()), sum(p.numel() for p in own.values())
-
-
-__all__ = ["RunConfig", "elements", "measure"]
