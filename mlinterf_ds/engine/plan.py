@@ -109,8 +109,10 @@ def memory(
     if layout.stage == 3:
         found["gathered"] = b * min(LIVE, count.shared - count.small) if layout.data > 1 else 0.0
     if config.variant.startswith("meta_"):
-        vectors = 1 + (config.meta.lookahead == "adam")  # the descent, beside the validation loss's gradient
-        found["meta step"] = vectors * vector + STATE * count.own / d
+        # in the validation pass the descent is still there; in the last displaced one v and two gradients of phi
+        descent = (1 + (config.meta.lookahead == "adam")) * vector
+        displaced = 2 * vector + 3 * own - found["gradients"] if config.meta.terms == "both" else 0.0
+        found["meta step"] = STATE * count.own / d + max(descent, displaced)  # phi and its moments are kept aside
     rows = micro_rows(config, layout.data)
     found["activations"] = activations(config, rows, vocabulary, layout, on_gpu)
     return found
