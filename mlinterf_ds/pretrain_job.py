@@ -34,7 +34,7 @@ from mlinterf_ds.tracking import Tracker, environment_facts
 
 LOG_STEPS = 10  # steps between points of the training curves
 # What a resumed run may change: everything else decides the data, the model or the mathematics of a step.
-FREE_TO_CHANGE = {"name", "output", "resume", "init", "corpus", "parallel", "tracking", "conflict"} | {
+FREE_TO_CHANGE = {"name", "output", "resume", "restarts", "init", "corpus", "parallel", "tracking", "conflict"} | {
     f"train.{key}" for key in ("steps", "micro_batch", "max_hours", "save_steps", "keep", "precision")
 }
 
@@ -361,6 +361,7 @@ class Job:
             },
             "unigram_perplexity": {language: found.unigram_perplexity() for language, found in self.evaluation.items()},
             "finished": not stopped,
+            "stopped_by": stopped,
         }
         if self.first:
             partial = self.output / "summary.json.partial"
