@@ -266,7 +266,9 @@ class Study:
             name=self.output.name,
             folder=self.output,
             parameters=job.config.model_dump() | {"data": self.options},
-            tags=environment_facts() | {"task": job.task.name, "variant": job.pretrained.saved["config"]["variant"]},
+            tags=environment_facts()
+            | {"task": job.task.name, "variant": job.pretrained.saved["config"]["variant"]}
+            | job.config.tracking.tags,
             run_id=run_id,
             parent_id=job.pretrained.run_id,
         )

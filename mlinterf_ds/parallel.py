@@ -90,7 +90,9 @@ def start(tensor: int = 1, address: str | None = None) -> Layout:
     local_rank = int(os.environ.setdefault("LOCAL_RANK", "0"))
     accelerator = get_accelerator()
     if accelerator.device_name() == "cpu":
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // max(1, neighbours)))  # ranks share the cores
+        wanted = os.environ.get("OMP_NUM_THREADS", "")  # a user's or scheduler's word; else ranks share the cores
+        cores = int(wanted) if wanted.isdigit() else len(os.sched_getaffinity(0)) // max(1, neighbours)
+        torch.set_num_threads(max(1, cores))
     else:
         if local_rank >= accelerator.device_count():
             raise UserError(f"{neighbours} ranks on a host with {accelerator.device_count()} accelerators: --num_gpus")
@@ -134,8 +136,26 @@ def relayout(tensor: int) -> Layout:
     return current(tensor)
 
 
+_staying = False  # inside `together`
+
+
+@contextlib.contextmanager
+def together(tensor: int = 1) -> Iterator[Layout]:
+    """Several runs inside share one process group: starting one costs no rendezvous, and none ends the group."""
+    global _staying
+    layout = start(tensor)
+    _staying = True
+    try:
+        yield layout
+    finally:
+        _staying = False
+        stop()
+
+
 def stop() -> None:
     """Leave the groups; the file at which the ranks met is removed by its last user."""
+    if _staying:
+        return
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
     if dist.is_initialized():
