@@ -19,11 +19,12 @@ Variant = Literal["mono", "joint", "ffn", "attn", "adpt", "share_adpt", "meta_ad
 LANGUAGE_PATTERN = r"^[a-z][a-z0-9_-]*$"
 
 
-def _comma_list(value: Any) -> Any:
+def comma_list(value: Any) -> Any:
+    """'a, b' as ['a', 'b']; what is no string as it is."""
     return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
 
 
-Languages = Annotated[list[Annotated[str, Field(pattern=LANGUAGE_PATTERN)]], BeforeValidator(_comma_list)]
+Languages = Annotated[list[Annotated[str, Field(pattern=LANGUAGE_PATTERN)]], BeforeValidator(comma_list)]
 
 
 class Section(BaseModel):
@@ -147,6 +148,26 @@ class MetaConfig(Section):
     between: Literal["freeze", "plain"] = Field("freeze", description="language modules in the steps between")
 
 
+class ConflictSection(Section):
+    """How the conflict between languages' gradients is measured (paper, section 3.1)."""
+
+    sequences: int | None = Field(
+        None, ge=1, description="rows of a gradient; default 4096 (the paper's), on a CPU 64; fewer if text is short"
+    )
+    micro_batch: int = Field(32, ge=1, description="rows a rank handles at once")
+    sketch: Literal["auto", "exact"] | Annotated[int, Field(ge=16)] = Field(
+        "auto",
+        description="dimension of each component's random projection (standard error (1-cos^2)/sqrt(dimension)), or "
+        "exact: all gradients are kept; auto: exact to 4 languages, then 4096",
+    )
+
+
+class ConflictConfig(ConflictSection):
+    """Gradient conflict during pretraining (paper, figure 3); without effect on the training."""
+
+    every: int = Field(0, ge=0, description="steps between measurements; 0: off")
+
+
 class ParallelConfig(Section):
     """Process layout: tensor-parallel groups of neighbours, data parallel across them."""
 
@@ -179,6 +200,7 @@ class RunConfig(Section):
     data: DataConfig = DataConfig()  # type: ignore[call-arg]
     train: TrainConfig = TrainConfig()  # type: ignore[call-arg]
     meta: MetaConfig = MetaConfig()  # type: ignore[call-arg]
+    conflict: ConflictConfig = ConflictConfig()  # type: ignore[call-arg]
     parallel: ParallelConfig = ParallelConfig()  # type: ignore[call-arg]
     tracking: TrackingConfig = TrackingConfig()  # type: ignore[call-arg]
 

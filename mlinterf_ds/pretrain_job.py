@@ -15,6 +15,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from mlinterf_ds import command, parallel
+from mlinterf_ds.analysis.conflict import Monitor
 from mlinterf_ds.config import RunConfig
 from mlinterf_ds.data.corpus import Corpus
 from mlinterf_ds.data.masking import Batch
@@ -31,7 +32,7 @@ from mlinterf_ds.tracking import Tracker, environment_facts
 
 LOG_STEPS = 10  # steps between points of the training curves
 # What a resumed run may change: everything else decides the data, the model or the mathematics of a step.
-FREE_TO_CHANGE = {"name", "output", "resume", "init", "corpus", "parallel", "tracking"} | {
+FREE_TO_CHANGE = {"name", "output", "resume", "init", "corpus", "parallel", "tracking", "conflict"} | {
     f"train.{key}" for key in ("steps", "micro_batch", "max_hours", "save_steps", "keep", "precision")
 }
 
@@ -97,6 +98,11 @@ class Job:
         self.best, self.seconds, self.run_id = math.inf, 0.0, None
         self.tracker, self.tracker_open, self.resumed = Tracker.off(), False, ""
         self._restore()
+        self.conflict = None
+        if config.conflict.every:
+            self.conflict = Monitor(
+                self.engine, corpus, self.languages, config.conflict, output, name=f"{config.name}: {config.variant}"
+            )
         masked = self.stream.batch(0, 0, 1).positions.shape[1]
         self.row_flops = flops_per_row(config, corpus.vocabulary_size, masked)
         self.peak = peak_flops(self.engine.device, DTYPES[precision]) * layout.world
@@ -207,6 +213,7 @@ class Job:
         stopped, clock, started_at, saved = "", time.perf_counter(), engine.step, -1
         before = self.seconds
         for train, validation in prefetch(self.batches()):
+            self._measure_conflict()
             facts = self.step(train, validation)
             step, self.seconds = engine.step, before + time.perf_counter() - clock
             rate = (step - started_at) * config.train.batch * config.data.sequence_length / (self.seconds - before)
@@ -229,9 +236,16 @@ class Job:
             if stopped:
                 break
         bar.close()
+        if not stopped:
+            self._measure_conflict()
         if saved != engine.step:
             self.save()
         return self._finish(stopped, (engine.step - started_at) / max(1e-9, self.seconds - before))
+
+    def _measure_conflict(self) -> None:
+        """Languages' gradient similarity at this step, if it is due; training is not touched by it."""
+        if self.conflict and self.conflict.due:
+            self.tracker.log(self.conflict.measure(), self.engine.step)
 
     def _stop_reason(self, signals: command.Signals) -> str:
         """Why all ranks stop now ('' to go on); a signal on any rank counts."""
@@ -337,6 +351,8 @@ class Job:
             partial.write_text(json.dumps(summary, indent=1) + "\n")
             os.replace(partial, self.output / "summary.json")
             self.tracker.artifact(self.output / "summary.json")
+            for path in self.conflict.draw() if self.conflict else []:
+                self.tracker.artifact(path)
             self._show(summary, stopped)
             self.tracker.close("KILLED" if stopped and not stopped.startswith("train.") else "FINISHED")
             self.tracker_open = False

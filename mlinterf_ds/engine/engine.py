@@ -94,10 +94,10 @@ class Engine:
         """Steps attempted, the skipped ones included: the index of the next batch."""
         return self.updates + self.skipped
 
-    def slices(self, rows: int) -> list[tuple[int, int]]:
-        """This rank's micro-batches as (start, stop) rows of a global batch of `rows` rows."""
+    def slices(self, rows: int, micro: int | None = None) -> list[tuple[int, int]]:
+        """This rank's micro-batches (of `micro` rows, by default the run's) as (start, stop) rows of a global batch."""
         mine = rows // self.layout.data
-        first, size = self.layout.data_rank * mine, min(self.micro, mine)
+        first, size = self.layout.data_rank * mine, min(micro or self.micro, mine)
         return [(first + start, first + min(start + size, mine)) for start in range(0, mine, size)]
 
     def train_step(self, batches: Sequence[Rows], spaces: Sequence[Space] | None = None) -> dict[str, float]:

@@ -42,7 +42,8 @@ class Space:
     masters: Vector
     segments: list[Segment]
     parameters: dict[str, nn.Parameter]
-    _counted: list[tuple[int, int, int]]  # (shard, begin, end) that this rank adds to sums over all ranks
+    counted: list[Segment]  # those that this rank adds to sums over all ranks: replicas count once
+    _counted: list[tuple[int, int, int]]  # the same as (shard, begin, end), neighbours joined
 
     def gradient(self) -> Vector:
         """The gradients since the last call, averaged over data-parallel ranks: this rank's shards, fp32; cleared."""
@@ -75,9 +76,8 @@ class Space:
     def _count(self, tensor_rank: int, whole: bool = True) -> None:
         """Decide which elements of the shards this rank contributes to a sum over all ranks."""
         runs: list[tuple[int, int, int]] = []
-        for segment in self.segments if whole else []:
-            if segment.partition_dim is None and tensor_rank != 0:
-                continue
+        self.counted = [s for s in self.segments if whole and (s.partition_dim is not None or tensor_rank == 0)]
+        for segment in self.counted:
             end = segment.offset + segment.length
             if runs and runs[-1][0] == segment.shard and runs[-1][2] == segment.offset:
                 runs[-1] = (segment.shard, runs[-1][1], end)

@@ -128,7 +128,11 @@ def _draw_baselines(axes: Axes, floor: dict[str, float], looks: dict[str, dict[s
 
 
 def _label_ends(
-    figure: Figure, axes: Axes, ends: dict[str, tuple[int, float]], looks: dict[str, dict[str, Any]]
+    figure: Figure,
+    axes: Axes,
+    ends: dict[str, tuple[int, float]],
+    looks: dict[str, dict[str, Any]],
+    form: str = ",.1f",
 ) -> None:
     """Each line's name and last value to the right of its end, moved apart where they would touch."""
     if not ends:
@@ -141,7 +145,7 @@ def _label_ends(
     spread = _apart(at, gap=min(11 / (figure.get_figheight() * 72 * 0.8), 1 / len(at)))
     fixed: dict[str, Any] = {"transform": axes.transAxes, "clip_on": False, "scalex": False, "scaley": False}
     for name, true, shown in zip(names, at, spread, strict=True):
-        text = f"{name}  {ends[name][1]:,.1f}"
+        text = f"{name}  {ends[name][1]:{form}}"
         axes.plot([1.0, 1.025], [true, shown], color=GREY, linewidth=0.5, **fixed)
         axes.plot([1.03, 1.05, 1.07], [shown] * 3, **looks[name], markevery=[1], markersize=4, linewidth=1.5, **fixed)
         axes.text(1.08, shown, text, transform=axes.transAxes, va="center", fontsize=8, fontfamily=_families(text))

@@ -1,4 +1,4 @@
-"""Imports go one way: config <- parallel <- data, model, meta, tracking <- engine, tasks, analysis <- report, export <- recipes."""
+"""Imports go one way: config <- parallel <- data, model, meta, tracking <- engine, tasks <- report, export <- analysis <- recipes."""
 
 import ast
 from pathlib import Path
@@ -9,9 +9,10 @@ PACKAGE = Path(__file__).resolve().parents[2] / "mlinterf_ds"
 LAYERS = {
     "errors": 0, "config": 1, "command": 2, "parallel": 2,
     "data": 3, "model": 3, "meta": 3, "tracking": 3,
-    "engine": 4, "tasks": 4, "analysis": 4,
+    "engine": 4, "tasks": 4,
     "report": 5, "export": 5,
-    "pretrain": 6, "pretrain_job": 6, "pretrained": 5, "finetune": 6, "finetune_config": 2, "finetune_run": 6, "finetune_report": 6, "evaluate": 6, "analyze": 6, "study": 6,
+    "analysis": 5,
+    "pretrain": 6, "pretrain_job": 6, "pretrained": 5, "finetune": 6, "finetune_config": 2, "finetune_run": 6, "finetune_report": 6, "evaluate": 6, "analyze": 6, "analyze_config": 3, "study": 6,
 }  # fmt: skip
 FORBIDDEN = {
     "model": {"data", "meta", "tracking"},

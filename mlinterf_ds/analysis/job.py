@@ -1,0 +1,87 @@
+"""What every analysis is given on each rank."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mlinterf_ds.analyze_config import AnalyzeConfig
+from mlinterf_ds.config import RunConfig
+from mlinterf_ds.data.corpus import Corpus
+from mlinterf_ds.engine import checkpoint
+from mlinterf_ds.engine.engine import Engine
+from mlinterf_ds.errors import UserError
+from mlinterf_ds.parallel import Layout
+from mlinterf_ds.pretrained import Pretrained
+
+
+@dataclass(frozen=True)
+class AnalysisJob:
+    """One analysis on this rank. `pretrained` and `corpus` are None where the analysis takes no checkpoint."""
+
+    config: AnalyzeConfig
+    pretrained: Pretrained | None
+    corpus: Corpus | None
+    languages: tuple[str, ...]  # analysed ones; a batch carries a language's index among `model_languages`
+    layout: Layout
+    device: torch.device
+    deepspeed_json: dict[str, Any]
+    precision: str
+    output: Path  # figures, CSV and JSON go here; only `first` writes
+    log: Callable[
+        [Mapping[str, float], int], None
+    ]  # metrics and their step, to the tracker (rank 0; elsewhere nothing)
+
+    @property
+    def first(self) -> bool:
+        """Whether this is rank 0, which alone writes and prints."""
+        return self.layout.rank == 0
+
+    @property
+    def model(self) -> Pretrained:
+        """The checkpoint, of an analysis that needs one."""
+        assert self.pretrained is not None, "analyze.py refuses a missing checkpoint"
+        return self.pretrained
+
+    @property
+    def text(self) -> Corpus:
+        """The corpus, of an analysis that needs one."""
+        assert self.corpus is not None, "opened with the checkpoint"
+        return self.corpus
+
+    @property
+    def model_languages(self) -> tuple[str, ...]:
+        """All languages of the model, in the order of the indices that batches carry."""
+        return tuple(self.model.languages)
+
+    def engine(self, rows: int, micro_batch: int | None = None) -> Engine:
+        """An engine with the checkpoint's weights and no dropout, for global batches of `rows` rows.
+
+        micro_batch: rows a rank handles at once (default: all of its rows).
+        """
+        from mlinterf_ds.model.encoder import Encoder
+
+        if rows % self.layout.data:
+            raise UserError(
+                f"{rows} rows cannot be shared by {self.layout.data} data-parallel ranks: take a multiple of them"
+            )
+        pretrained = self.model
+        shape = pretrained.shape(dropout=0.0)
+        train = {"batch": rows, "micro_batch": micro_batch}
+        run = RunConfig.model_validate(
+            {"variant": "joint", "model": shape, "train": train, "parallel": self.config.parallel.model_dump()}
+        )
+        encoder = Encoder(
+            shape,
+            variant=pretrained.variant,
+            languages=pretrained.languages,
+            vocabulary=int(pretrained.saved["vocabulary"]),
+            positions=pretrained.positions,
+        )
+        engine = Engine(encoder, run, self.deepspeed_json, self.precision, self.layout)
+        checkpoint.load(pretrained.path, engine, moments=False)
+        return engine
