@@ -7,9 +7,10 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from mlinterf_ds.config import ConflictSection, Languages, ParallelConfig, Section, TrackingConfig, comma_list
-from mlinterf_ds.finetune_config import PrecisionSection
+from mlinterf_ds.finetune_config import PrecisionSection, Seeds
 
 Names = Annotated[list[str], BeforeValidator(comma_list)]
+Groups = Annotated[list[Literal["heads", "neurons", "rows"]], BeforeValidator(comma_list), Field(min_length=1)]
 NEEDS_CHECKPOINT = ("conflict", "prune")
 
 
@@ -21,7 +22,30 @@ class ConflictAnalysis(ConflictSection):
 
 
 class PruneSection(Section):
-    """Language-specific parameters: hard-concrete masks."""
+    """Language-specific parameters: masks learned by Eq. 1 of the paper on the frozen model, a set for each language."""
+
+    groups: Groups = Field(
+        ["heads", "neurons"],
+        description="what is masked, several: attention heads, feed-forward neurons, rows of the layers' matrices",
+    )
+    penalty: float = Field(
+        0.5, ge=0, description="lambda of Eq. 1: what all gated parameters cost together, in nats of the loss"
+    )
+    steps: int = Field(400, ge=1, description="steps of learning a language's masks")
+    lr: float = Field(0.1, gt=0, description="Adam's rate for the masks, falling linearly to 0")
+    rows: int = Field(32, ge=1, description="sequences of a step, over all ranks; each has gates of its own")
+    micro_batch: int | None = Field(None, ge=1, description="rows a rank handles at once; default: all its rows")
+    seeds: Seeds = Field(
+        [0, 1], description="masks are learned once for each (text and gates drawn anew): the within-language control"
+    )
+    sequences: int = Field(256, ge=1, description="rows of the validation split on which pruned models are scored")
+
+    @model_validator(mode="after")
+    def _each_once(self) -> PruneSection:
+        for key, values in (("groups", self.groups), ("seeds", self.seeds)):
+            if len(set(values)) != len(values):
+                raise ValueError(f"prune.{key}={','.join(map(str, values))} names a value twice: name each once")
+        return self
 
 
 class InterferenceSection(Section):
@@ -38,7 +62,7 @@ class AnalyzeConfig(Section):
     corpus: str | None = Field(None, description="prepared corpus; default: the one the checkpoint was trained on")
     languages: Languages | None = Field(None, description="comma-separated codes; default: the checkpoint's")
     conflict: ConflictAnalysis = ConflictAnalysis()  # type: ignore[call-arg]
-    prune: PruneSection = PruneSection()
+    prune: PruneSection = PruneSection()  # type: ignore[call-arg]
     interference: InterferenceSection = InterferenceSection()
     train: PrecisionSection = PrecisionSection()  # type: ignore[call-arg]
     parallel: ParallelConfig = ParallelConfig()  # type: ignore[call-arg]

@@ -23,11 +23,8 @@ from mlinterf_ds.data.masking import Batch
 from mlinterf_ds.data.stream import EvaluationSet
 from mlinterf_ds.data.text import normalise
 from mlinterf_ds.data.tokenizer import BOS, EOS, MASK, Tokenizer
-from mlinterf_ds.engine import checkpoint
 from mlinterf_ds.engine.precision import DTYPES, choose_precision
-from mlinterf_ds.engine.zero import Segment
 from mlinterf_ds.errors import UserError
-from mlinterf_ds.model.encoder import Encoder, partition_dim
 from mlinterf_ds.pretrained import Pretrained
 from mlinterf_ds.tasks.files import read_text
 from mlinterf_ds.tasks.sources import parse
@@ -87,15 +84,7 @@ class Model:
         self.length = pretrained.positions
         self.tokenizer = pretrained.tokenizer()
         self.device = torch.device(get_accelerator().current_device_name())
-        self.encoder = Encoder(
-            pretrained.shape(dropout=0.0),
-            variant=pretrained.variant,
-            languages=pretrained.languages,
-            vocabulary=int(pretrained.saved["vocabulary"]),
-            positions=pretrained.positions,
-        )
-        _fill_weights(self.encoder, pretrained.path, layout)
-        self.encoder.to(self.device, DTYPES[choose_precision(precision, {})[0]]).eval()
+        self.encoder = pretrained.encoder(layout, self.device, DTYPES[choose_precision(precision, {})[0]])
 
     def index(self, language: str | None) -> int:
         """The number of a language; UserError if the model doesn't know it."""
@@ -115,15 +104,6 @@ class Model:
         total = torch.tensor(values, dtype=torch.float64, device=self.device)
         dist.all_reduce(total)
         return [float(value) / self.layout.tensor for value in total]
-
-
-def _fill_weights(model: Encoder, path: Path, layout: parallel.Layout) -> None:
-    source = checkpoint.Source(path)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            shape = tuple(parameter.shape)
-            whole = Segment(name, shape, 0, parameter.numel(), 0, 0, partition_dim(parameter))
-            parameter.copy_(source.read(whole, "master", layout.tensor, layout.tensor_rank).view(shape))
 
 
 class Text:

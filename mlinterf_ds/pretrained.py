@@ -13,7 +13,9 @@ from mlinterf_ds.command import Signals
 from mlinterf_ds.config import ModelConfig
 from mlinterf_ds.data.tokenizer import Tokenizer
 from mlinterf_ds.engine import checkpoint
+from mlinterf_ds.engine.zero import Segment
 from mlinterf_ds.errors import UserError
+from mlinterf_ds.model.encoder import Encoder, partition_dim
 from mlinterf_ds.parallel import Layout
 
 
@@ -61,6 +63,28 @@ class Pretrained:
 
     def tokenizer(self) -> Tokenizer:
         return Tokenizer(self.path / "tokenizer.model")
+
+    def encoder(self, layout: Layout, device: torch.device, dtype: torch.dtype) -> Encoder:
+        """The model at this layout, whatever layout saved it, without dropout and for evaluation: no engine, no moments."""
+        shape, tensor = self.shape(dropout=0.0), layout.tensor
+        adapter = shape.adapter_width if self.variant.endswith("adpt") else 0
+        for key, value in (("heads", shape.heads), ("ffn", shape.ffn), ("adapter", adapter)):
+            if value % tensor:
+                raise UserError(f"{self.path}: model.{key}={value} is not divisible by {tensor} tensor-parallel ranks")
+        model = Encoder(
+            shape,
+            variant=self.variant,
+            languages=self.languages,
+            vocabulary=int(self.saved["vocabulary"]),
+            positions=self.positions,
+        )
+        source = checkpoint.Source(self.path)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                size = tuple(parameter.shape)
+                whole = Segment(name, size, 0, parameter.numel(), 0, 0, partition_dim(parameter))
+                parameter.copy_(source.read(whole, "master", tensor, layout.tensor_rank).view(size))
+        return model.to(device, dtype).eval()
 
 
 def asked_to_stop(signals: Signals, layout: Layout, device: torch.device) -> str:

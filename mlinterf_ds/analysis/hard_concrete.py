@@ -1,0 +1,54 @@
+"""The hard concrete distribution over gates z in [0, 1] (Louizos, Welling and Kingma, 2017, section 2.3).
+
+A binary concrete variable s, with log-odds `log_alpha` (the paper's pi) and temperature BETA, is stretched to
+(GAMMA, ZETA) and clamped to [0, 1]: the gate is 0 and 1 with positive probability, yet a sample has a gradient. All
+functions are elementwise in log_alpha and differentiable. Torch alone.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+GAMMA, ZETA, BETA = -0.1, 1.1, 2 / 3  # the stretch and the temperature of Louizos et al., section 4
+NODES = 32  # of the quadrature of `mean`: round-off accuracy
+
+
+def sample(log_alpha: Tensor, uniform: Tensor) -> Tensor:
+    """The gates that draws from U(0, 1) give (Eq. 10 and 11); the shapes broadcast."""
+    concrete = torch.sigmoid((torch.logit(uniform) + log_alpha) / BETA)
+    return _stretched(concrete)
+
+
+def nonzero(log_alpha: Tensor) -> Tensor:
+    """P(z != 0), a group's part in the expected L0 norm (Eq. 12)."""
+    return torch.sigmoid(log_alpha - BETA * math.log(-GAMMA / ZETA))
+
+
+def one(log_alpha: Tensor) -> Tensor:
+    """P(z = 1), by the same argument at the upper end."""
+    return torch.sigmoid(log_alpha + BETA * math.log((ZETA - 1) / (1 - GAMMA)))
+
+
+def gate(log_alpha: Tensor) -> Tensor:
+    """The gate used after training (Eq. 13): exactly 0 or 1 where log_alpha is far from 0."""
+    return _stretched(torch.sigmoid(log_alpha))
+
+
+def mean(log_alpha: Tensor) -> Tensor:
+    """E[z] = integral over t from 0 to 1 of P(z > t): no elementary form; Gauss and Legendre's rule, since P is analytic.
+
+    P(z > t) = sigmoid(log_alpha - BETA logit((t - GAMMA) / (ZETA - GAMMA))), from the concrete distribution's quantiles.
+    """
+    points, weights = np.polynomial.legendre.leggauss(NODES)
+    t = torch.as_tensor((points + 1) / 2, dtype=log_alpha.dtype, device=log_alpha.device)
+    weight = torch.as_tensor(weights / 2, dtype=log_alpha.dtype, device=log_alpha.device)
+    survival = torch.sigmoid(log_alpha[..., None] - BETA * torch.logit((t - GAMMA) / (ZETA - GAMMA)))
+    return (survival * weight).sum(dim=-1)
+
+
+def _stretched(concrete: Tensor) -> Tensor:
+    return (concrete * (ZETA - GAMMA) + GAMMA).clamp(0.0, 1.0)

@@ -1,0 +1,174 @@
+"""Learning a language's masks on a frozen model (paper, Eq. 1), and what is left of the model under them.
+
+    min over pi of  E_q(z|pi) [ L(f(x; theta * z), y) ] + lambda E ||theta * z||_0 / ||theta||_0
+
+L is the masked-language-model loss in nats, theta the gated parameters, so lambda is what keeping all of them costs. z are hard
+concrete gates with log-odds pi, drawn for every row of a batch anew (one draw for a batch has the same expectation and more
+noise). pi starts at 0: a common start elsewhere would enter every cosine between languages.
+
+Text, masks and gates are functions of (seed, language, step, row), so a layout changes nothing but round-off.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mlinterf_ds.analysis import hard_concrete
+from mlinterf_ds.analysis.gates import Gates
+from mlinterf_ds.analyze_config import PruneSection
+from mlinterf_ds.data.masking import Batch, generator, key
+from mlinterf_ds.data.stream import EvaluationSet, TokenSource, TrainStream
+from mlinterf_ds.engine.optimizer import LossScale
+from mlinterf_ds.errors import UserError
+from mlinterf_ds.model.encoder import Encoder
+from mlinterf_ds.parallel import Layout
+
+RANDOM = 3  # random prunings that a learned one is compared with
+EVALUATED = 64  # rows at once
+EPS = 1e-15  # Adam's; a group's gradient shrinks with their number
+Report = Callable[[Mapping[str, float], int], None]
+
+
+@dataclass
+class Subject:
+    """A frozen model whose groups are gated, and the text it is pruned on."""
+
+    model: Encoder
+    gates: Gates
+    corpus: TokenSource
+    layout: Layout
+    device: torch.device
+    scale: LossScale
+    length: int  # of a row
+    mask_share: float
+
+    def learn(self, language: str, seed: int, settings: PruneSection, report: Report) -> Tensor:
+        """pi (groups,) of one language, fp32 on the CPU, the same on every rank; the model is as before."""
+        batches = self._batches(language, seed, settings)
+        pi = torch.zeros(self.gates.count, device=self.device, requires_grad=True)
+        optimizer = torch.optim.Adam([pi], eps=EPS)
+        weights = self.gates.weights().to(self.device)
+        every = max(1, settings.steps // 20)
+        for step in range(settings.steps):
+            loss, gradient = self._gradient(pi, batches(step))
+            chance = hard_concrete.nonzero(pi.detach())
+            if self._finite(gradient, f"language {language!r}, step {step}"):
+                pi.grad = gradient + settings.penalty * weights * chance * (1 - chance)
+                optimizer.param_groups[0]["lr"] = settings.lr * (1 - step / settings.steps)
+                optimizer.step()
+            if step % every == 0 or step == settings.steps - 1:
+                name = f"prune/{language}/{seed}"
+                report({f"{name}/loss": loss, f"{name}/nonzero": float((weights * chance).sum())}, step)
+        return pi.detach().cpu()
+
+    def _batches(
+        self, language: str, seed: int, settings: PruneSection
+    ) -> Callable[[int], Iterator[tuple[Batch, Tensor]]]:
+        """By step, this rank's micro-batches, each with its draws for the gates (rows, groups)."""
+        own_seed = key(seed, "prune", language) >> 1
+        stream = TrainStream(
+            self.corpus, [language], rows=settings.rows, length=self.length, seed=own_seed, mask_share=self.mask_share
+        )
+        index, source = self.model.languages.index(language), key(own_seed, "gates", size=16)
+        mine = settings.rows // self.layout.data
+        first, size = self.layout.data_rank * mine, settings.micro_batch or mine
+
+        def of_step(step: int) -> Iterator[tuple[Batch, Tensor]]:
+            for start in range(first, first + mine, size):
+                stop = min(start + size, first + mine)
+                batch = in_language(stream.batch(step, start, stop), index)
+                uniform = draws(source, step, start, stop, self.gates.count)
+                yield batch.to(self.device), uniform.to(self.device)
+
+        return of_step
+
+    def _gradient(self, pi: Tensor, batches: Iterable[tuple[Batch, Tensor]]) -> tuple[float, Tensor]:
+        """The loss of all ranks' rows under sampled gates, and its gradient (groups,), the same on all ranks."""
+        loss = torch.zeros(1, device=self.device)
+        for batch, uniform in batches:
+            with self.gates.applied(hard_concrete.sample(pi, uniform)):
+                part, _ = self.model(batch)
+            (part * self.scale.value).backward()
+            loss += part.detach()
+        assert pi.grad is not None
+        replicas = self.gates.replicas().to(self.device)
+        summed = torch.cat([pi.grad / (replicas * self.scale.value), loss / self.layout.tensor])
+        pi.grad = None
+        dist.all_reduce(summed)  # rows of all data-parallel ranks, slices of all tensor-parallel ones
+        return summed[-1].item(), summed[:-1]
+
+    def _finite(self, gradient: Tensor, where: str) -> bool:
+        """Whether this step counts; fp16's loss scale is lowered after an overflow."""
+        finite = bool(torch.isfinite(gradient).all())
+        hopeless = not self.scale.dynamic or self.scale.value <= self.scale.minimum
+        if not finite and hopeless:
+            raise UserError(
+                f"{where}: the gradient of the masks is not finite: the model has diverged, or try "
+                "--set train.precision=fp32"
+            )
+        self.scale.update(not finite)
+        return finite
+
+    @torch.no_grad()
+    def perplexity(self, language: str, gates: Tensor, rows: int) -> float:
+        """Of `rows` rows of the language's validation split, at gates (groups,)."""
+        text = EvaluationSet(
+            self.corpus,
+            language,
+            "valid",
+            languages=self.model.languages,
+            length=self.length,
+            max_rows=rows,
+            mask_share=self.mask_share,
+        )
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        with self.gates.applied(gates.to(self.device)[None]):
+            for batch in text.batches(EVALUATED, self.layout.data_rank, self.layout.data):
+                total += self.model(batch.to(self.device))[0].double()
+        dist.all_reduce(total)
+        return math.exp(
+            min(total.item() / self.layout.tensor, 700.0)
+        )  # a ruined model's loss may be past what exp takes
+
+    def scores(self, language: str, pi: Tensor, seed: int, rows: int) -> dict[str, float]:
+        """Perplexities of the full model, the pruned one (Louizos' gates) and random prunings (mean and standard error).
+
+        A random pruning keeps as many groups of each module as the learned one, at gates of 1.
+        """
+        learned = hard_concrete.gate(pi)
+        found = {
+            "full": self.perplexity(language, torch.ones_like(pi), rows),
+            "pruned": self.perplexity(language, learned, rows),
+        }
+        others = [
+            self.perplexity(language, self._shuffled(learned, key(seed, "random", language, draw)), rows)
+            for draw in range(RANDOM)
+        ]
+        return found | {"random": float(np.mean(others)), "random_error": float(np.std(others, ddof=1) / RANDOM**0.5)}
+
+    def _shuffled(self, learned: Tensor, seed: int) -> Tensor:
+        source = torch.Generator().manual_seed(seed >> 1)
+        kept = (learned > 0).float()
+        for site in self.gates.sites:
+            mine = slice(site.start, site.start + site.size)
+            kept[mine] = kept[mine][torch.randperm(site.size, generator=source)]
+        return kept
+
+
+def draws(source: int, step: int, start: int, stop: int, count: int) -> Tensor:
+    """(rows, count) float32 draws of U(0, 1) for rows `start` to `stop` of a step, whatever slice is asked for."""
+    blocks = -(-count // 4)  # a block of the generator has four draws
+    found = generator(source, step, skip=start * blocks).random((stop - start, 4 * blocks))
+    return torch.from_numpy(found[:, :count].astype(np.float32))
+
+
+def in_language(batch: Batch, index: int) -> Batch:
+    """A one-language stream's batch under the model's number of that language."""
+    return replace(batch, languages=torch.full_like(batch.languages, index), step_languages=(index,))
