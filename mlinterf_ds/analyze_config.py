@@ -49,7 +49,19 @@ class PruneSection(Section):
 
 
 class InterferenceSection(Section):
-    """Mono against joint, corpus size, similarity."""
+    """Mono against joint models, and the distance of the languages."""
+
+    mono: Names = Field(
+        [], description="output folders of runs on one language: FOLDER or LANG=FOLDER, comma-separated"
+    )
+    joint: Names = Field(
+        [], description="output folders of runs on several languages; train.seed pairs them with mono's"
+    )
+    larger: Names = Field([], description="output folders of larger models, shown beside (figure 1)")
+    tasks: Names = Field([], description="output folders of fine-tunings of these models")
+    split: Literal["valid", "test"] = Field("test", description="held-out text that is scored")
+    rows: int | None = Field(None, ge=1, description="rows of it a language; default: all")
+    typology: str | None = Field(None, description="CSV or TSV of languages' features: a third distance")
 
 
 class AnalyzeConfig(Section):
@@ -63,7 +75,7 @@ class AnalyzeConfig(Section):
     languages: Languages | None = Field(None, description="comma-separated codes; default: the checkpoint's")
     conflict: ConflictAnalysis = ConflictAnalysis()  # type: ignore[call-arg]
     prune: PruneSection = PruneSection()  # type: ignore[call-arg]
-    interference: InterferenceSection = InterferenceSection()
+    interference: InterferenceSection = InterferenceSection()  # type: ignore[call-arg]
     train: PrecisionSection = PrecisionSection()  # type: ignore[call-arg]
     parallel: ParallelConfig = ParallelConfig()  # type: ignore[call-arg]
     tracking: TrackingConfig = TrackingConfig()  # type: ignore[call-arg]

@@ -27,6 +27,21 @@ def comma_list(value: Any) -> Any:
 Languages = Annotated[list[Annotated[str, Field(pattern=LANGUAGE_PATTERN)]], BeforeValidator(comma_list)]
 
 
+def _counts(value: Any) -> Any:
+    """'a=1,b=2' as {'a': '1', 'b': '2'}; what is no string as it is."""
+    if not isinstance(value, str):
+        return value
+    pairs = [part.partition("=") for part in comma_list(value)]
+    if bad := [code for code, _, count in pairs if not count.isdecimal()]:
+        raise ValueError(f"{bad[0]}: expected LANG=N, such as syn-mid=2000, and commas between several")
+    return {code: count for code, _, count in pairs}
+
+
+Counts = Annotated[
+    dict[Annotated[str, Field(pattern=LANGUAGE_PATTERN)], Annotated[int, Field(ge=1)]], BeforeValidator(_counts)
+]
+
+
 class Section(BaseModel):
     """A group of keys; unknown ones are refused, values are checked, results are immutable."""
 
@@ -93,6 +108,9 @@ class DataConfig(Section):
     )
     mixed: bool = Field(False, description="mix languages by row inside a step; default: one language a step")
     synthetic_sentences: int = Field(20000, ge=200, description="sentences a language of corpus=synthetic")
+    synthetic_limit: Counts = Field(
+        {}, description="training sentences kept of some of its languages, e.g. syn-mid=2000: low-resource versions"
+    )
     eval_rows: int = Field(256, ge=1, description="rows of the validation split scored per language")
 
 

@@ -42,6 +42,7 @@ def summarise(job: Job, sets: Sets, options: dict[str, dict[str, str]], tested: 
         "best_epoch": {str(facts["point"]["seed"]): facts["progress"]["best_epoch"] for facts in tested},
         "variant": job.pretrained.saved["config"]["variant"],
         "checkpoint": str(job.pretrained.path),
+        "pretraining_seed": job.pretrained.saved["config"]["train"]["seed"],
         "languages": job.pretrained.languages,
         "data": sets.origin,
         "notes": sets.notes,

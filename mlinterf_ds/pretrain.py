@@ -75,12 +75,11 @@ def open_corpus(config: RunConfig, first: bool) -> Corpus:
     folder = Path(config.corpus)
     if config.corpus == "synthetic":
         languages = languages or embedded.LANGUAGES
-        count = config.data.synthetic_sentences
-        folder = Path("corpora") / f"synthetic-{count}-{'+'.join(languages)}"
+        folder = embedded.folder_of(languages, config.data)
         problem = None
         if first:
             try:
-                embedded.prepare_synthetic(folder, languages, count)
+                embedded.prepare_synthetic(languages, config.data)
             except UserError as error:
                 problem = str(error)
         if problem := _from_first(problem):

@@ -28,6 +28,7 @@ from mlinterf_ds.engine.precision import DTYPES
 from mlinterf_ds.engine.throughput import flops_per_row, peak_flops, peak_memory
 from mlinterf_ds.errors import UserError
 from mlinterf_ds.report.figures import perplexity_curves
+from mlinterf_ds.report.losses import LossTable
 from mlinterf_ds.tracking import Tracker, environment_facts
 
 LOG_STEPS = 10  # steps between points of the training curves
@@ -97,6 +98,7 @@ class Job:
         self.history: dict[str, list[tuple[int, float]]] = {language: [] for language in self.languages}
         self.best, self.seconds, self.run_id = math.inf, 0.0, None
         self.tracker, self.tracker_open, self.resumed = Tracker.off(), False, ""
+        self.losses: LossTable | None = None
         self._restore()
         self.conflict = None
         if config.conflict.every:
@@ -179,6 +181,8 @@ class Job:
             "radius": self.meta.radius.radius if self.meta else None,
         }
         files = {"tokenizer.model": self.corpus.folder / "tokenizer.model"}
+        if self.losses:
+            self.losses.flush()  # a run that goes on from here finds every step before it
         return checkpoint.save(self.output, self.engine, state, files, self.config.train.keep)
 
     # -- training ------------------------------------------------------------------------------------------------
@@ -216,6 +220,7 @@ class Job:
             self._measure_conflict()
             facts = self.step(train, validation)
             step, self.seconds = engine.step, before + time.perf_counter() - clock
+            self._note_loss(facts, step)
             rate = (step - started_at) * config.train.batch * config.data.sequence_length / (self.seconds - before)
             bar.set_postfix_str(f"loss {facts['loss']:.3f}, {rate:,.0f} tokens/s", refresh=False)
             bar.update()
@@ -311,8 +316,16 @@ class Job:
             parent_id=config.tracking.parent,
         )
         self.tracker_open = True
+        self.losses = LossTable(self.output / "train.csv", self.engine.step)
         self.tracker.artifact(self.output / "config.json")
         self.tracker.artifact(self.corpus.folder / "tokenizer.model")
+
+    def _note_loss(self, facts: dict[str, float], step: int) -> None:
+        """The step's line of train.csv."""
+        if self.losses:
+            losses = {name.removeprefix("loss/"): v for name, v in facts.items() if name.startswith("loss/")}
+            tokens = step * self.config.train.batch * (self.config.data.sequence_length - 1)
+            self.losses.add(step, losses, facts["lr"], tokens)
 
     def _log_step(self, facts: dict[str, float], step: int, rate: float) -> None:
         if not self.first:
@@ -351,6 +364,9 @@ class Job:
             partial.write_text(json.dumps(summary, indent=1) + "\n")
             os.replace(partial, self.output / "summary.json")
             self.tracker.artifact(self.output / "summary.json")
+            if self.losses:
+                self.losses.close()
+                self.tracker.artifact(self.output / "train.csv")
             for path in self.conflict.draw() if self.conflict else []:
                 self.tracker.artifact(path)
             self._show(summary, stopped)

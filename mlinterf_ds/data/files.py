@@ -1,9 +1,10 @@
 """Whole files or none: everything is written under a temporary name and then renamed."""
 
+import csv
 import io
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -37,6 +38,16 @@ def write_json(path: Path, value: Any) -> None:
 
 def read_json(path: Path) -> Any:
     return json.loads(path.read_bytes())
+
+
+def write_csv(path: Path, fields: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """A table with a heading; its folder is made. Nothing stands for NaN and None."""
+    buffer = io.StringIO()
+    table = csv.writer(buffer, lineterminator="\n")
+    table.writerow(fields)
+    table.writerows(["" if value != value else value for value in row] for row in rows)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_bytes(path, buffer.getvalue().encode())
 
 
 def write_arrays(path: Path, **arrays: np.ndarray) -> None:

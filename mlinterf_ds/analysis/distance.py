@@ -1,0 +1,153 @@
+"""How far apart two languages are, measured on their training text, or by typological features when these are given.
+
+Every distance is symmetric, from 0 (a language and itself) to 1. Shared words and letters say nothing of word order: among the
+synthetic languages they tell `far` from the others and not `mid` from `close`, which share as many word forms.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from mlinterf_ds.data import synthetic
+from mlinterf_ds.data.corpus import Corpus
+from mlinterf_ds.data.masking import FIRST_ORDINARY
+from mlinterf_ds.data.tokenizer import EOS
+from mlinterf_ds.errors import UserError
+
+SENTENCES = 5000  # of each language that characters are counted in
+ORDERS = (1, 2, 3)  # characters in a row
+
+
+def distances(corpus: Corpus, languages: Sequence[str], typology: str | None = None) -> dict[str, np.ndarray]:
+    """(languages, languages) distances by name: vocabulary, characters; typology if a table of it is given; and of synthetic
+    languages the planted one. NaN where two languages have no feature in common.
+    """
+    pieces = {code: unigrams(corpus, code) for code in languages}
+    grams = {code: ngrams(sentences(corpus, code, SENTENCES)) for code in languages}
+    found = {
+        "vocabulary": _matrix(languages, lambda a, b: vocabulary_distance(pieces[a], pieces[b])),
+        "characters": _matrix(languages, lambda a, b: character_distance(grams[a], grams[b])),
+    }
+    if typology:
+        table = read_typology(Path(typology))
+        if missing := [code for code in languages if code not in table]:
+            raise UserError(
+                f"{typology}: no line for {', '.join(missing)}; it has {', '.join(table)}: add one for each language"
+            )
+        found["typology"] = _matrix(languages, lambda a, b: typology_distance(table[a], table[b]))
+    with contextlib.suppress(UserError):  # the name of a language that people speak
+        found["planted"] = _matrix(languages, synthetic.distance)
+    return found
+
+
+def _matrix(languages: Sequence[str], distance: Callable[[str, str], float]) -> np.ndarray:
+    found = np.zeros((len(languages), len(languages)))
+    for row, left in enumerate(languages):
+        for column in range(row):
+            found[row, column] = found[column, row] = distance(left, languages[column])
+    return found
+
+
+# --- vocabulary ------------------------------------------------------------------------------------------------------
+def unigrams(corpus: Corpus, language: str) -> np.ndarray:
+    """How often each piece occurs in the language's training text, special ones left out; sums to 1.  # (vocabulary,)"""
+    counts = np.zeros(corpus.vocabulary_size, dtype=np.int64)
+    tokens = corpus.tokens(language, "train")
+    for first in range(0, len(tokens), 1 << 22):  # in pieces: memory stays flat on any corpus
+        counts += np.bincount(tokens[first : first + (1 << 22)], minlength=len(counts))
+    counts[:FIRST_ORDINARY] = 0
+    return counts / max(1, counts.sum())
+
+
+def vocabulary_distance(left: np.ndarray, right: np.ndarray) -> float:
+    """1 minus the overlap of two distributions over the shared vocabulary (their total variation)."""
+    return float(max(0.0, 1 - np.minimum(left, right).sum()))
+
+
+# --- characters ------------------------------------------------------------------------------------------------------
+def sentences(corpus: Corpus, language: str, most: int) -> list[str]:
+    """The first training sentences, as the vocabulary spells them."""
+    tokens = corpus.tokens(language, "train")
+    ends: list[int] = []
+    for first in range(0, len(tokens), 1 << 20):
+        ends += (first + np.flatnonzero(tokens[first : first + (1 << 20)] == EOS)).tolist()
+        if len(ends) >= most:
+            break
+    starts = [0, *(end + 1 for end in ends)]
+    return [corpus.tokenizer.decode(tokens[a:b].tolist()) for a, b in zip(starts, ends[:most], strict=False)]
+
+
+def ngrams(texts: Sequence[str]) -> list[Counter[str]]:
+    """Counts of the sequences of 1, 2 and 3 characters in a row, spaces included."""
+    return [Counter(text[i : i + n] for text in texts for i in range(len(text) - n + 1)) for n in ORDERS]
+
+
+def jensen_shannon(left: Mapping[str, float], right: Mapping[str, float]) -> float:
+    """Jensen-Shannon distance of two distributions given as counts: the square root of the divergence in bits.
+
+    Endres and Schindelin (2003): a metric, at most 1.
+    """
+    total_left, total_right = sum(left.values()), sum(right.values())
+    terms = []
+    for key in left.keys() | right.keys():
+        p, q = left.get(key, 0) / total_left, right.get(key, 0) / total_right
+        terms += [share / 2 * math.log2(2 * share / (p + q)) for share in (p, q) if share]
+    return math.sqrt(min(1.0, max(0.0, math.fsum(terms))))  # exact: a set has no order
+
+
+def character_distance(left: Sequence[Mapping[str, float]], right: Sequence[Mapping[str, float]]) -> float:
+    """Mean Jensen-Shannon distance over sequences of 1, 2 and 3 characters."""
+    return sum(jensen_shannon(a, b) for a, b in zip(left, right, strict=True)) / len(left)
+
+
+# --- typology --------------------------------------------------------------------------------------------------------
+def read_typology(path: Path) -> dict[str, list[str]]:
+    """language -> features: a heading, then a line a language, its code first; tabs if .tsv, else commas.
+
+    An empty field is unknown. UserError if the file cannot be read, a line has other fields than the heading, or a
+    language comes twice.
+    """
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            lines = list(csv.reader(file, delimiter="\t" if path.suffix == ".tsv" else ","))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read as a table ({error}); give CSV or TSV in UTF-8") from None
+    found: dict[str, list[str]] = {}
+    for number, line in enumerate(lines[1:], 2):
+        if not line:
+            continue
+        code, *features = (field.strip() for field in line)
+        if len(line) != len(lines[0]) or not features:
+            raise UserError(f"{path}, line {number}: {len(line)} fields, the heading has {len(lines[0])}")
+        if code in found:
+            raise UserError(f"{path}, line {number}: {code} comes twice")
+        found[code] = features
+    return found
+
+
+def typology_distance(left: Sequence[str], right: Sequence[str]) -> float:
+    """Over the features known of both: NaN if there is none.
+
+    Share that differ (Hamming); 1 - cosine, at most 1, if all are numbers and not just 0 and 1.
+    """
+    pairs = [(a, b) for a, b in zip(left, right, strict=True) if a and b]
+    if not pairs:
+        return math.nan
+    try:
+        numbers = np.array(pairs, dtype=float)
+    except ValueError:
+        numbers = np.zeros((0, 2))
+    if numbers.size and not np.isin(numbers, (0, 1)).all():
+        a, b = numbers.T
+        if (a == b).all():
+            return 0.0
+        lengths = float(np.linalg.norm(a) * np.linalg.norm(b))
+        return float(np.clip(1 - a @ b / lengths, 0, 1)) if lengths else 1.0
+    return sum(a != b for a, b in pairs) / len(pairs)

@@ -1,0 +1,194 @@
+"""Mono against joint runs through the real recipes: the numbers against the runs' own, the files, a user's mistakes."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mlinterf_ds.config import load_config
+from mlinterf_ds.data import embedded
+from tests.ranks import pool
+
+ROOT = Path(__file__).resolve().parents[2]
+CORPUS = "corpora/synthetic-800-syn+syn-far-syn-far=150"
+SHORT = ["train.steps=6", "train.epoch_steps=3", "data.eval_rows=8", "data.synthetic_sentences=800", "train.batch=8"]
+SHORT += ["model.layers=1", "model.width=32", "model.ffn=64", "train.warmup=2", "train.precision=fp32"]
+SHORT += ["tracking.enabled=false", "data.sequence_length=32"]
+BOTH = ["variant=joint", "languages=syn,syn-far", "data.synthetic_limit=syn-far=150"]
+MONO = ["variant=mono", f"corpus={CORPUS}"]
+RUNS = {
+    "joint-0": BOTH,
+    "joint-1": [*BOTH, "train.seed=1"],
+    "syn-0": [*MONO, "languages=syn"],
+    "syn-1": [*MONO, "languages=syn", "train.seed=1"],
+    "far-0": [*MONO, "languages=syn-far"],
+    "short": [*MONO, "languages=syn", "data.sequence_length=16"],
+    "other": ["variant=mono", "languages=syn"],
+}
+ANALYSIS = ["analysis=interference", "tracking.enabled=false", "train.precision=fp32"]
+PAIR = [
+    "interference.mono=syn=runs/syn-0,runs/syn-1,syn-far=runs/far-0",
+    "interference.joint=runs/joint-0,runs/joint-1",
+]
+
+
+def pretrain(folder: str) -> None:
+    """On a rank of the pool: all RUNS."""
+    from unittest import mock
+
+    from mlinterf_ds import parallel, pretrain
+
+    os.chdir(folder)
+    with mock.patch.object(parallel, "stop"):  # the pool goes on
+        for name, settings in RUNS.items():
+            flags = [word for each in [*SHORT, *settings, f"output=runs/{name}"] for word in ("--set", each)]
+            pretrain.main(["--deepspeed_config", str(ROOT / "ds_configs/zero1.json"), *flags])
+
+
+def analyse(folder: str, settings: list[str]) -> str:
+    """On a rank of the pool: what the analysis says to these settings ('' if it is content)."""
+    from unittest import mock
+
+    from mlinterf_ds import analyze, parallel
+    from mlinterf_ds.errors import UserError
+
+    os.chdir(folder)
+    flags = [word for each in [*ANALYSIS, *settings] for word in ("--set", each)]
+    try:
+        with mock.patch.object(parallel, "stop"):
+            analyze.main(["--deepspeed_config", str(ROOT / "ds_configs/zero1.json"), *flags])
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    found = tmp_path_factory.mktemp("runs")
+    with contextlib.chdir(found):  # here, not on a rank: preparing starts processes
+        for settings in (RUNS["joint-0"], RUNS["other"]):
+            config = load_config([], [*SHORT, *settings])
+            embedded.prepare_synthetic(config.languages or [], config.data)
+    pool(1).run(pretrain, str(found))
+    return found
+
+
+@pytest.fixture(scope="module")
+def summary(folder: Path) -> dict[str, Any]:
+    out = ["output=found", "interference.split=valid", "interference.rows=8", "interference.larger=runs/joint-1"]
+    assert pool(1).run(analyse, str(folder), [*PAIR, *out]) == [""]
+    return json.loads((folder / "found/summary.json").read_text())
+
+
+def own(folder: Path, run: str, language: str) -> float:
+    """The run's own bits per character of the same rows, by the engine."""
+    saved = json.loads((folder / "runs" / run / "summary.json").read_text())
+    return saved["valid_bits_per_character"][language]
+
+
+def test_bits_per_character_are_those_of_the_runs(folder: Path, summary: dict[str, Any]) -> None:
+    by = {row["language"]: row for row in summary["comparisons"]}
+    assert set(by) == {"syn", "syn-far"} and by["syn"]["seeds"] == [0, 1] and by["syn-far"]["seeds"] == [0]
+    for code, mono, joint in (
+        ("syn", ("syn-0", "syn-1"), ("joint-0", "joint-1")),
+        ("syn-far", ("far-0",), ("joint-0",)),
+    ):
+        alone = np.mean([own(folder, name, code) for name in mono])
+        together = np.mean([own(folder, name, code) for name in joint])
+        assert by[code]["mono"] == pytest.approx(alone, rel=1e-5)
+        assert by[code]["joint"] == pytest.approx(together, rel=1e-5)
+        assert by[code]["interference"] == pytest.approx(together - alone, abs=1e-5)
+        low, high = by[code]["interval"]
+        assert low <= by[code]["interference"] <= high and by[code]["rows"] == 8
+    assert by["syn"]["distance"]["planted"] == pytest.approx(0.95) and 0 < by["syn"]["distance"]["vocabulary"] < 1
+    assert [note for note in summary["notes"] if "seeds 1 have no partner" in note and "syn-far" in note]
+
+
+def test_two_ranks_find_the_same(folder: Path, summary: dict[str, Any]) -> None:
+    settings = ["output=two", "interference.split=valid", "interference.rows=7"]
+    for ranks, out in ((1, "one"), (2, "two")):
+        assert pool(ranks).run(analyse, str(folder), [*PAIR, *settings, f"output={out}"]) == [""] * ranks
+    found = [json.loads((folder / out / "summary.json").read_text())["comparisons"] for out in ("one", "two")]
+    for one, two in zip(*found, strict=True):
+        assert one["rows"] == 7
+        for key in ("mono", "joint", "interference", "interval"):
+            assert one[key] == pytest.approx(two[key], abs=1e-5)
+
+
+def test_every_figure_and_its_table(folder: Path, summary: dict[str, Any]) -> None:
+    names = {path.name for path in (folder / "found").iterdir()}
+    for stem in ("bars", "differences", "pairs"):
+        assert {f"{stem}-bits-per-character.{kind}" for kind in ("png", "svg", "csv")} <= names
+    for stem in ("distance", "validation", "training"):
+        assert {f"{stem}.{kind}" for kind in ("png", "svg", "csv")} <= names
+    with (folder / "found/interference.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [float(row["interference"]) for row in rows] == [row["interference"] for row in summary["comparisons"]]
+    with (folder / "found/bars-bits-per-character.csv").open(newline="") as file:
+        bars = {(row["category"], row["series"]): float(row["value"]) for row in csv.DictReader(file)}
+    assert bars["syn with syn-far", "larger"] == pytest.approx(own(folder, "joint-1", "syn"), rel=1e-5)
+    with (folder / "found/validation.csv").open(newline="") as file:
+        last = [row for row in csv.DictReader(file) if row["model"] == "mono" and row["language"] == "syn-far"][-1]
+    saved = json.loads((folder / "runs/far-0/summary.json").read_text())
+    assert (last["step"], float(last["value"])) == ("6", saved["valid_perplexity"]["syn-far"])
+
+
+def test_train_csv_has_every_step_of_a_run(folder: Path) -> None:
+    with (folder / "runs/joint-0/train.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["step"]) for row in rows] == [1, 2, 3, 4, 5, 6]
+    assert {row["language"] for row in rows} <= {"syn", "syn-far"}
+    assert [int(row["tokens"]) for row in rows] == [n * 8 * 31 for n in range(1, 7)]
+    assert float(rows[0]["lr"]) < float(rows[1]["lr"]) and all(0 < float(row["loss"]) < 20 for row in rows)
+
+
+def test_a_low_resource_version_keeps_what_is_held_out(folder: Path) -> None:
+    limited, whole = (
+        json.loads((folder / place / "manifest.json").read_text())
+        for place in (CORPUS, "corpora/synthetic-800-syn+syn-far")
+    )
+    assert limited["vocabulary"]["sha256"] == whole["vocabulary"]["sha256"]
+    ours, theirs = (each["languages"]["syn-far"]["splits"] for each in (limited, whole))
+    assert ours["train"]["sentences"] == 150 < theirs["train"]["sentences"]
+    assert ours["valid"] == theirs["valid"]
+    assert limited["languages"]["syn"]["splits"] == whole["languages"]["syn"]["splits"]
+
+
+@pytest.mark.parametrize(
+    "settings, words",
+    [
+        ([], ["nothing to compare", "interference.mono="]),
+        (["interference.mono=runs/none", "interference.joint=runs/joint-0"], ["runs/none", "no such folder"]),
+        (["interference.mono=runs", "interference.joint=runs/joint-0"], ["runs", "no checkpoint here"]),
+        (["interference.mono=runs/joint-0", "interference.joint=runs/joint-0"], ["interference.mono", "one language"]),
+        (["interference.mono=syn=runs/far-0", "interference.joint=runs/joint-0"], ["syn=runs/far-0", "syn-far"]),
+        (["interference.mono=runs/syn-0,runs/syn-0", "interference.joint=runs/joint-0"], ["train.seed=0", "once"]),
+        (
+            ["interference.mono=runs/other", "interference.joint=runs/joint-0"],
+            ["runs/joint-0", "vocabulary", "one corpus"],
+        ),
+        (["interference.mono=runs/short", "interference.joint=runs/joint-0"], ["data.sequence_length", "16", "32"]),
+        ([*PAIR, "languages=syn,klingon"], ["no run knows klingon", "syn-far"]),
+        ([*PAIR, "interference.typology=features.csv"], ["features.csv", "no line for syn-far"]),
+        (
+            ["interference.mono=runs/syn-1", "interference.joint=runs/joint-0"],
+            ["nothing to compare", "no mono run of syn"],
+        ),
+        (["interference.mono=runs/stopped", "interference.joint=runs/joint-0"], ["runs/stopped", "resume=auto"]),
+    ],
+)
+def test_a_users_mistake(folder: Path, settings: list[str], words: list[str]) -> None:
+    (folder / "features.csv").write_text("code,a\nsyn,1\n")
+    if not (folder / "runs/stopped").exists():
+        shutil.copytree(folder / "runs/syn-0", folder / "runs/stopped")
+        (folder / "runs/stopped/summary.json").unlink()
+    (said,) = pool(1).run(analyse, str(folder), [*settings, "output=refused"])
+    assert all(word in said for word in words), said

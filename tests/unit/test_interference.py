@@ -1,0 +1,286 @@
+"""Interference: intervals, distances and pairing against hand-made examples; every figure's CSV is its input."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mlinterf_ds.analysis import comparison, distance, task_scores
+from mlinterf_ds.analysis.comparison import BITS, Comparison
+from mlinterf_ds.analysis.findings import pairs
+from mlinterf_ds.data.prepare import prepare
+from mlinterf_ds.data.synthetic import write_text
+from mlinterf_ds.errors import UserError
+from mlinterf_ds.report import interference as figures
+from mlinterf_ds.report.interference import Value
+from mlinterf_ds.report.losses import LossTable, read_losses
+
+
+def table(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+# --- intervals -------------------------------------------------------------------------------------------------------
+def test_interval_of_a_normal_sample_is_the_analytic_one() -> None:
+    draw = np.random.default_rng(1)
+    values = draw.normal(0.3, 2.0, size=(1, 400))
+    low, high = comparison.interval(values, resamples=4000)
+    half = 1.96 * values.std() / math.sqrt(400)
+    assert low == pytest.approx(values.mean() - half, abs=0.1 * half)
+    assert high == pytest.approx(values.mean() + half, abs=0.1 * half)
+
+
+def test_interval_covers_the_truth_as_often_as_it_says() -> None:
+    draw = np.random.default_rng(2)
+    hits = 0
+    for _ in range(300):
+        low, high = comparison.interval(draw.normal(1.0, 1.0, size=(1, 60)), resamples=300)
+        hits += low <= 1.0 <= high
+    assert 0.91 < hits / 300 < 0.975  # three standard errors below and beyond 95%
+
+
+def test_interval_has_the_variance_of_seeds_and_of_rows() -> None:
+    """value = seed's effect + row's effect: the variance of the resampled mean is the sum of the two, in closed form."""
+    draw = np.random.default_rng(3)
+    seeds, rows = draw.normal(0, 1, 8), draw.normal(0, 3, 90)
+    low, high = comparison.interval(seeds[:, None] + rows[None], resamples=6000)
+    wanted = math.sqrt(seeds.var() / 8 + rows.var() / 90)
+    assert (high - low) / (2 * 1.96) == pytest.approx(wanted, rel=0.06)
+
+
+def test_interval_without_a_spread_to_know() -> None:
+    assert all(map(math.isnan, comparison.interval(np.array([[2.0]]))))
+    assert comparison.interval(np.full((2, 5), 0.5)) == (0.5, 0.5)
+
+
+def test_pairing_by_hand() -> None:
+    mono = np.array([[1.0, 2.0, 3.0], [1.0, 2.0, 6.0]])
+    joint = np.array([[1.5, 2.5, 3.5], [1.5, 2.5, 6.5]])
+    found = Comparison.of(BITS, "en", (("en", "sw"), "joint"), [0, 4], mono, joint)
+    assert (found.mono, found.joint, found.rows, found.others) == ((2.0, 3.0), (2.5, 3.5), 3, ("sw",))
+    # Each row is half a bit worse: unpaired, rows of 1 to 6 would hide it; paired, there is no doubt.
+    assert (found.difference, found.low, found.high) == (0.5, 0.5, 0.5)
+    assert Comparison.of("ner f1", "en", (("en", "sw"), "joint"), [0, 4], mono, joint).difference == -0.5
+
+
+# --- distances -------------------------------------------------------------------------------------------------------
+def test_vocabulary_distance_by_hand() -> None:
+    left, right = np.array([0.5, 0.5, 0.0]), np.array([0.25, 0.25, 0.5])
+    assert distance.vocabulary_distance(left, right) == distance.vocabulary_distance(right, left) == 0.5
+    assert distance.vocabulary_distance(left, left) == 0
+    assert distance.vocabulary_distance(left, np.array([0.0, 0.0, 1.0])) == 1
+
+
+def test_jensen_shannon_by_hand() -> None:
+    a, b = Counter("aab"), Counter("abb")
+    # The middle is (1/2, 1/2): each side is D((2/3, 1/3) || (1/2, 1/2)) = 1 - H(1/3) bits.
+    entropy = -(2 / 3) * math.log2(2 / 3) - (1 / 3) * math.log2(1 / 3)
+    assert distance.jensen_shannon(a, b) == pytest.approx(math.sqrt(1 - entropy))
+    assert distance.jensen_shannon(a, b) == distance.jensen_shannon(b, a)
+    assert distance.jensen_shannon(a, Counter("aabaab")) == pytest.approx(0, abs=1e-7)
+    assert distance.jensen_shannon(a, Counter("xyz")) == pytest.approx(1)
+
+
+def test_character_sequences_stay_inside_a_sentence() -> None:
+    one, two, three = distance.ngrams(["ab a", "b"])
+    assert one == {"a": 2, "b": 2, " ": 1} and two == {"ab": 1, "b ": 1, " a": 1} and three == {"ab ": 1, "b a": 1}
+    far = distance.ngrams(["xyz"])
+    assert distance.character_distance(distance.ngrams(["ab a"]), far) == pytest.approx(1)
+
+
+def test_synthetic_languages_in_order(tmp_path: Path) -> None:
+    """`far` is farthest in shared words and letters; `close` and `mid` differ in word order, which these do not see."""
+    codes = ["syn", "syn-close", "syn-mid", "syn-far"]
+    for code in codes:
+        write_text(code, tmp_path / code, 400, seed=0)
+    corpus = prepare(
+        {code: [tmp_path / code] for code in codes}, tmp_path / "corpus", vocabulary_size=900, progress=False, workers=1
+    )
+    found = distance.distances(corpus, codes)
+    assert list(found) == ["vocabulary", "characters", "planted"]
+    for name, matrix in found.items():
+        assert (matrix == matrix.T).all() and (np.diagonal(matrix) == 0).all() and matrix.max() <= 1, name
+        _, close, mid, far = matrix[0]
+        assert far > 1.15 * max(close, mid), name
+        assert close == pytest.approx(mid, abs=0.05) or name == "planted"
+    assert found["planted"][0].tolist() == pytest.approx([0, 0.20, 0.3667, 0.95], abs=1e-3), "as `language` states"
+    whole = (tmp_path / "syn").read_text().split("\n")
+    assert set(distance.sentences(corpus, "syn", 7)) < set(whole) and len(distance.sentences(corpus, "syn", 7)) == 7
+
+
+def test_typology(tmp_path: Path) -> None:
+    path = tmp_path / "features.tsv"
+    path.write_text("code\torder\tcase\ttone\nen\tSVO\t0\t\nhi\tSOV\t1\t0\nsw\tSVO\t0\t1\n")
+    found = distance.read_typology(path)
+    assert distance.typology_distance(found["en"], found["hi"]) == 1  # of the two features known of both
+    assert distance.typology_distance(found["hi"], found["sw"]) == 1
+    assert distance.typology_distance(found["en"], found["sw"]) == 0
+    assert math.isnan(distance.typology_distance(["", "1"], ["1", ""]))
+    assert distance.typology_distance(["1", "0", "1"], ["1", "1", "1"]) == pytest.approx(1 / 3), "0 and 1 are classes"
+    assert distance.typology_distance(["0.5", "0"], ["0.3", "0.4"]) == pytest.approx(1 - 0.3 / 0.5)
+    assert distance.typology_distance(["0.5", "0"], ["0.5", "0"]) == 0
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("code,a\nen,1,2\n", ["line 2", "3 fields, the heading has 2"]),
+        ("code,a\nen,1\nen,0\n", ["line 3", "en comes twice"]),
+    ],
+)
+def test_a_bad_typology(tmp_path: Path, text: str, words: list[str]) -> None:
+    (tmp_path / "t.csv").write_text(text)
+    with pytest.raises(UserError) as caught:
+        distance.read_typology(tmp_path / "t.csv")
+    assert all(word in str(caught.value) for word in [*words, "t.csv"])
+    with pytest.raises(UserError, match=r"nowhere\.csv.*cannot be read"):
+        distance.read_typology(tmp_path / "nowhere.csv")
+
+
+# --- scores of tasks -------------------------------------------------------------------------------------------------
+def finetuning(
+    folder: Path, languages: str, seed: int, trained: str, per_seed: dict[str, list[float]], **more: Any
+) -> str:
+    """A fine-tuning's summary.json, as far as it is read here."""
+    found = {
+        "task": "ner",
+        "metric": "f1",
+        "finished": True,
+        "seeds": [0, 1],
+        "languages": languages.split("-"),
+        "variant": "joint" if "-" in languages else "mono",
+        "checkpoint": f"{folder}/runs/{languages}-{seed}/checkpoints/step-00000009",
+        "pretraining_seed": seed,
+        "examples": {"train": {trained: 9}},
+        "per_seed": per_seed,
+        "data": {f"test {code}": f"{code}.tsv" for code in per_seed},
+    } | more
+    place = folder / f"ner-{languages}-{seed}-{trained}"
+    place.mkdir(parents=True)
+    (place / "summary.json").write_text(json.dumps(found))
+    return str(place)
+
+
+def test_scores_are_paired_by_both_seeds(tmp_path: Path) -> None:
+    places = [
+        finetuning(tmp_path, "sw", 0, "sw", {"sw": [50.0, 52.0]}),
+        finetuning(tmp_path, "sw", 1, "sw", {"sw": [60.0, 62.0]}),
+        finetuning(tmp_path, "en-sw", 1, "sw", {"sw": [57.0, 61.0], "en": [9.0, 9.0]}),
+        finetuning(tmp_path, "en-hi-sw", 0, "sw", {"sw": [70.0, 80.0]}),
+    ]
+    found = [task_scores.read_scores(place) for place in places]
+    rows, larger = task_scores.compare_scores(found, ["en", "sw"], [f"{tmp_path}/runs/en-hi-sw-0"])
+    (row,) = rows
+    assert (row.metric, row.language, row.others, row.seeds, row.rows) == ("ner f1", "sw", ("en",), (1,), 2)
+    assert (row.mono, row.joint, row.difference) == ((61.0,), (59.0,), 2.0), "seed 1 alone has both"
+    assert row.low == 1.0 and row.high == 3.0
+    assert larger == {("ner f1", "sw"): (75.0,)}
+
+
+def test_transfer_by_hand(tmp_path: Path) -> None:
+    places = [
+        finetuning(tmp_path, "en-sw", 0, "en", {"en": [80.0, 90.0], "sw": [40.0, 50.0]}),
+        finetuning(tmp_path, "en-hi", 0, "en", {"en": [70.0, 80.0], "hi": [20.0, 30.0]}),
+        finetuning(tmp_path, "en", 0, "en", {"en": [99.0, 99.0]}),
+    ]
+    found = task_scores.transfer([task_scores.read_scores(place) for place in places], ["en", "hi", "sw"])
+    assert list(found) == ["ner f1"] and list(found["ner f1"]) == ["joint"], "a mono model transferred nothing"
+    np.testing.assert_array_equal(found["ner f1"]["joint"][0], [80.0, 25.0, 45.0])
+    assert np.isnan(found["ner f1"]["joint"][1:]).all()
+
+
+def test_bad_summaries_of_tasks(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="nowhere.*finished launch/finetune.py"):
+        task_scores.read_scores(str(tmp_path / "nowhere"))
+    place = finetuning(tmp_path, "en-sw", 0, "sw", {"sw": [1.0, 2.0]}, finished=False)
+    with pytest.raises(UserError, match=r"ner-en-sw-0-sw.*resume=auto"):
+        task_scores.read_scores(place)
+    (Path(place) / "summary.json").write_text('{"finished": true}')
+    with pytest.raises(UserError, match="not the summary of a fine-tuning"):
+        task_scores.read_scores(place)
+    other = [
+        finetuning(tmp_path / "other", "sw", 0, "sw", {"sw": [1.0, 2.0]}),
+        finetuning(tmp_path / "other", "en-sw", 0, "sw", {"sw": [1.0, 2.0]}, data={"test sw": "another.tsv"}),
+    ]
+    with pytest.raises(UserError, match="different data.*another.tsv"):
+        task_scores.compare_scores([task_scores.read_scores(each) for each in other], ["sw"])
+    with pytest.raises(UserError, match="both fine-tune mono on sw"):
+        task_scores.compare_scores([task_scores.read_scores(other[0])] * 2, ["sw"])
+
+
+# --- figures ---------------------------------------------------------------------------------------------------------
+def test_pairs_leave_what_is_missing() -> None:
+    one = Comparison.of(BITS, "sw", (("en", "sw"), "joint"), [0], np.array([[1.0]]), np.array([[1.25]]))
+    three = Comparison.of(BITS, "sw", (("en", "hi", "sw"), "joint"), [0], np.array([[1.0]]), np.array([[3.0]]))
+    found = pairs([one, three], ("en", "hi", "sw"))["joint"]
+    assert found[2, 0] == 0.25 and np.isnan(found).sum() == 8
+
+
+@pytest.mark.parametrize("draw", [figures.bars, figures.intervals])
+def test_the_csv_is_what_is_drawn(tmp_path: Path, draw: Any) -> None:
+    values = [Value("sw with en", "mono", 2.5, 2.25, 2.75), Value("sw with en", "joint", 2.625)]
+    draw(values, tmp_path / "a" / "f.png", title="Суахили", label="bits", caption="data " * 40)
+    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["f.csv", "f.png", "f.svg"]
+    rows = table(tmp_path / "a" / "f.csv")
+    assert [tuple(row.values()) for row in rows] == [
+        ("sw with en", "mono", "2.5", "2.25", "2.75"),
+        ("sw with en", "joint", "2.625", "", ""),
+    ]
+
+
+def test_curves_of_a_hundred_languages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(figures, "MOST_PANELS", 3)
+    data = {f"l{n:02d}": {"mono": {0: [(0, 9.0), (5, 4.0 + n)], 3: [(0, 8.0)]}} for n in range(100)}
+    figures.curves(data, tmp_path / "f.png", title="t", label="perplexity", caption="c")
+    rows = table(tmp_path / "f.csv")
+    assert len(rows) == 300 and rows[1] == {
+        "language": "l00",
+        "model": "mono",
+        "seed": "0",
+        "step": "5",
+        "value": "4.0",
+    }
+    assert {row["seed"] for row in rows} == {"0", "3"}
+
+
+def test_means_over_stretches_of_steps() -> None:
+    points = [(step, float(step)) for step in range(1, 11)] + [(11, math.nan)]
+    assert figures.binned(points, first=2, last=10, bins=4) == [(4, 3.5), (6, 5.5), (8, 7.5), (10, 9.5)]
+    assert figures.binned(points, first=8, last=12, bins=100) == [(9, 9.0), (10, 10.0)]
+
+
+# --- train.csv -------------------------------------------------------------------------------------------------------
+def test_a_resumed_run_has_every_step_once(tmp_path: Path) -> None:
+    path = tmp_path / "run" / "train.csv"
+    first = LossTable(path, 0)
+    for step in range(1, 8):
+        first.add(step, {"en": step / 8} if step % 2 else {"en": step / 8, "sw": 0.5}, 1e-3, 100 * step)
+    first.flush()
+    with path.open("a") as file:
+        file.write("8,en,0.1")  # killed in the middle of a line
+    again = LossTable(path, 5)
+    again.add(6, {"sw": 0.25}, 1e-3, 600)
+    again.close()
+    assert read_losses(path) == {
+        "en": [(1, 0.125), (2, 0.25), (3, 0.375), (4, 0.5), (5, 0.625)],
+        "sw": [(2, 0.5), (4, 0.5), (6, 0.25)],
+    }
+    assert table(path)[-1] == {"step": "6", "language": "sw", "loss": "0.25", "lr": "0.001", "tokens": "600"}
+    LossTable(path, 0).close()  # a run that starts again
+    assert path.read_text() == "step,language,loss,lr,tokens\n"
+
+
+def test_what_is_no_table_of_losses(tmp_path: Path) -> None:
+    (tmp_path / "train.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(UserError, match="not a table of step,language"):
+        read_losses(tmp_path / "train.csv")
+    with pytest.raises(UserError, match="pretraining writes it"):
+        read_losses(tmp_path / "none.csv")
