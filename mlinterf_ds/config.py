@@ -213,7 +213,9 @@ class RunConfig(Section):
     treatment: Literal["none", "pcgrad"] = Field(
         "none", description="pcgrad: project conflicting languages' gradients (joint training, data.mixed=true)"
     )
-    init: str | None = Field(None, description="start from this checkpoint's weights; missing adapters are added")
+    init: str | None = Field(
+        None, description="start from the weights of a checkpoint or a transformers folder; language modules are added"
+    )
     model: ModelConfig = ModelConfig()  # type: ignore[call-arg]
     data: DataConfig = DataConfig()  # type: ignore[call-arg]
     train: TrainConfig = TrainConfig()  # type: ignore[call-arg]

@@ -14,8 +14,12 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+<<<<<<< HEAD
 from mlinterf_ds import command, parallel
 from mlinterf_ds.analysis.conflict import Monitor
+=======
+from mlinterf_ds import command, initial, parallel
+>>>>>>> export
 from mlinterf_ds.config import RunConfig
 from mlinterf_ds.data.corpus import Corpus
 from mlinterf_ds.data.masking import Batch
@@ -136,7 +140,8 @@ class Job:
     def _restore(self) -> None:
         config = self.config
         if config.init:
-            checkpoint.load(checkpoint.find(config.init, "best"), self.engine, moments=False, missing=True)
+            source = initial.weights(config.init, config.model, self.corpus.tokenizer)
+            checkpoint.fill(self.engine, source, missing=True)
         if not config.resume:
             return
         if config.resume == "auto" and not any((self.output / "checkpoints").glob("step-*")):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -15,8 +15,14 @@ from mlinterf_ds.data.tokenizer import Tokenizer
 from mlinterf_ds.engine import checkpoint
 from mlinterf_ds.engine.zero import Segment
 from mlinterf_ds.errors import UserError
+<<<<<<< HEAD
 from mlinterf_ds.model.encoder import Encoder, partition_dim
 from mlinterf_ds.parallel import Layout
+=======
+
+if TYPE_CHECKING:  # reading a checkpoint needs neither DeepSpeed nor megatron
+    from mlinterf_ds.parallel import Layout
+>>>>>>> export
 
 
 @dataclass(frozen=True)

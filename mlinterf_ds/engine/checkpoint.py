@@ -17,23 +17,26 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import torch
 import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mlinterf_ds.engine.engine import Engine
-from mlinterf_ds.engine.zero import FlatSpace, Segment, Space
+from mlinterf_ds.engine.source import Source, Weights
+from mlinterf_ds.engine.zero import FlatSpace
 from mlinterf_ds.errors import UserError
+
+if TYPE_CHECKING:  # reading a checkpoint needs neither DeepSpeed nor megatron
+    from mlinterf_ds.engine.engine import Engine
 
 FORMAT = 1
 MOMENTS = ("exp_avg", "exp_avg_sq")
+Found = TypeVar("Found")
 
 
 def save(run: Path, engine: Engine, state: Mapping[str, Any], files: Mapping[str, Path], keep: int) -> Path:
@@ -46,19 +49,19 @@ def save(run: Path, engine: Engine, state: Mapping[str, Any], files: Mapping[str
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     dist.barrier()
-    digests: dict[str, Any] = {}
+    listed: dict[str, Any] = {}
     try:
         shard = _write_shard(partial, engine, rank)
-        digests = _digests([shard] if shard else [])
+        listed = digests([shard] if shard else [])
         if rank == 0:
             (partial / "run.json").write_text(json.dumps({"format": FORMAT, **_counters(engine), **state}, indent=1))
             for name, source in files.items():
                 shutil.copyfile(source, partial / name)
-            digests |= _digests([partial / name for name in ("run.json", *files)])
+            listed |= digests([partial / name for name in ("run.json", *files)])
     except (OSError, SafetensorError) as error:
         problem = f"rank {rank}: {error}"
     found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, (digests, problem))
+    dist.all_gather_object(found, (listed, problem))
     problems = [why for _, why in found if why]
     if problems:
         if rank == 0:
@@ -108,7 +111,8 @@ def _write_shard(folder: Path, engine: Engine, rank: int) -> Path | None:
     return path
 
 
-def _digests(paths: list[Path]) -> dict[str, Any]:
+def digests(paths: list[Path]) -> dict[str, Any]:
+    """Name to size and SHA-256 of files, which are on disk after this."""
     facts = {}
     for path in paths:
         with path.open("rb") as handle:
@@ -164,21 +168,25 @@ def verify(path: Path) -> dict[str, Any]:
         listed = json.loads((path / "complete.json").read_text())
         if listed["format"] != FORMAT:
             raise UserError(f"{path}: checkpoint format {listed['format']}; this version reads format {FORMAT}")
-        for name, facts in listed["files"].items():
-            file = path / Path(name).name
-            if not file.is_file():
-                raise UserError(f"{file} is missing{_fallback(path)}")
-            if file.stat().st_size != facts["bytes"]:
-                size = file.stat().st_size
-                raise UserError(f"{file}: {size} bytes, expected {facts['bytes']} (truncated?){_fallback(path)}")
-            with file.open("rb") as handle:
-                if hashlib.file_digest(handle, "sha256").hexdigest() != facts["sha256"]:
-                    raise UserError(f"{file}: altered since it was saved (sha256 differs){_fallback(path)}")
+        check_files(path, listed["files"], _fallback(path))
         return json.loads((path / "run.json").read_text())
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f"{path}: not a checkpoint of mlinterf_ds ({error}){_fallback(path)}") from None
+
+
+def check_files(folder: Path, listed: Mapping[str, Any], remedy: str) -> None:
+    """UserError, ended by `remedy`, unless every file is there with its listed size and digest (as of `digests`)."""
+    for name, facts in listed.items():
+        file = folder / Path(name).name
+        if not file.is_file():
+            raise UserError(f"{file} is missing{remedy}")
+        if (size := file.stat().st_size) != facts["bytes"]:
+            raise UserError(f"{file}: {size} bytes, expected {facts['bytes']} (truncated?){remedy}")
+        with file.open("rb") as handle:
+            if hashlib.file_digest(handle, "sha256").hexdigest() != facts["sha256"]:
+                raise UserError(f"{file}: altered since it was saved (sha256 differs){remedy}")
 
 
 def _fallback(path: Path) -> str:
@@ -189,106 +197,47 @@ def _fallback(path: Path) -> str:
 def load(path: Path, engine: Engine, *, moments: bool = True, missing: bool = False) -> dict[str, Any]:
     """Fill the engine's masters (and moments, counters) from a checkpoint, then the working weights.
 
-    missing=True leaves parameters that the checkpoint does not have as they were initialised (adapters added).
+    missing=True leaves parameters that the checkpoint does not have as they were initialised (a classifier).
     """
-    state: list[Any] = [None, None]
+    state = agreed(lambda: verify(path))
+    source = Source(path)
+    fill(engine, source, ("master", *MOMENTS) if moments else ("master",), missing)
+    if moments:
+        for name, space in engine.spaces.items():
+            for segment in space.segments:
+                kept = engine.optimizers[name].state[space.masters[segment.shard]]
+                kept["step"].fill_(source.steps(segment.name))
+        engine.updates, engine.skipped = int(state["updates"]), int(state["skipped"])
+        engine.scale.load(state["loss_scale"])
+    return state
+
+
+def agreed(find: Callable[[], Found]) -> Found:
+    """What rank 0 finds, or the mistake that it finds, on every rank."""
+    box: list[Any] = [None, None]
     if dist.get_rank() == 0:
         try:
-            state[0] = verify(path)
+            box[0] = find()
         except UserError as error:
-            state[1] = str(error)
-    dist.broadcast_object_list(state)
-    if state[1]:
-        raise UserError(state[1])
-    source = Source(path)
+            box[1] = str(error)
+    dist.broadcast_object_list(box)
+    if box[1]:
+        raise UserError(box[1])
+    return box[0]
+
+
+def fill(engine: Engine, source: Weights, kinds: Sequence[str] = ("master",), missing: bool = False) -> None:
+    """Fill the engine's masters (and moments) from any source, then the working weights.
+
+    missing=True leaves parameters that the source does not have as they were initialised.
+    """
     for name, space in engine.spaces.items():
-        _fill(space, engine.optimizers[name], source, engine, moments, missing)
+        for segment in space.segments:
+            if missing and not source.has(segment.name):
+                continue
+            master = space.masters[segment.shard]
+            for kind in kinds:
+                target = master.detach() if kind == "master" else engine.optimizers[name].state[master][kind]
+                piece = source.read(segment, kind, engine.layout.tensor, engine.layout.tensor_rank)
+                target[segment.offset : segment.offset + segment.length].copy_(piece)
         space.write()
-    if moments:
-        engine.updates, engine.skipped = int(state[0]["updates"]), int(state[0]["skipped"])
-        engine.scale.load(state[0]["loss_scale"])
-    return state[0]
-
-
-def _fill(
-    space: Space, optimizer: torch.optim.AdamW, source: Source, engine: Engine, moments: bool, missing: bool
-) -> None:
-    layout = engine.layout
-    for segment in space.segments:
-        if missing and segment.name not in source.addresses:
-            continue
-        master = space.masters[segment.shard]
-        wanted = {"master": master.detach()}
-        if moments:
-            wanted |= {moment: optimizer.state[master][moment] for moment in MOMENTS}
-            optimizer.state[master]["step"].fill_(source.steps(segment.name))
-        for kind, target in wanted.items():
-            piece = source.read(segment, kind, layout.tensor, layout.tensor_rank)
-            target[segment.offset : segment.offset + segment.length].copy_(piece)
-
-
-class Source:
-    """Reads parameters by name out of a checkpoint's shards, whatever layout saved them."""
-
-    def __init__(self, path: Path):
-        self.path = path
-        # name -> tensor rank -> [(segment, file, tensor key)]
-        self.addresses: dict[str, dict[int, list[tuple[Segment, Any, str]]]] = {}
-        for file in sorted(path.glob("shard-*.safetensors")):
-            opened = safe_open(file, framework="pt")
-            metadata = opened.metadata()
-            for row in json.loads(metadata["segments"]):
-                space = row.pop("space")
-                segment = Segment(**row | {"shape": tuple(row["shape"])})
-                ranks = self.addresses.setdefault(segment.name, {})
-                ranks.setdefault(int(metadata["tensor_rank"]), []).append((segment, opened, f"{space}/{segment.shard}"))
-
-    def steps(self, name: str) -> float:
-        """Adam's step count of this parameter."""
-        _, opened, key = next(iter(self._ranks(name).values()))[0]
-        return float(opened.get_tensor(f"{key}/step").item())
-
-    def _ranks(self, name: str) -> dict[int, list[tuple[Segment, Any, str]]]:
-        if name not in self.addresses:
-            raise UserError(f"{self.path}: has no parameter {name}; it was saved by another variant, language or shape")
-        return self.addresses[name]
-
-    def read(self, wanted: Segment, kind: str, tensor: int, tensor_rank: int) -> Tensor:
-        """The elements of one segment (1-d fp32) of the 'master' or a moment, at the reader's layout."""
-        ranks = self._ranks(wanted.name)
-        saved = next(iter(ranks.values()))[0][0]
-        if wanted.partition_dim is None or len(ranks) == tensor:
-            mine = tensor_rank if wanted.partition_dim is not None else 0
-            self._check(wanted, saved.shape)
-            return self._range(ranks[mine], kind, wanted.start, wanted.length)
-        dim = wanted.partition_dim
-        parts = [self._range(ranks[rank], kind, 0, _numel(saved.shape)).view(saved.shape) for rank in sorted(ranks)]
-        whole = torch.cat(parts, dim)
-        size = whole.shape[dim] // tensor
-        local = whole.narrow(dim, tensor_rank * size, size)
-        self._check(wanted, tuple(local.shape))
-        return local.reshape(-1)[wanted.start : wanted.start + wanted.length]
-
-    def _check(self, wanted: Segment, shape: tuple[int, ...]) -> None:
-        if tuple(wanted.shape) != tuple(shape):
-            raise UserError(
-                f"{self.path}: {wanted.name} has shape {tuple(shape)}, this run's model wants {tuple(wanted.shape)}: "
-                "use the model.*, vocabulary and languages of the run that saved it"
-            )
-
-    @staticmethod
-    def _range(found: list[tuple[Segment, Any, str]], kind: str, start: int, length: int) -> Tensor:
-        result = torch.empty(length, dtype=torch.float32)
-        filled = 0
-        for segment, opened, key in found:
-            low, high = max(start, segment.start), min(start + length, segment.start + segment.length)
-            if low < high:
-                at = segment.offset + low - segment.start
-                result[low - start : high - start] = opened.get_slice(f"{key}/{kind}")[at : at + high - low]
-                filled += high - low
-        assert filled == length, f"{found[0][0].name}: {filled} of {length} elements found"
-        return result
-
-
-def _numel(shape: tuple[int, ...]) -> int:
-    return int(torch.Size(shape).numel())

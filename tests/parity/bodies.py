@@ -112,15 +112,7 @@ def resumed(settings: list[str], json_name: str, tensor: int, source: str, steps
 def weights(folder: str | Path, kind: str = "master") -> dict[str, torch.Tensor]:
     """Every parameter of a checkpoint, whole."""
     source = checkpoint.Source(Path(folder))
-    found = {}
-    for name, ranks in source.addresses.items():
-        parts = []
-        for rank in sorted(ranks):
-            shape = ranks[rank][0][0].shape
-            parts.append(source._range(ranks[rank], kind, 0, int(torch.Size(shape).numel())).view(shape))
-        dim = next(iter(ranks.values()))[0][0].partition_dim
-        found[name] = parts[0] if dim is None else torch.cat(parts, dim)
-    return found
+    return {name: source.whole(name, kind) for name in source.addresses}
 
 
 def train_fp16(out: str, steps: int, source: str | None = None) -> tuple[list[dict[str, float]], list[float]]:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import torch
+import torch.distributed as dist
 
 from mlinterf_ds import parallel
 from mlinterf_ds.command import Signals
@@ -35,22 +39,36 @@ WORDS = [a + b + c for a in "bdgk" for b in "aeo" for c in ("", "n", "s")]
 KINDS = {"a": "B-PER", "e": "B-LOC", "o": "O"}  # the second letter tells the tag: learnable
 
 
-def pretrain(out: str, variant: str = "adpt") -> None:
-    """A checkpoint of an untrained model, with a vocabulary learnt from WORDS."""
+def pretrain(
+    out: str,
+    variant: str = "adpt",
+    settings: Sequence[str] = (),
+    json_name: str = "zero0",
+    tensor: int = 1,
+    noise: float = 0.0,
+) -> None:
+    """A checkpoint of an untrained model, with a vocabulary learnt from WORDS; noise: on biases and norms."""
     from mlinterf_ds.model.encoder import Encoder
 
-    layout = parallel.relayout(1)
+    layout = parallel.relayout(tensor)
     folder = Path(out)
     draw = random.Random(0)
-    folder.mkdir(parents=True, exist_ok=True)
-    text = [" ".join(draw.choice(WORDS) for _ in range(6)) + " . ?" for _ in range(300)]
-    tokenizer = Tokenizer.learn(text, 50, folder / "tokenizer.model")
-    config = load_config([], [*SHAPE, f"variant={variant}"])
+    if layout.rank == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        text = [" ".join(draw.choice(WORDS) for _ in range(6)) + " . ?" for _ in range(300)]
+        Tokenizer.learn(text, 50, folder / "tokenizer.model")
+    dist.barrier()
+    size = Tokenizer(folder / "tokenizer.model").size
+    config = load_config([], [*SHAPE, f"variant={variant}", *settings])
     model = Encoder(
-        config.model, variant=config.routing, languages=LANGUAGES, vocabulary=tokenizer.size, positions=LENGTH, seed=0
+        config.model, variant=config.routing, languages=LANGUAGES, vocabulary=size, positions=LENGTH, seed=0
     )
-    engine = Engine(model, config, read_json(REPOSITORY / "ds_configs" / "zero0.json"), "fp32", layout)
-    state = {"config": config.model_dump(), "languages": list(LANGUAGES), "vocabulary": tokenizer.size, "run_id": None}
+    with torch.no_grad():
+        for number, parameter in enumerate(model.parameters()):
+            if parameter.ndim == 1:
+                parameter += noise * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number))
+    engine = Engine(model, config, read_json(REPOSITORY / "ds_configs" / f"{json_name}.json"), "fp32", layout)
+    state = {"config": config.model_dump(), "languages": list(LANGUAGES), "vocabulary": size, "run_id": None}
     checkpoint.save(folder, engine, state, {"tokenizer.model": folder / "tokenizer.model"}, 1)
 
 

@@ -9,12 +9,12 @@ import torch
 
 from mlinterf_ds import parallel
 from mlinterf_ds.config import ModelConfig
+from mlinterf_ds.export.names import FIRST_POSITION, from_stock
 from mlinterf_ds.model.encoder import Encoder, at_positions
 
 transformers = pytest.importorskip("transformers")
 
 LAYERS, HEADS, WIDTH, FFN, VOCABULARY, LENGTH, ROWS = 3, 4, 32, 96, 150, 20, 4
-FIRST_POSITION = 2  # theirs start after the padding index, 1
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -49,37 +49,12 @@ def theirs() -> Any:
 def copied(model: Any) -> Encoder:
     config = ModelConfig(layers=LAYERS, heads=HEADS, width=WIDTH, ffn=FFN, dropout=0, attention_dropout=0)
     ours = Encoder(config, variant="mono", languages=["en"], vocabulary=VOCABULARY, positions=LENGTH).eval()
-    source, target = model.state_dict(), {}
-
-    def heads_together(query: str) -> torch.Tensor:
-        """Their three projections as one, each head's q, k and v neighbours."""
-        parts = [source[query.replace("query", part)] for part in ("query", "key", "value")]
-        return torch.stack([part.unflatten(0, (HEADS, -1)) for part in parts], dim=1).flatten(0, 2)
-
-    for layer in range(LAYERS):
-        there, here = f"roberta.encoder.layer.{layer}", f"block.layers.{layer}"
-        names = {
-            "input_layernorm": "attention.self_attn_layer_norm",
-            "self_attention.linear_proj": "attention.output.dense",
-            "pre_mlp_layernorm": "LayerNorm",
-            "mlp.linear_fc1": "intermediate.dense",
-            "mlp.linear_fc2": "output.dense",
-        }
-        for kind in ("weight", "bias"):
-            target[f"{here}.self_attention.linear_qkv.{kind}"] = heads_together(f"{there}.attention.self.query.{kind}")
-            target |= {f"{here}.{name}.{kind}": source[f"{there}.{other}.{kind}"] for name, other in names.items()}
-    for kind in ("weight", "bias"):
-        target[f"block.final_layernorm.{kind}"] = source[f"roberta.encoder.LayerNorm.{kind}"]
-        target[f"head.dense.{kind}"] = source[f"lm_head.dense.{kind}"]
-        target[f"head.norm.{kind}"] = source[f"lm_head.layer_norm.{kind}"]
-    types = source["roberta.embeddings.token_type_embeddings.weight"][0]  # one type: part of every position
-    target["embeddings.position.weight"] = (
-        source["roberta.embeddings.position_embeddings.weight"][FIRST_POSITION:] + types
-    )
+    source = model.state_dict()
+    target = {name: from_stock(name, source.__getitem__, HEADS) for name in ours.state_dict()}
     padding = ours.embeddings.word.num_embeddings - VOCABULARY
-    words = source["roberta.embeddings.word_embeddings.weight"]
-    target["embeddings.word.weight"] = torch.cat([words, torch.full((padding, WIDTH), 7.0)])  # must not be seen
-    target["head.bias"] = torch.cat([source["lm_head.bias"], torch.full((padding,), 7.0)])
+    for name in ("embeddings.word.weight", "head.bias"):
+        whole = target[name]
+        target[name] = torch.cat([whole, torch.full((padding, *whole.shape[1:]), 7.0)])  # must not be seen
     ours.load_state_dict(target)
     return ours
 

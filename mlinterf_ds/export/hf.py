@@ -1,0 +1,122 @@
+"""Write a checkpoint of ours as a `transformers` model folder: weights, configuration, tokenizer and model card.
+
+Models without modules of a language's own load with transformers' XLM-RoBERTa-XL where its shape allows; all others with
+`MLInterfForMaskedLM`, a copy of whose file lies in the folder. DeepSpeed and megatron are not needed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from mlinterf_ds.config import ModelConfig
+from mlinterf_ds.data.tokenizer import BOS, EOS, PAD
+from mlinterf_ds.engine.checkpoint import digests
+from mlinterf_ds.engine.source import Source
+from mlinterf_ds.errors import UserError
+from mlinterf_ds.export import tokenizer
+from mlinterf_ds.export.card import card
+from mlinterf_ds.export.folder import LISTING, OURS, STOCK, VOCABULARY
+from mlinterf_ds.export.names import FIRST_POSITION, to_stock
+from mlinterf_ds.pretrained import Pretrained
+
+MODELLING = "modeling_mlinterf"
+
+
+def export(place: str, out: Path) -> dict[str, Any]:
+    """Write the best checkpoint of a run's output folder, or the checkpoint of that folder, to the new folder `out`.
+
+    The folder appears whole or not at all. Returns its config.json.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out}: exists and isn't empty; nothing was written: name a new folder")
+    pretrained = Pretrained.open(place)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=out.parent, prefix=".export-") as temporary:
+            folder = Path(temporary) / "model"
+            folder.mkdir()
+            config = _write(pretrained, folder)
+            os.replace(folder, out)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{out}: cannot be written: {error}") from None
+    return config
+
+
+def is_stock(shape: ModelConfig, variant: str) -> bool:
+    """Whether transformers' own XLM-RoBERTa-XL is the same model."""
+    square = shape.heads * shape.kv_channels == shape.width
+    return variant in ("mono", "joint") and square and not shape.language_embeddings
+
+
+def _write(pretrained: Pretrained, folder: Path) -> dict[str, Any]:
+    shape, vocabulary = pretrained.shape(), int(pretrained.saved["vocabulary"])
+    stock = is_stock(shape, pretrained.variant)
+    source = Source(pretrained.path)
+    weights = {name: source.whole(name) for name in source.addresses}
+    weights |= {name: weights[name][:vocabulary].contiguous() for name in VOCABULARY}
+    if stock:
+        weights = to_stock(weights, shape.heads)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    config = configuration(pretrained)
+    (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+    shutil.copymode(folder / "config.json", folder / "model.safetensors")  # safetensors writes for its user alone
+    vocabulary_file = folder / "sentencepiece.model"  # for tools/prepare_corpus.py --tokenizer
+    shutil.copyfile(pretrained.path / "tokenizer.model", vocabulary_file)
+    tokenizer.write(pretrained.tokenizer(), folder, pretrained.positions)
+    if not stock:
+        shutil.copyfile(Path(__file__).with_name(f"{MODELLING}.py"), folder / f"{MODELLING}.py")
+    (folder / "README.md").write_text(card(pretrained, stock))
+    files = digests(sorted(path for path in folder.iterdir() if path.name != "README.md"))
+    (folder / LISTING).write_text(json.dumps({"checkpoint": pretrained.path.name, "files": files}, indent=1) + "\n")
+    return config
+
+
+def configuration(pretrained: Pretrained) -> dict[str, Any]:
+    """config.json."""
+    shape, variant, positions = pretrained.shape(), pretrained.variant, pretrained.positions
+    config: dict[str, Any] = {
+        "vocab_size": int(pretrained.saved["vocabulary"]),
+        "hidden_size": shape.width,
+        "num_hidden_layers": shape.layers,
+        "num_attention_heads": shape.heads,
+        "intermediate_size": shape.ffn,
+        "hidden_dropout_prob": shape.dropout,
+        "attention_probs_dropout_prob": shape.attention_dropout,
+        "layer_norm_eps": 1e-5,
+        "bos_token_id": BOS,
+        "pad_token_id": PAD,
+        "eos_token_id": EOS,
+        "tie_word_embeddings": True,
+        "dtype": "float32",
+    }
+    if is_stock(shape, variant):
+        return config | {
+            "model_type": STOCK,
+            "architectures": ["XLMRobertaXLForMaskedLM"],
+            "hidden_act": "gelu",
+            "max_position_embeddings": positions + FIRST_POSITION,
+            "type_vocab_size": 1,
+        }
+    return config | {
+        "model_type": OURS,
+        "architectures": ["MLInterfForMaskedLM"],
+        "auto_map": {
+            "AutoConfig": f"{MODELLING}.MLInterfConfig",
+            "AutoModelForMaskedLM": f"{MODELLING}.MLInterfForMaskedLM",
+        },
+        "head_dim": shape.kv_channels,
+        "max_position_embeddings": positions,
+        "variant": variant,
+        "languages": pretrained.languages,
+        "language_embeddings": shape.language_embeddings,
+        "adapter_size": shape.adapter_width,
+        "adapter_activation": shape.adapter_activation,
+    }

@@ -1,0 +1,313 @@
+"""Encoders with language-specific modules for `transformers`; this file needs torch and transformers alone.
+
+    from transformers import AutoModelForMaskedLM, AutoTokenizer
+    import mlinterf_ds.export.modeling_mlinterf  # or trust_remote_code=True: exported folders hold a copy of this file
+
+    model, tokenizer = AutoModelForMaskedLM.from_pretrained(FOLDER), AutoTokenizer.from_pretrained(FOLDER)
+    model(**tokenizer(["Habari ya <mask>", "Good <mask>"], padding=True, return_tensors="pt"), language=["sw", "en"])
+
+Parameters have the names and shapes of `mlinterf_ds.model.encoder.Encoder`, the vocabulary's padding apart.
+Hidden states are (rows, length, width) throughout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AutoConfig, AutoModelForMaskedLM, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import MaskedLMOutput
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "relu": F.relu,
+    "tanh": torch.tanh,
+    "silu": F.silu,
+}
+Route = Sequence[
+    tuple[str, Tensor | None]
+]  # (language, its rows (n,), or None: all of them); empty: no language needed
+
+
+class MLInterfConfig(PreTrainedConfig):
+    """Shape and languages. variant: which module each language has of its own: `ffn`, `attn` or `adpt`, else none."""
+
+    model_type = "mlinterf"
+
+    def __init__(
+        self,
+        vocab_size: int = 32000,
+        hidden_size: int = 512,
+        num_hidden_layers: int = 8,
+        num_attention_heads: int = 12,
+        head_dim: int = 64,
+        intermediate_size: int = 2048,
+        max_position_embeddings: int = 256,
+        variant: str = "adpt",
+        languages: Sequence[str] = ("en",),
+        default_language: str | None = None,
+        language_embeddings: bool = False,
+        adapter_size: int = 128,
+        adapter_activation: str = "gelu",
+        hidden_dropout_prob: float = 0.1,
+        attention_probs_dropout_prob: float = 0.1,
+        layer_norm_eps: float = 1e-5,
+        bos_token_id: int = 0,
+        pad_token_id: int = 1,
+        eos_token_id: int = 2,
+        **others: Any,
+    ):
+        self.vocab_size = vocab_size
+        self.hidden_size = hidden_size
+        self.num_hidden_layers = num_hidden_layers
+        self.num_attention_heads = num_attention_heads
+        self.head_dim = head_dim
+        self.intermediate_size = intermediate_size
+        self.max_position_embeddings = max_position_embeddings
+        self.variant = variant
+        self.languages = list(languages)
+        self.default_language = default_language
+        self.language_embeddings = language_embeddings
+        self.adapter_size = adapter_size
+        self.adapter_activation = adapter_activation
+        self.hidden_dropout_prob = hidden_dropout_prob
+        self.attention_probs_dropout_prob = attention_probs_dropout_prob
+        self.layer_norm_eps = layer_norm_eps
+        super().__init__(bos_token_id=bos_token_id, pad_token_id=pad_token_id, eos_token_id=eos_token_id, **others)
+
+
+class Routed(nn.Module):
+    """One copy of a module for each language; every row goes through its language's."""
+
+    def __init__(self, languages: Sequence[str], build: Callable[[], nn.Module]):
+        super().__init__()
+        self.copies = nn.ModuleDict({f"language_{code}": build() for code in languages})
+
+    def forward(self, hidden: Tensor, route: Route, mask: Tensor | None = None) -> Tensor:
+        output = torch.zeros_like(hidden)
+        for code, rows in route:
+            copy = self.copies[f"language_{code}"]
+            if rows is None:
+                return copy(hidden, route, mask)
+            mine = copy(hidden[rows], route, None if mask is None else mask[rows])
+            output = output.index_copy(0, rows, mine.to(output.dtype))
+        return output
+
+
+class Attention(nn.Module):
+    """Self-attention; each head's query, key and value are neighbours in one projection."""
+
+    def __init__(self, config: MLInterfConfig):
+        super().__init__()
+        self.heads, self.dropout = config.num_attention_heads, config.attention_probs_dropout_prob
+        inner = config.num_attention_heads * config.head_dim
+        self.linear_qkv = nn.Linear(config.hidden_size, 3 * inner)
+        self.linear_proj = nn.Linear(inner, config.hidden_size)
+
+    def forward(self, hidden: Tensor, _route: Route, mask: Tensor | None = None) -> Tensor:
+        """mask: (rows, 1, 1, length) bool, True = attend, or None."""
+        joint = self.linear_qkv(hidden).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        query, key, value = joint.chunk(3, dim=-1)  # each (rows, heads, length, head width)
+        dropout = self.dropout if self.training else 0.0
+        mixed = F.scaled_dot_product_attention(query, key, value, mask, dropout)
+        return self.linear_proj(mixed.transpose(1, 2).flatten(2))
+
+
+class FeedForward(nn.Module):
+    """Two linear layers with a GELU between."""
+
+    def __init__(self, config: MLInterfConfig):
+        super().__init__()
+        self.linear_fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.linear_fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, hidden: Tensor, _route: Route, _mask: Tensor | None = None) -> Tensor:
+        return self.linear_fc2(F.gelu(self.linear_fc1(hidden)))
+
+
+class Adapter(nn.Module):
+    """Down projection, activation, up projection (Houlsby et al., 2019)."""
+
+    def __init__(self, config: MLInterfConfig):
+        super().__init__()
+        self.activation = ACTIVATIONS[config.adapter_activation]
+        self.down = nn.Linear(config.hidden_size, config.adapter_size)
+        self.up = nn.Linear(config.adapter_size, config.hidden_size)
+
+    def forward(self, hidden: Tensor, _route: Route, _mask: Tensor | None = None) -> Tensor:
+        return self.up(self.activation(self.down(hidden)))
+
+
+class Residual(nn.Module):
+    """Dropout, the adapter of the variants that have one, and the residual sum."""
+
+    def __init__(self, config: MLInterfConfig):
+        super().__init__()
+        self.dropout = config.hidden_dropout_prob
+        self.adapter: nn.Module | None = None
+        if config.variant == "share_adpt":
+            self.adapter = Adapter(config)
+        elif config.variant == "adpt":
+            self.adapter = Routed(config.languages, lambda: Adapter(config))
+
+    def forward(self, output: Tensor, residual: Tensor, route: Route) -> Tensor:
+        output = F.dropout(output, self.dropout, self.training)
+        return residual + output if self.adapter is None else residual + output + self.adapter(output, route)
+
+
+class Layer(nn.Module):
+    """A pre-norm Transformer layer."""
+
+    def __init__(self, config: MLInterfConfig):
+        super().__init__()
+
+        def part(kind: Callable[[MLInterfConfig], nn.Module], own: bool) -> nn.Module:
+            return Routed(config.languages, lambda: kind(config)) if own else kind(config)
+
+        self.input_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.self_attention = part(Attention, config.variant == "attn")
+        self.self_attn_bda = Residual(config)
+        self.pre_mlp_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = part(FeedForward, config.variant == "ffn")
+        self.mlp_bda = Residual(config)
+
+    def forward(self, hidden: Tensor, route: Route, mask: Tensor | None) -> Tensor:
+        hidden = self.self_attn_bda(self.self_attention(self.input_layernorm(hidden), route, mask), hidden, route)
+        return self.mlp_bda(self.mlp(self.pre_mlp_layernorm(hidden), route), hidden, route)
+
+
+class Block(nn.Module):
+    """All layers, and the LayerNorm after the last."""
+
+    def __init__(self, config: MLInterfConfig):
+        super().__init__()
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
+        self.final_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def forward(self, hidden: Tensor, route: Route, mask: Tensor | None) -> tuple[Tensor, ...]:
+        """What enters each layer, and the last, normalised."""
+        states = [hidden]
+        for layer in self.layers:
+            states.append(layer(states[-1], route, mask))
+        return (*states[:-1], self.final_layernorm(states[-1]))
+
+
+class Embeddings(nn.Module):
+    """Word + position (+ language) embeddings, with dropout."""
+
+    def __init__(self, config: MLInterfConfig):
+        super().__init__()
+        self.dropout = config.hidden_dropout_prob
+        self.word = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.position = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        embedded = len(config.languages) if config.language_embeddings else 0
+        self.language = nn.Embedding(embedded, config.hidden_size) if embedded else None
+
+    def forward(self, tokens: Tensor, positions: Tensor, languages: Tensor | None) -> Tensor:
+        """tokens and positions (rows, length), languages (rows,) or None."""
+        hidden = self.word(tokens) + self.position(positions)
+        if self.language is not None:
+            hidden = hidden + self.language(languages)[:, None]
+        return F.dropout(hidden, self.dropout, self.training)
+
+
+class Head(nn.Module):
+    """Dense, GELU, LayerNorm, decoder tied to the word embeddings."""
+
+    def __init__(self, config: MLInterfConfig):
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.bias = nn.Parameter(torch.zeros(config.vocab_size))
+
+    def forward(self, hidden: Tensor, words: Tensor) -> Tensor:
+        return F.linear(self.norm(F.gelu(self.dense(hidden))), words, self.bias)
+
+
+class MLInterfForMaskedLM(PreTrainedModel):
+    """A multilingual masked language model in which every language may have modules of its own."""
+
+    config_class = MLInterfConfig
+    base_model_prefix = "block"
+    _supports_sdpa = True
+
+    def __init__(self, config: MLInterfConfig):
+        super().__init__(config)
+        self.embeddings, self.block, self.head = Embeddings(config), Block(config), Head(config)
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, Head):
+            nn.init.zeros_(module.bias)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embeddings.word
+
+    def get_output_embeddings(self) -> None:
+        """None: the decoder is the word embedding itself."""
+
+    def set_default_language(self, language: str) -> None:
+        """Of calls without `language=`: pipelines cannot pass one."""
+        self._known(language)
+        self.config.default_language = language
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        language: str | Sequence[str] | None = None,
+        output_hidden_states: bool | None = None,
+    ) -> MaskedLMOutput:
+        """input_ids, attention_mask (1 = attend), labels (-100 = not predicted): (rows, length).
+
+        language: a code for all rows, or one code a row; may be left out where the model has one language or nothing
+        of a language's own, or after `set_default_language`. Logits are (rows, length, vocabulary).
+        """
+        length, most = input_ids.shape[1], self.config.max_position_embeddings
+        if length > most:
+            raise ValueError(f"rows of {length} tokens, the model has {most} positions: tokenize with truncation=True")
+        route, languages = self._route(language, input_ids)
+        if attention_mask is None:
+            mask, positions = None, torch.arange(length, device=input_ids.device)[None]
+        else:
+            mask = attention_mask.bool()[:, None, None]
+            positions = (attention_mask.long().cumsum(1) - 1).clamp(min=0)  # padding on the left doesn't count
+        states = self.block(self.embeddings(input_ids, positions, languages), route, mask)
+        logits = self.head(states[-1], self.embeddings.word.weight)
+        loss = None
+        if labels is not None:
+            loss = F.cross_entropy(logits.float().flatten(0, 1), labels.to(logits.device).flatten())
+        return MaskedLMOutput(loss=loss, logits=logits, hidden_states=states if output_hidden_states else None)
+
+    def _known(self, language: str) -> int:
+        if language not in self.config.languages:
+            known = ", ".join(self.config.languages)
+            raise ValueError(f"language {language!r}: the model knows {known}; name one of them")
+        return self.config.languages.index(language)
+
+    def _route(self, language: str | Sequence[str] | None, tokens: Tensor) -> tuple[Route, Tensor | None]:
+        """Which rows go through which language's modules, and every row's language as a number (rows,)."""
+        config, rows = self.config, len(tokens)
+        if language is None:
+            language = config.default_language or (config.languages[0] if len(config.languages) == 1 else None)
+        if language is None:
+            if config.variant not in ("adpt", "ffn", "attn") and not config.language_embeddings:
+                return (), None
+            raise ValueError(f"language= is missing: name one of {', '.join(config.languages)}, or one for each row")
+        codes = [language] * rows if isinstance(language, str) else list(language)
+        if len(codes) != rows:
+            raise ValueError(f"language= has {len(codes)} codes for {rows} rows: give one code, or one for each row")
+        numbers = torch.tensor([self._known(code) for code in codes], device=tokens.device)
+        present = sorted(set(codes))
+        if len(present) == 1:
+            return [(present[0], None)], numbers
+        return [(code, (numbers == self._known(code)).nonzero()[:, 0]) for code in present], numbers
+
+
+AutoConfig.register(MLInterfConfig.model_type, MLInterfConfig, exist_ok=True)
+AutoModelForMaskedLM.register(MLInterfConfig, MLInterfForMaskedLM, exist_ok=True)

@@ -1,0 +1,109 @@
+"""A SentencePiece vocabulary of ours as a `tokenizers` file: the same ids for every text, special pieces apart.
+
+`<s>`, `<pad>`, `</s>`, `<unk>` and `<mask>` written in a text are read as the special pieces, as in every tokenizer of
+`transformers`; ours reads them as plain text.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from mlinterf_ds.data.text import INVISIBLE, SPACE_PIECE
+from mlinterf_ds.data.tokenizer import BOS, EOS, SPECIAL_PIECES, UNK, Tokenizer
+from mlinterf_ds.errors import UserError
+
+# What `str.split` takes for whitespace (`mlinterf_ds.data.text.normalise` splits by it), and the sign for a space.
+SPACES = "\t-\r\x1c-\x20\x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000" + SPACE_PIECE
+
+
+def write(tokenizer: Tokenizer, folder: Path, positions: int) -> None:
+    """tokenizer.json and tokenizer_config.json; positions: the longest row, special pieces included."""
+    _backend(tokenizer).save(str(folder / "tokenizer.json"))
+    bos, pad, eos, unk, mask = SPECIAL_PIECES
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": positions,
+        "model_input_names": ["input_ids", "attention_mask"],
+        "clean_up_tokenization_spaces": False,
+        **{"bos_token": bos, "cls_token": bos, "pad_token": pad, "eos_token": eos, "sep_token": eos},
+        **{"unk_token": unk, "mask_token": mask},
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=1) + "\n")
+
+
+def pieces(folder: Path) -> list[str]:
+    """The vocabulary of a folder's tokenizer.json, by id."""
+    path = folder / "tokenizer.json"
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        listed = found["model"]["vocab"]
+        numbers = listed if isinstance(listed, dict) else {piece: number for number, (piece, _) in enumerate(listed)}
+        numbers = numbers | {added["content"]: added["id"] for added in found["added_tokens"]}
+    except FileNotFoundError:
+        raise UserError(
+            f"{path} is missing: save the tokenizer there with transformers' tokenizer.save_pretrained"
+        ) from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: not a tokenizer ({type(error).__name__}: {error})") from None
+    return sorted(numbers, key=numbers.__getitem__)
+
+
+def _backend(tokenizer: Tokenizer) -> Any:
+    try:
+        from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
+        from tokenizers import Tokenizer as Backend
+    except ImportError:
+        raise UserError("exporting needs the package tokenizers: pip install 'mlinterf_ds[hf]'") from None
+    _check(tokenizer)
+    numbers = {piece: number for number, piece in enumerate(tokenizer.pieces)}
+    backend = Backend(models.BPE(numbers, _merges(tokenizer), unk_token=SPECIAL_PIECES[UNK], fuse_unk=True))
+    backend.normalizer = normalizers.Sequence(
+        [
+            normalizers.Replace(Regex(_escaped(INVISIBLE.pattern)), ""),
+            normalizers.NFC(),
+            normalizers.Replace(Regex(_escaped(f"[{SPACES}]+")), " "),
+            normalizers.Strip(),
+        ]
+    )
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always", split=True)
+    backend.decoder = decoders.Metaspace(prepend_scheme="always")
+    backend.add_special_tokens([AddedToken(piece, special=True, normalized=False) for piece in SPECIAL_PIECES])
+    bos, eos = SPECIAL_PIECES[BOS], SPECIAL_PIECES[EOS]
+    backend.post_processor = processors.TemplateProcessing(
+        single=f"{bos} $A {eos}", pair=f"{bos} $A {eos} $B {eos}", special_tokens=[(bos, BOS), (eos, EOS)]
+    )
+    return backend
+
+
+def _check(tokenizer: Tokenizer) -> None:
+    """Only what `Tokenizer.learn` makes: another algorithm or normalisation would give other ids."""
+    from sentencepiece.sentencepiece_model_pb2 import ModelProto
+
+    model = ModelProto.FromString(tokenizer.path.read_bytes())
+    kind, rule = model.trainer_spec.model_type, model.normalizer_spec.name
+    if kind != model.trainer_spec.BPE or rule != "identity" or model.trainer_spec.byte_fallback:
+        name = type(model.trainer_spec).ModelType.Name(kind)
+        raise UserError(
+            f"{tokenizer.path}: a SentencePiece model of type {name} with normalisation {rule!r}; only what "
+            "tools/prepare_corpus.py learns (BPE, identity) can be exported"
+        )
+
+
+def _merges(tokenizer: Tokenizer) -> list[tuple[str, str]]:
+    """SentencePiece joins the neighbours whose joint piece has the best score, which is the lowest id."""
+    learned = tokenizer.pieces[len(SPECIAL_PIECES) :]
+    known = set(learned)
+    return [
+        (piece[:cut], piece[cut:])
+        for piece in learned
+        for cut in range(1, len(piece))
+        if piece[:cut] in known and piece[cut:] in known
+    ]
+
+
+def _escaped(pattern: str) -> str:
+    """A character class in the notation of the regular expressions of `tokenizers`; lone surrogates, never there, left out."""
+    pattern = pattern.replace("\ud800-\udfff", "")
+    return "".join(c if c.isascii() and c.isprintable() and c != " " else f"\\x{{{ord(c):x}}}" for c in pattern)

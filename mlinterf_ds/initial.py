@@ -1,0 +1,82 @@
+"""What `init=` starts a run from: the weights of a checkpoint of ours or of a `transformers` folder, language modules added."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mlinterf_ds.config import ModelConfig
+from mlinterf_ds.data.tokenizer import Tokenizer
+from mlinterf_ds.engine import checkpoint
+from mlinterf_ds.engine.source import Source, Weights
+from mlinterf_ds.engine.zero import Segment
+from mlinterf_ds.errors import UserError
+from mlinterf_ds.export import folder
+from mlinterf_ds.export.folder import Folder
+
+
+def weights(place: str, model: ModelConfig, tokenizer: Tokenizer) -> Weights:
+    """The weights at `place` for a run with this shape and vocabulary; the ranks call it together.
+
+    Raises UserError where the weights would load and mean something else: other heads, activation or pieces.
+    """
+    source: Source | Folder
+    if folder.is_folder(Path(place)):
+        checkpoint.agreed(lambda: folder.verify(Path(place)))
+        source = Folder(Path(place))
+        path, heads, activation, pieces = source.path, source.heads, source.adapter_activation, source.pieces
+    else:
+        path = checkpoint.find(place, "best")
+        saved = checkpoint.agreed(lambda: checkpoint.verify(path))
+        shape = ModelConfig(**saved.get("pretrained", saved["config"])["model"])  # a fine-tuned one's is its encoder's
+        heads, activation, pieces = shape.heads, shape.adapter_activation, Tokenizer(path / "tokenizer.model").pieces
+        source = Source(path)
+    if heads != model.heads:
+        raise UserError(f"init={place}: its model has {heads} attention heads, model.heads={model.heads}")
+    wanted = model.adapter_activation
+    if activation not in (None, wanted):
+        raise UserError(f"init={place}: its adapters use {activation}, model.adapter_activation={wanted}")
+    _same_vocabulary(path, pieces, tokenizer)
+    return WithLanguages(source)
+
+
+def _same_vocabulary(path: Path, theirs: list[str], tokenizer: Tokenizer) -> None:
+    ours = tokenizer.pieces
+    if theirs == ours:
+        return
+    differ = f"{len(theirs)} pieces there, {len(ours)} here"
+    for number, (there, here) in enumerate(zip(theirs, ours, strict=False)):
+        if there != here:
+            differ = f"piece {number} is {there!r} there, {here!r} here"
+            break
+    known = next((path / name for name in ("tokenizer.model", "sentencepiece.model") if (path / name).is_file()), None)
+    remedy = f"prepare the corpus with --tokenizer {known}" if known else "start from a model with this vocabulary"
+    raise UserError(f"{path}: its vocabulary is not that of {tokenizer.path} ({differ}); {remedy}")
+
+
+class WithLanguages:
+    """A source that has modules for every language.
+
+    Where `source` shares a module (feed-forward, attention, adapter), every language starts from that one. Where it has no
+    adapter, a new one starts as the identity: its up projection is zero, the rest as initialised.
+    """
+
+    def __init__(self, source: Weights):
+        self.source = source
+
+    def has(self, name: str) -> bool:
+        """False only for what a new adapter is initialised with."""
+        return ".adapter." not in name or self.source.has(self._found(name)) or name.endswith(".up.weight")
+
+    def read(self, wanted: Segment, kind: str, tensor: int, tensor_rank: int) -> Tensor:
+        found = self._found(wanted.name)
+        if ".adapter." in wanted.name and not self.source.has(found):
+            return torch.zeros(wanted.length)
+        return self.source.read(Segment(**vars(wanted) | {"name": found}), kind, tensor, tensor_rank)
+
+    def _found(self, name: str) -> str:
+        """The name under which the source has this parameter, if it has it."""
+        return name if self.source.has(name) else re.sub(r"\.copies\.language_[^.]+", "", name)

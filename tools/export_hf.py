@@ -1,0 +1,29 @@
+#!/usr/bin/env python
+"""Write a pretrained checkpoint as a `transformers` model folder.
+
+    python tools/export_hf.py runs/en-sw exported/en-sw
+    python -c "from transformers import AutoTokenizer; print(AutoTokenizer.from_pretrained('exported/en-sw'))"
+
+A later run starts from it: deepspeed launch/pretrain.py ... --set init=exported/en-sw
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from mlinterf_ds.command import main
+from mlinterf_ds.export.hf import export
+
+
+def run(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", help="a run's output folder (its best checkpoint) or a checkpoint")
+    parser.add_argument("out", type=Path, help="a new or empty folder")
+    options = parser.parse_args(arguments)
+    config = export(options.checkpoint, options.out)
+    print(f"{options.out}: {config['architectures'][0]}, {config['vocab_size']} pieces; see its README.md")
+    return 0
+
+
+if __name__ == "__main__":
+    main(run)
