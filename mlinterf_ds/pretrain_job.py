@@ -14,12 +14,8 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-<<<<<<< HEAD
-from mlinterf_ds import command, parallel
-from mlinterf_ds.analysis.conflict import Monitor
-=======
 from mlinterf_ds import command, initial, parallel
->>>>>>> export
+from mlinterf_ds.analysis.conflict import Monitor
 from mlinterf_ds.config import RunConfig
 from mlinterf_ds.data.corpus import Corpus
 from mlinterf_ds.data.masking import Batch

@@ -13,16 +13,11 @@ from mlinterf_ds.command import Signals
 from mlinterf_ds.config import ModelConfig
 from mlinterf_ds.data.tokenizer import Tokenizer
 from mlinterf_ds.engine import checkpoint
-from mlinterf_ds.engine.zero import Segment
 from mlinterf_ds.errors import UserError
-<<<<<<< HEAD
-from mlinterf_ds.model.encoder import Encoder, partition_dim
-from mlinterf_ds.parallel import Layout
-=======
 
 if TYPE_CHECKING:  # reading a checkpoint needs neither DeepSpeed nor megatron
+    from mlinterf_ds.model.encoder import Encoder
     from mlinterf_ds.parallel import Layout
->>>>>>> export
 
 
 @dataclass(frozen=True)
@@ -72,6 +67,10 @@ class Pretrained:
 
     def encoder(self, layout: Layout, device: torch.device, dtype: torch.dtype) -> Encoder:
         """The model at this layout, whatever layout saved it, without dropout and for evaluation: no engine, no moments."""
+        from mlinterf_ds.engine.source import Source
+        from mlinterf_ds.engine.zero import Segment
+        from mlinterf_ds.model.encoder import Encoder, partition_dim
+
         shape, tensor = self.shape(dropout=0.0), layout.tensor
         adapter = shape.adapter_width if self.variant.endswith("adpt") else 0
         for key, value in (("heads", shape.heads), ("ffn", shape.ffn), ("adapter", adapter)):
@@ -84,7 +83,7 @@ class Pretrained:
             vocabulary=int(self.saved["vocabulary"]),
             positions=self.positions,
         )
-        source = checkpoint.Source(self.path)
+        source = Source(self.path)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 size = tuple(parameter.shape)

@@ -65,7 +65,9 @@ class TaskSection(Section):
 class AnalysisSection(Section):
     """An analysis of trained models (`launch/analyze.py`)."""
 
-    analysis: Literal["conflict", "prune"] = Field("conflict", description="which")
+    analysis: Literal["conflict", "prune", "interference"] = Field(
+        "conflict", description="which; interference compares all monolingual models with all joint ones, once"
+    )
     settings: list[str] = Field([], description="further settings of the analysis")
     variants: list[Variant] = Field(["joint"], description="of which models of the pair sets")
 

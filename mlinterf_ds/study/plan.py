@@ -21,7 +21,7 @@ from mlinterf_ds.config import RunConfig, load_config
 from mlinterf_ds.data.files import read_json
 from mlinterf_ds.errors import UserError
 from mlinterf_ds.finetune_config import FinetuneConfig
-from mlinterf_ds.study.config import SYNTHETIC, SetSection, StudyConfig, TaskSection
+from mlinterf_ds.study.config import SYNTHETIC, AnalysisSection, SetSection, StudyConfig, TaskSection
 from mlinterf_ds.study.corpora import Corpora
 
 Kind = Literal["pretrain", "finetune", "analyze"]
@@ -98,6 +98,10 @@ def expand(config: StudyConfig, corpora: Corpora, deepspeed_config: str) -> list
         for kind, units in parts.items():
             if units:
                 found.append(_job(kind, model, units, (pretrain,), deepspeed, config.ranks))
+    if together := [a for a in config.analyses if a.analysis == "interference"]:
+        compared = tuple(job for job in found if _is_compared(job.model) and job.kind != "analyze")
+        model = Model("all", "study", tuple(config.languages), "all", config.seeds[0])
+        found.append(_job("analyze", model, [_interference(together[0], model, compared)], compared, deepspeed, config.ranks))
     return found
 
 
@@ -145,7 +149,7 @@ def _pretraining(config: StudyConfig, model: Model, corpora: Corpora) -> Unit:
     settings += [f"languages={','.join(model.languages)}", f"corpus={folder}"]
     run = load_config([*config.recipes], settings, RunConfig)
     tokens = run.train.steps * run.train.batch * run.data.sequence_length
-    facts = model.facts | {"tokens": tokens, "steps": run.train.steps}
+    facts = model.facts | {"tokens": tokens, "steps": run.train.steps, "warmup": run.train.warmup}
     return Unit("model", _arguments(config.recipes, settings), facts, [_kept(run), manifest])
 
 
@@ -196,11 +200,36 @@ def _finetuning(
 
 def _analyses(config: StudyConfig, model: Model) -> Iterator[Unit]:
     for found in config.analyses:
+        if found.analysis == "interference":
+            continue  # one of the whole study
         if model.kind == "pair" and not model.control and model.variant in found.variants:
             settings = [*found.settings, f"analysis={found.analysis}"]
             run = load_config([], [*settings, "checkpoint=model"], AnalyzeConfig)
             facts = model.facts | {"analysis": found.analysis}
             yield Unit(found.analysis, _arguments([], settings), facts, [_kept(run)])
+
+
+def _is_compared(model: Model) -> bool:
+    """Whether the interference analysis looks at a model: pairs and their monolingual models; larger ones beside."""
+    return not model.limits and not model.control and (model.kind != "triple") and model.variant in ("mono", "joint")
+
+
+def _interference(found: AnalysisSection, model: Model, jobs: tuple[Job, ...]) -> Unit:
+    """All monolingual models against all joint ones."""
+
+    def folders(kind: Kind, of: set[str]) -> str:
+        return ",".join(
+            f"{{output}}/{job.folder}/{unit.name}"
+            for job in jobs if job.kind == kind and job.model.kind in of
+            for unit in job.units
+        )  # fmt: skip
+
+    settings = [*found.settings, "analysis=interference"]
+    settings += [f"interference.{key}={folders('pretrain', {kind})}" for key, kind in (("mono", "mono"), ("joint", "pair"), ("larger", "many"))]
+    settings.append(f"interference.tasks={folders('finetune', {'mono', 'pair', 'many'})}")
+    settings = [setting for setting in settings if not setting.endswith("=")]
+    facts = model.facts | {"analysis": "interference"}
+    return Unit("interference", _arguments([], settings), facts, [found.settings])
 
 
 def _arguments(recipes: Sequence[str], settings: Sequence[str]) -> tuple[str, ...]:

@@ -13,6 +13,7 @@ import numpy as np
 
 from mlinterf_ds.data.files import read_json, write_json
 from mlinterf_ds.errors import UserError
+from mlinterf_ds.report.losses import read_losses
 from mlinterf_ds.study.plan import Job, Unit
 
 
@@ -57,6 +58,7 @@ class Trained:
     bits_per_character: dict[str, float]
     history: dict[str, list[tuple[int, float]]]  # validation perplexity by language
     unigram: dict[str, float] = field(default_factory=dict)
+    early_loss: float | None = None  # mean training loss from the end of the warm-up to the middle of the run, in nats
     folder: str = ""
 
 
@@ -138,8 +140,18 @@ def _trained(unit: Unit, summary: dict[str, Any], folder: Path) -> Trained:
         bits_per_character=summary["valid_bits_per_character"],
         history={code: [(int(step), value) for step, value in points] for code, points in summary["history"].items()},
         unigram=summary.get("unigram_perplexity", {}),
+        early_loss=_early_loss(folder / "train.csv", unit.facts["warmup"], summary["steps"]),
         folder=str(folder),
     )
+
+
+def _early_loss(path: Path, warmup: int, steps: int) -> float | None:
+    """The paper's figure 4c in one number: every language weighs the same."""
+    if not path.is_file():
+        return None
+    losses = [[loss for step, loss in points if warmup < step <= steps / 2] for points in read_losses(path).values()]
+    means = [float(np.mean(points)) for points in losses if points]
+    return float(np.mean(means)) if means else None
 
 
 def _scores(unit: Unit, summary: dict[str, Any], folder: Path) -> list[Score]:
