@@ -18,7 +18,7 @@ from mlinterf_ds.study.worker import DONE
 class Calibration:
     """Seconds of each kind of work; the defaults are a 2-layer model of width 64 on one 2 GHz core."""
 
-    startup: float = 12.0  # of a job: launcher, imports, process group
+    startup: float = 20.0  # of a job: launcher, imports, process group
     tokens_per_second: dict[str, float] = field(default_factory=lambda: {"plain": 60_000.0, "meta": 12_000.0})
     unit: dict[str, float] = field(
         default_factory=lambda: {"ner": 20.0, "pos": 12.0, "qa": 20.0, "nli": 15.0, "conflict": 15.0, "prune": 60.0}
@@ -87,7 +87,8 @@ def show(jobs: Sequence[Job], output: Path, slots: int, every: bool = False) -> 
     if every:
         done = {job.name for job in jobs} - {job.name for job in left}
         for job in jobs:
-            needs = f"  after {', '.join(need.name for need in job.needs)}" if job.needs else ""
+            names = job.needs[0].name if len(job.needs) == 1 else f"{len(job.needs)} jobs"
+            needs = f"  after {names}" if job.needs else ""
             state = "finished" if job.name in done else f"{costs.seconds(job):.0f} s"
             lines.append(f"  {job.name:<48}{len(job.units):>3} units  {state:>9}{needs}")
     return "\n".join(lines)

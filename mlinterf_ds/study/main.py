@@ -30,7 +30,7 @@ from mlinterf_ds.tracking import Tracker, environment_facts
 from mlinterf_ds.tracking.sender import PENDING
 
 ROOT = Path(__file__).resolve().parents[2]
-PATIENCE = 60.0  # seconds to wait for MLflow's id of the study, under which the jobs nest
+PATIENCE = 120.0  # seconds to wait for MLflow's id of the study, under which the jobs nest
 
 
 def main(arguments: Sequence[str]) -> int:

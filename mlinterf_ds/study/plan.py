@@ -26,7 +26,7 @@ from mlinterf_ds.study.corpora import Corpora
 
 Kind = Literal["pretrain", "finetune", "analyze"]
 PACKAGE = Path(__file__).resolve().parents[1]
-SHARED_CODE = ["errors.py", "config.py", "parallel.py", "data", "model", "meta", "engine", "pretrain.py", "pretrain_job.py"]
+SHARED_CODE = ["errors.py", "config.py", "parallel.py", "data", "model", "meta", "engine", "pretrain.py", "pretrain_job.py", "initial.py"]
 CODE: dict[str, list[str]] = {
     "pretrain": SHARED_CODE,
     "finetune": [*SHARED_CODE, "pretrained.py", "tasks", "finetune.py", "finetune_config.py", "finetune_run.py"],

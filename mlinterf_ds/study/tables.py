@@ -44,13 +44,15 @@ class Cell:
     def std(self) -> float | None:
         return statistics.stdev(self.values) if len(self.values) > 1 else None
 
-    def plain(self, deviation: str = " ± ") -> str:
-        """`86.1 ± 0.4† [88.9]`"""
-        if self.text or not (self.values or self.paper is not None):
-            return self.text
-        ours = "" if self.mean is None else f"{self.mean:.1f}"
-        ours += "" if self.std is None else f"{deviation}{self.std:.1f}"
-        ours += self.mark
+    @property
+    def ours(self) -> str:
+        """`86.1 ± 0.4†`"""
+        spread = "" if self.std is None else f" ± {self.std:.1f}"
+        return self.text or ("" if self.mean is None else f"{self.mean:.1f}{spread}{self.mark}")
+
+    def shown(self, bold: Callable[[str], str]) -> str:
+        """`86.1 ± 0.4† [88.9]`, ours in bold if it is the best."""
+        ours = bold(self.ours) if self.best and self.ours else self.ours
         return f"{ours} [{self.paper:.1f}]".strip() if self.paper is not None else ours
 
 
@@ -154,6 +156,8 @@ def main_table(records: Records, number: int, title: str, columns: Sequence[tupl
     head, at = [], []
     for task, metric in columns:
         here = [code for code in pairs if any(s.task == task and s.language == code for s in records.scores)]
+        if not here:
+            continue
         label = f"{task.upper()} {metric.upper()} " if several else ""
         head += [f"{label}{code}" for code in [*here, "avg"]]
         at += [(task, metric, code) for code in [*here, "avg"]]
@@ -167,7 +171,7 @@ def main_table(records: Records, number: int, title: str, columns: Sequence[tupl
         table.blocks.append((f"{setting}{' language' if setting == paper.WITHIN else ''}", _best(rows)))
     table.notes.append(f"† differs from JointPair (paired bootstrap over examples and seeds, p < {SIGNIFICANT:g}); bold: best")
     table.notes += [
-        f"{'/'.join(key[2:])}: {why}" for key, why in paper.MISPRINTS.items() if key[0] in dict(columns) and key[4] in head
+        f"{'/'.join(key[2:])}: {why}" for key, why in paper.MISPRINTS.items() if (*key[:2], key[4]) in at
     ]
     if any(s.kind == "many" for s in records.scores):
         table.notes.append("XLM: ours is joint training over all languages of the study, at the larger size")
@@ -231,7 +235,8 @@ def triples(records: Records) -> Table:
     """Pairs against the same pairs with a third language."""
     sets = {s.set: s.languages for s in records.scores if s.kind == "triple"}
     pairs = targets(records)
-    columns = [(task, code, name) for task in ("ner", "pos") for name, codes in sets.items() if (code := codes[1]) in pairs]
+    tasks = [task for task in ("ner", "pos") if any(s.kind == "triple" and s.task == task for s in records.scores)]
+    columns = [(task, code, name) for task in tasks for name, codes in sets.items() if (code := codes[1]) in pairs]
     table = Table(4, "A third, similar language", [f"{task.upper()} {code}" for task, code, _ in columns])
     for setting in (paper.WITHIN, paper.ZERO_SHOT):
         rows = []
@@ -291,7 +296,7 @@ def markdown(table: Table) -> str:
         if block:
             lines.append(f"| *{block}* |{' |' * len(table.head)}")
         for name, cells in rows:
-            shown = [f"**{text}**" if cell.best and (text := cell.plain()) else cell.plain() for cell in cells]
+            shown = [cell.shown(lambda text: f"**{text}**") for cell in cells]
             lines.append(f"| {name} | {' | '.join(shown)} |")
     return "\n".join([*lines, "", *(f"- {note}" for note in table.notes)]) + "\n"
 
@@ -330,7 +335,8 @@ def latex(table: Table) -> str:
         if block:
             lines.append(rf"\multicolumn{{{len(table.head) + 1}}}{{l}}{{\emph{{{escaped(block)}}}}} \\")
         for name, cells in rows:
-            shown = [rf"\textbf{{{escaped(c.plain())}}}" if c.best else escaped(c.plain()) for c in cells]
-            lines.append(" & ".join([escaped(name), *shown]) + r" \\")
+            shown = [cell.shown(lambda text: "<b>" + text + "</b>") for cell in cells]
+            bold = [escaped(text).replace("<b>", r"\textbf{").replace("</b>", "}") for text in shown]
+            lines.append(" & ".join([escaped(name), *bold]) + r" \\")
     lines += [r"\bottomrule", r"\end{tabular}", *(rf"\par\footnotesize {escaped(note)}" for note in table.notes), r"\end{table}"]
     return "\n".join(lines) + "\n"
