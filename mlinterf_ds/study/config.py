@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
-from mlinterf_ds.config import LANGUAGE_PATTERN, Languages, Section, TrackingConfig, Variant
+from mlinterf_ds.config import LANGUAGE_PATTERN, Languages, Section, TrackingConfig, Variant, comma_list
 from mlinterf_ds.finetune_config import Seeds
 
 Language = Annotated[str, Field(pattern=LANGUAGE_PATTERN)]
 TaskName = Literal["ner", "pos", "qa", "nli"]
+Variants = Annotated[list[Variant], BeforeValidator(comma_list)]
 SYNTHETIC = "synthetic"
 
 
@@ -34,7 +35,7 @@ class SetSection(Section):
     )
     languages: Languages = Field([], description="comma-separated codes")
     limits: dict[Language, Annotated[int, Field(ge=1)]] = Field({}, description="training sentences kept of a language")
-    variants: list[Variant] | None = Field(None, description="default: the study's (joint for low, triple and many)")
+    variants: Variants | None = Field(None, description="default: the study's (joint for low, triple and many)")
     settings: list[str] = Field([], description="further settings of pretraining, such as a larger model.width")
     distance: float | None = Field(None, ge=0, description="between the first two; default: known for synthetic ones")
 
@@ -69,7 +70,7 @@ class AnalysisSection(Section):
         "conflict", description="which; interference compares all monolingual models with all joint ones, once"
     )
     settings: list[str] = Field([], description="further settings of the analysis")
-    variants: list[Variant] = Field(["joint"], description="of which models of the pair sets")
+    variants: Variants = Field(["joint"], description="of which models of the pair sets")
 
 
 class ControlsSection(Section):
@@ -90,7 +91,7 @@ class StudyConfig(Section):
     name: str = Field("study", pattern=r"^[A-Za-z0-9][\w.-]*$", description="names the study in MLflow and its folder")
     output: str | None = Field(None, description="folder of jobs, tables and report; default runs/<name>")
     seeds: Seeds = Field([0], description="of pretraining and fine-tuning together: paired over variants")
-    variants: list[Variant] = Field(
+    variants: Variants = Field(
         ["joint", "ffn", "attn", "adpt", "share_adpt", "meta_adpt"], description="of the pair sets"
     )
     mono: bool = Field(True, description="also a monolingual model of each language of a pair or low set")

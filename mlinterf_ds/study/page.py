@@ -42,7 +42,6 @@ def render(
         counts=counts,
         states=states,
         facts=facts,
-        reach=_reach(findings),
         figures=figures(records),
         languages=languages(records),
     )
@@ -53,24 +52,15 @@ def sortable(cell: Cell) -> str:
     return "" if cell.mean is None else f"{cell.mean:.6f}"
 
 
-def _reach(findings: Sequence[Finding]) -> dict[str, float]:
-    """The largest absolute value of each unit's effects: the scale of the bars."""
-    found: dict[str, float] = {}
-    for claim in findings:
-        values = [abs(v) for v in (claim.effect.mean, claim.effect.low, claim.effect.high) if math.isfinite(v)]
-        if claim.effect.values:
-            found[claim.unit] = max([found.get(claim.unit, 0.0), *values])
-    return found
-
-
-def bar(claim: Finding, reach: dict[str, float]) -> Markup:
-    """The effect and its interval on a line through 0; an arrow to either side where there is no interval."""
-    e, most = claim.effect, reach.get(claim.unit) or 1.0
+def bar(claim: Finding) -> Markup:
+    """The effect and its interval beside 0, on a scale of its own; the effect alone where there is no interval."""
+    e = claim.effect
     if not e.values:
         return Markup("")
+    most = max([abs(v) for v in (e.mean, e.low, e.high) if math.isfinite(v)]) or 1.0
 
     def x(value: float) -> float:
-        return 60 + 55 * max(-1.0, min(1.0, value / most))
+        return 60 + 55 * value / most
 
     low, high = (x(v) if math.isfinite(v) else x(e.mean) for v in (e.low, e.high))
     label = f"effect {interval(claim)[0]}, interval {interval(claim)[1] or 'unknown'}"

@@ -150,7 +150,7 @@ def _pretraining(config: StudyConfig, model: Model, corpora: Corpora) -> Unit:
     run = load_config([*config.recipes], settings, RunConfig)
     tokens = run.train.steps * run.train.batch * run.data.sequence_length
     facts = model.facts | {"tokens": tokens, "steps": run.train.steps, "warmup": run.train.warmup}
-    return Unit("model", _arguments(config.recipes, settings), facts, [_kept(run), manifest])
+    return Unit("model", _arguments(config.recipes, settings), facts, [_kept(run), model.limits, manifest])
 
 
 def _finetunings(config: StudyConfig, model: Model) -> Iterator[Unit]:

@@ -67,8 +67,8 @@ def write_job(job: Job, config: StudyConfig, output: Path, deepspeed_config: str
     units = []
     for unit in job.units:
         tags = {"study": config.name, "set": job.model.set, "pair": "-".join(job.model.languages), "seed": job.model.seed}
-        tags |= {"control": unit.facts.get("control", "") or "none", "variant": job.model.variant}
-        tags |= {name: unit.facts[name] for name in ("task", "train", "analysis") if name in unit.facts}
+        tags["variant"] = job.model.variant
+        tags |= {name: unit.facts[name] for name in ("control", "task", "train", "analysis") if unit.facts.get(name)}
         settings = [*tracking, *(f"tracking.tags.{name}={value}" for name, value in tags.items())]
         settings += [f"checkpoint={place}" for place in places]
         words = [word.replace("{output}", str(output)) for word in unit.arguments]

@@ -31,6 +31,8 @@ def effect(values: Sequence[float], confidence: float = 0.95) -> Effect:
     if len(found) < 2:
         return Effect(tuple(found.tolist()), mean, -math.inf, math.inf, math.nan)
     spread = float(found.std(ddof=1))
+    if spread < 1e-9 * abs(mean):  # round-off
+        spread = 0.0
     half = float(stats.t.ppf((1 + confidence) / 2, len(found) - 1)) * spread / math.sqrt(len(found))
     return Effect(tuple(found.tolist()), mean, mean - half, mean + half, mean / spread if spread else math.nan)
 
