@@ -1,12 +1,13 @@
 """Stands in for `deepspeed` in tests of a study: a job's results at once, in the recipes' own formats.
 
-    python tests/fake_launcher.py JOB      one job; fails if a file `break-KIND` beside jobs/ names it
-    python tests/fake_launcher.py study OUT SETTINGS...      a study of such jobs, as `launch/study.py` runs it
+python tests/fake_launcher.py JOB      one job; fails if a file `break-KIND` beside jobs/ names it
+python tests/fake_launcher.py study OUT SETTINGS...      a study of such jobs, as `launch/study.py` runs it
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import sys
 import time
@@ -38,7 +39,7 @@ def job(folder: Path) -> int:
     for unit in facts["units"]:
         time.sleep(PAUSE)
         words: list[str] = unit["arguments"]
-        pairs = list(zip(words, words[1:], strict=False))
+        pairs = list(itertools.pairwise(words))
         settings = dict(value.split("=", 1) for flag, value in pairs if flag == "--set")
         tests = [value.split("=")[0] for flag, value in pairs if flag == "--test"]
         make = {"pretrain": pretrained, "finetune": finetuned, "analyze": analysed}[facts["kind"]]
@@ -64,7 +65,10 @@ def pretrained(name: str, settings: dict[str, str], _: Any) -> dict[str, Any]:
 def finetuned(name: str, settings: dict[str, str], tests: list[str]) -> dict[str, Any]:
     metric = "accuracy" if settings["task"] == "nli" else "f1"
     scores = {code: number(name, code) for code in tests}
-    metrics = {code: {metric: {"mean": value, "std": 0.0}, "em": {"mean": value / 2, "std": 0.0}} for code, value in scores.items()}
+    metrics = {
+        code: {metric: {"mean": value, "std": 0.0}, "em": {"mean": value / 2, "std": 0.0}}
+        for code, value in scores.items()
+    }
     return {
         "task": settings["task"], "metric": metric, "per_seed": {code: [value] for code, value in scores.items()},
         "metrics": metrics, "baseline": dict.fromkeys(tests, 9.0), "finished": True,

@@ -17,7 +17,11 @@ NOISE = [0.2, -0.1, 0.3, -0.3, -0.1]  # by seed, common to all rows, plus a litt
 
 
 def planted(
-    seeds: int = 5, shifts: dict[str, tuple[float, float]] | None = None, mono: float = 3.0, low: float = -5.0, far: float = -4.0
+    seeds: int = 5,
+    shifts: dict[str, tuple[float, float]] | None = None,
+    mono: float = 3.0,
+    low: float = -5.0,
+    far: float = -4.0,
 ) -> Records:
     """Joint scores 80 within and 70 zero-shot; `mono` points above joint, mono at low resource `low` above joint; the
     source scores `far` points more with the distant partner than with the close one."""
@@ -43,9 +47,21 @@ def planted(
     return found
 
 
-def score(facts: dict[str, Any], seed: int, number: int, train: str, language: str, value: float, control: str = "") -> Score:
+def score(
+    facts: dict[str, Any], seed: int, number: int, train: str, language: str, value: float, control: str = ""
+) -> Score:
     noise = NOISE[seed % 5] + 0.01 * ((3 * seed + 2 * number) % 5)
-    return Score(**facts, control=control, seed=seed, task="pos", metric="f1", train=train, language=language, score=value + noise, majority=MAJORITY)
+    return Score(
+        **facts,
+        control=control,
+        seed=seed,
+        task="pos",
+        metric="f1",
+        train=train,
+        language=language,
+        score=value + noise,
+        majority=MAJORITY,
+    )
 
 
 def trained(facts: dict[str, Any], seed: int, loss: float) -> Trained:
@@ -94,7 +110,13 @@ def _causes(found: Records, seed: int) -> None:
     found.analyses.append(Analysis(**common, analysis="conflict", facts=facts))
     cosines = {(0, "attention"): 0.9, (0, "ffn"): 0.7, (1, "attention"): 0.6, (1, "ffn"): 0.4}
     layers = [
-        {"layer": str(layer), "component": part, "left": left, "right": right, "cosine": str(value + 0.01 * seed * (1 - layer))}
+        {
+            "layer": str(layer),
+            "component": part,
+            "left": left,
+            "right": right,
+            "cosine": str(value + 0.01 * seed * (1 - layer)),
+        }
         for (layer, part), value in cosines.items()
         for left, right in (("syn", "syn-far"), ("syn", "syn"))
     ]

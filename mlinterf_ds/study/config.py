@@ -19,7 +19,9 @@ class CorpusSection(Section):
     """The text of every model: one corpus, so that all share a vocabulary and their perplexities compare."""
 
     folder: str = Field(SYNTHETIC, description="folder made by tools/prepare_corpus.py; or 'synthetic', made on demand")
-    text: dict[Language, str] = Field({}, description="LANG = FILE: prepare the corpus from these into the study's folder")
+    text: dict[Language, str] = Field(
+        {}, description="LANG = FILE: prepare the corpus from these into the study's folder"
+    )
     sentences: int = Field(4000, ge=200, description="sentences a language of the synthetic corpus")
     vocabulary: int = Field(2000, ge=50, description="pieces of a vocabulary learnt here")
 
@@ -45,9 +47,13 @@ class SetSection(Section):
         if len(set(self.languages)) < 2 or len(set(self.languages)) != len(self.languages):
             raise ValueError(f"sets: {self.name!r} has languages {self.languages}: name two or more, each once")
         if wanted and len(self.languages) != wanted:
-            raise ValueError(f"sets: {self.name!r} is of kind {self.kind}: it takes {wanted} languages, not {len(self.languages)}")
+            raise ValueError(
+                f"sets: {self.name!r} is of kind {self.kind}: it takes {wanted} languages, not {len(self.languages)}"
+            )
         if (self.kind == "low") != bool(self.limits) or not self.limits.keys() <= set(self.languages[1:]):
-            raise ValueError(f"sets: {self.name!r}: a set of kind low, and no other, has limits, on languages after the first")
+            raise ValueError(
+                f"sets: {self.name!r}: a set of kind low, and no other, has limits, on languages after the first"
+            )
         return self
 
 

@@ -54,7 +54,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = command.parser("Run a grid of models, fine-tunings and analyses, and report on it.", StudyConfig)
     parser.set_defaults(deepspeed_config="ds_configs/zero1.json")
     parser.add_argument("--dry-run", action="store_true", help="show the jobs and their estimated cost, and end")
-    parser.add_argument("--report", action="store_true", help="only make tables, findings and report of what is finished")
+    parser.add_argument(
+        "--report", action="store_true", help="only make tables, findings and report of what is finished"
+    )
     parser.add_argument("--executor", choices=("local", "slurm"), default="local", help="run here, or submit to Slurm")
     parser.add_argument("--job", type=Path, help=argparse.SUPPRESS)  # inside a job's processes
     return parser
@@ -130,27 +132,27 @@ class Study:
 
     def report(self, outcomes: Sequence[runner.Outcome]) -> int:
         """Write records, tables, findings and the page; 1 if a job failed."""
-        from mlinterf_ds.study import findings, page, tables
+        from mlinterf_ds.study import claims, findings, forms, page, tables
 
         self.output.mkdir(parents=True, exist_ok=True)
         records = self.records(outcomes)
         records.save(self.output / "records.json")
-        found, claims = tables.all_tables(records), findings.all_findings(records)
+        found, tested = tables.all_tables(records), claims.all_findings(records)
         folder = self.output / "tables"
         folder.mkdir(exist_ok=True)
         for table in found:
-            for ending, form in (("md", tables.markdown), ("csv", tables.comma_separated), ("tex", tables.latex)):
+            for ending, form in (("md", forms.markdown), ("csv", forms.comma_separated), ("tex", forms.latex)):
                 write_bytes(folder / f"{table.name}.{ending}", form(table).encode())
-        write_json(self.output / "findings.json", [claim.row() for claim in claims])
-        write_bytes(self.output / "findings.md", findings.markdown(claims, records.confidence).encode())
+        write_json(self.output / "findings.json", [claim.row() for claim in tested])
+        write_bytes(self.output / "findings.md", findings.markdown(tested, records.confidence).encode())
         facts = environment_facts() | {"made": time.strftime("%Y-%m-%d %H:%M")}
-        html = page.render(self.config, records, found, claims, facts)
+        html = page.render(self.config, records, found, tested, facts)
         write_bytes(self.output / "report.html", html.encode())
-        self._track(claims)
+        self._track(tested)
         lost = [row for row in records.status if row["state"] in ("failed", "blocked")]
         for row in lost:
             print(f"{row['job']}: {row['state']}: {row['reason']}")
-        counts = {verdict: sum(c.verdict == verdict for c in claims) for verdict in ("holds", "fails", "undecided")}
+        counts = {verdict: sum(c.verdict == verdict for c in tested) for verdict in ("holds", "fails", "undecided")}
         print(", ".join(f"{count} claims {verdict}" for verdict, count in counts.items()))
         print(f"{self.output}/report.html, tables/, findings.md, records.json", flush=True)
         return int(bool(lost))

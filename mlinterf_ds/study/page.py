@@ -32,7 +32,10 @@ def render(
     )  # fmt: skip
     environment.filters |= {"sortable": sortable, "bar": bar, "interval": interval}
     counts = {name: sum(f.verdict == name for f in findings) for name in ("holds", "fails", "undecided")}
-    states = {name: sum(row["state"] == name for row in records.status) for name in ("finished", "failed", "blocked", "waiting")}
+    states = {
+        name: sum(row["state"] == name for row in records.status)
+        for name in ("finished", "failed", "blocked", "waiting")
+    }
     return environment.get_template("report.html.j2").render(
         config=config,
         about=summary_of(config),
@@ -109,7 +112,9 @@ class LanguageView:
 
 def languages(records: Records) -> list[LanguageView]:
     """By language: perplexity of every model that knows it, and every task's scores on it."""
-    names = list(dict.fromkeys([code for m in records.models for code in m.languages] + [s.language for s in records.scores]))
+    names = list(
+        dict.fromkeys([code for m in records.models for code in m.languages] + [s.language for s in records.scores])
+    )
     return [
         LanguageView(
             name,
@@ -138,7 +143,9 @@ def _lines(records: Records, language: str, task: str) -> list[Line]:
             never = score.variant == "mono" and not score.within
             name = f"{_label(score.variant, score.control, score.set)}{', never saw it' if never else ''} · {setting}"
             groups.setdefault(name, []).append(score)
-    return [_line(name, [[s.score for s in found], [s.majority for s in found]], (1, 1)) for name, found in groups.items()]
+    return [
+        _line(name, [[s.score for s in found], [s.majority for s in found]], (1, 1)) for name, found in groups.items()
+    ]
 
 
 def _label(variant: str, control: str, group: str) -> str:

@@ -21,12 +21,24 @@ from mlinterf_ds.config import RunConfig, load_config
 from mlinterf_ds.data.files import read_json
 from mlinterf_ds.errors import UserError
 from mlinterf_ds.finetune_config import FinetuneConfig
-from mlinterf_ds.study.config import SYNTHETIC, AnalysisSection, SetSection, StudyConfig, TaskSection
+from mlinterf_ds.study.config import SYNTHETIC, AnalysisSection, StudyConfig, TaskSection
 from mlinterf_ds.study.corpora import Corpora
+from mlinterf_ds.study.grid import Model, models
 
 Kind = Literal["pretrain", "finetune", "analyze"]
 PACKAGE = Path(__file__).resolve().parents[1]
-SHARED_CODE = ["errors.py", "config.py", "parallel.py", "data", "model", "meta", "engine", "pretrain.py", "pretrain_job.py", "initial.py"]
+SHARED_CODE = [
+    "errors.py",
+    "config.py",
+    "parallel.py",
+    "data",
+    "model",
+    "meta",
+    "engine",
+    "pretrain.py",
+    "pretrain_job.py",
+    "initial.py",
+]
 CODE: dict[str, list[str]] = {
     "pretrain": SHARED_CODE,
     "finetune": [*SHARED_CODE, "pretrained.py", "tasks", "finetune.py", "finetune_config.py", "finetune_run.py"],
@@ -34,30 +46,6 @@ CODE: dict[str, list[str]] = {
 }
 PLACES = {"name", "output", "resume", "corpus", "checkpoint", "tracking"}  # keys that decide no number
 FROZEN = "finetune.freeze=language"
-
-
-@dataclass(frozen=True)
-class Model:
-    """One pretrained model of the grid."""
-
-    set: str  # the set's name; of a monolingual model its language, with @N where that has only N sentences
-    kind: str  # the set's; or "mono"
-    languages: tuple[str, ...]
-    variant: str
-    seed: int
-    settings: tuple[str, ...] = ()
-    limits: tuple[tuple[str, int], ...] = ()
-    control: str = ""  # "direct" or "compute"
-
-    @property
-    def name(self) -> str:
-        return f"{self.variant}{'-' + self.control if self.control else ''}.{self.set}.seed{self.seed}"
-
-    @property
-    def facts(self) -> dict[str, Any]:
-        """What a record says of the model."""
-        names = ("set", "kind", "variant", "seed", "control")
-        return {name: getattr(self, name) for name in names} | {"languages": list(self.languages)}
 
 
 @dataclass(frozen=True)
@@ -94,52 +82,20 @@ def expand(config: StudyConfig, corpora: Corpora, deepspeed_config: str) -> list
     for model in models(config):
         pretrain = _job("pretrain", model, [_pretraining(config, model, corpora)], (), deepspeed, config.ranks)
         found.append(pretrain)
-        parts: dict[Kind, list[Unit]] = {"finetune": [*_finetunings(config, model)], "analyze": [*_analyses(config, model)]}
+        parts: dict[Kind, list[Unit]] = {
+            "finetune": [*_finetunings(config, model)],
+            "analyze": [*_analyses(config, model)],
+        }
         for kind, units in parts.items():
             if units:
                 found.append(_job(kind, model, units, (pretrain,), deepspeed, config.ranks))
     if together := [a for a in config.analyses if a.analysis == "interference"]:
         compared = tuple(job for job in found if _is_compared(job.model) and job.kind != "analyze")
         model = Model("all", "study", tuple(config.languages), "all", config.seeds[0])
-        found.append(_job("analyze", model, [_interference(together[0], model, compared)], compared, deepspeed, config.ranks))
+        found.append(
+            _job("analyze", model, [_interference(together[0], model, compared)], compared, deepspeed, config.ranks)
+        )
     return found
-
-
-def models(config: StudyConfig) -> list[Model]:
-    """Every model of the grid once: monolingual ones are shared by the sets that need them."""
-    found: dict[tuple[Any, ...], Model] = {}
-
-    def add(model: Model) -> None:
-        found.setdefault((model.name,), model)
-
-    for seed in config.seeds:
-        for group in config.sets:
-            limits = tuple(sorted(group.limits.items()))
-            if config.mono and group.kind in ("pair", "low"):
-                for language in group.languages:
-                    add(_mono(language, group, seed))
-            common = (group.name, group.kind, tuple(group.languages))
-            for variant in config.variants_of(group):
-                settings = tuple(group.settings)
-                add(Model(*common, variant, seed, settings, limits))
-                if variant.startswith("meta_") and group.kind == "pair":
-                    if config.controls.direct:
-                        add(Model(*common, variant, seed, (*settings, "meta.terms=direct"), limits, "direct"))
-                    if config.controls.compute:
-                        steps = _steps(config, settings) * config.controls.compute
-                        more = (*settings, f"train.steps={round(steps)}")
-                        add(Model(*common, variant.removeprefix("meta_"), seed, more, limits, "compute"))
-    return list(found.values())
-
-
-def _mono(language: str, group: SetSection, seed: int) -> Model:
-    kept = group.limits.get(language)
-    limits = ((language, kept),) if kept else ()
-    return Model(f"{language}@{kept}" if kept else language, "mono", (language,), "mono", seed, (), limits)
-
-
-def _steps(config: StudyConfig, settings: Sequence[str]) -> int:
-    return load_config([*config.recipes], [*config.settings, *settings]).train.steps
 
 
 # --- units -------------------------------------------------------------------------------------------------------------
@@ -159,7 +115,10 @@ def _finetunings(config: StudyConfig, model: Model) -> Iterator[Unit]:
             targets = [source]
             if source == config.source:  # beside the source itself, zero-shot; the monolingual model shows the floor
                 targets = config.languages if model.kind == "mono" else list(model.languages)
-            files = {"train": {source: _data(config, task, "train", source)}, "dev": {source: _data(config, task, "dev", source)}}
+            files = {
+                "train": {source: _data(config, task, "train", source)},
+                "dev": {source: _data(config, task, "dev", source)},
+            }
             files["test"] = {code: place for code in targets if (place := _data(config, task, "test", code))}
             settings = [*task.settings, f"task={task.task}", f"finetune.seeds={model.seed}"]
             settings += [f"finetune.unseen={source}"] * (model.kind == "mono")
@@ -225,7 +184,10 @@ def _interference(found: AnalysisSection, model: Model, jobs: tuple[Job, ...]) -
         )  # fmt: skip
 
     settings = [*found.settings, "analysis=interference"]
-    settings += [f"interference.{key}={folders('pretrain', {kind})}" for key, kind in (("mono", "mono"), ("joint", "pair"), ("larger", "many"))]
+    settings += [
+        f"interference.{key}={folders('pretrain', {kind})}"
+        for key, kind in (("mono", "mono"), ("joint", "pair"), ("larger", "many"))
+    ]
     settings.append(f"interference.tasks={folders('finetune', {'mono', 'pair', 'many'})}")
     settings = [setting for setting in settings if not setting.endswith("=")]
     facts = model.facts | {"analysis": "interference"}
@@ -233,12 +195,21 @@ def _interference(found: AnalysisSection, model: Model, jobs: tuple[Job, ...]) -
 
 
 def _arguments(recipes: Sequence[str], settings: Sequence[str]) -> tuple[str, ...]:
-    return tuple(word for flag, values in (("--recipe", recipes), ("--set", settings)) for v in values for word in (flag, v))
+    return tuple(
+        word for flag, values in (("--recipe", recipes), ("--set", settings)) for v in values for word in (flag, v)
+    )
 
 
 # --- hashes ------------------------------------------------------------------------------------------------------------
 def _job(kind: Kind, model: Model, units: list[Unit], needs: tuple[Job, ...], deepspeed: Any, ranks: int) -> Job:
-    identity = [kind, [[u.name, u.identity] for u in units], [job.digest for job in needs], deepspeed, ranks, code(kind)]
+    identity = [
+        kind,
+        [[u.name, u.identity] for u in units],
+        [job.digest for job in needs],
+        deepspeed,
+        ranks,
+        code(kind),
+    ]
     text = json.dumps(identity, sort_keys=True, default=str)
     name = f"{kind}.{model.name}"
     return Job(name, kind, model, tuple(units), needs, hashlib.sha256(text.encode()).hexdigest())
@@ -266,5 +237,7 @@ def code(kind: Kind) -> str:
     for name in CODE[kind]:
         place = PACKAGE / name
         for path in sorted(place.rglob("*.py")) if place.is_dir() else [place]:
-            found.update(f"{path.relative_to(PACKAGE)}\n{ast.dump(ast.parse(path.read_text(encoding='utf-8')))}\n".encode())
+            found.update(
+                f"{path.relative_to(PACKAGE)}\n{ast.dump(ast.parse(path.read_text(encoding='utf-8')))}\n".encode()
+            )
     return found.hexdigest()

@@ -157,7 +157,9 @@ def _early_loss(path: Path, warmup: int, steps: int) -> float | None:
 def _scores(unit: Unit, summary: dict[str, Any], folder: Path) -> list[Score]:
     found = []
     for language, values in summary["per_seed"].items():
-        others = {name: facts["mean"] for name, facts in summary["metrics"][language].items() if name != summary["metric"]}
+        others = {
+            name: facts["mean"] for name, facts in summary["metrics"][language].items() if name != summary["metric"]
+        }
         counts = folder / "counts" / f"seed{unit.facts['seed']}" / f"{language}.csv"
         found.append(
             Score(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -61,12 +62,19 @@ def write_job(job: Job, config: StudyConfig, output: Path, deepspeed_config: str
     """The job's folder with its job.json."""
     folder = output / job.folder
     folder.mkdir(parents=True, exist_ok=True)
-    places = [output / need.folder / "model" for need in job.needs if need.kind == "pretrain" and need.model == job.model]
+    places = [
+        output / need.folder / "model" for need in job.needs if need.kind == "pretrain" and need.model == job.model
+    ]
     tracking = [f"tracking.enabled={config.tracking.enabled}", f"tracking.experiment={config.tracking.experiment}"]
     tracking += [f"tracking.parent={parent}"] * bool(parent)
     units = []
     for unit in job.units:
-        tags = {"study": config.name, "set": job.model.set, "pair": "-".join(job.model.languages), "seed": job.model.seed}
+        tags = {
+            "study": config.name,
+            "set": job.model.set,
+            "pair": "-".join(job.model.languages),
+            "seed": job.model.seed,
+        }
         tags["variant"] = job.model.variant
         tags |= {name: unit.facts[name] for name in ("control", "task", "train", "analysis") if unit.facts.get(name)}
         settings = [*tracking, *(f"tracking.tags.{name}={value}" for name, value in tags.items())]
@@ -198,7 +206,5 @@ def _stop(slots: Sequence[Slot]) -> None:
 def _signal(slot: Slot, number: int) -> None:
     """To the whole session: launcher and ranks."""
     assert slot.process
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(slot.process.pid, number)
-    except ProcessLookupError:
-        pass

@@ -28,9 +28,13 @@ def submit(
             continue
         words = launch_command(write(job), config.ranks)
         place = words.index("--master_port") + 1
-        line = shlex.join(words).replace(f"--master_port {words[place]}", "--master_port $((20000 + SLURM_JOB_ID % 20000))")
+        line = shlex.join(words).replace(
+            f"--master_port {words[place]}", "--master_port $((20000 + SLURM_JOB_ID % 20000))"
+        )
         after = [ids[need.name] for need in job.needs if need.name in ids]
-        ids[job.name] = _sbatch(job.name, line, config, output / job.folder, f"afterok:{':'.join(after)}" if after else "")
+        ids[job.name] = _sbatch(
+            job.name, line, config, output / job.folder, f"afterok:{':'.join(after)}" if after else ""
+        )
     report = [sys.executable, str(SCRIPT), *again, "--report"]
     dependency = f"afterany:{':'.join(ids.values())}" if ids else ""
     return ids | {"report": _sbatch("report", shlex.join(report), config, output, dependency)}
@@ -42,13 +46,17 @@ def _sbatch(name: str, line: str, config: StudyConfig, folder: Path, dependency:
     options += ["--nodes=1", "--ntasks=1", *config.sbatch]
     script = folder / "submit.sbatch"
     head = "\n".join(f"#SBATCH {option}" for option in options)
-    script.write_text(f"#!/bin/bash\n{head}\ncd {shlex.quote(str(Path.cwd()))}\nexport {STARTED}=$(date +%s)\nexec {line}\n")
+    script.write_text(
+        f"#!/bin/bash\n{head}\ncd {shlex.quote(str(Path.cwd()))}\nexport {STARTED}=$(date +%s)\nexec {line}\n"
+    )
     words = ["sbatch", "--parsable", "--kill-on-invalid-dep=yes"]
     words += [f"--dependency={dependency}"] * bool(dependency)
     try:
         done = subprocess.run([*words, str(script)], capture_output=True, text=True)
     except FileNotFoundError:
-        raise UserError("--executor slurm: no sbatch on PATH; run on a host of the cluster, or with --executor local") from None
+        raise UserError(
+            "--executor slurm: no sbatch on PATH; run on a host of the cluster, or with --executor local"
+        ) from None
     if done.returncode:
         raise UserError(f"sbatch refused {script}: {done.stderr.strip()}; see the recipe's sbatch options")
     return done.stdout.strip().partition(";")[0]

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -93,7 +91,9 @@ def all_tables(records: Records) -> list[Table]:
 def corpora(records: Records) -> Table:
     """Training text, and which tasks have test data."""
     tasks = sorted({score.task for score in records.scores}, key=list(TITLES).index)
-    table = Table(1, "Training text and tasks", ["sentences", "tokens", "paper, M sentences", *(t.upper() for t in tasks)])
+    table = Table(
+        1, "Training text and tasks", ["sentences", "tokens", "paper, M sentences", *(t.upper() for t in tasks)]
+    )
     rows = []
     for language, facts in records.sizes.items():
         cells = [Cell(text=f"{facts[name]:,}") for name in ("sentences", "tokens")]
@@ -142,14 +142,18 @@ def value(score: Score, metric: str) -> float:
 
 def rows_of(records: Records, setting: str) -> list[str]:
     """Names of the rows there are scores for: the paper's, then controls, then floors."""
-    found = dict.fromkeys(s.variant + (f"-{s.control}" if s.control else "") for s in records.scores if s.kind == "pair")
+    found = dict.fromkeys(
+        s.variant + (f"-{s.control}" if s.control else "") for s in records.scores if s.kind == "pair"
+    )
     known = [row for row in paper.ROWS if row in found or row in ("mono", "xlm")]
     known = [row for row in known if row != "mono" or setting == paper.WITHIN]
     others = [row for row in found if row not in known and not row.endswith("freeze")]
     return known + others + (["unseen"] if setting == paper.ZERO_SHOT else []) + ["majority"]
 
 
-def main_table(records: Records, number: int, title: str, columns: Sequence[tuple[str, str]], *, within: bool = True) -> Table:
+def main_table(
+    records: Records, number: int, title: str, columns: Sequence[tuple[str, str]], *, within: bool = True
+) -> Table:
     """Rows are models, columns the target languages and their average, for each (task, metric)."""
     pairs = targets(records)
     several = len(columns) > 1
@@ -169,18 +173,16 @@ def main_table(records: Records, number: int, title: str, columns: Sequence[tupl
             if any(cell.values for cell in cells):
                 rows.append((NAMES.get(row, f"+ {row.replace('_', ' ')}"), cells))
         table.blocks.append((f"{setting}{' language' if setting == paper.WITHIN else ''}", _best(rows)))
-    table.notes.append(f"† differs from JointPair (paired bootstrap over examples and seeds, p < {SIGNIFICANT:g}); bold: best")
-    table.notes += [
-        f"{'/'.join(key[2:])}: {why}" for key, why in paper.MISPRINTS.items() if (*key[:2], key[4]) in at
-    ]
+    table.notes.append(
+        f"† differs from JointPair (paired bootstrap over examples and seeds, p < {SIGNIFICANT:g}); bold: best"
+    )
+    table.notes += [f"{'/'.join(key[2:])}: {why}" for key, why in paper.MISPRINTS.items() if (*key[:2], key[4]) in at]
     if any(s.kind == "many" for s in records.scores):
         table.notes.append("XLM: ours is joint training over all languages of the study, at the larger size")
     return table
 
 
-def _cell(
-    records: Records, row: str, setting: str, task: str, metric: str, code: str, pairs: dict[str, str]
-) -> Cell:
+def _cell(records: Records, row: str, setting: str, task: str, metric: str, code: str, pairs: dict[str, str]) -> Cell:
     known = paper.SCORES.get((task, metric, setting, row, code))
     if code == "avg":
         here = [c for c in pairs if any(s.task == task and s.language == c for s in records.scores)]
@@ -263,7 +265,9 @@ def sizes(records: Records) -> Table:
     lows = {s.set: s for s in records.scores if s.kind == "low"}
     pairs = targets(records)
     tasks = [task for task in TITLES if any(s.kind == "low" and s.task == task for s in records.scores)]
-    columns = [(task, group, lows[group].languages[1]) for task in tasks for group in lows if lows[group].languages[1] in pairs]
+    columns = [
+        (task, group, lows[group].languages[1]) for task in tasks for group in lows if lows[group].languages[1] in pairs
+    ]
     head = [f"{task.upper()} {code}{suffix}" for task, _, code in columns for suffix in ("", " (low)")]
     table = Table(5, "Corpus size", head)
     limited = {m.languages[0]: m.set for m in records.models if m.kind == "mono" and "@" in m.set}
@@ -285,58 +289,8 @@ def sizes(records: Records) -> Table:
                     cells.append(Cell(tuple(s.score for s in found), paper_value))
             rows.append((NAMES[row], cells))
         table.blocks.append((f"on {records.source}" if on_source else "on the partner", rows))
-    table.notes = [f"{name}: {', '.join(score.languages)}, of which {limited.get(score.languages[1], '')} sentences" for name, score in lows.items()]
+    table.notes = [
+        f"{name}: {', '.join(score.languages)}, of which {limited.get(score.languages[1], '')} sentences"
+        for name, score in lows.items()
+    ]
     return table
-
-
-# --- forms -------------------------------------------------------------------------------------------------------------
-def markdown(table: Table) -> str:
-    lines = [f"## Table {table.number}. {table.title}", "", f"| | {' | '.join(table.head)} |", "|---" * (len(table.head) + 1) + "|"]
-    for block, rows in table.blocks:
-        if block:
-            lines.append(f"| *{block}* |{' |' * len(table.head)}")
-        for name, cells in rows:
-            shown = [cell.shown(lambda text: f"**{text}**") for cell in cells]
-            lines.append(f"| {name} | {' | '.join(shown)} |")
-    return "\n".join([*lines, "", *(f"- {note}" for note in table.notes)]) + "\n"
-
-
-def comma_separated(table: Table) -> str:
-    """A line a cell: block, row, column, mean, std, seeds, paper, best, mark."""
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(["block", "row", "column", "mean", "std", "seeds", "paper", "best", "mark"])
-    for block, name, column, cell in _cells(table):
-        numbers: list[Any] = ["" if x is None else f"{x:.4f}" for x in (cell.mean, cell.std)]
-        known = "" if cell.paper is None else cell.paper
-        if cell.text:
-            numbers[0] = cell.text
-        writer.writerow([block, name, column, *numbers, len(cell.values), known, int(cell.best), cell.mark])
-    return out.getvalue()
-
-
-def _cells(table: Table) -> Iterable[tuple[str, str, str, Cell]]:
-    for block, rows in table.blocks:
-        for name, cells in rows:
-            yield from ((block, name, column, cell) for column, cell in zip(table.head, cells, strict=True))
-
-
-def latex(table: Table) -> str:
-    """A `table` environment (packages booktabs and amssymb)."""
-    def escaped(text: str) -> str:
-        for a, b in (("\\", r"\textbackslash "), ("&", r"\&"), ("%", r"\%"), ("_", r"\_"), ("#", r"\#"), ("±", r"$\pm$"), ("†", r"$^\dagger$"), ("✓", r"$\checkmark$")):  # fmt: skip
-            text = text.replace(a, b)
-        return text
-
-    lines = [r"\begin{table}", r"\centering", rf"\caption{{{escaped(table.title)}}}", rf"\label{{tab:{table.name}}}"]
-    lines += [rf"\begin{{tabular}}{{l{'r' * len(table.head)}}}", r"\toprule", " & ".join(["", *map(escaped, table.head)]) + r" \\"]
-    for block, rows in table.blocks:
-        lines.append(r"\midrule")
-        if block:
-            lines.append(rf"\multicolumn{{{len(table.head) + 1}}}{{l}}{{\emph{{{escaped(block)}}}}} \\")
-        for name, cells in rows:
-            shown = [cell.shown(lambda text: "<b>" + text + "</b>") for cell in cells]
-            bold = [escaped(text).replace("<b>", r"\textbf{").replace("</b>", "}") for text in shown]
-            lines.append(" & ".join([escaped(name), *bold]) + r" \\")
-    lines += [r"\bottomrule", r"\end{tabular}", *(rf"\par\footnotesize {escaped(note)}" for note in table.notes), r"\end{table}"]
-    return "\n".join(lines) + "\n"

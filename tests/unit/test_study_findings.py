@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from mlinterf_ds.study.findings import all_findings, markdown
+from mlinterf_ds.study.claims import all_findings
+from mlinterf_ds.study.findings import markdown
 from mlinterf_ds.study.records import Records
 from mlinterf_ds.study.statistics import bootstrap_p, combined, effect, f1, negligible, positive
 from tests.study_records import planted
@@ -46,7 +47,10 @@ def test_planted_effects_are_measured() -> None:
 
 
 def test_the_opposite_fails() -> None:
-    worse = {name: (-3.0, 0.0) for name in ("ffn", "attn", "adpt", "share_adpt")} | {"meta_adpt": (-1.0, 3.0), "joint": (0.0, 4.0)}
+    worse = dict.fromkeys(("ffn", "attn", "adpt", "share_adpt"), (-3.0, 0.0)) | {
+        "meta_adpt": (-1.0, 3.0),
+        "joint": (0.0, 4.0),
+    }
     found = verdicts(planted(shifts=worse, mono=-8.0, low=4.0, far=4.0))
     fails = {name for name, verdict in found.items() if verdict == "fails"}
     assert {"mono_beats_joint_within", "joint_beats_mono_at_low_resource", "distance_worsens_interference"} <= fails

@@ -18,7 +18,9 @@ ROOT = Path(__file__).resolve().parents[2]
 ZERO1 = str(ROOT / "ds_configs" / "zero1.json")
 
 
-def expanded(*recipes: str, settings: list[str] | None = None, deepspeed: str = ZERO1, output: str = "nowhere") -> list[plan.Job]:
+def expanded(
+    *recipes: str, settings: list[str] | None = None, deepspeed: str = ZERO1, output: str = "nowhere"
+) -> list[plan.Job]:
     config = load_config([*recipes], settings or [], StudyConfig)
     return plan.expand(config, Corpora(config, Path(output)), deepspeed)
 
@@ -30,7 +32,9 @@ def jobs() -> list[plan.Job]:
 
 def test_the_cpu_study_is_what_the_issue_asks_for(jobs: list[plan.Job]) -> None:
     assert len(jobs) <= 150
-    pairs = {(j.model.set, j.model.variant, j.model.seed) for j in jobs if j.kind == "pretrain" and j.model.kind == "pair"}
+    pairs = {
+        (j.model.set, j.model.variant, j.model.seed) for j in jobs if j.kind == "pretrain" and j.model.kind == "pair"
+    }
     variants = ("joint", "ffn", "attn", "adpt", "share_adpt", "meta_adpt")
     assert pairs == {(s, v, seed) for s in ("close", "far") for v in variants for seed in (0, 1, 2)}
     tasks = {u.facts["task"] for j in jobs if j.kind == "finetune" for u in j.units}
@@ -58,7 +62,9 @@ def test_what_is_fine_tuned_and_tested(jobs: list[plan.Job]) -> None:
 
     joint = units("joint.far.seed1")
     assert set(joint) == {"ner-syn", "ner-syn-far", "pos-syn", "pos-syn-far", "qa-syn", "qa-syn-far", "nli-syn"}
-    assert tested(joint["ner-syn"]) == ["syn=synthetic", "syn-far=synthetic"] and tested(joint["ner-syn-far"]) == ["syn-far=synthetic"]
+    assert tested(joint["ner-syn"]) == ["syn=synthetic", "syn-far=synthetic"] and tested(joint["ner-syn-far"]) == [
+        "syn-far=synthetic"
+    ]
     assert "finetune.seeds=1" in joint["ner-syn"].arguments
     floor = units("mono.syn.seed0")["pos-syn"]  # a model that never saw the other languages
     assert len(tested(floor)) == 4 and "finetune.unseen=syn" in floor.arguments
@@ -121,7 +127,9 @@ def test_a_changed_data_file_changes_the_fine_tunings_that_read_it(tmp_path: Pat
     first = found()
     file.write_text("two")
     second = found()
-    assert {name for name in first if first[name] != second[name]} == {name for name in first if name.startswith("finetune")}
+    assert {name for name in first if first[name] != second[name]} == {
+        name for name in first if name.startswith("finetune")
+    }
     file.unlink()
     with pytest.raises(UserError, match=r"en\.txt.*No such file"):
         found()
@@ -176,6 +184,8 @@ def test_cost_follows_what_finished_jobs_took(tmp_path: Path) -> None:
         (tmp_path / job.folder / "done.json").write_text(json.dumps({"units": units, "startup": 7.0, "seconds": 11.0}))
     found = cost.Calibration.of(jobs, tmp_path)
     assert (found.measured, found.startup, found.unit["pos"]) == (2, 7.0, 3.0)
-    assert found.seconds(pretrain) == pytest.approx(7 + 4) and found.seconds(finetune) == pytest.approx(7 + 3 * len(finetune.units))
+    assert found.seconds(pretrain) == pytest.approx(7 + 4) and found.seconds(finetune) == pytest.approx(
+        7 + 3 * len(finetune.units)
+    )
     text = cost.show(jobs, tmp_path, slots=2)
     assert "8 launches, 8 to do" in text and "by 2 finished jobs" in text

@@ -71,7 +71,9 @@ def test_a_larger_study_runs_only_what_is_new(whole: Path) -> None:
     assert fake_launcher.study(str(whole), "seeds=0,1") == 0  # and leaves the smaller one's report as it was
 
 
-def test_a_failed_job_is_isolated_and_tried_again(whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_failed_job_is_isolated_and_tried_again(
+    whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     wanted = tables(whole)
     (tmp_path / "broken").write_text("pretrain.adpt.close.seed1")
     assert fake_launcher.study(str(tmp_path), "seeds=0,1") == 1
@@ -164,7 +166,9 @@ def test_slurm_jobs_depend_on_what_they_need(slurm: Path, tmp_path: Path) -> Non
     assert f"--dependency=afterany:{everything} " in lines["report"]
     script = Path(lines["finetune.joint.close.seed0"].split()[-1]).read_text()
     assert "#SBATCH --partition=cpu" in script and "#SBATCH --job-name=study_ci.finetune.joint.close.seed0" in script
-    assert re.search(r"exec \S*deepspeed --num_gpus 1 --master_port \$\(\(.*\)\) \S*launch/study.py --job \S*finetune.joint", script)
+    assert re.search(
+        r"exec \S*deepspeed --num_gpus 1 --master_port \$\(\(.*\)\) \S*launch/study.py --job \S*finetune.joint", script
+    )
     assert "--report" in Path(lines["report"].split()[-1]).read_text()
     assert subprocess.run(["bash", "-n", lines["report"].split()[-1]]).returncode == 0
 
