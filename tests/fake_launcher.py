@@ -44,7 +44,7 @@ def job(folder: Path) -> int:
         tests = [value.split("=")[0] for flag, value in pairs if flag == "--test"]
         make = {"pretrain": pretrained, "finetune": finetuned, "analyze": analysed}[facts["kind"]]
         (folder / unit["name"]).mkdir(exist_ok=True)
-        summary = make(folder.name.partition("-")[0] + unit["name"], settings, tests)
+        summary = make(unit["name"], settings, tests)
         (folder / unit["name"] / "summary.json").write_text(json.dumps(summary))
         units[unit["name"]] = {"state": "finished", "seconds": PAUSE}
     (folder / "done.json").write_text(json.dumps({"units": units, "seconds": 1.0, "startup": 0.5}))

@@ -106,7 +106,7 @@ def _pretraining(config: StudyConfig, model: Model, corpora: Corpora) -> Unit:
     run = load_config([*config.recipes], settings, RunConfig)
     tokens = run.train.steps * run.train.batch * run.data.sequence_length
     facts = model.facts | {"tokens": tokens, "steps": run.train.steps, "warmup": run.train.warmup}
-    return Unit("model", _arguments(config.recipes, settings), facts, [_kept(run), model.limits, manifest])
+    return Unit(model.name, _arguments(config.recipes, settings), facts, [_kept(run), model.limits, manifest])
 
 
 def _finetunings(config: StudyConfig, model: Model) -> Iterator[Unit]:
@@ -119,7 +119,9 @@ def _finetunings(config: StudyConfig, model: Model) -> Iterator[Unit]:
                 "train": {source: _data(config, task, "train", source)},
                 "dev": {source: _data(config, task, "dev", source)},
             }
-            files["test"] = {code: place for code in targets if (place := _data(config, task, "test", code))}
+            places = {code: _data(config, task, "test", code) for code in targets}
+            # a share of a language's training data tests only what was trained on the rest of them
+            files["test"] = {code: p for code, p in places.items() if p and (p != "split" or code == source)}
             settings = [*task.settings, f"task={task.task}", f"finetune.seeds={model.seed}"]
             settings += [f"finetune.unseen={source}"] * (model.kind == "mono")
             yield _finetuning(task, source, files, settings, model, "")
@@ -154,7 +156,8 @@ def _finetuning(
         arguments += tuple(word for code, place in chosen.items() for word in (f"--{split}", f"{code}={place}"))
     facts = model.facts | {"task": task.task, "train": source, "control": control or model.control}
     data = {f"{split} {code}": _digest(place) for split, chosen in files.items() for code, place in chosen.items()}
-    return Unit(f"{task.task}-{source}{'-' + control if control else ''}", arguments, facts, [_kept(run), data])
+    label = f"{task.task}-{source}{'-' + control if control else ''}.{model.name}"
+    return Unit(label, arguments, facts, [_kept(run), data])
 
 
 def _analyses(config: StudyConfig, model: Model) -> Iterator[Unit]:
@@ -165,7 +168,7 @@ def _analyses(config: StudyConfig, model: Model) -> Iterator[Unit]:
             settings = [*found.settings, f"analysis={found.analysis}"]
             run = load_config([], [*settings, "checkpoint=model"], AnalyzeConfig)
             facts = model.facts | {"analysis": found.analysis}
-            yield Unit(found.analysis, _arguments([], settings), facts, [_kept(run)])
+            yield Unit(f"{found.analysis}.{model.name}", _arguments([], settings), facts, [_kept(run)])
 
 
 def _is_compared(model: Model) -> bool:
@@ -191,7 +194,7 @@ def _interference(found: AnalysisSection, model: Model, jobs: tuple[Job, ...]) -
     settings.append(f"interference.tasks={folders('finetune', {'mono', 'pair', 'many'})}")
     settings = [setting for setting in settings if not setting.endswith("=")]
     facts = model.facts | {"analysis": "interference"}
-    return Unit("interference", _arguments([], settings), facts, [found.settings])
+    return Unit("interference.all", _arguments([], settings), facts, [found.settings])
 
 
 def _arguments(recipes: Sequence[str], settings: Sequence[str]) -> tuple[str, ...]:

@@ -55,7 +55,7 @@ def test_shared_work_is_done_once_and_in_order(jobs: list[plan.Job]) -> None:
 
 def test_what_is_fine_tuned_and_tested(jobs: list[plan.Job]) -> None:
     def units(name: str) -> dict[str, plan.Unit]:
-        return {u.name: u for j in jobs if j.name == f"finetune.{name}" for u in j.units}
+        return {u.name.split(".")[0]: u for j in jobs if j.name == f"finetune.{name}" for u in j.units}
 
     def tested(unit: plan.Unit) -> list[str]:
         return [b for a, b in zip(unit.arguments, unit.arguments[1:], strict=False) if a == "--test"]

@@ -176,7 +176,7 @@ def test_slurm_jobs_depend_on_what_they_need(slurm: Path, tmp_path: Path) -> Non
 def test_slurm_submits_only_what_is_not_finished(slurm: Path, tmp_path: Path) -> None:
     out = tmp_path / "study"
     assert fake_launcher.study(str(out)) == 0
-    (broken,) = out.glob("jobs/finetune.adpt.close.seed0-*/pos-syn/summary.json")
+    (broken,) = out.glob("jobs/finetune.adpt.close.seed0-*/pos-syn.*/summary.json")
     broken.unlink()
     assert submit(out) == 0
     ids = json.loads((out / "slurm.json").read_text())
