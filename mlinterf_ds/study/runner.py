@@ -63,7 +63,9 @@ def write_job(job: Job, config: StudyConfig, output: Path, deepspeed_config: str
     folder = output / job.folder
     folder.mkdir(parents=True, exist_ok=True)
     places = [
-        output / need.folder / need.units[0].name for need in job.needs if need.kind == "pretrain" and need.model == job.model
+        output / need.folder / need.units[0].name
+        for need in job.needs
+        if need.kind == "pretrain" and need.model == job.model
     ]
     tracking = [f"tracking.enabled={config.tracking.enabled}", f"tracking.experiment={config.tracking.experiment}"]
     tracking += [f"tracking.parent={parent}"] * bool(parent)

@@ -77,12 +77,11 @@ def bootstrap_p(
     total = np.zeros(resamples)
     for left, right in zip(ours, theirs, strict=True):
         seeds, examples = left.shape[:2]
-        for number in range(resamples):
-            rows = draw.integers(examples, size=examples)
-            runs = draw.integers(seeds, size=seeds)
-            weights = np.bincount(rows, minlength=examples)
-            chosen = f1(np.einsum("e,sec->sc", weights, left)), f1(np.einsum("e,sec->sc", weights, right))
-            total[number] += float((chosen[0] - chosen[1])[runs].mean())
+        rows = draw.integers(examples, size=(resamples, examples)) + examples * np.arange(resamples)[:, None]
+        times = np.bincount(rows.ravel(), minlength=rows.size).reshape(rows.shape).astype(float)  # each is drawn
+        runs = draw.integers(seeds, size=(resamples, seeds))
+        scores = [f1(np.tensordot(times, side, axes=(1, 1))) for side in (left, right)]  # (resamples, seeds)
+        total += np.take_along_axis(scores[0] - scores[1], runs, axis=1).mean(axis=1)
     below = (np.sum(total <= 0) + 1) / (resamples + 1)
     above = (np.sum(total >= 0) + 1) / (resamples + 1)
     return float(min(1.0, 2 * min(below, above)))
