@@ -27,6 +27,7 @@ from mlinterf_ds.study.config import SYNTHETIC, StudyConfig
 from mlinterf_ds.study.corpora import Corpora
 from mlinterf_ds.study.records import Records, collect
 from mlinterf_ds.tracking import Tracker, environment_facts
+from mlinterf_ds.tracking.facts import first_line
 from mlinterf_ds.tracking.sender import PENDING
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -100,6 +101,8 @@ class Study:
                 return 0
             outcomes = runner.run(self.jobs, self.config, self.output, write)
             failed = self.report(outcomes)
+            if parent:
+                self._register(parent)
             status = "FAILED" if failed else "FINISHED"
             return failed
         except KeyboardInterrupt:
@@ -153,7 +156,7 @@ class Study:
         for row in lost:
             print(f"{row['job']}: {row['state']}: {row['reason']}")
         counts = {verdict: sum(c.verdict == verdict for c in tested) for verdict in ("holds", "fails", "undecided")}
-        print(", ".join(f"{count} claims {verdict}" for verdict, count in counts.items()))
+        print("claims: " + ", ".join(f"{count} {verdict}" for verdict, count in counts.items()))
         print(f"{self.output}/report.html, tables/, findings.md, records.json", flush=True)
         return int(bool(lost))
 
@@ -181,6 +184,17 @@ class Study:
         run_id = self.tracker.run_id
         write_json(path, {"run_id": run_id, "config": self.config.model_dump()})
         return None if run_id is None or run_id.startswith(PENDING) else run_id
+
+    def _register(self, run_id: str) -> None:
+        """The best model, in MLflow's registry; what goes wrong there costs no study."""
+        from mlinterf_ds.study.registry import register
+
+        try:
+            print(
+                register(Records.load(self.output / "records.json"), self.config.name, self.output, run_id), flush=True
+            )
+        except Exception as error:
+            print(f"warning: no model was registered: {first_line(error)}", flush=True)
 
     def _track(self, claims: Sequence[Any]) -> None:
         step = sum(runner.is_finished(job, self.output) for job in self.jobs)  # reports of a study that grows

@@ -53,7 +53,7 @@ def work(folder: Path) -> int:
                 units[unit["name"]] = facts | {"seconds": round(time.time() - clock, 2)}
                 if first:
                     write_json(folder / DONE, {"units": units})
-        if first:
+        if first and busy:
             total = time.time() - started
             write_json(folder / DONE, {"units": units, "seconds": round(total, 2), "startup": round(total - busy, 2)})
     return int(any(facts["state"] == "failed" for facts in units.values()))

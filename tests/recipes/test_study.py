@@ -96,3 +96,20 @@ def test_mlflow_nests_jobs_under_the_study(folder: Path) -> None:
     assert named["study_ci"].info.status == "FINISHED"
     names = {artifact.path for artifact in client.list_artifacts(top)}
     assert {"report.html", "findings.md", "records.json"} <= names
+
+
+def test_the_best_model_is_registered_and_fills_masks(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import mlflow
+    import pandas
+
+    uri = f"sqlite:///{folder}/mlflow.db"
+    mlflow.set_tracking_uri(uri)
+    monkeypatch.chdir(folder)  # where the artifacts are
+    client = mlflow.MlflowClient(uri)
+    version = max(client.search_model_versions("name='study_ci'"), key=lambda found: int(found.version))
+    assert version.tags["variant"] in ("joint", "adpt") and "Departures from the paper" in version.description
+    model = mlflow.pyfunc.load_model(f"models:/study_ci/{version.version}")
+    assert [column.name for column in model.metadata.signature.inputs.inputs] == ["text", "language"]
+    given = pandas.DataFrame({"text": ["<mask> .", "."], "language": ["syn", "syn-close"]})
+    filled = model.predict(given)
+    assert len(filled) == 2 and "<mask>" not in filled[0] and filled[1] == "."
