@@ -304,3 +304,24 @@ def test_mistakes_are_named() -> None:
         model.hidden(tokens, torch.tensor([0]), (0,))
     with pytest.raises(AssertionError, match="bogus"):
         encoder("bogus")
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_written_out_equals_torchs_kernel(masked: bool) -> None:
+    """16 bits take the written-out products on a CPU: within their round-off of float64, as torch's kernel is."""
+    from mlinterf_ds.model.attention import attend
+
+    query, key, value = torch.randn(3, 2, 4, 12, 16, dtype=torch.float64)
+    mask = torch.rand(2, 1, 1, 12) < 0.7 if masked else None
+    wanted = torch.nn.functional.scaled_dot_product_attention(query, key, value, mask)
+    found = attend(query.bfloat16(), key.bfloat16(), value.bfloat16(), mask, 0.0)
+    assert found.dtype is torch.bfloat16 and (found.double() - wanted).abs().max() < 0.03
+
+
+def test_attention_dropout_keeps_the_mean() -> None:
+    from mlinterf_ds.model.attention import attend
+
+    query, key, value = torch.randn(3, 512, 1, 8, 4)
+    query[:], key[:], value[:] = query[:1].clone(), key[:1].clone(), value[:1].clone()  # one row, many draws
+    whole, dropped = (attend(query, key, value, None, p) for p in (0.0, 0.5))
+    assert (dropped.mean(0) - whole.mean(0)).abs().max() < 0.15 and not torch.equal(dropped[0], dropped[1])
