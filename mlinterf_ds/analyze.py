@@ -97,12 +97,17 @@ def material(
     except UserError as error:
         remedy = "" if config.corpus else f" (the corpus that {pretrained.path} names; --set corpus= names another)"
         raise UserError(f"{error}{remedy}") from None
-    if (corpus.folder / "tokenizer.model").read_bytes() != (pretrained.path / "tokenizer.model").read_bytes():
-        raise UserError(
-            f"{corpus.folder}: its vocabulary is not that of {pretrained.path}: prepare the text with that vocabulary "
-            "or leave corpus out"
-        )
+    check_vocabulary(corpus.folder, pretrained)
     return corpus, languages
+
+
+def check_vocabulary(corpus: Path, pretrained: Pretrained) -> None:
+    """UserError unless the corpus was prepared with the checkpoint's vocabulary."""
+    if (corpus / "tokenizer.model").read_bytes() != (pretrained.path / "tokenizer.model").read_bytes():
+        raise UserError(
+            f"{corpus}: its vocabulary is not that of {pretrained.path}: prepare the text with that vocabulary or leave "
+            "corpus out"
+        )
 
 
 def open_tracker(config: AnalyzeConfig, pretrained: Pretrained | None, output: Path) -> Tracker:

@@ -3,6 +3,7 @@
 python tools/bench.py step        our step against transformers' XLM-RoBERTa and the step's bare matrix products
 python tools/bench.py meta        a meta step in plain steps: central, one-sided, by number of languages; memory
 python tools/bench.py languages   a step with 100 languages in the model against 2, on two ranks
+python tools/bench.py conflict    the projected gradients' similarities of 32 languages beside the gradients themselves
 """
 
 from __future__ import annotations
@@ -310,6 +311,35 @@ def bench_languages(options: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
+def bench_conflict(options: argparse.Namespace) -> dict[str, Any]:
+    """The paper's model: two gradients of `--rows` sequences for each language, projected one after another."""
+    from mlinterf_ds.analysis.gradients import DRAWS, Draws, gradient
+    from mlinterf_ds.analysis.similarity import DIMENSION, measure
+
+    count = options.languages[-1]
+    settings = ["variant=joint", *shapes(options), "meta.languages_per_step=2"]
+    engine, _, _ = build(options, CODES[:count], "paper", settings, "zero0")
+    config = engine.config.conflict.model_copy(update={"sequences": options.rows, "micro_batch": options.rows})
+    corpus = Made(CODES[:count], options.vocabulary)
+    draws = Draws(
+        corpus, corpus.languages, corpus.languages, config=config, length=options.length, mask_share=0.15, seed=0,
+        engine=engine,
+    )  # fmt: skip
+    for _ in range(2):
+        gradient(engine, draws.batches("l0", 0, 0))  # to warm up
+    _, costs = measure(engine, draws, DIMENSION, seed=0)
+    gradients = DRAWS * count
+    return {
+        "languages": count,
+        "sequences of a gradient": options.rows,
+        "times the gradients alone": costs["ratio"],
+        "seconds of a gradient": costs["seconds_gradients"] / gradients,
+        "seconds of a similarity": costs["seconds_similarity"] / gradients,  # its share of the products included
+        "MB held beyond a gradient": costs["bytes_held"] / 1e6,
+        "MB peak beyond a gradient": costs["bytes_peak_increase"] / 1e6,
+    }
+
+
 def show(tree: dict[str, Any], indent: int = 0) -> None:
     for name, value in tree.items():
         if isinstance(value, dict) and set(value) == {"median", "least", "most"}:
@@ -323,25 +353,27 @@ def show(tree: dict[str, Any], indent: int = 0) -> None:
 
 def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     found = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    found.add_argument("mode", choices=["step", "meta", "languages"], nargs="?", default="step")
+    found.add_argument("mode", choices=["step", "meta", "languages", "conflict"], nargs="?", default="step")
     found.add_argument(
-        "--rows", type=int, help="rows of a batch (default: step 16, meta 32 and as many validation rows)"
+        "--rows", type=int, help="rows of a batch (default: step 16, meta 32 and as many validation rows, conflict 64)"
     )
     found.add_argument("--length", type=int, default=128, help="tokens of a row")
-    found.add_argument("--vocabulary", type=int, help="pieces (default: step and meta 32000, languages 2000)")
+    found.add_argument("--vocabulary", type=int, help="pieces (default: 32000, languages 2000)")
     found.add_argument(
         "--precision", choices=["fp32", "bf16", "fp16"], default="fp32", help="of weights and arithmetic"
     )
     found.add_argument("--dropout", type=float, default=0.1, help="all dropout rates")
     found.add_argument("--variant", default="joint", help="of `step`")
-    found.add_argument("--languages", type=int, nargs="+", default=[2, 8, 32], help="of `meta`")
+    found.add_argument(
+        "--languages", type=int, nargs="+", default=[2, 8, 32], help="of `meta`; `conflict` takes the last"
+    )
     found.add_argument("--rounds", type=int, default=7, help="times that each is measured")
     found.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of all ranks together")
     found.add_argument("--set", action="append", default=[], metavar="key=value", help="change the recipe's shapes")
     found.add_argument("--profile", action="store_true", help="also print our step's operators by their own time")
     found.add_argument("--json", type=Path, help="write the result here too")
     options = found.parse_args(words)
-    options.rows = options.rows or (32 if options.mode == "meta" else 16)
+    options.rows = options.rows or {"meta": 32, "conflict": 64}.get(options.mode, 16)
     options.vocabulary = options.vocabulary or (2000 if options.mode == "languages" else 32_000)
     return options
 
@@ -357,7 +389,7 @@ def main(words: Sequence[str] | None = None) -> dict[str, Any]:
         host = get_accelerator().device_name() == "cpu"
         if host and options.precision == "bf16" and not bf16_arithmetic():
             print("warning: this processor emulates bf16, some 100 times slower than fp32", file=sys.stderr)
-    modes = {"step": bench_step, "meta": bench_meta, "languages": bench_languages}
+    modes = {"step": bench_step, "meta": bench_meta, "languages": bench_languages, "conflict": bench_conflict}
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
     machine = {"device": device, "threads": options.threads}
     facts = machine | {"torch": torch.__version__, "precision": options.precision, "rounds": options.rounds}

@@ -12,8 +12,7 @@ compare with the ceiling, never with 1.
 from __future__ import annotations
 
 import csv
-import io
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from mlinterf_ds.analysis.gradients import COMPONENTS, Draws
 from mlinterf_ds.analysis.job import AnalysisJob
 from mlinterf_ds.analysis.similarity import ALL, Similarity, measure, spread
 from mlinterf_ds.config import ConflictConfig
-from mlinterf_ds.data.files import write_bytes
+from mlinterf_ds.data.files import write_csv
 from mlinterf_ds.data.stream import TokenSource
 from mlinterf_ds.engine.engine import Engine
 from mlinterf_ds.errors import UserError
@@ -89,9 +88,10 @@ def _plain(matrix: np.ndarray) -> list[list[float | None]]:
 def _write(job: AnalysisJob, found: Similarity, summary: Mapping[str, Any]) -> None:
     """Table and figures."""
     codes, parts = list(found.languages), _parts(found)
+    cosines = [(layer, part, found.matrix(layer, part)) for layer, part in found.scopes()]
     rows = [
-        [layer, part, codes[left], codes[right], float(found.matrix(layer, part)[left, right])]
-        for layer, part in found.scopes()
+        [layer, part, codes[left], codes[right], float(matrix[left, right])]
+        for layer, part, matrix in cosines
         for left, right in found.pairs()
     ]
     write_csv(job.output / "similarity.csv", ["layer", "component", "left", "right", "cosine"], rows)
@@ -129,16 +129,6 @@ def _shown(summary: Mapping[str, Any]) -> str:
         f"{costs['seconds_similarity']:.1f} s for their similarities ({costs['sketch']})"
     )
     return "\n".join(lines)
-
-
-def write_csv(path: Path, fields: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    """A table that appears whole or not at all."""
-    buffer = io.StringIO()
-    table = csv.writer(buffer, lineterminator="\n")
-    table.writerow(fields)
-    table.writerows(rows)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_bytes(path, buffer.getvalue().encode())
 
 
 def _draw_runs(job: AnalysisJob) -> dict[str, Any]:

@@ -105,9 +105,11 @@ class Sketch:
 
     def products(self) -> np.ndarray:
         """(G, n, n) inner products of the projections, float64."""
-        sketches = torch.stack(self._kept, dim=1).to(self.device)  # (G, n, k)
-        dist.all_reduce(sketches)
-        found = [sketch.double() @ sketch.double().T for sketch in sketches]
+        found = []
+        for group in range(len(self.groups)):  # one at a time: no second copy of all sketches
+            rows = torch.stack([sketch[group] for sketch in self._kept]).to(self.device)  # (n, k)
+            dist.all_reduce(rows)
+            found.append(rows.double() @ rows.double().T)
         return torch.stack(found).cpu().numpy()
 
 

@@ -6,8 +6,6 @@ middle; numbers in the cells say on which side.
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -19,7 +17,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Colormap, Normalize
 from matplotlib.figure import Figure
 
-from mlinterf_ds.data.files import write_bytes
+from mlinterf_ds.data.files import write_csv
 from mlinterf_ds.report import figures
 
 READABLE = 16  # rows or columns up to which cells carry their numbers
@@ -47,7 +45,8 @@ def heatmaps(
     names = list(matrices)
     values = np.stack([np.asarray(matrices[name], dtype=float) for name in names])  # (panels, rows, columns)
     assert values.shape[1:] == (len(rows), len(columns)), (values.shape, len(rows), len(columns))
-    write_table(path.with_suffix(".csv"), names, values, rows, columns)
+    cells = [[names[p], rows[r], columns[c], float(value)] for (p, r, c), value in np.ndenumerate(values)]
+    write_csv(path.with_suffix(".csv"), ["panel", "row", "column", "value"], cells)
     reach = float(np.nanmax(np.abs(values - middle))) if np.isfinite(values).any() else 1.0
     scale = Normalize(middle - (reach or 1.0), middle + (reach or 1.0))
     most = max(len(rows), len(columns))
@@ -82,9 +81,7 @@ def heading(figure: Figure, title: str, caption: str) -> None:
 
 
 def _colours() -> Colormap:
-    colours = colormaps["PuOr"].copy()
-    colours.set_bad("#D0D0D0")
-    return colours
+    return colormaps["PuOr"].with_extremes(bad="#D0D0D0")
 
 
 def _panel(
@@ -106,16 +103,3 @@ def _panel(
             strong = abs(scale(value) - 0.5) > 0.33  # the ends of the scale are dark
             colour = "white" if strong else "black"
             axes.text(column, row, format(value, form), ha="center", va="center", fontsize=7, color=colour)
-
-
-def write_table(
-    path: Path, names: Sequence[str], values: np.ndarray, rows: Sequence[str], columns: Sequence[str]
-) -> None:
-    """The matrices as CSV lines `panel,row,column,value`; nothing stands for NaN."""
-    buffer = io.StringIO()
-    table = csv.writer(buffer, lineterminator="\n")
-    table.writerow(["panel", "row", "column", "value"])
-    for (panel, row, column), value in np.ndenumerate(values):
-        table.writerow([names[panel], rows[row], columns[column], repr(float(value)) if np.isfinite(value) else ""])
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_bytes(path, buffer.getvalue().encode())

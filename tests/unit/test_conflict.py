@@ -120,7 +120,7 @@ def pair(kind: str, cosine: float) -> torch.Tensor:
 def test_error_of_the_projection_over_seeds(kind: str, cosine: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Root mean square error at most the stated standard error (150 seeds: 15% above it at most), no bias."""
     monkeypatch.setattr(products, "SIGNS", 1 << 14)  # quicker to draw
-    k = 32
+    k = 64
     rows = pair(kind, cosine)
     segment = Segment(WORD, (64, 64), 0, rows.shape[1], 0, 0, None)
     errors = []

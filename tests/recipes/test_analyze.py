@@ -1,0 +1,199 @@
+"""The analysis command from end to end, and conflict measured during pretraining, through interruption and resume."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+
+from mlinterf_ds.analyze import check_vocabulary
+from mlinterf_ds.analyze_config import AnalyzeConfig
+from mlinterf_ds.config import load_config
+from mlinterf_ds.data.embedded import LANGUAGES, prepare_synthetic
+from mlinterf_ds.errors import UserError
+from mlinterf_ds.pretrained import Pretrained
+from tests.parity.bodies import weights
+from tests.ranks import pool
+
+ROOT = Path(__file__).resolve().parents[2]
+SHORT = ["train.steps=6", "train.epoch_steps=3", "data.eval_rows=8", "data.synthetic_sentences=600", "train.batch=8"]
+SHORT += ["model.width=32", "model.ffn=64", "train.warmup=2", "train.precision=fp32", "model.dropout=0.1"]
+PAIRS = {("syn", "syn"), ("syn-mid", "syn-mid"), ("syn", "syn-mid")}
+
+
+def call(recipe: str, folder: str, settings: list[str]) -> str:
+    """A recipe's `main` on a rank of the pool, in `folder`; '' or the mistake it names."""
+    import importlib
+
+    from mlinterf_ds import parallel
+
+    os.chdir(folder)
+    flags = [word for setting in settings for word in ("--set", setting)]
+    main = importlib.import_module(f"mlinterf_ds.{recipe}").main
+    with mock.patch.object(parallel, "stop"):  # the pool goes on
+        try:
+            main(["--deepspeed_config", str(ROOT / "ds_configs/zero1.json"), *flags])
+        except UserError as error:
+            return str(error)
+    return ""
+
+
+def table(path: Path) -> list[dict[str, str]]:
+    with path.open(encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three runs: plain, measured, and measured but interrupted after step 3."""
+    folder = tmp_path_factory.mktemp("runs")
+    prepare_synthetic(folder / "corpora/synthetic-600-syn+syn-mid", LANGUAGES, 600)  # ranks of a pool may not fork
+    measured = ["conflict.every=2", "conflict.sequences=4", "conflict.micro_batch=3"]
+    runs = {
+        "plain": [[]],
+        "measured": [measured],
+        "resumed": [[*measured, "train.steps=3"], [*measured, "resume=auto"]],
+    }
+    for name, starts in runs.items():
+        for more in starts:
+            own = [f"output=runs/{name}", f"tracking.enabled={str(name == 'measured').lower()}"]
+            assert pool(1).run(call, "pretrain", str(folder), [*SHORT, *own, *more]) == [""]
+    return folder
+
+
+def test_pretraining_is_not_changed_by_measuring(folder: Path) -> None:
+    summaries = [json.loads((folder / f"runs/{name}/summary.json").read_text()) for name in ("plain", "measured")]
+    assert summaries[0]["valid_perplexity"] == summaries[1]["valid_perplexity"]
+    ends = [weights(folder / f"runs/{name}/checkpoints/step-00000006") for name in ("plain", "measured", "resumed")]
+    for other in ends[1:]:
+        assert all(torch.equal(value, other[name]) for name, value in ends[0].items())
+
+
+def test_figure_3s_table_is_whole_also_after_a_resume(folder: Path) -> None:
+    rows = table(folder / "runs/measured/conflict.csv")
+    assert {int(row["step"]) for row in rows} == {0, 2, 4, 6}
+    assert {row["scope"] for row in rows} == {"model", "attention", "ffn", "embedding", "other"}
+    assert len(rows) == 4 * 5 * 3 and {(row["left"], row["right"]) for row in rows} == PAIRS
+    assert table(folder / "runs/resumed/conflict.csv") == rows, "to the last digit"
+    assert (folder / "runs/measured/conflict.png").stat().st_size > 1000
+
+
+def test_measurements_are_metrics_of_the_run(folder: Path) -> None:
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{folder / 'mlflow.db'}")
+    (found,) = client.search_runs(["1"])
+    wanted = {row["step"]: float(row["cosine"]) for row in table(folder / "runs/measured/conflict.csv")
+              if row["scope"] == "model" and (row["left"], row["right"]) == ("syn", "syn-mid")}  # fmt: skip
+    points = client.get_metric_history(found.info.run_id, "conflict/syn-syn-mid")
+    assert {str(point.step): point.value for point in points} == pytest.approx(wanted)
+    assert {"conflict/within", "conflict/between", "conflict/seconds_gradients"} <= found.data.metrics.keys()
+    assert "conflict.csv" in {artifact.path for artifact in client.list_artifacts(found.info.run_id)}
+
+
+def test_the_command_on_two_ranks(folder: Path) -> None:
+    """As a user starts it; nested under the pretraining run in MLflow; then a refusal without a traceback."""
+    from mlflow.tracking import MlflowClient
+
+    launcher = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "2", str(ROOT / "launch/analyze.py")]
+    command = [*launcher, "--deepspeed_config", str(ROOT / "ds_configs/zero2.json")]
+    for setting in ("checkpoint=runs/measured", "output=runs/conflict", "conflict.sequences=8", "train.precision=fp32"):
+        command += ["--set", setting]
+    options = {"cwd": folder, "env": os.environ | {"OMP_NUM_THREADS": "1"}, "capture_output": True, "text": True}
+    done = subprocess.run(command, timeout=300, **options)
+    assert done.returncode == 0, done.stderr[-3000:]
+    out = folder / "runs/conflict"
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["sequences"] == 8 and summary["step"] == 6 and summary["languages"] == ["syn", "syn-mid"]
+    matrix = np.array(summary["matrix"])
+    assert matrix.shape == (2, 2) and np.array_equal(matrix, matrix.T) and (np.abs(matrix) <= 1).all()
+    assert summary["within"] == pytest.approx(np.diagonal(matrix).mean()) and summary["between"] == matrix[0, 1]
+    rows = {
+        (r["layer"], r["component"], r["left"], r["right"]): float(r["cosine"]) for r in table(out / "similarity.csv")
+    }
+    assert rows["all", "all", "syn", "syn-mid"] == matrix[0, 1]
+    assert {("0", "attention"), ("1", "ffn"), ("all", "embedding"), ("1", "all")} <= {key[:2] for key in rows}
+    shown = {(r["panel"], r["row"], r["column"]): float(r["value"]) for r in table(out / "matrix.csv")}
+    assert shown["whole model", "syn", "syn-mid"] == matrix[0, 1]
+    for name in ("matrix", "components"):
+        assert all((out / f"{name}.{kind}").stat().st_size > 1000 for kind in ("png", "svg"))
+    assert "whole model" in done.stdout and "s for the gradients" in done.stdout
+    client = MlflowClient(f"sqlite:///{folder / 'mlflow.db'}")
+    by_name = {run.info.run_name: run for run in client.search_runs(["1"])}
+    assert by_name["conflict"].data.tags["mlflow.parentRunId"] == by_name["measured"].info.run_id
+    assert by_name["conflict"].data.metrics["conflict/between"] == pytest.approx(matrix[0, 1])
+    names = {artifact.path for artifact in client.list_artifacts(by_name["conflict"].info.run_id)}
+    assert {"summary.json", "matrix.png", "similarity.csv"} <= names
+    again = subprocess.run(command, timeout=300, **options)
+    assert again.returncode != 0 and "Traceback" not in again.stderr and "holds an analysis" in again.stderr
+
+
+def test_the_projection_at_the_command(folder: Path) -> None:
+    settings = ["checkpoint=runs/plain", "train.precision=fp32", "conflict.sequences=8", "tracking.enabled=false"]
+    for name, more in {"exact": [], "sketch": ["conflict.sketch=8192"], "alone": ["languages=syn"]}.items():
+        assert pool(1).run(call, "analyze", str(folder), [*settings, f"output=runs/{name}", *more]) == [""]
+    found = {n: json.loads((folder / f"runs/{n}/summary.json").read_text()) for n in ("exact", "sketch", "alone")}
+    assert found["sketch"]["costs"]["sketch"] == 8192 and found["exact"]["costs"]["sketch"] == "exact"
+    difference = np.abs(np.array(found["sketch"]["matrix"]) - np.array(found["exact"]["matrix"]))
+    assert 0 < difference.max() < 4 / 8192**0.5
+    assert "between" not in found["alone"]
+    assert found["alone"]["within"] == pytest.approx(found["exact"]["matrix"][0][0]), "of no other language"
+
+
+def test_figure_3_of_several_runs(folder: Path) -> None:
+    settings = ["conflict.runs=runs/measured, runs/resumed", "output=runs/figure", "tracking.enabled=false"]
+    assert pool(1).run(call, "analyze", str(folder), settings) == [""]
+    rows = table(folder / "runs/figure/training.csv")
+    assert {row["run"] for row in rows} == {"measured", "resumed"} and len(rows) == 2 * 3 * 4
+    assert (folder / "runs/figure/training.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+    "settings, words",
+    [
+        (["checkpoint=nowhere"], ["nowhere", "no checkpoint"]),
+        (["checkpoint=runs/plain", "languages=syn,klingon"], ["klingon", "syn, syn-mid"]),
+        (["checkpoint=runs/plain", "corpus=nowhere"], ["nowhere", "prepare_corpus.py"]),
+        (["checkpoint=runs/plain", "conflict.sequences=5000"], ["conflict.sequences=5000", "at most"]),
+        (["checkpoint=runs/plain", "parallel.tensor=2"], ["parallel.tensor=2", "1 ranks"]),
+        (["conflict.runs=runs/plain"], ["runs/plain/conflict.csv", "conflict.every"]),
+    ],
+)
+def test_a_users_mistake_is_one_clear_sentence(folder: Path, settings: list[str], words: list[str]) -> None:
+    (said,) = pool(1).run(call, "analyze", str(folder), [*settings, "output=runs/refused", "tracking.enabled=false"])
+    assert said and all(word in said for word in words), said
+
+
+def test_a_corpus_of_another_vocabulary_is_refused(tmp_path: Path) -> None:
+    for name, content in {"corpus": b"ours", "checkpoint": b"theirs"}.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "tokenizer.model").write_bytes(content)
+    pretrained = Pretrained(tmp_path / "checkpoint", {})
+    check_vocabulary(tmp_path / "checkpoint", pretrained)
+    with pytest.raises(UserError, match="corpus: its vocabulary is not that of .*checkpoint"):
+        check_vocabulary(tmp_path / "corpus", pretrained)
+
+
+@pytest.mark.parametrize(
+    "settings, words",
+    [
+        ([], "checkpoint is not set: analysis=conflict"),
+        (["analysis=prune"], "checkpoint is not set: analysis=prune"),
+        (["checkpoint=x", "languages=en,en"], "name each language once"),
+        (["checkpoint=x", "conflict.sketch=4"], "conflict.sketch"),
+        (["checkpoint=x", "conflict.every=4"], "unknown key"),
+        (["checkpoint=x", "analysis=other"], "analysis='other'"),
+    ],
+)
+def test_impossible_configurations(settings: list[str], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        load_config([], settings, AnalyzeConfig)
+    assert load_config([], ["analysis=interference"], AnalyzeConfig).checkpoint == ""
