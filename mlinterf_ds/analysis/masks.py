@@ -91,7 +91,7 @@ class Subject:
 
     def _gradient(self, pi: Tensor, batches: Iterable[tuple[Batch, Tensor]]) -> tuple[float, Tensor]:
         """The loss of all ranks' rows under sampled gates, and its gradient (groups,), the same on all ranks."""
-        loss = torch.zeros(1, device=self.device)
+        loss, pi.grad = torch.zeros(1, device=self.device), None
         for batch, uniform in batches:
             with self.gates.applied(hard_concrete.sample(pi, uniform)):
                 part, _ = self.model(batch)
@@ -100,7 +100,6 @@ class Subject:
         assert pi.grad is not None
         replicas = self.gates.replicas().to(self.device)
         summed = torch.cat([pi.grad / (replicas * self.scale.value), loss / self.layout.tensor])
-        pi.grad = None
         dist.all_reduce(summed)  # rows of all data-parallel ranks, slices of all tensor-parallel ones
         return summed[-1].item(), summed[:-1]
 
@@ -138,24 +137,27 @@ class Subject:
         )  # a ruined model's loss may be past what exp takes
 
     def scores(self, language: str, pi: Tensor, seed: int, rows: int) -> dict[str, float]:
-        """Perplexities of the full model, the pruned one (Louizos' gates) and random prunings (mean and standard error).
+        """Perplexities of the full model, the pruned one, and random prunings (mean and standard error).
 
-        A random pruning keeps as many groups of each module as the learned one, at gates of 1.
+        pruned: at the gates learned, some of which lie between 0 and 1; kept_whole: those above 0 set to 1, as in the random
+        prunings, which keep as many groups of each module.
         """
         learned = hard_concrete.gate(pi)
+        whole = (learned > 0).float()
         found = {
             "full": self.perplexity(language, torch.ones_like(pi), rows),
             "pruned": self.perplexity(language, learned, rows),
+            "kept_whole": self.perplexity(language, whole, rows),
         }
         others = [
-            self.perplexity(language, self._shuffled(learned, key(seed, "random", language, draw)), rows)
+            self.perplexity(language, self._shuffled(whole, key(seed, "random", language, draw)), rows)
             for draw in range(RANDOM)
         ]
         return found | {"random": float(np.mean(others)), "random_error": float(np.std(others, ddof=1) / RANDOM**0.5)}
 
-    def _shuffled(self, learned: Tensor, seed: int) -> Tensor:
-        source = torch.Generator().manual_seed(seed >> 1)
-        kept = (learned > 0).float()
+    def _shuffled(self, kept: Tensor, seed: int) -> Tensor:
+        """Other groups of the same modules, as many of each."""
+        source, kept = torch.Generator().manual_seed(seed >> 1), kept.clone()
         for site in self.gates.sites:
             mine = slice(site.start, site.start + site.size)
             kept[mine] = kept[mine][torch.randperm(site.size, generator=source)]

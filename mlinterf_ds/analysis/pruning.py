@@ -7,7 +7,7 @@ the ceiling. `correlation` is the same with each pi centred, which takes out wha
 
 <output>/masks.csv              a line a group: layer, component, group, parameters; pi of every language and seed
 <output>/similarity.csv         layer, component, left, right, cosine, correlation
-<output>/pruned.csv             language, seed: perplexity full, pruned and at random; the share kept of each kind
+<output>/pruned.csv             language, seed: perplexity full, pruned and pruned at random; the share kept of each kind
 <output>/layers.png/.svg/.csv   figure 4a
 <output>/extremes.png/.svg/.csv figure 4b
 <output>/matrix.png/.svg/.csv   the languages' similarities: whole model and components
@@ -199,7 +199,7 @@ def _write(job: AnalysisJob, masks: Masks, scores: list[dict[str, Any]], summary
     write_csv(output / "similarity.csv", ["layer", "component", "left", "right", "cosine", "correlation"], similar)
     groups = ", ".join(f"{count} {kind}" for kind, count in summary["groups"].items())
     caption = (
-        f"{job.model.path}, step {summary['step']}; {groups}; lambda {summary['penalty']:g}, {summary['steps']} steps of "
+        f"{job.model.path}, step {summary['step']}, text of {job.text.folder.name}\n{groups}; lambda {summary['penalty']:g}, {summary['steps']} steps of "
         f"{summary['rows']} rows, seeds {', '.join(map(str, masks.seeds))}"
     )
     layered = {
@@ -207,7 +207,10 @@ def _write(job: AnalysisJob, masks: Masks, scores: list[dict[str, Any]], summary
         for part in COMPONENTS
         if part in masks.component
     }
-    layers_figure(layered, codes, output / "layers.png", title="Similarity of the languages' masks", caption=caption)
+    dashes = f"{caption}\ndashed: two seeds of one language" + (
+        f"; bands: 10th to 90th percentile" if len(codes) > 3 else ""
+    )
+    layers_figure(layered, codes, output / "layers.png", title="Similarity of the languages' masks", caption=dashes)
     chosen = {code: masks.extremes(place) for place, code in enumerate(codes)}
     table = [[code, name, *map(float, values)] for code, found in chosen.items() for name, values in found]
     write_csv(output / "extremes.csv", ["chosen_by", "group", *codes], table)
@@ -231,7 +234,8 @@ def _cell(value: float) -> str:
 def _line(score: dict[str, Any]) -> str:
     return (
         f"{score['language']}, seed {score['seed']}: {score['kept']:.0%} of the parameters kept; perplexity "
-        f"{score['full']:.2f} full, {score['pruned']:.2f} pruned, {score['random']:.2f} pruned at random"
+        f"{score['full']:.2f} full, {score['pruned']:.2f} pruned ({score['kept_whole']:.2f} with the kept groups whole), "
+        f"{score['random']:.2f} pruned at random"
     )
 
 
