@@ -47,7 +47,7 @@ def run(config: AnalyzeConfig, deepspeed_json: dict[str, Any]) -> dict[str, Any]
         layout = parallel.start(config.parallel.tensor)
     try:
         output = Path(config.output or from_first(f"runs/{config.name}-{time.strftime('%Y%m%d-%H%M%S')}"))
-        if from_first((output / "analysis.json").is_file()):
+        if from_first((output / "summary.json").is_file()):
             raise UserError(f"{output} holds an analysis: choose another output")
         precision, why = choose_precision(config.train.precision, deepspeed_json)
         pretrained = Pretrained.open(config.checkpoint) if config.checkpoint else None

@@ -25,6 +25,7 @@ class Findings:
     scores: list[Scores]
     distance: dict[str, np.ndarray]
     languages: tuple[str, ...]
+    epochs: dict[str, dict[str, float]]  # run's place -> language -> how often its training text was seen
     data: str  # what was evaluated, for captions
     notes: list[str]
 
@@ -48,3 +49,12 @@ def pairs(comparisons: Sequence[Comparison], languages: tuple[str, ...]) -> dict
             place = languages.index(each.language), languages.index(each.others[0])
             panels.setdefault(each.group[1], empty)[place] = each.difference
     return panels
+
+
+def epochs_of(found: Findings, each: Comparison) -> tuple[float, float]:
+    """How often the mono and the joint model had seen the language's training text; NaN if the runs are not given."""
+    alone = {run.languages[0]: run for seeds in found.mono.values() for run in seeds.values()}
+    together = found.joint.get(each.group, {}).get(each.seeds[0])
+    runs = (alone.get(each.language), together)
+    mono, joint = (found.epochs[run.place][each.language] if run else math.nan for run in runs)
+    return mono, joint

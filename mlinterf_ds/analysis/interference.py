@@ -23,7 +23,7 @@ import numpy as np
 
 from mlinterf_ds.analysis.comparison import BITS, Comparison
 from mlinterf_ds.analysis.distance import distances
-from mlinterf_ds.analysis.findings import Findings, pair_distances
+from mlinterf_ds.analysis.findings import Findings, epochs_of, pair_distances
 from mlinterf_ds.analysis.interference_figures import draw
 from mlinterf_ds.analysis.job import AnalysisJob
 from mlinterf_ds.analysis.runs import Group, Run, by_group, differences, one_text
@@ -47,6 +47,7 @@ def run(job: AnalysisJob) -> dict[str, Any]:
     found = gather(job)
     if not found.comparisons and not found.scores:
         raise UserError("nothing to compare: " + ("; ".join(found.notes) or "no language has a mono and a joint model"))
+    found.comparisons.sort(key=lambda each: (each.metric != BITS, each.metric, each.language, each.group[0]))
     summary = _summary(job, found)
     if job.first:
         draw(job.output, found)
@@ -60,18 +61,19 @@ def run(job: AnalysisJob) -> dict[str, Any]:
 def gather(job: AnalysisJob) -> Findings:
     """Open, check, evaluate and compare; every mistake is found before anything is evaluated."""
     settings = job.config.interference
-    runs = {kind: open_runs(kind, getattr(settings, kind)) for kind in ("mono", "joint", "larger")}
+    runs: dict[str, list[Run]] = {
+        kind: open_runs(kind, getattr(settings, kind)) for kind in ("mono", "joint", "larger")
+    }
     groups = {kind: by_group(of) for kind, of in runs.items()}
     every = list(itertools.chain(*runs.values()))
     scores = [read_scores(place) for place in settings.tasks]
-    known = sorted(
-        {code for of in [each.languages for each in every] + [each.languages for each in scores] for code in of}
-    )
+    known = sorted({code for each in every or scores for code in each.languages})
     if unknown := [code for code in job.languages if code not in known]:
         raise UserError(f"languages: no run knows {', '.join(unknown)}; the runs' languages are {', '.join(known)}")
     languages = tuple(job.languages or known)
     comparisons, larger = compare_scores(scores, languages, settings.larger)
     distance: dict[str, np.ndarray] = {}
+    epochs: dict[str, dict[str, float]] = {}
     notes: list[str] = []
     data = ""
     if every:
@@ -82,9 +84,18 @@ def gather(job: AnalysisJob) -> Findings:
         for code in languages:
             if values := [float(bits[each.place][code].mean()) for each in runs["larger"] if code in each.languages]:
                 larger[BITS, code] = tuple(values)
+        epochs = {each.place: each.epochs(corpus) for each in every}
         data = described(every, corpus, languages)
     return Findings(
-        comparisons, larger, **groups, scores=scores, distance=distance, languages=languages, data=data, notes=notes
+        comparisons=comparisons,
+        of_larger=larger,
+        **groups,
+        scores=scores,
+        distance=distance,
+        languages=languages,
+        epochs=epochs,
+        data=data,
+        notes=notes,
     )
 
 
@@ -204,6 +215,7 @@ def _summary(job: AnalysisJob, found: Findings) -> dict[str, Any]:
             "joint": float(np.mean(each.joint)),
             "interference": each.difference,
             "interval": [plain(each.low), plain(each.high)],
+            "epochs": [plain(value) for value in epochs_of(found, each)],
             "distance": {name: plain(value) for name, value in pair_distances(found, each).items()},
         }
         for each in found.comparisons

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 
 from mlinterf_ds.analysis.comparison import BITS, Comparison
-from mlinterf_ds.analysis.findings import Findings, pair_distances, pairs
+from mlinterf_ds.analysis.findings import Findings, epochs_of, pair_distances, pairs
 from mlinterf_ds.analysis.task_scores import transfer
 from mlinterf_ds.data.files import write_csv
 from mlinterf_ds.report.heatmap import heatmaps
-from mlinterf_ds.report.interference import Points, Value, bars, binned, curves, intervals
+from mlinterf_ds.report.interference import BINS, Points, Value, bars, binned, curves, intervals
 from mlinterf_ds.report.losses import read_losses
 
 UNITS = {BITS: "bits per character, joint − mono"}
@@ -85,7 +85,7 @@ def _metric(output: Path, found: Findings, metric: str) -> None:
         gaps.append(Value(category, each.group[1], each.difference, each.low, each.high))
     heights.sort(key=lambda value: {"mono": 0, "larger": 2}.get(value.series, 1))
     basis = _basis(mine, found)
-    title = "Perplexity of held-out text" if metric == BITS else f"{metric}, within-language"
+    title = "Bits per character of held-out text" if metric == BITS else f"{metric}, within-language"
     name = _file(metric)
     better = "lower is better" if metric == BITS else "higher is better"
     bars(heights, output / f"bars-{name}.png", title=title, label=metric, caption=f"{basis}; {better}; {whiskers}")
@@ -118,65 +118,61 @@ def _basis(comparisons: list[Comparison], found: Findings) -> str:
     rows = sorted({each.rows for each in comparisons})
     what = "rows a language" if comparisons[0].metric == BITS else "fine-tuning seeds"
     span = f"{rows[0]}" if len(rows) == 1 else f"{rows[0]} to {rows[-1]}"
-    parts = [found.data, f"{span} {what}", f"seeds {', '.join(map(str, seeds))}"]
-    return "; ".join(part for part in parts if part)
+    return "; ".join([found.data or f"pretraining seeds {'/'.join(map(str, seeds))}", f"{span} {what}"])
 
 
 def _table(output: Path, found: Findings) -> None:
     fields = ["metric", "language", "joint_with", "variant", "seeds", "rows"]
-    fields += ["mono", "joint", "interference", "low", "high"]
+    fields += ["mono", "joint", "interference", "low", "high", "mono_epochs", "joint_epochs"]
     rows: list[list[Any]] = []
     for each in found.comparisons:
         near = pair_distances(found, each)
         means = [float(np.mean(each.mono)), float(np.mean(each.joint)), each.difference, each.low, each.high]
         seeds = "+".join(map(str, each.seeds))
         row = [each.metric, each.language, "+".join(each.others), each.group[1], seeds, each.rows, *means]
-        rows.append([*row, *(near.get(name) for name in found.distance)])
+        rows.append([*row, *epochs_of(found, each), *(near.get(name) for name in found.distance)])
     write_csv(output / "interference.csv", [*fields, *(f"{name}_distance" for name in found.distance)], rows)
 
 
 def _curves(output: Path, found: Findings) -> None:
     """Figures 2 and 4c: from the runs' own records; a run without train.csv is left out of the latter."""
-    perplexity: dict[str, dict[str, dict[int, Points]]] = {code: {} for code in found.languages}
-    losses: dict[str, dict[str, dict[int, Points]]] = {code: {} for code in found.languages}
-    warm = last = 0
     runs = [
-        run for kind in (found.mono, found.joint, found.larger) for seeds in kind.values() for run in seeds.values()
+        (run, kind is found.larger)
+        for kind in (found.mono, found.joint, found.larger)
+        for seeds in kind.values()
+        for run in seeds.values()
     ]
-    tables = {}
-    for run in runs:
-        path = Path(run.place) / "train.csv"
-        if path.is_file():
-            tables[run.place] = read_losses(path)
-            warm = max(warm, int(run.config["train"]["warmup"]))
-            last = max([last, *(points[-1][0] for points in tables[run.place].values())])
-    for run in runs:
-        for code in (code for code in run.languages if code in found.languages):
-            model = run.variant if len(run.languages) == 1 else f"{run.variant} with {others(code, run.languages)}"
-            perplexity[code].setdefault(model, {})[run.seed] = run.history[code]
-            if points := binned(tables.get(run.place, {}).get(code, []), warm, last, bins=40):
-                losses[code].setdefault(model, {})[run.seed] = points
-    for name, data, title, label, more in (
-        ("validation", perplexity, "Validation perplexity during pretraining", "validation perplexity", ""),
-        (
-            "training",
-            losses,
-            "Training loss after the warm-up",
-            "loss (nats a prediction)",
-            f"; from step {warm} on, means over stretches",
-        ),
-    ):
-        data = {code: models for code, models in data.items() if models}
-        if data:
-            caption = (
-                f"{found.data}{more}; line: mean of the seeds, shade: their range; x: steps of all languages together"
-            )
-            curves(data, output / f"{name}.png", title=title, label=label, caption=caption)
+    paths = {run.place: Path(run.place) / "train.csv" for run, _ in runs}
+    steps = {place: read_losses(path) for place, path in paths.items() if path.is_file()}
+    warm = max((int(run.config["train"]["warmup"]) for run, _ in runs if run.place in steps), default=0)
+    last = max((points[-1][0] for of in steps.values() for points in of.values()), default=0)
+    perplexity: dict[str, dict[str, dict[int, Points]]] = {}
+    losses: dict[str, dict[str, dict[int, Points]]] = {}
+    for code in found.languages:
+        for run, larger in (each for each in runs if code in each[0].languages):
+            name = f"{run.variant} with {others(code, run.languages)}"
+            if larger:
+                name = f"larger ({run.variant}, {len(run.languages)} languages)"
+            elif len(run.languages) == 1:
+                name = run.variant
+            trained = [point for point in run.history[code] if point[0]]  # untrained, it would set the scale
+            perplexity.setdefault(code, {}).setdefault(name, {})[run.seed] = trained
+            if points := binned(steps.get(run.place, {}).get(code, []), warm, last):
+                losses.setdefault(code, {}).setdefault(name, {})[run.seed] = points
+    more = "line: mean of the seeds, shade: their range; x: steps over all languages of a model"
+    if perplexity:
+        title, label = "Validation perplexity during pretraining", "validation perplexity"
+        caption = f"{found.data}; {more}"
+        curves(perplexity, output / "validation.png", title=title, label=label, caption=caption)
+    if losses:
+        title, label = "Training loss after the warm-up", "loss (nats a prediction)"
+        caption = f"{found.data}; from step {warm} on, means over up to {BINS} stretches; {more}"
+        curves(losses, output / "training.png", title=title, label=label, caption=caption)
 
 
 def _file(metric: str) -> str:
     return metric.replace(" ", "-")
 
 
-def _lines(caption: str, width: int = 90) -> str:
+def _lines(caption: str, width: int = 72) -> str:
     return "\n".join(line for part in caption.split("\n") for line in textwrap.wrap(part, width))

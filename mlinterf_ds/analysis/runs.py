@@ -90,8 +90,8 @@ class Run:
             return Path(self.config["corpus"])
         return embedded.folder_of(self.pretrained.languages, RunConfig.model_validate(self.config).data)
 
-    def epochs(self, corpus: Corpus, language: str) -> float:
-        """How often the checkpoint had seen the language's training text."""
+    def epochs(self, corpus: Corpus) -> dict[str, float]:
+        """How often the checkpoint had seen each language's training text."""
         data, train = self.config["data"], self.config["train"]
         stream = TrainStream(
             corpus,
@@ -103,7 +103,7 @@ class Run:
             mixed=data["mixed"],
             mask_share=data["mask"],
         )
-        return stream.seen(self.step)[language]["epochs"]
+        return {code: facts["epochs"] for code, facts in stream.seen(self.step).items()}
 
     def settings(self) -> dict[str, Any]:
         """What shaped the model, flat: for the notes on how two runs differ."""

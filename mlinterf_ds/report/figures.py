@@ -79,15 +79,20 @@ def _look(index: int) -> dict[str, Any]:
     return {"color": colour, "linestyle": style, "marker": MARKERS[index % len(MARKERS)]}
 
 
-def _frame(axes: Axes, title: str, points: Points, floor: list[float]) -> None:
-    """Axes, their scales and ticks, and the title."""
-    values = [value for _, value in points] + floor
+def _scale(axes: Axes, values: list[float]) -> None:
+    """A logarithmic axis for positive values that lie far apart; plain numbers on it."""
     if values and max(values) >= WIDE * min(values):
         axes.set_yscale("log")
         narrow = max(values) < 300 * min(values)
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if narrow else (1,)))
         axes.yaxis.set_minor_formatter(NullFormatter())
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.12g}"))
+
+
+def _frame(axes: Axes, title: str, points: Points, floor: list[float]) -> None:
+    """Axes, their scales and ticks, and the title."""
+    values = [value for _, value in points] + floor
+    _scale(axes, values)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True, steps=[1, 2, 2.5, 5, 10]))
     last = max((step for step, _ in points), default=0)
     unit, suffix = (1_000_000, "M") if last >= 10_000_000 else (1_000, "k") if last >= 10_000 else (1, "")

@@ -24,8 +24,9 @@ from mlinterf_ds.report.heatmap import heading
 HATCHES = ["", "////", "....", "xxxx", "\\\\\\\\"]  # tell bars apart in grey print
 BASELINE = "mono"  # dashed in curves
 MOST_PANELS = 24  # languages drawn; the CSV has all
+BARS_ACROSS = 22  # of one row
 MOST_CATEGORIES = 40  # bars or intervals drawn: likewise
-BINS = 100  # points of a curve of training losses
+BINS = 40  # points of a curve of training losses
 
 
 class Value(NamedTuple):
@@ -44,15 +45,26 @@ Curves = Mapping[str, Mapping[str, Mapping[int, Points]]]  # language -> model -
 
 def bars(values: Sequence[Value], path: Path, *, title: str, label: str, caption: str = "") -> None:
     """Groups of bars, a group a category and a colour a series, their values above them. PNG, SVG, CSV."""
-    write_csv(path.with_suffix(".csv"), Value._fields, values)
-    categories = list(dict.fromkeys(value.category for value in values))
-    caption = _shortened(caption, len(categories), MOST_CATEGORIES)
-    categories = categories[:MOST_CATEGORIES]
-    series = list(dict.fromkeys(value.series for value in values))
-    width = 0.8 / len(series)
-    figure = Figure(figsize=(max(5.2, 0.42 * len(series) * len(categories) + 1.4), 3.9), dpi=160, layout="constrained")
+    categories, series, caption = _prepared(values, path, caption)
+    across = max(1, BARS_ACROSS // len(series))
+    down = -(-len(categories) // across)
+    across = -(-len(categories) // down)  # rows of about equal length
+    width = max(5.2, 0.4 * len(series) * across + 1.4)
+    figure = Figure(figsize=(width, 2.5 * down + 1.4), dpi=160, layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
+    grid = figure.subplots(down, 1, squeeze=False, sharey=True)[:, 0]
+    for row, axes in enumerate(grid):
+        _bars(axes, values, categories[row * across : (row + 1) * across], series)
+        axes.set_xlim(-0.5, across - 0.5)
+    figure.supylabel(label, fontsize=9)
+    handles, names = grid[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside upper right", ncols=len(series), fontsize=8, frameon=False)
+    heading(figure, title, _wrapped(caption, figure))
+    figures._save(figure, path)
+
+
+def _bars(axes: Axes, values: Sequence[Value], categories: list[str], series: list[str]) -> None:
+    width = 0.8 / len(series)
     for number, name in enumerate(series):
         mine = [value for value in values if value.series == name and value.category in categories]
         places = [categories.index(value.category) + (number - (len(series) - 1) / 2) * width for value in mine]
@@ -66,21 +78,14 @@ def bars(values: Sequence[Value], path: Path, *, title: str, label: str, caption
             shown = f"{value.value:.2f}" if abs(value.value) < 10 else f"{value.value:.1f}"
             axes.annotate(shown, (place, top), (0, 2), textcoords="offset points", ha="center", fontsize=6.5)
     axes.set_xticks(range(len(categories)), [name.replace(" with ", "\nwith ") for name in categories], fontsize=8)
-    axes.set_ylabel(label)
-    axes.margins(x=0.02, y=0.12)
+    axes.tick_params(axis="y", labelsize=8)
+    axes.margins(y=0.15)
     _tidy(axes, "y")
-    figure.legend(loc="outside upper right", ncols=len(series), fontsize=8, frameon=False)
-    heading(figure, title, _wrapped(caption, figure))
-    figures._save(figure, path)
 
 
 def intervals(values: Sequence[Value], path: Path, *, title: str, label: str, caption: str = "") -> None:
     """A point and its interval a line, zero marked: right of it is interference. PNG, SVG, CSV."""
-    write_csv(path.with_suffix(".csv"), Value._fields, values)
-    categories = list(dict.fromkeys(value.category for value in values))
-    caption = _shortened(caption, len(categories), MOST_CATEGORIES)
-    categories = categories[:MOST_CATEGORIES]
-    series = list(dict.fromkeys(value.series for value in values))
+    categories, series, caption = _prepared(values, path, caption)
     figure = Figure(figsize=(6.4, max(2.4, 0.3 * len(categories) + 1.7)), dpi=160, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
@@ -123,13 +128,15 @@ def curves(found: Curves, path: Path, *, title: str, label: str, caption: str = 
     models = sorted({model for language in languages for model in found[language]}, key=lambda m: (m != BASELINE, m))
     looks = {model: figures._look(number) for number, model in enumerate(models)}
     if BASELINE in looks:
-        looks[BASELINE] |= {"linestyle": (0, (5, 2)), "color": "black", "marker": ""}
+        looks[BASELINE] |= {"linestyle": (0, (5, 2)), "marker": ""}
     handles: dict[str, Any] = {}
     for index, axes in enumerate(grid.flat):
         if index >= len(languages):
             axes.set_visible(False)
             continue
-        for model, seeds in found[languages[index]].items():
+        models_here = found[languages[index]]
+        figures._scale(axes, [v for seeds in models_here.values() for line in seeds.values() for _, v in line])
+        for model, seeds in models_here.items():
             handles.setdefault(model, _line(axes, list(seeds.values()), looks[model]))
         axes.set_title(languages[index], fontsize=9, loc="left", fontfamily=figures._families(languages[index]))
         axes.xaxis.set_major_locator(MaxNLocator(nbins=4, integer=True, steps=[1, 2, 2.5, 5, 10]))
@@ -167,6 +174,14 @@ def binned(points: Points, first: int, last: int, bins: int = BINS) -> Points:
         if first < step <= last and math.isfinite(value):
             sums.setdefault((step - first - 1) // width, []).append(value)
     return [(min(last, first + (at + 1) * width), float(np.mean(values))) for at, values in sorted(sums.items())]
+
+
+def _prepared(values: Sequence[Value], path: Path, caption: str) -> tuple[list[str], list[str], str]:
+    """Writes the CSV; the categories to draw, the series, and the caption."""
+    write_csv(path.with_suffix(".csv"), Value._fields, values)
+    categories = list(dict.fromkeys(value.category for value in values))
+    series = list(dict.fromkeys(value.series for value in values))
+    return categories[:MOST_CATEGORIES], series, _shortened(caption, len(categories), MOST_CATEGORIES)
 
 
 def _shortened(caption: str, count: int, most: int) -> str:

@@ -19,7 +19,7 @@ from tests.ranks import pool
 
 ROOT = Path(__file__).resolve().parents[2]
 CORPUS = "corpora/synthetic-800-syn+syn-far-syn-far=150"
-SHORT = ["train.steps=6", "train.epoch_steps=3", "data.eval_rows=8", "data.synthetic_sentences=800", "train.batch=8"]
+SHORT = ["train.steps=6", "train.epoch_steps=6", "data.eval_rows=8", "data.synthetic_sentences=800", "train.batch=8"]
 SHORT += ["model.layers=1", "model.width=32", "model.ffn=64", "train.warmup=2", "train.precision=fp32"]
 SHORT += ["tracking.enabled=false", "data.sequence_length=32"]
 BOTH = ["variant=joint", "languages=syn,syn-far", "data.synthetic_limit=syn-far=150"]
@@ -94,6 +94,12 @@ def own(folder: Path, run: str, language: str) -> float:
     return saved["valid_bits_per_character"][language]
 
 
+def tokens(folder: Path, language: str) -> int:
+    """Of the language's training text."""
+    saved = json.loads((folder / CORPUS / "manifest.json").read_text())
+    return saved["languages"][language]["splits"]["train"]["tokens"]
+
+
 def test_bits_per_character_are_those_of_the_runs(folder: Path, summary: dict[str, Any]) -> None:
     by = {row["language"]: row for row in summary["comparisons"]}
     assert set(by) == {"syn", "syn-far"} and by["syn"]["seeds"] == [0, 1] and by["syn-far"]["seeds"] == [0]
@@ -107,6 +113,8 @@ def test_bits_per_character_are_those_of_the_runs(folder: Path, summary: dict[st
         assert by[code]["joint"] == pytest.approx(together, rel=1e-5)
         assert by[code]["interference"] == pytest.approx(together - alone, abs=1e-5)
         low, high = by[code]["interval"]
+        seen = by[code]["epochs"]
+        assert seen[0] == pytest.approx(6 * 8 * 31 / tokens(folder, code)) and 0 < seen[1] < seen[0]
         assert low <= by[code]["interference"] <= high and by[code]["rows"] == 8
     assert by["syn"]["distance"]["planted"] == pytest.approx(0.95) and 0 < by["syn"]["distance"]["vocabulary"] < 1
     assert [note for note in summary["notes"] if "seeds 1 have no partner" in note and "syn-far" in note]

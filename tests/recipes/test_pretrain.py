@@ -100,6 +100,8 @@ def test_a_run_stopped_by_the_scheduler_resumes_to_the_same_end(folder: Path, de
     assert done.returncode == 0 and "resumed from runs/stopped/checkpoints" in done.stdout, done.stderr[-3000:]
     ended, whole = (json.loads((folder / f"runs/{name}/summary.json").read_text()) for name in ("stopped", "default"))
     assert ended["valid_perplexity"] == whole["valid_perplexity"]
+    ended, whole = ((folder / f"runs/{name}/train.csv").read_text() for name in ("stopped", "default"))
+    assert ended == whole and whole.count("\n") == 7, "every step's loss once"
 
 
 def refusal(folder: str, settings: list[str]) -> str:

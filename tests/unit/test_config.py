@@ -56,6 +56,8 @@ def test_set_beats_recipe_beats_default(tmp_path: Path) -> None:
         (["meta.beta=0"], ["meta.beta", "greater than 0"]),
         (["treatment=pcgrad", "variant=joint"], ["data.mixed=true"]),
         (["resume=x", "init=y"], ["resume", "init"]),
+        (["data.synthetic_limit=syn"], ["syn: expected LANG=N", "data.synthetic_limit=syn"]),
+        (["data.synthetic_limit=syn=0"], ["data.synthetic_limit.syn", "greater than or equal to 1"]),
     ],
 )
 def test_refusals_name_key_value_and_remedy(settings: list[str], words: list[str]) -> None:
@@ -63,6 +65,11 @@ def test_refusals_name_key_value_and_remedy(settings: list[str], words: list[str
         load_config([], settings)
     for word in words:
         assert word in str(caught.value)
+
+
+def test_limits_by_language() -> None:
+    found = load_config([], ["data.synthetic_limit=syn=2000, syn-mid=50"])
+    assert found.data.synthetic_limit == {"syn": 2000, "syn-mid": 50} and load_config().data.synthetic_limit == {}
 
 
 def test_bad_recipes_are_named(tmp_path: Path) -> None:

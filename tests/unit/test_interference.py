@@ -14,7 +14,9 @@ import pytest
 
 from mlinterf_ds.analysis import comparison, distance, task_scores
 from mlinterf_ds.analysis.comparison import BITS, Comparison
-from mlinterf_ds.analysis.findings import pairs
+from mlinterf_ds.analysis.findings import Findings, pairs
+from mlinterf_ds.analysis.interference import correlations
+from mlinterf_ds.analysis.interference_figures import draw
 from mlinterf_ds.data.prepare import prepare
 from mlinterf_ds.data.synthetic import write_text
 from mlinterf_ds.errors import UserError
@@ -114,6 +116,17 @@ def test_synthetic_languages_in_order(tmp_path: Path) -> None:
     assert found["planted"][0].tolist() == pytest.approx([0, 0.20, 0.3667, 0.95], abs=1e-3), "as `language` states"
     whole = (tmp_path / "syn").read_text().split("\n")
     assert set(distance.sentences(corpus, "syn", 7)) < set(whole) and len(distance.sentences(corpus, "syn", 7)) == 7
+
+
+def test_a_low_resource_version_beside_the_whole_language(tmp_path: Path) -> None:
+    """As launch/recipes/low_resource_fr.toml says: same vocabulary, same held-out text, a subset to train on."""
+    write_text("syn", tmp_path / "text", 500, seed=0)
+    sources = {"fr": [tmp_path / "text"], "frl": [tmp_path / "text"]}
+    corpus = prepare(sources, tmp_path / "corpus", vocabulary_size=500, limits={"frl": 120}, progress=False, workers=1)
+    for split in ("valid", "test"):
+        assert (corpus.tokens("fr", split) == corpus.tokens("frl", split)).all()
+    whole, low = (set(distance.sentences(corpus, code, 1000)) for code in ("fr", "frl"))
+    assert len(low) == 120 < len(whole) and low < whole
 
 
 def test_typology(tmp_path: Path) -> None:
@@ -216,6 +229,43 @@ def test_bad_summaries_of_tasks(tmp_path: Path) -> None:
         task_scores.compare_scores([task_scores.read_scores(other[0])] * 2, ["sw"])
 
 
+def findings(comparisons: list[Comparison], languages: tuple[str, ...], **more: Any) -> Findings:
+    empty: dict[str, Any] = {"of_larger": {}, "mono": {}, "joint": {}, "larger": {}, "scores": [], "distance": {}}
+    empty |= {"epochs": {}, "data": "", "notes": []}
+    return Findings(comparisons, languages=languages, **(empty | more))
+
+
+def test_figures_of_tasks_alone(tmp_path: Path) -> None:
+    places = [
+        finetuning(tmp_path, "sw", 0, "sw", {"sw": [50.0, 52.0]}),
+        finetuning(tmp_path, "en-sw", 0, "sw", {"sw": [57.0, 61.0], "en": [9.0, 10.0]}),
+    ]
+    scores = [task_scores.read_scores(place) for place in places]
+    comparisons, _ = task_scores.compare_scores(scores, ["en", "sw"])
+    draw(tmp_path / "out", findings(comparisons, ("en", "sw"), scores=scores))
+    cells = {(row["row"], row["column"]): row["value"] for row in table(tmp_path / "out" / "transfer-ner-f1.csv")}
+    assert cells == {("en", "en"): "", ("en", "sw"): "", ("sw", "en"): "9.5", ("sw", "sw"): "59.0"}
+    (row,) = table(tmp_path / "out" / "interference.csv")
+    assert (row["language"], row["interference"], row["mono_epochs"]) == ("sw", "-8.0", "")
+    cells = {(row["row"], row["column"]): row["value"] for row in table(tmp_path / "out" / "pairs-ner-f1.csv")}
+    assert cells["sw", "en"] == "-8.0" and cells["en", "sw"] == ""
+
+
+def test_rank_correlation_with_distance() -> None:
+    """Interference 0.1, 0.2, 0.3 and 0.4 against distances 0.5, 0.5, 0.9 and 0.9: ranks by hand give 0.894."""
+
+    def pair(language: str, other: str, difference: float) -> Comparison:
+        group = (tuple(sorted((language, other))), "joint")
+        return Comparison.of(BITS, language, group, [0], np.zeros((1, 2)), np.full((1, 2), difference))
+
+    matrix = np.array([[0, 0.5, 0.9], [0.5, 0, np.nan], [0.9, np.nan, 0]])
+    comparisons = [pair("en", "fr", 0.1), pair("fr", "en", 0.2), pair("en", "hi", 0.3), pair("hi", "en", 0.4)]
+    found = findings([*comparisons, pair("fr", "hi", 9.0)], ("en", "fr", "hi"), distance={"vocabulary": matrix})
+    (entry,) = correlations(found)["joint"].values()
+    assert entry == {"rho": pytest.approx(2 / math.sqrt(5)), "pairs": 4}
+    assert correlations(findings(comparisons[:3], ("en", "fr", "hi"), distance={"vocabulary": matrix})) == {}
+
+
 # --- figures ---------------------------------------------------------------------------------------------------------
 def test_pairs_leave_what_is_missing() -> None:
     one = Comparison.of(BITS, "sw", (("en", "sw"), "joint"), [0], np.array([[1.0]]), np.array([[1.25]]))
@@ -224,10 +274,10 @@ def test_pairs_leave_what_is_missing() -> None:
     assert found[2, 0] == 0.25 and np.isnan(found).sum() == 8
 
 
-@pytest.mark.parametrize("draw", [figures.bars, figures.intervals])
-def test_the_csv_is_what_is_drawn(tmp_path: Path, draw: Any) -> None:
+@pytest.mark.parametrize("draw_it", [figures.bars, figures.intervals])
+def test_the_csv_is_what_is_drawn(tmp_path: Path, draw_it: Any) -> None:
     values = [Value("sw with en", "mono", 2.5, 2.25, 2.75), Value("sw with en", "joint", 2.625)]
-    draw(values, tmp_path / "a" / "f.png", title="Суахили", label="bits", caption="data " * 40)
+    draw_it(values, tmp_path / "a" / "f.png", title="Суахили", label="bits", caption="data " * 40)
     assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["f.csv", "f.png", "f.svg"]
     rows = table(tmp_path / "a" / "f.csv")
     assert [tuple(row.values()) for row in rows] == [
