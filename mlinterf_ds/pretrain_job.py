@@ -135,13 +135,13 @@ class Job:
 
     def _restore(self) -> None:
         config = self.config
-        if config.init:
-            source = initial.weights(config.init, config.model, self.corpus.tokenizer)
-            checkpoint.fill(self.engine, source, missing=True)
-        if not config.resume:
+        begun = any((self.output / "checkpoints").glob("step-*"))  # else it was stopped before its first checkpoint
+        if not config.resume or (config.resume == "auto" and not begun):
+            if config.init:
+                source = initial.weights(config.init, config.model, self.corpus.tokenizer)
+                checkpoint.fill(self.engine, source, missing=True)
+                self.resumed = f"starts from the weights of {config.init}"
             return
-        if config.resume == "auto" and not any((self.output / "checkpoints").glob("step-*")):
-            return  # nothing yet: the run was stopped before its first checkpoint
         path = checkpoint.find(self.output if config.resume == "auto" else config.resume)
         self._compare(path)
         state = checkpoint.load(path, self.engine)

@@ -276,10 +276,12 @@ def test_pretraining_goes_on_from_an_exported_run(tmp_path: Path) -> None:
     assert "meta_adpt" in card and all(
         f"| {code} | {ppl:.2f} | 2 |" in card for code, ppl in before["valid_perplexity"].items()
     )
-    pool(1).run(
-        bodies.pretrained, str(tmp_path), [*settings, "output=second", "init=folder", "variant=adpt", "train.seed=3"]
-    )
+    settings += ["output=second", "init=folder", "variant=adpt", "train.seed=3"]
+    pool(1).run(bodies.pretrained, str(tmp_path), settings)
     state = json.loads(next((tmp_path / "second/checkpoints").glob("step-*/run.json")).read_text())
     assert {code: points[0] for code, points in state["history"].items()} == {
         code: [0, value] for code, value in before["valid_perplexity"].items()
     }
+    shutil.rmtree(tmp_path / "folder")  # a run that goes on doesn't need what it started from
+    (after,) = pool(1).run(bodies.pretrained, str(tmp_path), [*settings, "resume=auto", "train.steps=3"])
+    assert after["steps"] == 3
