@@ -208,7 +208,7 @@ def _write(job: AnalysisJob, masks: Masks, scores: list[dict[str, Any]], summary
         if part in masks.component
     }
     dashes = f"{caption}\ndashed: two seeds of one language" + (
-        f"; bands: 10th to 90th percentile" if len(codes) > 3 else ""
+        "; bands: 10th to 90th percentile" if len(codes) > 3 else ""
     )
     layers_figure(layered, codes, output / "layers.png", title="Similarity of the languages' masks", caption=dashes)
     chosen = {code: masks.extremes(place) for place, code in enumerate(codes)}

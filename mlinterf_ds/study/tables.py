@@ -290,7 +290,7 @@ def sizes(records: Records) -> Table:
             rows.append((NAMES[row], cells))
         table.blocks.append((f"on {records.source}" if on_source else "on the partner", rows))
     table.notes = [
-        f"{name}: {', '.join(score.languages)}, of which {limited.get(score.languages[1], '')} sentences"
+        f"low: {limited.get(score.languages[1], name).replace('@', ' with ')} training sentences, with {score.languages[0]}"
         for name, score in lows.items()
     ]
     return table
