@@ -21,7 +21,16 @@ class Calibration:
     startup: float = 20.0  # of a job: launcher, imports, process group
     tokens_per_second: dict[str, float] = field(default_factory=lambda: {"plain": 60_000.0, "meta": 12_000.0})
     unit: dict[str, float] = field(
-        default_factory=lambda: {"ner": 20.0, "pos": 12.0, "qa": 20.0, "nli": 15.0, "conflict": 15.0, "prune": 60.0}
+        default_factory=lambda: {
+            "ner": 20.0,
+            "pos": 12.0,
+            "qa": 20.0,
+            "nli": 15.0,
+            "conflict": 15.0,
+            "prune": 60.0,
+            "interference": 60.0,
+            "conflict-training": 5.0,
+        }
     )
     measured: int = 0  # finished jobs behind these figures
 

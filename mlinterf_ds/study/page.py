@@ -18,7 +18,12 @@ from mlinterf_ds.study.findings import Finding, interval
 from mlinterf_ds.study.records import Records, Score
 from mlinterf_ds.study.tables import NAMES, TITLES, Cell, Table
 
-FIGURES = {"conflict": "Gradient conflict", "prune": "Language-specific parameters", "interference": "Interference"}
+FIGURES = {
+    "interference": "Interference",
+    "conflict-training": "Gradient conflict during training",
+    "conflict": "Gradient conflict",
+    "prune": "Language-specific parameters",
+}
 LARGEST = 400_000  # bytes of a figure
 
 

@@ -11,7 +11,7 @@ import ast
 import functools
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -21,7 +21,7 @@ from mlinterf_ds.config import RunConfig, load_config
 from mlinterf_ds.data.files import read_json
 from mlinterf_ds.errors import UserError
 from mlinterf_ds.finetune_config import FinetuneConfig
-from mlinterf_ds.study.config import SYNTHETIC, AnalysisSection, StudyConfig, TaskSection
+from mlinterf_ds.study.config import SYNTHETIC, StudyConfig, TaskSection
 from mlinterf_ds.study.corpora import Corpora
 from mlinterf_ds.study.grid import Model, models
 
@@ -89,12 +89,9 @@ def expand(config: StudyConfig, corpora: Corpora, deepspeed_config: str) -> list
         for kind, units in parts.items():
             if units:
                 found.append(_job(kind, model, units, (pretrain,), deepspeed, config.ranks))
-    if together := [a for a in config.analyses if a.analysis == "interference"]:
-        compared = tuple(job for job in found if _is_compared(job.model) and job.kind != "analyze")
-        model = Model("all", "study", tuple(config.languages), "all", config.seeds[0])
-        found.append(
-            _job("analyze", model, [_interference(together[0], model, compared)], compared, deepspeed, config.ranks)
-        )
+    compared = tuple(job for job in found if _is_compared(job.model) and job.kind != "analyze")
+    if units := [*_of_all(config, compared)]:
+        found.append(_job("analyze", _everything(config), units, compared, deepspeed, config.ranks))
     return found
 
 
@@ -105,7 +102,12 @@ def _pretraining(config: StudyConfig, model: Model, corpora: Corpora) -> Unit:
     settings += [f"languages={','.join(model.languages)}", f"corpus={folder}"]
     run = load_config([*config.recipes], settings, RunConfig)
     tokens = run.train.steps * run.train.batch * run.data.sequence_length
-    facts = model.facts | {"tokens": tokens, "steps": run.train.steps, "warmup": run.train.warmup}
+    facts = model.facts | {
+        "tokens": tokens,
+        "steps": run.train.steps,
+        "warmup": run.train.warmup,
+        "conflict_every": run.conflict.every,
+    }
     return Unit(model.name, _arguments(config.recipes, settings), facts, [_kept(run), model.limits, manifest])
 
 
@@ -176,25 +178,37 @@ def _is_compared(model: Model) -> bool:
     return not model.limits and not model.control and (model.kind != "triple") and model.variant in ("mono", "joint")
 
 
-def _interference(found: AnalysisSection, model: Model, jobs: tuple[Job, ...]) -> Unit:
-    """All monolingual models against all joint ones."""
+def _everything(config: StudyConfig) -> Model:
+    """Stands for all models together, in the job of the analyses that compare them."""
+    return Model("all", "study", tuple(config.languages), "all", config.seeds[0])
 
-    def folders(kind: Kind, of: set[str]) -> str:
-        return ",".join(
-            f"{{output}}/{job.folder}/{unit.name}"
-            for job in jobs if job.kind == kind and job.model.kind in of
-            for unit in job.units
-        )  # fmt: skip
 
-    settings = [*found.settings, "analysis=interference"]
-    settings += [
-        f"interference.{key}={folders('pretrain', {kind})}"
-        for key, kind in (("mono", "mono"), ("joint", "pair"), ("larger", "many"))
-    ]
-    settings.append(f"interference.tasks={folders('finetune', {'mono', 'pair', 'many'})}")
-    settings = [setting for setting in settings if not setting.endswith("=")]
-    facts = model.facts | {"analysis": "interference"}
-    return Unit("interference.all", _arguments([], settings), facts, [found.settings])
+def _of_all(config: StudyConfig, jobs: tuple[Job, ...]) -> Iterator[Unit]:
+    """Interference: all monolingual models against all joint ones. Figure 3: conflict during the joint models' training."""
+
+    def folders(kind: Kind, of: set[str], keep: Callable[[Job], bool] = lambda job: True) -> str:
+        chosen = [job for job in jobs if job.kind == kind and job.model.kind in of and keep(job)]
+        return ",".join(f"{{output}}/{job.folder}/{unit.name}" for job in chosen for unit in job.units)
+
+    def unit(name: str, settings: list[str]) -> Unit:
+        facts = _everything(config).facts | {"analysis": name}
+        return Unit(f"{name}.all", _arguments([], [s for s in settings if not s.endswith("=")]), facts, settings)
+
+    by_name = {found.analysis: found.settings for found in config.analyses}
+    if "interference" in by_name:
+        settings = [*by_name["interference"], "analysis=interference"]
+        settings.append(f"interference.mono={folders('pretrain', {'mono'})}")
+        settings.append(f"interference.joint={folders('pretrain', {'pair'})}")
+        settings.append(f"interference.larger={folders('pretrain', {'many'})}")
+        yield unit("interference", [*settings, f"interference.tasks={folders('finetune', {'mono', 'pair', 'many'})}"])
+    if "conflict" in by_name:
+        curves = folders(
+            "pretrain",
+            {"pair"},
+            lambda job: job.model.seed == config.seeds[0] and bool(job.units[0].facts["conflict_every"]),
+        )
+        if curves:
+            yield unit("conflict-training", ["analysis=conflict", f"conflict.runs={curves}"])
 
 
 def _arguments(recipes: Sequence[str], settings: Sequence[str]) -> tuple[str, ...]:

@@ -40,7 +40,20 @@ def test_the_cpu_study_is_what_the_issue_asks_for(jobs: list[plan.Job]) -> None:
     tasks = {u.facts["task"] for j in jobs if j.kind == "finetune" for u in j.units}
     assert tasks == {"ner", "pos", "qa", "nli"}
     analyses = {u.facts["analysis"] for j in jobs if j.kind == "analyze" for u in j.units}
-    assert analyses == {"conflict", "prune", "interference"}
+    assert analyses == {"conflict", "prune", "interference", "conflict-training"}
+
+
+def test_what_the_analyses_of_all_models_are_given(jobs: list[plan.Job]) -> None:
+    last = jobs[-1]
+    by_name = {unit.name: dict(word.split("=", 1) for word in unit.arguments if "=" in word) for unit in last.units}
+    inputs = by_name["interference.all"]
+    mono, joint = (inputs[f"interference.{kind}"].split(",") for kind in ("mono", "joint"))
+    assert len(mono) == 3 * 3 and len(joint) == 2 * 3 and len(inputs["interference.larger"].split(",")) == 3
+    assert len(inputs["interference.tasks"].split(",")) == sum(len(j.units) for j in last.needs if j.kind == "finetune")
+    curves = by_name["conflict-training.all"]["conflict.runs"].split(",")
+    assert [name.rpartition("/")[2] for name in curves] == ["joint.close.seed0", "joint.far.seed0"]
+    folders = {f"{{output}}/{job.folder}/{unit.name}" for job in last.needs for unit in job.units}
+    assert folders.issuperset([*mono, *joint, *curves])
 
 
 def test_shared_work_is_done_once_and_in_order(jobs: list[plan.Job]) -> None:
