@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import Any
 
 from mlinterf_ds import command
-from mlinterf_ds.config import load_config
+from mlinterf_ds.config import describe, load_config
 from mlinterf_ds.data.corpus import Corpus
 from mlinterf_ds.data.files import write_bytes, write_json
 from mlinterf_ds.errors import UserError
 from mlinterf_ds.study import cost, plan, runner, slurm, worker
-from mlinterf_ds.study.config import SYNTHETIC, StudyConfig
+from mlinterf_ds.study.config import SYNTHETIC, AnalysisSection, SetSection, StudyConfig, TaskSection
 from mlinterf_ds.study.corpora import Corpora
 from mlinterf_ds.study.records import Records, collect
 from mlinterf_ds.tracking import Tracker, environment_facts
@@ -53,6 +53,8 @@ def main(arguments: Sequence[str]) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = command.parser("Run a grid of models, fine-tunings and analyses, and report on it.", StudyConfig)
+    for name, kind in (("sets", SetSection), ("tasks", TaskSection), ("analyses", AnalysisSection)):
+        parser.epilog = f"{parser.epilog}\n\nkeys of each [[{name}]] in a recipe:\n{describe(kind)}"
     parser.set_defaults(deepspeed_config="ds_configs/zero1.json")
     parser.add_argument("--dry-run", action="store_true", help="show the jobs and their estimated cost, and end")
     parser.add_argument(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -9,10 +10,12 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
 
+from mlinterf_ds.errors import UserError
 from mlinterf_ds.study import worker
 from mlinterf_ds.study.records import Records
 from tests import fake_launcher
@@ -124,6 +127,58 @@ def test_only_a_whole_summary_is_a_finished_unit(tmp_path: Path) -> None:
         assert worker.finished(tmp_path) is wanted
 
 
+@pytest.fixture
+def one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process group of one, without the seconds it takes to import one."""
+    import mlinterf_ds
+
+    stand_in = types.SimpleNamespace(together=lambda tensor: contextlib.nullcontext(types.SimpleNamespace(world=1)))
+    monkeypatch.setitem(sys.modules, "mlinterf_ds.parallel", stand_in)
+    monkeypatch.setattr(mlinterf_ds, "parallel", stand_in, raising=False)
+
+
+def test_a_unit_that_fails_leaves_the_others_be(
+    one_rank: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: list[str] = []
+    broken = {"b"}
+
+    def run(kind: str, folder: Path, arguments: list[str]) -> None:
+        ran.append(folder.name)
+        if folder.name in broken:
+            raise UserError("no such file")
+        folder.mkdir()
+        (folder / "summary.json").write_text('{"finished": true}')
+
+    monkeypatch.setattr(worker, "_run", run)
+    units = [{"name": name, "arguments": []} for name in "abc"]
+    (tmp_path / "job.json").write_text(json.dumps({"kind": "finetune", "tensor": 1, "units": units}))
+    assert worker.work(tmp_path) == 1 and ran == ["a", "b", "c"]
+    done = json.loads((tmp_path / "done.json").read_text())["units"]
+    assert {name: facts["state"] for name, facts in done.items()} == {"a": "finished", "b": "failed", "c": "finished"}
+    assert done["b"]["reason"] == "UserError: no such file"
+    broken.clear()
+    assert worker.work(tmp_path) == 0 and ran == ["a", "b", "c", "b"]  # only what failed runs again
+    before = (tmp_path / "done.json").read_bytes()
+    assert worker.work(tmp_path) == 0 and (tmp_path / "done.json").read_bytes() == before
+
+
+def test_a_unit_that_is_asked_to_end_ends_the_job(
+    one_rank: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: list[str] = []
+
+    def run(kind: str, folder: Path, arguments: list[str]) -> None:
+        ran.append(folder.name)
+        folder.mkdir()
+        (folder / "summary.json").write_text('{"finished": false}')
+
+    monkeypatch.setattr(worker, "_run", run)
+    units = [{"name": name, "arguments": []} for name in "ab"]
+    (tmp_path / "job.json").write_text(json.dumps({"kind": "pretrain", "tensor": 1, "units": units}))
+    assert worker.work(tmp_path) == 1 and ran == ["a"]
+
+
 # --- Slurm -------------------------------------------------------------------------------------------------------------
 SBATCH = """#!/bin/bash
 echo "$@" >> "$SBATCH_LOG"
@@ -185,8 +240,6 @@ def test_slurm_submits_only_what_is_not_finished(slurm: Path, tmp_path: Path) ->
 
 
 def test_without_sbatch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from mlinterf_ds.errors import UserError
-
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(UserError, match="no sbatch on PATH"):
         submit(tmp_path / "study")
