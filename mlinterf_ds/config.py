@@ -201,6 +201,8 @@ class TrackingConfig(Section):
 
     enabled: bool = Field(True, description="record the run in MLflow")
     experiment: str = Field("mlinterf_ds", min_length=1, description="MLflow experiment name")
+    parent: str | None = Field(None, description="MLflow run that a pretraining run is nested under")
+    tags: dict[str, str] = Field({}, description="further tags of the run: --set tracking.tags.KEY=VALUE")
 
 
 class RunConfig(Section):

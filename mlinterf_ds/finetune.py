@@ -3,6 +3,7 @@
 <output>/job.json                 configuration, data and MLflow run
 <output>/seed0-batch16-lr0.0005/  a fine-tuning: checkpoints, result.json
 <output>/predictions/seed0/sw.tsv in the task's own format
+<output>/counts/seed0/sw.csv      right, predicted and gold per example: any sample's score follows from their sums
 <output>/report.md, table.md      errors of the first seed; scores
 <output>/summary.json
 """
@@ -207,6 +208,9 @@ class Study:
                 path = self.output / "predictions" / f"seed{point.seed}" / f"{language}{task.suffix(examples)}"
                 task.write(examples, predictions, path)
                 facts["test"][language] = task.score(examples, predictions)
+                counts = [f"{a:.10g},{b:.10g},{c:.10g}\n" for a, b, c in task.counts(examples, predictions)]
+                table = self.output / "counts" / f"seed{point.seed}" / f"{language}.csv"
+                write_text(table, "right,predicted,gold\n" + "".join(counts))
                 report.append(f"## {language}\n\n{task.report(examples, predictions)}")
                 scores = facts["test"][language].items()
                 self.tracker.log({f"{point.name}/test/{name}/{language}": value for name, value in scores}, 0)
@@ -266,7 +270,9 @@ class Study:
             name=self.output.name,
             folder=self.output,
             parameters=job.config.model_dump() | {"data": self.options},
-            tags=environment_facts() | {"task": job.task.name, "variant": job.pretrained.saved["config"]["variant"]},
+            tags=environment_facts()
+            | {"task": job.task.name, "variant": job.pretrained.saved["config"]["variant"]}
+            | job.config.tracking.tags,
             run_id=run_id,
             parent_id=job.pretrained.run_id,
         )

@@ -316,8 +316,10 @@ class Job:
             folder=self.output,
             parameters=config.model_dump() | {"languages": ",".join(self.languages)},
             tags=facts
-            | {"variant": config.variant, "languages": ",".join(self.languages), "seed": str(config.train.seed)},
+            | {"variant": config.variant, "languages": ",".join(self.languages), "seed": str(config.train.seed)}
+            | config.tracking.tags,
             run_id=self.run_id,
+            parent_id=config.tracking.parent,
         )
         self.tracker_open = True
         self.losses = LossTable(self.output / "train.csv", self.engine.step)
@@ -360,6 +362,7 @@ class Job:
                 for language, found in self.evaluation.items()
             },
             "unigram_perplexity": {language: found.unigram_perplexity() for language, found in self.evaluation.items()},
+            "history": self.history,
             "finished": not stopped,
             "stopped_by": stopped,
         }

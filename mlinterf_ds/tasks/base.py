@@ -88,6 +88,10 @@ class Task(Protocol):
         """Metrics in percent over the labelled examples; empty if there are none."""
         ...
 
+    def counts(self, examples: Sequence[Any], predictions: Sequence[Any]) -> list[tuple[float, float, float]]:
+        """(right, predicted, gold) of each labelled example: 200 right / (predicted + gold) of their sums is the metric."""
+        ...
+
     def baselines(self, train: Sequence[Any], test: Sequence[Any]) -> dict[str, dict[str, float]]:
         """Metrics on `test` of predictions that look at no input ("majority") or hardly any ("lexical"), from `train`."""
         ...

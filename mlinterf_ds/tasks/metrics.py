@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 Tags = Sequence[Sequence[str]]
+Counts = tuple[float, float, float]  # right, predicted, gold; a share of right answers is (right, 1, 1)
 
 
 # --- tags ------------------------------------------------------------------------------------------------------------
@@ -25,6 +26,22 @@ def entity_scores(gold: Tags, predicted: Tags) -> dict[str, float]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # says that a metric without predictions is set to 0: so it is
         return {name: 100 * float(score(theirs, ours, zero_division=0)) for name, score in scorers.items()}
+
+
+def entity_counts(gold: Tags, predicted: Tags) -> list[Counts]:
+    """(right, predicted, gold) entities of each sentence, from which `entity_scores` of any sample of them follow."""
+    from seqeval.metrics.sequence_labeling import get_entities
+
+    found = []
+    for theirs, ours in zip(gold, predicted, strict=True):
+        a, b = set(get_entities(list(theirs))), set(get_entities(list(ours)))
+        found.append((float(len(a & b)), float(len(b)), float(len(a))))
+    return found
+
+
+def run_counts(gold: Tags, predicted: Tags) -> list[Counts]:
+    """As `entity_counts`, over the runs of `run_f1`."""
+    return entity_counts(*([[f"I-{tag}" for tag in tags] for tags in side] for side in (gold, predicted)))
 
 
 def run_f1(gold: Tags, predicted: Tags) -> float:

@@ -65,6 +65,9 @@ class Ner:
     def score(self, examples: Sequence[Sentence], predictions: Predictions) -> dict[str, float]:
         return metrics.entity_scores([iob2(s.tags) for s in examples], predictions)
 
+    def counts(self, examples: Sequence[Sentence], predictions: Predictions) -> list[metrics.Counts]:
+        return metrics.entity_counts([iob2(s.tags) for s in examples], predictions)
+
     def baselines(self, train: Sequence[Sentence], test: Sequence[Sentence]) -> dict[str, dict[str, float]]:
         """majority: the one tag for every word that scores best on `train` (all O scores 0, every word a place does not)."""
         gold = [iob2(s.tags) for s in train]

@@ -104,6 +104,10 @@ class Nli:
         right = [e.label == p for e, p in zip(examples, predictions, strict=True) if self.labelled(e)]
         return {"accuracy": 100 * sum(right) / len(right)} if right else {}
 
+    def counts(self, examples: Sequence[Pair], predictions: Sequence[str]) -> list[metrics.Counts]:
+        pairs = zip(examples, predictions, strict=True)
+        return [(float(e.label == p), 1.0, 1.0) for e, p in pairs if self.labelled(e)]
+
     def baselines(self, train: Sequence[Pair], test: Sequence[Pair]) -> dict[str, dict[str, float]]:
         """majority: the commonest label of `train`."""
         counts = Counter(pair.label for pair in train if self.labelled(pair))

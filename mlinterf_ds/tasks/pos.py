@@ -112,6 +112,9 @@ class Pos:
         gold = [s.tags for s in examples]
         return {"f1": metrics.run_f1(gold, predictions), "accuracy": metrics.tag_accuracy(gold, predictions)}
 
+    def counts(self, examples: Sequence[Sentence], predictions: Predictions) -> list[metrics.Counts]:
+        return metrics.run_counts([s.tags for s in examples], predictions)
+
     def baselines(self, train: Sequence[Sentence], test: Sequence[Sentence]) -> dict[str, dict[str, float]]:
         """majority: the commonest tag of `train` on every word."""
         counts = {tag: sum(s.tags.count(tag) for s in train) for tag in UPOS}

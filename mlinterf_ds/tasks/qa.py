@@ -147,6 +147,10 @@ class Qa:
             "em": 100 * sum(metrics.exact_match(text, answers) for answers, text in pairs) / len(pairs),
         }
 
+    def counts(self, examples: Sequence[Question], predictions: Sequence[str]) -> list[metrics.Counts]:
+        pairs = zip(examples, predictions, strict=True)
+        return [(metrics.answer_f1(text, q.texts), 1.0, 1.0) for q, text in pairs if not q.hidden]
+
     def baselines(self, train: Sequence[Question], test: Sequence[Question]) -> dict[str, dict[str, float]]:
         """majority: the same words of every context (or no answer), whichever do best on (500 questions of) `train`."""
         sample = [q for q in train if not q.hidden][:SAMPLE]

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from mlinterf_ds.config import describe, load_config
@@ -91,6 +92,11 @@ def test_from_a_checkpoint_to_a_table(task: str, ground: Path, tmp_path: Path) -
             written = TASKS[task].read(file, language)
             predictions = [e.label if task == "nli" else list(e.tags) for e in written]
         assert TASKS[task].score(examples, predictions)[summary["metric"]] == pytest.approx(values[1])
+        # and so do the counts of right, predicted and gold
+        right, predicted, gold = np.loadtxt(
+            out / "counts" / "seed1" / f"{language}.csv", delimiter=",", skiprows=1
+        ).sum(0)
+        assert 200 * right / (predicted + gold) == pytest.approx(values[1])
     if task == "nli":
         low, high = summary["interval"]["te"]
         assert low < summary["scores"]["te"]["mean"] < high

@@ -1,0 +1,103 @@
+"""What a study will take: from jobs that are finished where there are some, else from figures measured once."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+
+from mlinterf_ds.study.plan import Job, Unit
+from mlinterf_ds.study.runner import is_finished
+from mlinterf_ds.study.worker import DONE
+
+
+@dataclass
+class Calibration:
+    """Seconds of each kind of work; the defaults are a 2-layer model of width 64 on one 2 GHz core."""
+
+    startup: float = 20.0  # of a job: launcher, imports, process group
+    tokens_per_second: dict[str, float] = field(default_factory=lambda: {"plain": 60_000.0, "meta": 12_000.0})
+    unit: dict[str, float] = field(
+        default_factory=lambda: {
+            "ner": 20.0,
+            "pos": 12.0,
+            "qa": 20.0,
+            "nli": 15.0,
+            "conflict": 15.0,
+            "prune": 60.0,
+            "interference": 60.0,
+            "conflict-training": 5.0,
+        }
+    )
+    measured: int = 0  # finished jobs behind these figures
+
+    @classmethod
+    def of(cls, jobs: Sequence[Job], output: Path) -> Calibration:
+        """Medians over the finished jobs; the defaults where there are none of a kind."""
+        startups, speeds, units = [], defaultdict(list), defaultdict(list)
+        for job in jobs:
+            try:
+                record = json.loads((output / job.folder / DONE).read_text())
+            except (OSError, ValueError):
+                continue
+            if "startup" in record:
+                startups.append(record["startup"])
+            for unit in job.units:
+                facts = record["units"].get(unit.name, {})
+                if facts.get("state") != "finished":
+                    continue
+                if job.kind == "pretrain":
+                    speeds[_pace(unit)].append(unit.facts["tokens"] / max(0.1, facts["seconds"]))
+                else:
+                    units[_what(unit)].append(facts["seconds"])
+        found = cls(measured=len(startups))
+        found.startup = median(startups) if startups else found.startup
+        found.tokens_per_second |= {name: median(values) for name, values in speeds.items()}
+        found.unit |= {name: median(values) for name, values in units.items()}
+        return found
+
+    def seconds(self, job: Job) -> float:
+        """Of one job, on cores of its own."""
+        return self.startup + sum(self._unit(job, unit) for unit in job.units)
+
+    def _unit(self, job: Job, unit: Unit) -> float:
+        if job.kind == "pretrain":
+            return float(unit.facts["tokens"]) / self.tokens_per_second[_pace(unit)]
+        return self.unit.get(_what(unit), 60.0)
+
+
+def _pace(unit: Unit) -> str:
+    return "meta" if unit.facts["variant"].startswith("meta_") else "plain"
+
+
+def _what(unit: Unit) -> str:
+    return str(unit.facts.get("task") or unit.facts["analysis"])
+
+
+def show(jobs: Sequence[Job], output: Path, slots: int, every: bool = False) -> str:
+    """The plan as text: launches by kind with their estimated cost, finished ones apart; with `every`, job by job."""
+    costs = Calibration.of(jobs, output)
+    left = [job for job in jobs if not is_finished(job, output)]
+    lines = [f"{'':<10}{'launches':>9}{'units':>7}{'finished':>10}{'left, core-minutes':>20}"]
+    for kind in ("pretrain", "finetune", "analyze"):
+        mine = [job for job in jobs if job.kind == kind]
+        todo = [job for job in mine if job in left]
+        seconds = sum(costs.seconds(job) for job in todo)
+        units = sum(len(job.units) for job in mine)
+        lines.append(f"{kind:<10}{len(mine):>9}{units:>7}{len(mine) - len(todo):>10}{seconds / 60:>20.1f}")
+    total = sum(costs.seconds(job) for job in left)
+    source = f"{costs.measured} finished jobs" if costs.measured else "default figures: no job is finished yet"
+    lines.append(
+        f"{len(jobs)} launches, {len(left)} to do, about {total / 60 / slots:.0f} minutes with {slots} at once (by {source})"
+    )
+    if every:
+        done = {job.name for job in jobs} - {job.name for job in left}
+        for job in jobs:
+            names = job.needs[0].name if len(job.needs) == 1 else f"{len(job.needs)} jobs"
+            needs = f"  after {names}" if job.needs else ""
+            state = "finished" if job.name in done else f"{costs.seconds(job):.0f} s"
+            lines.append(f"  {job.name:<48}{len(job.units):>3} units  {state:>9}{needs}")
+    return "\n".join(lines)

@@ -1,0 +1,214 @@
+"""The study command: plan, run, and report.
+
+<output>/corpora/        text of every model, one vocabulary
+<output>/jobs/NAME-HASH/ a job: job.json, launch.log, done.json, a folder a unit with its summary.json
+<output>/records.json    what the jobs found
+<output>/tables/         tables 1 to 7: .md, .csv, .tex
+<output>/findings.md, findings.json
+<output>/report.html     all of it, to read
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mlinterf_ds import command
+from mlinterf_ds.config import describe, load_config
+from mlinterf_ds.data.corpus import Corpus
+from mlinterf_ds.data.files import write_bytes, write_json
+from mlinterf_ds.errors import UserError
+from mlinterf_ds.study import cost, plan, runner, slurm, worker
+from mlinterf_ds.study.config import SYNTHETIC, AnalysisSection, SetSection, StudyConfig, TaskSection
+from mlinterf_ds.study.corpora import Corpora
+from mlinterf_ds.study.records import Records, collect
+from mlinterf_ds.tracking import Tracker, environment_facts
+from mlinterf_ds.tracking.facts import first_line
+from mlinterf_ds.tracking.sender import PENDING
+
+ROOT = Path(__file__).resolve().parents[2]
+PATIENCE = 120.0  # seconds to wait for MLflow's id of the study, under which the jobs nest
+
+
+def main(arguments: Sequence[str]) -> int:
+    """`python launch/study.py --recipe launch/recipes/study_cpu.toml [--dry-run]`."""
+    options = _parser().parse_args(arguments)
+    if options.job:
+        return worker.work(options.job)
+    config = load_config(options.recipe, options.set, StudyConfig)
+    study = Study(config, options.deepspeed_config)
+    if options.dry_run:
+        print(cost.show(study.jobs, study.output, study.slots, every=True))
+        return 0
+    if options.report:
+        return study.report([])
+    again = [word for recipe in options.recipe for word in ("--recipe", recipe)]
+    again += [word for setting in options.set for word in ("--set", setting)]
+    return study.run(options.executor, [*again, "--deepspeed_config", study.deepspeed_config])
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = command.parser("Run a grid of models, fine-tunings and analyses, and report on it.", StudyConfig)
+    for name, kind in (("sets", SetSection), ("tasks", TaskSection), ("analyses", AnalysisSection)):
+        parser.epilog = f"{parser.epilog}\n\nkeys of each [[{name}]] in a recipe:\n{describe(kind)}"
+    parser.set_defaults(deepspeed_config="ds_configs/zero1.json")
+    parser.add_argument("--dry-run", action="store_true", help="show the jobs and their estimated cost, and end")
+    parser.add_argument(
+        "--report", action="store_true", help="only make tables, findings and report of what is finished"
+    )
+    parser.add_argument("--executor", choices=("local", "slurm"), default="local", help="run here, or submit to Slurm")
+    parser.add_argument("--job", type=Path, help=argparse.SUPPRESS)  # inside a job's processes
+    return parser
+
+
+class Study:
+    """A study's plan and where it stands."""
+
+    def __init__(self, config: StudyConfig, deepspeed_config: str):
+        self.config, self.output = config, Path(config.output or f"runs/{config.name}").resolve()
+        given = Path(deepspeed_config)
+        found = given if given.is_file() else ROOT / given
+        if not found.is_file():
+            raise UserError(f"--deepspeed_config {given}: no such file; the shipped ones are in ds_configs/")
+        self.deepspeed_config = str(found.resolve())
+        self.corpora = Corpora(config, self.output)
+        self.jobs = self.expand()
+        self.slots = len(runner.slots(config))
+        self.tracker = Tracker.off()
+
+    def expand(self) -> list[plan.Job]:
+        return plan.expand(self.config, self.corpora, self.deepspeed_config)
+
+    def run(self, executor: str, again: list[str]) -> int:
+        """Run or submit what is missing, then report; 1 if a job failed."""
+        self.corpora.make()
+        self.jobs = self.expand()  # with the corpora's hashes
+        print(cost.show(self.jobs, self.output, self.slots), flush=True)
+        status = "FAILED"
+        parent = self._open_tracker()
+
+        def write(job: plan.Job) -> Path:
+            return runner.write_job(job, self.config, self.output, self.deepspeed_config, parent)
+
+        try:
+            if executor == "slurm":
+                ids = slurm.submit(self.jobs, self.config, self.output, write, again)
+                write_json(self.output / "slurm.json", ids)
+                print(f"submitted {len(ids) - 1} jobs and the report ({ids['report']}); see {self.output}/slurm.json")
+                status = "FINISHED"
+                return 0
+            outcomes = runner.run(self.jobs, self.config, self.output, write)
+            failed = self.report(outcomes)
+            if parent:
+                self._register(parent)
+            status = "FAILED" if failed else "FINISHED"
+            return failed
+        except KeyboardInterrupt:
+            status = "KILLED"
+            print("stopped; the same command goes on from here", flush=True)
+            raise
+        finally:
+            self.tracker.close("KILLED" if status == "KILLED" else "FAILED" if status == "FAILED" else "FINISHED")
+
+    # -- reports ---------------------------------------------------------------------------------------------------------
+
+    def records(self, outcomes: Sequence[runner.Outcome]) -> Records:
+        """What is finished so far."""
+        config, found = self.config, Records(source=self.config.source)
+        found.margin, found.confidence = config.margin, config.confidence
+        states = {outcome.job.name: outcome.row() for outcome in outcomes}
+        for job in self.jobs:
+            done = runner.is_finished(job, self.output)
+            found.status.append(states.get(job.name) or runner.Outcome(job, "finished" if done else "waiting").row())
+        found.distances = {s.name: d for s in config.sets if (d := _distance(config, s)) is not None}
+        for limits in [{}, *(limits for limits in self.corpora.limits if limits)]:
+            folder, manifest = self.corpora.of(limits)
+            corpus = Corpus.open(folder) if manifest else None
+            for code in limits or config.languages:
+                name = f"{code}@{limits[code]}" if limits else code
+                if corpus:
+                    tokens = len(corpus.tokens(code, "train"))
+                    found.sizes.setdefault(name, {"sentences": corpus.sentences(code, "train"), "tokens": tokens})
+        return collect(self.jobs, self.output, found)
+
+    def report(self, outcomes: Sequence[runner.Outcome]) -> int:
+        """Write records, tables, findings and the page; 1 if a job failed."""
+        from mlinterf_ds.study import claims, findings, forms, page, tables
+
+        self.output.mkdir(parents=True, exist_ok=True)
+        records = self.records(outcomes)
+        records.save(self.output / "records.json")
+        found, tested = tables.all_tables(records), claims.all_findings(records)
+        folder = self.output / "tables"
+        folder.mkdir(exist_ok=True)
+        for table in found:
+            for ending, form in (("md", forms.markdown), ("csv", forms.comma_separated), ("tex", forms.latex)):
+                write_bytes(folder / f"{table.name}.{ending}", form(table).encode())
+        write_json(self.output / "findings.json", [claim.row() for claim in tested])
+        write_bytes(self.output / "findings.md", findings.markdown(tested, records.confidence).encode())
+        facts = environment_facts() | {"made": time.strftime("%Y-%m-%d %H:%M")}
+        html = page.render(self.config, records, found, tested, facts)
+        write_bytes(self.output / "report.html", html.encode())
+        self._track(tested)
+        lost = [row for row in records.status if row["state"] in ("failed", "blocked")]
+        for row in lost:
+            print(f"{row['job']}: {row['state']}: {row['reason']}")
+        counts = {verdict: sum(c.verdict == verdict for c in tested) for verdict in ("holds", "fails", "undecided")}
+        print("claims: " + ", ".join(f"{count} {verdict}" for verdict, count in counts.items()))
+        print(f"{self.output}/report.html, tables/, findings.md, records.json", flush=True)
+        return int(bool(lost))
+
+    # -- MLflow ----------------------------------------------------------------------------------------------------------
+
+    def _open_tracker(self) -> str | None:
+        """The study's run in MLflow, found again after a restart; its id, for the jobs to nest under."""
+        path = self.output / "study.json"
+        try:
+            before: Any = json.loads(path.read_text())["run_id"]
+        except (OSError, ValueError, KeyError):
+            before = None
+        self.tracker = Tracker.start(
+            enabled=self.config.tracking.enabled,
+            experiment=self.config.tracking.experiment,
+            name=self.config.name,
+            folder=self.output,
+            parameters=self.config.model_dump(exclude={"tracking"}),
+            tags=environment_facts() | {"study": self.config.name, "kind": "study"} | self.config.tracking.tags,
+            run_id=before,
+        )
+        deadline = time.monotonic() + PATIENCE
+        while (self.tracker.run_id or "").startswith(PENDING) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        run_id = self.tracker.run_id
+        write_json(path, {"run_id": run_id, "config": self.config.model_dump()})
+        return None if run_id is None or run_id.startswith(PENDING) else run_id
+
+    def _register(self, run_id: str) -> None:
+        """The best model, in MLflow's registry; what goes wrong there costs no study."""
+        from mlinterf_ds.study.registry import register
+
+        try:
+            print(
+                register(Records.load(self.output / "records.json"), self.config.name, self.output, run_id), flush=True
+            )
+        except Exception as error:
+            print(f"warning: no model was registered: {first_line(error)}", flush=True)
+
+    def _track(self, claims: Sequence[Any]) -> None:
+        step = sum(runner.is_finished(job, self.output) for job in self.jobs)  # reports of a study that grows
+        self.tracker.log({f"effect/{c.name}": c.effect.mean for c in claims if c.effect.values}, step)
+        self.tracker.tag({f"finding.{claim.name}": claim.verdict for claim in claims})
+        for name in ("report.html", "tables", "findings.md", "findings.json", "records.json"):
+            self.tracker.artifact(self.output / name)
+
+
+def _distance(config: StudyConfig, group: Any) -> float | None:
+    if group.distance is None and config.corpus.folder == SYNTHETIC and not config.corpus.text:
+        from mlinterf_ds.data.synthetic import distance
+
+        return distance(*group.languages[:2])
+    return group.distance if group.distance is None else float(group.distance)

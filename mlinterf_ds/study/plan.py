@@ -1,0 +1,260 @@
+"""A study's grid as jobs: which processes are started, what each runs, and what it needs finished before.
+
+A job is one set of processes: it pretrains a model, or fine-tunes it on all tasks, or runs all its analyses. Its folder's
+name ends in a hash of all that decides its results (configuration, DeepSpeed's JSON, data, code, the jobs it needs), so a
+folder that is complete is the answer, whichever study asked first, and a change of any of these makes another folder.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from mlinterf_ds.analyze_config import AnalyzeConfig
+from mlinterf_ds.config import RunConfig, load_config
+from mlinterf_ds.data.files import read_json
+from mlinterf_ds.errors import UserError
+from mlinterf_ds.finetune_config import FinetuneConfig
+from mlinterf_ds.study.config import SYNTHETIC, StudyConfig, TaskSection
+from mlinterf_ds.study.corpora import Corpora
+from mlinterf_ds.study.grid import Model, models
+
+Kind = Literal["pretrain", "finetune", "analyze"]
+PACKAGE = Path(__file__).resolve().parents[1]
+SHARED_CODE = [
+    "errors.py",
+    "config.py",
+    "parallel.py",
+    "data",
+    "model",
+    "meta",
+    "engine",
+    "pretrain.py",
+    "pretrain_job.py",
+    "initial.py",
+]
+CODE: dict[str, list[str]] = {
+    "pretrain": SHARED_CODE,
+    "finetune": [*SHARED_CODE, "pretrained.py", "tasks", "finetune.py", "finetune_config.py", "finetune_run.py"],
+    "analyze": [*SHARED_CODE, "pretrained.py", "analysis", "analyze.py", "analyze_config.py"],
+}
+PLACES = {"name", "output", "resume", "corpus", "checkpoint", "tracking"}  # keys that decide no number
+FROZEN = "finetune.freeze=language"
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One run of a recipe: a folder with a summary.json."""
+
+    name: str
+    arguments: tuple[str, ...]  # of the launcher, but for output, checkpoint and tracking
+    facts: dict[str, Any]
+    identity: Any = field(repr=False, default=None)  # what decides its results
+
+
+@dataclass(frozen=True)
+class Job:
+    """One set of processes."""
+
+    name: str
+    kind: Kind
+    model: Model
+    units: tuple[Unit, ...]
+    needs: tuple[Job, ...]
+    digest: str
+
+    @property
+    def folder(self) -> str:
+        """Below the study's output."""
+        return f"jobs/{self.name}-{self.digest[:10]}"
+
+
+def expand(config: StudyConfig, corpora: Corpora, deepspeed_config: str) -> list[Job]:
+    """All jobs, each after those it needs; none twice. UserError for a setting that a recipe would refuse."""
+    found: list[Job] = []
+    deepspeed = read_json(Path(deepspeed_config))
+    for model in models(config):
+        pretrain = _job("pretrain", model, [_pretraining(config, model, corpora)], (), deepspeed, config.ranks)
+        found.append(pretrain)
+        parts: dict[Kind, list[Unit]] = {
+            "finetune": [*_finetunings(config, model)],
+            "analyze": [*_analyses(config, model)],
+        }
+        for kind, units in parts.items():
+            if units:
+                found.append(_job(kind, model, units, (pretrain,), deepspeed, config.ranks))
+    compared = tuple(job for job in found if _is_compared(job.model) and job.kind != "analyze")
+    if units := [*_of_all(config, compared)]:
+        found.append(_job("analyze", _everything(config), units, compared, deepspeed, config.ranks))
+    return found
+
+
+# --- units -------------------------------------------------------------------------------------------------------------
+def _pretraining(config: StudyConfig, model: Model, corpora: Corpora) -> Unit:
+    folder, manifest = corpora.of(dict(model.limits))
+    settings = [*config.settings, *model.settings, f"variant={model.variant}", f"train.seed={model.seed}"]
+    settings += [f"languages={','.join(model.languages)}", f"corpus={folder}"]
+    run = load_config([*config.recipes], settings, RunConfig)
+    tokens = run.train.steps * run.train.batch * run.data.sequence_length
+    facts = model.facts | {
+        "tokens": tokens,
+        "steps": run.train.steps,
+        "warmup": run.train.warmup,
+        "conflict_every": run.conflict.every,
+    }
+    return Unit(model.name, _arguments(config.recipes, settings), facts, [_kept(run), model.limits, manifest])
+
+
+def _finetunings(config: StudyConfig, model: Model) -> Iterator[Unit]:
+    for task in config.tasks:
+        for source in _trained_on(config, model, task):
+            targets = [source]
+            if source == config.source:  # beside the source itself, zero-shot; the monolingual model shows the floor
+                targets = config.languages if model.kind == "mono" else list(model.languages)
+            files = {
+                "train": {source: _data(config, task, "train", source)},
+                "dev": {source: _data(config, task, "dev", source)},
+            }
+            places = {code: _data(config, task, "test", code) for code in targets}
+            # a share of a language's training data tests only what was trained on the rest of them
+            files["test"] = {code: p for code, p in places.items() if p and (p != "split" or code == source)}
+            settings = [*task.settings, f"task={task.task}", f"finetune.seeds={model.seed}"]
+            settings += [f"finetune.unseen={source}"] * (model.kind == "mono")
+            yield _finetuning(task, source, files, settings, model, "")
+            routed = model.variant not in ("mono", "joint", "share_adpt")
+            if routed and model.kind == "pair" and not model.control and task.task in config.controls.freeze:
+                yield _finetuning(task, source, files, [*settings, FROZEN], model, "freeze")
+
+
+def _trained_on(config: StudyConfig, model: Model, task: TaskSection) -> list[str]:
+    """The languages whose training data the model is fine-tuned on, one at a time."""
+    wanted = model.languages[:2] if model.kind == "triple" else model.languages
+    wanted = tuple(code for code in wanted if code == config.source or task.within)
+    return [code for code in wanted if _data(config, task, "train", code) and _data(config, task, "test", code)]
+
+
+def _data(config: StudyConfig, task: TaskSection, split: str, language: str) -> str:
+    """File, 'synthetic' or 'split'; '' where there are no such data."""
+    given: dict[str, str] = getattr(task, split)
+    if language in given:
+        return given[language]
+    if config.corpus.folder == SYNTHETIC and not config.corpus.text:
+        return SYNTHETIC
+    return "split" if split == "dev" and language in task.train else ""
+
+
+def _finetuning(
+    task: TaskSection, source: str, files: dict[str, dict[str, str]], settings: list[str], model: Model, control: str
+) -> Unit:
+    run = load_config([*task.recipes], [*settings, "checkpoint=model"], FinetuneConfig)
+    arguments = _arguments(task.recipes, settings)
+    for split, chosen in files.items():
+        arguments += tuple(word for code, place in chosen.items() for word in (f"--{split}", f"{code}={place}"))
+    facts = model.facts | {"task": task.task, "train": source, "control": control or model.control}
+    data = {f"{split} {code}": _digest(place) for split, chosen in files.items() for code, place in chosen.items()}
+    label = f"{task.task}-{source}{'-' + control if control else ''}.{model.name}"
+    return Unit(label, arguments, facts, [_kept(run), data])
+
+
+def _analyses(config: StudyConfig, model: Model) -> Iterator[Unit]:
+    for found in config.analyses:
+        if found.analysis == "interference":
+            continue  # one of the whole study
+        if model.kind == "pair" and not model.control and model.variant in found.variants:
+            settings = [*found.settings, f"analysis={found.analysis}"]
+            run = load_config([], [*settings, "checkpoint=model"], AnalyzeConfig)
+            facts = model.facts | {"analysis": found.analysis}
+            yield Unit(f"{found.analysis}.{model.name}", _arguments([], settings), facts, [_kept(run)])
+
+
+def _is_compared(model: Model) -> bool:
+    """Whether the interference analysis looks at a model: pairs and their monolingual models; larger ones beside."""
+    return not model.limits and not model.control and (model.kind != "triple") and model.variant in ("mono", "joint")
+
+
+def _everything(config: StudyConfig) -> Model:
+    """Stands for all models together, in the job of the analyses that compare them."""
+    return Model("all", "study", tuple(config.languages), "all", config.seeds[0])
+
+
+def _of_all(config: StudyConfig, jobs: tuple[Job, ...]) -> Iterator[Unit]:
+    """Interference: all monolingual models against all joint ones. Figure 3: conflict during the joint models' training."""
+
+    def folders(kind: Kind, of: set[str], keep: Callable[[Job], bool] = lambda job: True) -> str:
+        chosen = [job for job in jobs if job.kind == kind and job.model.kind in of and keep(job)]
+        return ",".join(f"{{output}}/{job.folder}/{unit.name}" for job in chosen for unit in job.units)
+
+    def unit(name: str, settings: list[str]) -> Unit:
+        facts = _everything(config).facts | {"analysis": name}
+        return Unit(f"{name}.all", _arguments([], [s for s in settings if not s.endswith("=")]), facts, settings)
+
+    by_name = {found.analysis: found.settings for found in config.analyses}
+    if "interference" in by_name:
+        settings = [*by_name["interference"], "analysis=interference"]
+        settings.append(f"interference.mono={folders('pretrain', {'mono'})}")
+        settings.append(f"interference.joint={folders('pretrain', {'pair'})}")
+        settings.append(f"interference.larger={folders('pretrain', {'many'})}")
+        yield unit("interference", [*settings, f"interference.tasks={folders('finetune', {'mono', 'pair', 'many'})}"])
+    if "conflict" in by_name:
+        curves = folders(
+            "pretrain",
+            {"pair"},
+            lambda job: job.model.seed == config.seeds[0] and bool(job.units[0].facts["conflict_every"]),
+        )
+        if curves:
+            yield unit("conflict-training", ["analysis=conflict", f"conflict.runs={curves}"])
+
+
+def _arguments(recipes: Sequence[str], settings: Sequence[str]) -> tuple[str, ...]:
+    return tuple(
+        word for flag, values in (("--recipe", recipes), ("--set", settings)) for v in values for word in (flag, v)
+    )
+
+
+# --- hashes ------------------------------------------------------------------------------------------------------------
+def _job(kind: Kind, model: Model, units: list[Unit], needs: tuple[Job, ...], deepspeed: Any, ranks: int) -> Job:
+    identity = [
+        kind,
+        [[u.name, u.identity] for u in units],
+        [job.digest for job in needs],
+        deepspeed,
+        ranks,
+        code(kind),
+    ]
+    text = json.dumps(identity, sort_keys=True, default=str)
+    name = f"{kind}.{model.name}"
+    return Job(name, kind, model, tuple(units), needs, hashlib.sha256(text.encode()).hexdigest())
+
+
+def _kept(run: Any) -> dict[str, Any]:
+    return {key: value for key, value in run.model_dump().items() if key not in PLACES}
+
+
+@functools.cache
+def _digest(place: str) -> str:
+    """A data file's hash; the words 'synthetic' and 'split' stand for themselves."""
+    if place in (SYNTHETIC, "split"):
+        return place
+    try:
+        return hashlib.sha256(Path(place).read_bytes()).hexdigest()
+    except OSError as error:
+        raise UserError(f"tasks: {place}: {error.strerror}; name an existing file, or leave the language out") from None
+
+
+@functools.cache
+def code(kind: Kind) -> str:
+    """Hash of the source that decides a job's numbers; comments and layout don't count."""
+    found = hashlib.sha256()
+    for name in CODE[kind]:
+        place = PACKAGE / name
+        for path in sorted(place.rglob("*.py")) if place.is_dir() else [place]:
+            found.update(
+                f"{path.relative_to(PACKAGE)}\n{ast.dump(ast.parse(path.read_text(encoding='utf-8')))}\n".encode()
+            )
+    return found.hexdigest()

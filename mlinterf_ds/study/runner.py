@@ -1,0 +1,212 @@
+"""Run a study's jobs on this machine: as many at once as its cores allow, each after those it needs."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from mlinterf_ds import command
+from mlinterf_ds.data.files import read_json, write_json
+from mlinterf_ds.study.config import StudyConfig
+from mlinterf_ds.study.plan import Job
+from mlinterf_ds.study.worker import DONE, STARTED, finished, read_done
+
+State = Literal["waiting", "running", "finished", "failed", "blocked"]
+SCRIPT = Path(__file__).resolve().parents[2] / "launch" / "study.py"
+GRACE = 60.0  # seconds between asking jobs to end and ending them
+REASON = 400  # characters
+
+
+@dataclass
+class Outcome:
+    """What became of a job."""
+
+    job: Job
+    state: State
+    reason: str = ""
+    seconds: float = 0.0
+
+    def row(self) -> dict[str, Any]:
+        return {
+            "job": self.job.name, "kind": self.job.kind, "state": self.state, "reason": self.reason,
+            "seconds": self.seconds, "folder": self.job.folder,
+        }  # fmt: skip
+
+
+@dataclass
+class Slot:
+    """A place for one job at a time, with cores of its own."""
+
+    cores: list[int]
+    process: subprocess.Popen[bytes] | None = None
+    job: Job | None = None
+    log: Any = field(default=None, repr=False)
+
+
+def is_finished(job: Job, output: Path) -> bool:
+    """Whether every unit of the job has its results."""
+    return all(finished(output / job.folder / unit.name) for unit in job.units)
+
+
+def write_job(job: Job, config: StudyConfig, output: Path, deepspeed_config: str, parent: str | None) -> Path:
+    """The job's folder with its job.json."""
+    folder = output / job.folder
+    folder.mkdir(parents=True, exist_ok=True)
+    places = [
+        output / need.folder / need.units[0].name
+        for need in job.needs
+        if need.kind == "pretrain" and need.model == job.model
+    ]
+    tracking = [f"tracking.enabled={config.tracking.enabled}", f"tracking.experiment={config.tracking.experiment}"]
+    tracking += [f"tracking.parent={parent}"] * bool(parent)
+    units = []
+    for unit in job.units:
+        tags = {
+            "study": config.name,
+            "set": job.model.set,
+            "pair": "-".join(job.model.languages),
+            "seed": job.model.seed,
+        }
+        tags["variant"] = job.model.variant
+        tags |= {name: unit.facts[name] for name in ("control", "task", "train", "analysis") if unit.facts.get(name)}
+        settings = [*tracking, *(f"tracking.tags.{name}={value}" for name, value in tags.items())]
+        settings += [f"checkpoint={place}" for place in places]
+        words = [word.replace("{output}", str(output)) for word in unit.arguments]
+        arguments = ["--deepspeed_config", deepspeed_config, *words]
+        units.append({"name": unit.name, "arguments": [*arguments, *(w for s in settings for w in ("--set", s))]})
+    write_json(folder / "job.json", {"name": job.name, "kind": job.kind, "tensor": 1, "units": units})
+    return folder
+
+
+def launch_command(folder: Path, ranks: int) -> list[str]:
+    """The real launcher, on ports of its own."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    deepspeed = shutil.which("deepspeed", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}")
+    start = [deepspeed or "deepspeed", "--num_gpus", str(ranks), "--master_port", str(port)]
+    return [*start, str(SCRIPT), "--job", str(folder)]
+
+
+def run(
+    jobs: Sequence[Job],
+    config: StudyConfig,
+    output: Path,
+    write: Callable[[Job], Path],
+    say: Callable[[str], None] = print,
+    started_with: Callable[[Path, int], list[str]] = launch_command,
+) -> list[Outcome]:
+    """Run all jobs that are not finished; what became of each. KeyboardInterrupt if the study was asked to end."""
+    outcomes = {job.name: Outcome(job, "finished" if is_finished(job, output) else "waiting") for job in jobs}
+    places = slots(config)
+    with command.Signals() as signals:
+        while True:
+            for slot in places:
+                if slot.process is None and (job := _next(jobs, outcomes)):
+                    _start(slot, job, started_with(write(job), config.ranks), output)
+                    outcomes[job.name].state = "running"
+            if not any(slot.process for slot in places):
+                break
+            if signals.received:
+                _stop(places)
+                raise KeyboardInterrupt
+            time.sleep(0.2)
+            for slot in places:
+                if slot.process is not None and slot.process.poll() is not None:
+                    found = _end(slot, outcomes, output)
+                    count = sum(o.state not in ("waiting", "running") for o in outcomes.values())
+                    took = f"{found.seconds:.0f} s" if found.state == "finished" else found.reason
+                    say(f"[{count}/{len(jobs)}] {found.job.name}: {found.state}, {took}")
+    for outcome in outcomes.values():
+        if outcome.state == "finished" and not outcome.seconds:
+            outcome.seconds = float(_record(output / outcome.job.folder).get("seconds", 0.0))
+    return list(outcomes.values())
+
+
+def slots(config: StudyConfig) -> list[Slot]:
+    """Cores are shared out, so that the jobs' threads don't wait for each other's."""
+    cores = sorted(os.sched_getaffinity(0))
+    count = config.parallel or max(1, len(cores) // config.ranks)
+    each = max(1, len(cores) // count)
+    return [Slot([cores[(number * each + k) % len(cores)] for k in range(each)]) for number in range(count)]
+
+
+def _next(jobs: Sequence[Job], outcomes: dict[str, Outcome]) -> Job | None:
+    """The first job whose needs are met; jobs that need a failed one are marked on the way."""
+    for job in jobs:
+        if outcomes[job.name].state != "waiting":
+            continue
+        states = {need.name: outcomes[need.name].state for need in job.needs}
+        if lost := [name for name, state in states.items() if state in ("failed", "blocked")]:
+            outcomes[job.name] = Outcome(job, "blocked", f"needs {', '.join(lost)}")
+        elif set(states.values()) <= {"finished"}:
+            return job
+    return None
+
+
+def _start(slot: Slot, job: Job, words: list[str], output: Path) -> None:
+    slot.job, slot.log = job, (output / job.folder / "launch.log").open("ab")
+    threads = os.environ.get("OMP_NUM_THREADS", str(len(slot.cores)))
+    slot.process = subprocess.Popen(
+        words, stdout=slot.log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True,
+        env=os.environ | {"OMP_NUM_THREADS": threads, STARTED: str(time.time())},
+    )  # fmt: skip
+    os.sched_setaffinity(slot.process.pid, slot.cores)
+
+
+def _end(slot: Slot, outcomes: dict[str, Outcome], output: Path) -> Outcome:
+    assert slot.process and slot.job
+    slot.log.close()
+    outcome, folder = outcomes[slot.job.name], output / slot.job.folder
+    record = _record(folder)
+    outcome.seconds = float(record.get("seconds", 0.0))
+    outcome.state = "finished" if is_finished(slot.job, output) else "failed"
+    if outcome.state == "failed":
+        reasons = [f"{name}: {facts['reason']}" for name, facts in record.get("units", {}).items() if "reason" in facts]
+        outcome.reason = "; ".join(reasons) or last_words(folder / "launch.log", slot.process.returncode)
+    slot.process = slot.job = None
+    return outcome
+
+
+def _record(folder: Path) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = read_json(folder / DONE)
+    except (OSError, ValueError):
+        return {"units": read_done(folder)}
+    return found
+
+
+def last_words(log: Path, status: int) -> str:
+    """Why a process failed: the last error of its log."""
+    lines = log.read_text(errors="replace").splitlines() if log.is_file() else []
+    errors = [line.strip() for line in lines if line.startswith("error:") or "Error" in line]
+    return (errors[-1] if errors else f"exit status {status}; see {log}")[:REASON]
+
+
+def _stop(slots: Sequence[Slot]) -> None:
+    """Ask all jobs to save and end; end those that don't."""
+    alive = [slot for slot in slots if slot.process]
+    for slot in alive:
+        _signal(slot, signal.SIGTERM)
+    deadline = time.monotonic() + GRACE
+    while time.monotonic() < deadline and any(slot.process and slot.process.poll() is None for slot in alive):
+        time.sleep(0.2)
+    for slot in alive:
+        _signal(slot, signal.SIGKILL)
+
+
+def _signal(slot: Slot, number: int) -> None:
+    """To the whole session: launcher and ranks."""
+    assert slot.process
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(slot.process.pid, number)

@@ -1,0 +1,204 @@
+"""A study's grid: what it expands to, that nothing is done twice, and what a job's hash depends on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mlinterf_ds.config import load_config
+from mlinterf_ds.errors import UserError
+from mlinterf_ds.study import cost, plan
+from mlinterf_ds.study.config import StudyConfig
+from mlinterf_ds.study.corpora import Corpora
+
+ROOT = Path(__file__).resolve().parents[2]
+ZERO1 = str(ROOT / "ds_configs" / "zero1.json")
+
+
+def expanded(
+    *recipes: str, settings: list[str] | None = None, deepspeed: str = ZERO1, output: str = "nowhere"
+) -> list[plan.Job]:
+    config = load_config([*recipes], settings or [], StudyConfig)
+    return plan.expand(config, Corpora(config, Path(output)), deepspeed)
+
+
+@pytest.fixture(scope="module")
+def jobs() -> list[plan.Job]:
+    return expanded("study_cpu")
+
+
+def test_the_cpu_study_is_what_the_issue_asks_for(jobs: list[plan.Job]) -> None:
+    assert len(jobs) <= 150
+    pairs = {
+        (j.model.set, j.model.variant, j.model.seed) for j in jobs if j.kind == "pretrain" and j.model.kind == "pair"
+    }
+    variants = ("joint", "ffn", "attn", "adpt", "share_adpt", "meta_adpt")
+    assert pairs == {(s, v, seed) for s in ("close", "far") for v in variants for seed in (0, 1, 2)}
+    tasks = {u.facts["task"] for j in jobs if j.kind == "finetune" for u in j.units}
+    assert tasks == {"ner", "pos", "qa", "nli"}
+    analyses = {u.facts["analysis"] for j in jobs if j.kind == "analyze" for u in j.units}
+    assert analyses == {"conflict", "prune", "interference", "conflict-training"}
+
+
+def test_what_the_analyses_of_all_models_are_given(jobs: list[plan.Job]) -> None:
+    last = jobs[-1]
+    by_name = {unit.name: dict(word.split("=", 1) for word in unit.arguments if "=" in word) for unit in last.units}
+    inputs = by_name["interference.all"]
+    mono, joint = (inputs[f"interference.{kind}"].split(",") for kind in ("mono", "joint"))
+    assert len(mono) == 3 * 3 and len(joint) == 2 * 3 and len(inputs["interference.larger"].split(",")) == 3
+    assert len(inputs["interference.tasks"].split(",")) == sum(len(j.units) for j in last.needs if j.kind == "finetune")
+    curves = by_name["conflict-training.all"]["conflict.runs"].split(",")
+    assert [name.rpartition("/")[2] for name in curves] == ["joint.close.seed0", "joint.far.seed0"]
+    folders = {f"{{output}}/{job.folder}/{unit.name}" for job in last.needs for unit in job.units}
+    assert folders.issuperset([*mono, *joint, *curves])
+
+
+def test_shared_work_is_done_once_and_in_order(jobs: list[plan.Job]) -> None:
+    assert len({j.name for j in jobs}) == len({j.digest for j in jobs}) == len(jobs)
+    mono = [j.model.set for j in jobs if j.kind == "pretrain" and j.model.variant == "mono" and j.model.seed == 0]
+    assert sorted(mono) == ["syn", "syn-close", "syn-far", "syn-far@400"]
+    seen: set[str] = set()
+    for job in jobs:
+        assert {need.name for need in job.needs} <= seen
+        seen.add(job.name)
+
+
+def test_what_is_fine_tuned_and_tested(jobs: list[plan.Job]) -> None:
+    def units(name: str) -> dict[str, plan.Unit]:
+        return {u.name.split(".")[0]: u for j in jobs if j.name == f"finetune.{name}" for u in j.units}
+
+    def tested(unit: plan.Unit) -> list[str]:
+        return [b for a, b in zip(unit.arguments, unit.arguments[1:], strict=False) if a == "--test"]
+
+    joint = units("joint.far.seed1")
+    assert set(joint) == {"ner-syn", "ner-syn-far", "pos-syn", "pos-syn-far", "qa-syn", "qa-syn-far", "nli-syn"}
+    assert tested(joint["ner-syn"]) == ["syn=synthetic", "syn-far=synthetic"] and tested(joint["ner-syn-far"]) == [
+        "syn-far=synthetic"
+    ]
+    assert "finetune.seeds=1" in joint["ner-syn"].arguments
+    floor = units("mono.syn.seed0")["pos-syn"]  # a model that never saw the other languages
+    assert len(tested(floor)) == 4 and "finetune.unseen=syn" in floor.arguments
+    assert {"pos-syn-freeze", "pos-syn-far-freeze"} <= set(units("adpt.far.seed0"))
+    assert "pos-syn-freeze" not in units("share_adpt.far.seed0")
+    assert set(units("joint.far-tri.seed0")) == set(joint)  # the third language is tested on, not trained on
+
+
+def test_controls() -> None:
+    jobs = {j.name: j for j in expanded("study_cpu", "study_cpu_full") if j.kind == "pretrain"}
+    direct, compute = jobs["pretrain.meta_adpt-direct.far.seed4"], jobs["pretrain.adpt-compute.far.seed4"]
+    assert "meta.terms=direct" in direct.units[0].arguments
+    plain = jobs["pretrain.adpt.far.seed4"].units[0].facts
+    assert compute.units[0].facts["steps"] == 4 * plain["steps"] and compute.model.variant == "adpt"
+
+
+def test_the_larger_study_finds_the_smaller_ones_models(jobs: list[plan.Job]) -> None:
+    larger = {j.digest for j in expanded("study_cpu", "study_cpu_full")}
+    assert {j.digest for j in jobs if j.kind == "pretrain"} <= larger
+
+
+# --- hashes ------------------------------------------------------------------------------------------------------------
+CI = ["study_ci"]
+
+
+def digests(**changes: Any) -> list[str]:
+    return [job.digest for job in expanded("study_ci", **changes)]
+
+
+def test_places_and_names_don_t_change_a_job() -> None:
+    same = ["name=other", "tracking.enabled=false", "parallel=1", "margin=2"]
+    assert digests() == digests(settings=same, output="elsewhere")
+
+
+def test_what_decides_a_result_changes_its_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = digests()
+    json_file = tmp_path / "zero.json"
+    json_file.write_text(json.dumps(json.loads(Path(ZERO1).read_text()) | {"wall_clock_breakdown": True}))
+    for changed in (digests(deepspeed=str(json_file)), digests(settings=["ranks=2"])):
+        assert not set(before) & set(changed)
+    monkeypatch.setattr(plan, "code", lambda kind: "edited" if kind == "finetune" else "as it was")
+    edited = digests()
+    monkeypatch.setattr(plan, "code", lambda kind: "as it was")
+    kinds = [job.kind for job in expanded("study_ci")]
+    assert [a != b for a, b in zip(digests(), edited, strict=True)] == [kind == "finetune" for kind in kinds]
+
+
+def test_a_changed_data_file_changes_the_fine_tunings_that_read_it(tmp_path: Path) -> None:
+    recipe, file = tmp_path / "real.toml", tmp_path / "en.txt"
+    recipe.write_text(
+        f'[[sets]]\nname = "p"\nlanguages = "en,sw"\n[corpus]\ntext = {{ en = "{file}", sw = "{file}" }}\n'
+        f'[[tasks]]\ntask = "pos"\ntrain = {{ en = "{file}" }}\ntest = {{ en = "{file}", sw = "{file}" }}\n'
+    )
+
+    def found() -> dict[str, str]:
+        plan._digest.cache_clear()
+        return {job.name: job.digest for job in expanded(str(recipe))}
+
+    file.write_text("one")
+    first = found()
+    file.write_text("two")
+    second = found()
+    assert {name for name in first if first[name] != second[name]} == {
+        name for name in first if name.startswith("finetune")
+    }
+    file.unlink()
+    with pytest.raises(UserError, match=r"en\.txt.*No such file"):
+        found()
+
+
+def test_code_hash_ignores_comments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in plan.CODE["pretrain"]:
+        place = tmp_path / name
+        (place if not name.endswith(".py") else tmp_path).mkdir(exist_ok=True)
+        (place / "a.py" if not name.endswith(".py") else place).write_text("x = 1\n")
+    monkeypatch.setattr(plan, "PACKAGE", tmp_path)
+    found = []
+    for text in ("x = 1\n", "# said\nx  =  1\n", "x = 2\n"):
+        (tmp_path / "data" / "a.py").write_text(text)
+        plan.code.cache_clear()
+        found.append(plan.code("pretrain"))
+    plan.code.cache_clear()
+    assert found[0] == found[1] != found[2]
+
+
+# --- mistakes ----------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("", "sets is empty"),
+        ('[[sets]]\nname = "a"\nlanguages = "en"', "name two or more"),
+        ('[[sets]]\nname = "a"\nlanguages = "en,sw,hi"', "kind pair: it takes 2 languages, not 3"),
+        ('[[sets]]\nname = "a"\nlanguages = "en,sw"\n[[sets]]\nname = "a"\nlanguages = "en,hi"', "'a' is there twice"),
+        ('[[sets]]\nname = "a"\nlanguages = "en,sw"\n[[sets]]\nname = "b"\nlanguages = "sw,hi"', "same source language"),
+        ('[[sets]]\nname = "a"\nlanguages = "en,sw"\nlimits = { sw = 9 }', "kind low"),
+        ('variants = ["mono"]\n[[sets]]\nname = "a"\nlanguages = "en,sw"', "leave mono out"),
+        ('[[sets]]\nname = "a"\nlanguages = "en,sw"\n[[tasks]]\ntask = "ner"\nlr = 3', "unknown key"),
+        ('settings = ["train.stepz=3"]\n[[sets]]\nname = "a"\nlanguages = "syn,syn-far"', "did you mean train.steps"),
+        ('[corpus]\nfolder = "corpora/x"\n[[sets]]\nname = "a"\nkind = "low"\nlanguages = "en,sw"\nlimits = { sw = 9 }', "can't be subsampled"),
+        ('[corpus]\ntext = { en = "en.txt" }\n[[sets]]\nname = "a"\nlanguages = "en,sw"', "corpus.text has no sw"),
+    ],
+)  # fmt: skip
+def test_a_recipes_mistake_is_one_clear_sentence(text: str, words: str, tmp_path: Path) -> None:
+    (tmp_path / "study.toml").write_text(text)
+    with pytest.raises(UserError, match=words):
+        expanded(str(tmp_path / "study.toml"))
+
+
+# --- cost --------------------------------------------------------------------------------------------------------------
+def test_cost_follows_what_finished_jobs_took(tmp_path: Path) -> None:
+    jobs = expanded("study_ci")
+    pretrain, finetune = jobs[0], jobs[1]
+    assert cost.Calibration.of(jobs, tmp_path).measured == 0
+    for job, seconds in ((pretrain, 4.0), (finetune, 3.0)):
+        units = {u.name: {"state": "finished", "seconds": seconds} for u in job.units}
+        (tmp_path / job.folder).mkdir(parents=True)
+        (tmp_path / job.folder / "done.json").write_text(json.dumps({"units": units, "startup": 7.0, "seconds": 11.0}))
+    found = cost.Calibration.of(jobs, tmp_path)
+    assert (found.measured, found.startup, found.unit["pos"]) == (2, 7.0, 3.0)
+    assert found.seconds(pretrain) == pytest.approx(7 + 4) and found.seconds(finetune) == pytest.approx(
+        7 + 3 * len(finetune.units)
+    )
+    text = cost.show(jobs, tmp_path, slots=2)
+    assert "8 launches, 8 to do" in text and "by 2 finished jobs" in text

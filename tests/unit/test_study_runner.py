@@ -1,0 +1,245 @@
+"""Running a study with a stand-in for the launcher: what is run, resumed, isolated and submitted."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import types
+from pathlib import Path
+
+import pytest
+
+from mlinterf_ds.errors import UserError
+from mlinterf_ds.study import worker
+from mlinterf_ds.study.records import Records
+from tests import fake_launcher
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def tables(folder: Path) -> dict[str, str]:
+    files = [*sorted((folder / "tables").iterdir()), folder / "findings.md"]
+    return {path.name: path.read_text() for path in files}
+
+
+def started(folder: Path) -> list[str]:
+    return (folder / "started").read_text().split()
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An uninterrupted study of two seeds."""
+    folder = tmp_path_factory.mktemp("whole")
+    assert fake_launcher.study(str(folder), "seeds=0,1") == 0
+    return folder
+
+
+def test_every_job_runs_once_after_what_it_needs(whole: Path) -> None:
+    names = started(whole)
+    assert len(names) == len(set(names)) == 16
+    for name in names:
+        if name.startswith("finetune"):
+            assert names.index(name.replace("finetune", "pretrain")) < names.index(name)
+    records = Records.load(whole / "records.json")
+    assert len(records.models) == 8 and {row["state"] for row in records.status} == {"finished"}
+    # mono syn on both, mono target, and three of each joint model, for each seed
+    assert len(records.scores) == 2 * (2 + 1 + 2 * 3)
+    assert records.sizes["syn"]["sentences"] > 400
+
+
+def test_numbers_reach_the_table(whole: Path) -> None:
+    records = Records.load(whole / "records.json")
+    joint = [s.score for s in records.scores if (s.variant, s.train, s.language) == ("joint", "syn", "syn-close")]
+    mean = sum(joint) / 2
+    assert f"{mean:.1f} ± {abs(joint[0] - joint[1]) / 2**0.5:.1f}" in tables(whole)["table2.md"]
+
+
+def test_a_finished_study_starts_nothing(whole: Path) -> None:
+    before, text = started(whole), tables(whole)
+    assert fake_launcher.study(str(whole), "seeds=0,1") == 0
+    assert started(whole) == before and tables(whole) == text
+
+
+def test_a_larger_study_runs_only_what_is_new(whole: Path) -> None:
+    before = started(whole)
+    assert fake_launcher.study(str(whole), "seeds=0,1", "controls.compute=2", "variants=joint,adpt,meta_adpt") == 0
+    new = started(whole)[len(before) :]
+    assert {name.split(".")[1] for name in new} == {"meta_adpt", "adpt-compute"} and len(new) == 8
+    assert fake_launcher.study(str(whole), "seeds=0,1") == 0  # and leaves the smaller one's report as it was
+
+
+def test_a_failed_job_is_isolated_and_tried_again(
+    whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wanted = tables(whole)
+    (tmp_path / "broken").write_text("pretrain.adpt.close.seed1")
+    assert fake_launcher.study(str(tmp_path), "seeds=0,1") == 1
+    said = capsys.readouterr().out
+    assert "pretrain.adpt.close.seed1: failed: error: the planted mistake" in said
+    assert "finetune.adpt.close.seed1: blocked: needs pretrain.adpt.close.seed1" in said
+    states = {row["job"]: row["state"] for row in Records.load(tmp_path / "records.json").status}
+    assert sorted(states.values()) == ["blocked"] + ["failed"] + ["finished"] * 14
+    assert "the planted mistake" in (tmp_path / "report.html").read_text()
+    (tmp_path / "broken").unlink()
+    before = started(tmp_path)
+    assert fake_launcher.study(str(tmp_path), "seeds=0,1") == 0
+    assert started(tmp_path)[len(before) :] == ["pretrain.adpt.close.seed1", "finetune.adpt.close.seed1"]
+    assert tables(tmp_path) == wanted
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+def test_a_study_that_is_killed_ends_with_the_same_tables(how: signal.Signals, whole: Path, tmp_path: Path) -> None:
+    words = [sys.executable, fake_launcher.__file__, "study", str(tmp_path), "seeds=0,1"]
+    process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and len(list(tmp_path.glob("jobs/*/done.json"))) < 3:
+        time.sleep(0.02)
+    process.send_signal(how)
+    process.wait(60)
+    assert process.returncode and not (tmp_path / "report.html").exists()
+    done = len(list(tmp_path.glob("jobs/*/done.json")))
+    assert 3 <= done < 16
+    assert fake_launcher.study(str(tmp_path), "seeds=0,1") == 0
+    assert len(started(tmp_path)) <= 16 + 1  # the one that was running
+    assert tables(tmp_path) == tables(whole)
+
+
+# --- inside a job ------------------------------------------------------------------------------------------------------
+def test_a_job_waits_for_another_process_that_works_on_it(tmp_path: Path) -> None:
+    script = f"import sys, time; sys.path.insert(0, {str(ROOT)!r}); from pathlib import Path; from mlinterf_ds.study.worker import only_here\n"
+    script += f"with only_here(Path({str(tmp_path)!r})): print('in', flush=True); time.sleep(1)"
+    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE)
+    assert process.stdout is not None and process.stdout.readline() == b"in\n"
+    with worker.only_here(tmp_path):
+        assert process.wait(10) == 0 or process.poll() is not None
+
+
+def test_only_a_whole_summary_is_a_finished_unit(tmp_path: Path) -> None:
+    assert not worker.finished(tmp_path)
+    for text, wanted in (("{", False), ('{"finished": false}', False), ('{"finished": true}', True), ("{}", True)):
+        (tmp_path / "summary.json").write_text(text)
+        assert worker.finished(tmp_path) is wanted
+
+
+@pytest.fixture
+def one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process group of one, without the seconds it takes to import one."""
+    import mlinterf_ds
+
+    stand_in = types.SimpleNamespace(together=lambda tensor: contextlib.nullcontext(types.SimpleNamespace(world=1)))
+    monkeypatch.setitem(sys.modules, "mlinterf_ds.parallel", stand_in)
+    monkeypatch.setattr(mlinterf_ds, "parallel", stand_in, raising=False)
+
+
+def test_a_unit_that_fails_leaves_the_others_be(
+    one_rank: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: list[str] = []
+    broken = {"b"}
+
+    def run(kind: str, folder: Path, arguments: list[str]) -> None:
+        ran.append(folder.name)
+        if folder.name in broken:
+            raise UserError("no such file")
+        folder.mkdir()
+        (folder / "summary.json").write_text('{"finished": true}')
+
+    monkeypatch.setattr(worker, "_run", run)
+    units = [{"name": name, "arguments": []} for name in "abc"]
+    (tmp_path / "job.json").write_text(json.dumps({"kind": "finetune", "tensor": 1, "units": units}))
+    assert worker.work(tmp_path) == 1 and ran == ["a", "b", "c"]
+    done = json.loads((tmp_path / "done.json").read_text())["units"]
+    assert {name: facts["state"] for name, facts in done.items()} == {"a": "finished", "b": "failed", "c": "finished"}
+    assert done["b"]["reason"] == "UserError: no such file"
+    broken.clear()
+    assert worker.work(tmp_path) == 0 and ran == ["a", "b", "c", "b"]  # only what failed runs again
+    before = (tmp_path / "done.json").read_bytes()
+    assert worker.work(tmp_path) == 0 and (tmp_path / "done.json").read_bytes() == before
+
+
+def test_a_unit_that_is_asked_to_end_ends_the_job(
+    one_rank: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: list[str] = []
+
+    def run(kind: str, folder: Path, arguments: list[str]) -> None:
+        ran.append(folder.name)
+        folder.mkdir()
+        (folder / "summary.json").write_text('{"finished": false}')
+
+    monkeypatch.setattr(worker, "_run", run)
+    units = [{"name": name, "arguments": []} for name in "ab"]
+    (tmp_path / "job.json").write_text(json.dumps({"kind": "pretrain", "tensor": 1, "units": units}))
+    assert worker.work(tmp_path) == 1 and ran == ["a"]
+
+
+# --- Slurm -------------------------------------------------------------------------------------------------------------
+SBATCH = """#!/bin/bash
+echo "$@" >> "$SBATCH_LOG"
+echo $((100 + $(wc -l < "$SBATCH_LOG")))";cluster"
+"""
+
+
+@pytest.fixture
+def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A PATH with a stand-in for sbatch; its log."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    (folder / "sbatch").write_text(SBATCH)
+    (folder / "sbatch").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("SBATCH_LOG", str(tmp_path / "log"))
+    return tmp_path / "log"
+
+
+def submit(folder: Path, *settings: str) -> int:
+    from mlinterf_ds.study.main import main
+
+    words = [f"output={folder}", "tracking.enabled=false", *settings]
+    options = folder.parent / "sbatch.toml"
+    options.write_text('sbatch = ["--partition=cpu"]')
+    recipe = ["--recipe", "study_ci", "--recipe", str(options), "--executor", "slurm"]
+    return main([*recipe, *(word for setting in words for word in ("--set", setting))])
+
+
+def test_slurm_jobs_depend_on_what_they_need(slurm: Path, tmp_path: Path) -> None:
+    out = tmp_path / "study"
+    assert submit(out) == 0
+    ids = json.loads((out / "slurm.json").read_text())
+    lines = dict(zip(ids, slurm.read_text().splitlines(), strict=True))
+    assert list(ids.values()) == [str(101 + n) for n in range(9)]
+    assert "--dependency" not in lines["pretrain.joint.close.seed0"]
+    need = ids["pretrain.joint.close.seed0"]
+    assert f"--dependency=afterok:{need} " in lines["finetune.joint.close.seed0"]
+    everything = ":".join(list(ids.values())[:-1])
+    assert f"--dependency=afterany:{everything} " in lines["report"]
+    script = Path(lines["finetune.joint.close.seed0"].split()[-1]).read_text()
+    assert "#SBATCH --partition=cpu" in script and "#SBATCH --job-name=study_ci.finetune.joint.close.seed0" in script
+    assert re.search(
+        r"exec \S*deepspeed --num_gpus 1 --master_port \$\(\(.*\)\) \S*launch/study.py --job \S*finetune.joint", script
+    )
+    assert "--report" in Path(lines["report"].split()[-1]).read_text()
+    assert subprocess.run(["bash", "-n", lines["report"].split()[-1]]).returncode == 0
+
+
+def test_slurm_submits_only_what_is_not_finished(slurm: Path, tmp_path: Path) -> None:
+    out = tmp_path / "study"
+    assert fake_launcher.study(str(out)) == 0
+    (broken,) = out.glob("jobs/finetune.adpt.close.seed0-*/pos-syn.*/summary.json")
+    broken.unlink()
+    assert submit(out) == 0
+    ids = json.loads((out / "slurm.json").read_text())
+    assert list(ids) == ["finetune.adpt.close.seed0", "report"]
+    assert "afterok" not in slurm.read_text()
+
+
+def test_without_sbatch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UserError, match="no sbatch on PATH"):
+        submit(tmp_path / "study")
