@@ -138,10 +138,8 @@ def main(run: Callable[[Sequence[str]], int], arguments: Sequence[str] | None = 
         status = run(sys.argv[1:] if arguments is None else arguments)
         sys.stdout.flush()
     except UserError as error:
-        if (
-            rank != "0"
-        ):  # most mistakes are found by all ranks at once: the first says it, and the launcher ends the rest
-            time.sleep(3)
+        if rank != "0":
+            time.sleep(3)  # most mistakes are found by all ranks at once: the first says it, the launcher ends the rest
         print(f"\nerror: {error}", file=sys.stderr, flush=True)
         status = 2
     except KeyboardInterrupt:
