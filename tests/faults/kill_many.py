@@ -10,6 +10,7 @@ of all evaluations are equal bit for bit. Prints a line a run; exit code 1 if an
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import os
 import random
@@ -49,14 +50,25 @@ def start(folder: Path, output: str, restarts: int) -> subprocess.Popen[str]:
 
 def ranks(output: str, attempt: int) -> list[int]:
     """The ranks proper of this attempt, in no particular order."""
-    found = []
+    return carrying(f"{MARK}={output}", f"MLINTERF_DS_ATTEMPT={attempt}")
+
+
+def end(job: subprocess.Popen[str], output: str) -> None:
+    """Kill a job and all that it started: a launcher that is ended leaves its ranks."""
+    job.kill()
+    for process in carrying(f"{MARK}={output}"):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process, signal.SIGKILL)
+    job.wait(timeout=60)
+
+
+def carrying(*variables: str) -> list[int]:
+    """Processes with these in their environment."""
+    found, wanted = [], {variable.encode() for variable in variables}
     for place in Path("/proc").glob("[0-9]*"):
-        try:
-            variables = (place / "environ").read_bytes().split(b"\0")
-        except OSError:
-            continue
-        if {f"{MARK}={output}".encode(), f"MLINTERF_DS_ATTEMPT={attempt}".encode()} <= set(variables):
-            found.append(int(place.name))
+        with contextlib.suppress(OSError):
+            if wanted <= set((place / "environ").read_bytes().split(b"\0")):
+                found.append(int(place.name))
     return found
 
 

@@ -101,42 +101,33 @@ def wait_for(job, log: Path, ready, seconds: float):
 
 def test_a_rank_killed_inside_a_save(tmp_path: Path, long_run) -> None:
     """Down within 90 s; what counts as a checkpoint is whole; the launcher's exit code tells."""
-    job = kill_many.start(tmp_path, "run", restarts=0)
-    saved = tmp_path / "run" / "checkpoints"
+    job = kill_many.start(tmp_path, "saving", restarts=0)
+    saved = tmp_path / "saving" / "checkpoints"
 
     def inside() -> bool:
         return any(saved.glob("*.partial")) and (saved / "step-00000002").is_dir()
 
-    wait_for(job, tmp_path / "run.log", inside, 300)
-    os.kill(plain_ranks()[0], signal.SIGKILL)
-    assert job.wait(timeout=90) != 0
-    assert checkpoint.verify(checkpoint.find(tmp_path / "run"))["updates"] >= 2
-    assert "go on with --set output=run --set resume=auto" in (tmp_path / "run.log").read_text()
+    try:
+        wait_for(job, tmp_path / "saving.log", inside, 300)
+        os.kill(kill_many.carrying("KILL_MANY=saving", "RANK=1")[0], signal.SIGKILL)
+        assert job.wait(timeout=90) != 0
+    finally:
+        kill_many.end(job, "saving")
+    assert checkpoint.verify(checkpoint.find(tmp_path / "saving"))["updates"] >= 2
+    assert "go on with --set output=saving --set resume=auto" in (tmp_path / "saving.log").read_text()
 
 
 def test_a_stopped_rank_is_declared_lost_and_the_run_goes_on(tmp_path: Path, long_run) -> None:
     """SIGSTOP: the others wait parallel.timeout, then all start again from the newest checkpoint."""
-    log = tmp_path / "run.log"
-    job = kill_many.start(tmp_path, "run", restarts=1)
-    wait_for(job, log, lambda: (tmp_path / "run/checkpoints/step-00000002").is_dir(), 300)
-    os.kill(kill_many.ranks("run", 0)[0], signal.SIGSTOP)
-    wait_for(job, log, lambda: "starting all ranks again (1 of 1)" in log.read_text(), 0.4 * 60 + 60)
-    wait_for(job, log, lambda: "resumed from run/checkpoints/step-" in log.read_text(), 300)
-    job.terminate()
-    job.wait(timeout=120)
-
-
-def plain_ranks() -> list[int]:
-    """The ranks of a job without supervisors."""
-    found = []
-    for place in Path("/proc").glob("[0-9]*"):
-        try:
-            variables = (place / "environ").read_bytes().split(b"\0")
-        except OSError:
-            continue
-        if b"KILL_MANY=run" in variables and b"RANK=1" in variables:
-            found.append(int(place.name))
-    return found
+    log = tmp_path / "stopped.log"
+    job = kill_many.start(tmp_path, "stopped", restarts=1)
+    try:
+        wait_for(job, log, lambda: (tmp_path / "stopped/checkpoints/step-00000002").is_dir(), 300)
+        os.kill(kill_many.ranks("stopped", 0)[0], signal.SIGSTOP)
+        wait_for(job, log, lambda: "starting all ranks again (1 of 1)" in log.read_text(), 0.4 * 60 + 60)
+        wait_for(job, log, lambda: "resumed from stopped/checkpoints/step-" in log.read_text(), 300)
+    finally:
+        kill_many.end(job, "stopped")
 
 
 def test_random_kills_end_as_the_run_left_alone(capsys) -> None:
