@@ -19,7 +19,9 @@ from typing import Any
 
 from mlinterf_ds.config import RunConfig, Section, describe, load_config
 from mlinterf_ds.errors import UserError
+from mlinterf_ds.launchers import adopt
 
+PRETRAIN = "Pretrain a multilingual masked language model."
 NOISY = ("DeepSpeed", "megatron", "mlflow", "alembic", "torch", "matplotlib")
 
 
@@ -76,8 +78,8 @@ def hushed(log: Path | None = None) -> Iterator[None]:
             os.close(saved)
 
 
-def remove_stale_locks() -> list[Path]:
-    """Remove locks that a killed compiler left in torch's extension cache: every later start would wait for them.
+def stale_locks() -> list[Path]:
+    """Locks that a killed compiler left in torch's extension cache: every later start would wait for them.
 
     A lock is stale when no running process has the file open (torch keeps it open while it builds). Needs /proc.
     """
@@ -90,7 +92,12 @@ def remove_stale_locks() -> list[Path]:
     for link in Path("/proc").glob("[0-9]*/fd/*"):
         with contextlib.suppress(OSError):
             held.add(os.readlink(link))
-    stale = [path for path in locks if str(path) not in held]
+    return [path for path in locks if str(path) not in held]
+
+
+def remove_stale_locks() -> list[Path]:
+    """Remove them, so that this start does not wait."""
+    stale = stale_locks()
     for path in stale:
         path.unlink(missing_ok=True)
         print(f"removed {path}, left by a build that was killed", file=sys.stderr)
@@ -126,13 +133,13 @@ def main(run: Callable[[Sequence[str]], int], arguments: Sequence[str] | None = 
     faulthandler.enable()
     rank = os.environ.get("RANK", "0")
     try:
+        adopt()
+        rank = os.environ.get("RANK", "0")
         status = run(sys.argv[1:] if arguments is None else arguments)
         sys.stdout.flush()
     except UserError as error:
-        if (
-            rank != "0"
-        ):  # most mistakes are found by all ranks at once: the first says it, and the launcher ends the rest
-            time.sleep(3)
+        if rank != "0":
+            time.sleep(3)  # most mistakes are found by all ranks at once: the first says it, the launcher ends the rest
         print(f"\nerror: {error}", file=sys.stderr, flush=True)
         status = 2
     except KeyboardInterrupt:
@@ -140,7 +147,8 @@ def main(run: Callable[[Sequence[str]], int], arguments: Sequence[str] | None = 
         status = 130
     except Exception as error:
         traceback.print_exc()
-        print(f"\nerror: rank {rank} failed: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        hints = "".join(f"; {note}" for note in getattr(error, "__notes__", []))
+        print(f"\nerror: rank {rank} failed: {type(error).__name__}: {error}{hints}", file=sys.stderr, flush=True)
         status = 1
     if status:
         sys.stdout.flush()

@@ -75,6 +75,9 @@ class ModelConfig(Section):
     dropout: float = Field(0.1, ge=0, lt=1, description="dropout on embeddings and residual branches")
     attention_dropout: float = Field(0.1, ge=0, lt=1, description="dropout on attention probabilities")
     language_embeddings: bool = Field(False, description="add a learned embedding of the row's language")
+    output_bias: Literal["frequency", "zero"] = Field(
+        "frequency", description="bias of the output layer at the start: the corpus's log frequencies, or 0 as in XLM"
+    )
     recompute: bool = Field(False, description="recompute activations in the backward pass (less memory, more time)")
     compile: bool = Field(False, description="fuse element-wise work with torch.compile (needs a C++ compiler on CPU)")
 
@@ -190,6 +193,7 @@ class ParallelConfig(Section):
     """Process layout: tensor-parallel groups of neighbours, data parallel across them."""
 
     tensor: int = Field(1, ge=1, description="ranks that share one copy of the model (megatron tensor parallel)")
+    timeout: float = Field(10.0, gt=0, description="minutes a rank waits for another before it declares the job lost")
 
 
 class TrackingConfig(Section):
@@ -210,6 +214,7 @@ class RunConfig(Section):
     variant: Variant = Field("adpt", description="which module is language-specific (paper, table 2)")
     output: str | None = Field(None, description="folder of checkpoints and summary; default runs/<name>-<time>")
     resume: str = Field("", description="'auto': continue from the newest checkpoint in output; or a checkpoint folder")
+    restarts: int = Field(0, ge=0, description="start again this often by itself after a fault (with resume=auto)")
     treatment: Literal["none", "pcgrad"] = Field(
         "none", description="pcgrad: project conflicting languages' gradients (joint training, data.mixed=true)"
     )
@@ -260,6 +265,10 @@ class RunConfig(Section):
             raise ValueError(
                 f"treatment=pcgrad compares languages inside a step: set data.mixed=true (now {self.data.mixed}) and "
                 f"variant=joint or share_adpt (now {self.variant})"
+            )
+        if self.restarts and not self.output:
+            raise ValueError(
+                f"restarts={self.restarts} needs output=FOLDER: where the checkpoints to go on from will be"
             )
         if self.resume and self.resume != "auto" and self.init:
             raise ValueError("resume and init exclude each other: resume continues a run, init starts a new one")

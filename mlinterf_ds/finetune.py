@@ -60,7 +60,7 @@ def run(config: FinetuneConfig, options: Options, deepspeed_json: dict[str, Any]
     if os.environ.get("LOCAL_RANK", "0") == "0":
         command.remove_stale_locks()
     with command.hushed():
-        layout = parallel.start(config.parallel.tensor)
+        layout = parallel.start(config.parallel.tensor, timeout=config.parallel.timeout)
     try:
         output = Path(config.output or from_first(f"runs/{config.name}-{time.strftime('%Y%m%d-%H%M%S')}"))
         if from_first(not config.resume and (output / "job.json").is_file()):

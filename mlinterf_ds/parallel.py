@@ -9,10 +9,8 @@ import contextlib
 import copy
 import datetime
 import os
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,11 +18,10 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from mlinterf_ds.errors import UserError
+from mlinterf_ds.launchers import local_world, rendezvous
 
 # megatron's module state before any group exists
 _untouched = {n: copy.copy(v) for n, v in vars(parallel_state).items() if n.startswith("_") and n.isupper()}
-
-TIMEOUT = datetime.timedelta(minutes=10)
 
 
 @dataclass(frozen=True)
@@ -49,34 +46,11 @@ class Layout:
         return self.rank % self.tensor
 
 
-def rendezvous() -> str:
-    """The address at which the ranks of this job meet.
+def start(tensor: int = 1, address: str | None = None, timeout: float = 10.0) -> Layout:
+    """Join the job's process group (a single process is a job of one rank) and lay out the ranks.
 
-    Ranks of one host that share a launcher meet in a file named after it, so that two jobs on one machine need no
-    port of their own; across hosts torch's environment variables rule.
+    timeout: minutes after which a rank that waits for the others declares the job lost.
     """
-    if local_world() != int(os.environ.get("WORLD_SIZE", 1)):
-        return "env://"
-    parent = os.getppid()
-    try:
-        started = Path(f"/proc/{parent}/stat").read_text().rsplit(")", 1)[1].split()[19]
-    except OSError:
-        started = "0"
-    name = f"mlinterf_ds-{os.getuid()}-{parent}-{started}-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
-    if os.environ.get("WORLD_SIZE", "1") == "1":
-        name += f"-{os.getpid()}"
-    return f"file://{tempfile.gettempdir()}/{name}"
-
-
-def local_world() -> int:
-    """Ranks on this host, by whichever launcher started us (deepspeed: LOCAL_SIZE, torchrun: LOCAL_WORLD_SIZE)."""
-    names = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "SLURM_NTASKS_PER_NODE")
-    found = next((os.environ[name] for name in names if os.environ.get(name, "").isdigit()), None)
-    return int(found or (1 if os.environ.get("WORLD_SIZE", "1") == "1" else 0))
-
-
-def start(tensor: int = 1, address: str | None = None) -> Layout:
-    """Join the job's process group (a single process is a job of one rank) and lay out the ranks."""
     import deepspeed.ops
     from deepspeed.accelerator import get_accelerator
 
@@ -104,8 +78,10 @@ def start(tensor: int = 1, address: str | None = None) -> Layout:
     if not dist.is_initialized():
         backend = "gloo" if accelerator.device_name() == "cpu" else accelerator.communication_backend_name()
         address = address or rendezvous()
-        dist.init_process_group(backend, init_method=address, timeout=TIMEOUT, rank=rank, world_size=world)
-    parallel_state.initialize_model_parallel(tensor_model_parallel_size=tensor)
+        limit = datetime.timedelta(minutes=timeout)
+        dist.init_process_group(backend, init_method=address, timeout=limit, rank=rank, world_size=world)
+        _limits["distributed_timeout_minutes"] = timeout
+    parallel_state.initialize_model_parallel(tensor_model_parallel_size=tensor, **_limits)
     return Layout(rank, world, tensor)
 
 
@@ -114,6 +90,7 @@ def current(tensor: int) -> Layout:
     return Layout(dist.get_rank(), dist.get_world_size(), tensor)
 
 
+_limits: dict[str, Any] = {}  # megatron's groups have a timeout of their own, by default 30 minutes
 _layouts: dict[int, dict[str, Any]] = {}  # megatron's groups by tensor-parallel size
 
 
@@ -132,7 +109,7 @@ def relayout(tensor: int) -> Layout:
         else:
             for name in known:
                 setattr(parallel_state, name, _untouched[name])
-            parallel_state.initialize_model_parallel(tensor_model_parallel_size=tensor)
+            parallel_state.initialize_model_parallel(tensor_model_parallel_size=tensor, **_limits)
     return current(tensor)
 
 

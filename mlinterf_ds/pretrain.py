@@ -17,14 +17,15 @@ from mlinterf_ds.data.corpus import Corpus
 from mlinterf_ds.engine.precision import choose_precision, read_json, rows_per_rank
 from mlinterf_ds.errors import UserError
 from mlinterf_ds.pretrain_job import Job
+from mlinterf_ds.supervise import resuming
 
 
 def main(arguments: Sequence[str]) -> int:
     """`deepspeed launch/pretrain.py --deepspeed_config ... [--recipe ...] [--set key=value]`."""
-    options = command.parser("Pretrain a multilingual masked language model.").parse_args(arguments)
+    options = command.parser(command.PRETRAIN).parse_args(arguments)
     config = command.configuration(options)
     found = read_json(options.deepspeed_config)
-    run(config, found)
+    run(resuming(config), found)
     return 0
 
 
@@ -34,7 +35,7 @@ def run(config: RunConfig, deepspeed_json: dict[str, Any]) -> dict[str, Any]:
     if os.environ.get("LOCAL_RANK", "0") == "0":
         command.remove_stale_locks()
     with command.hushed():
-        layout = parallel.start(config.parallel.tensor)
+        layout = parallel.start(config.parallel.tensor, timeout=config.parallel.timeout)
     output = Path(_from_first(config.output or f"runs/{config.name}-{time.strftime('%Y%m%d-%H%M%S')}"))
     if not config.resume and any((output / "checkpoints").glob("step-*")):
         raise UserError(f"{output} holds checkpoints: continue with --set resume=auto, or choose another output")
@@ -57,6 +58,10 @@ def run(config: RunConfig, deepspeed_json: dict[str, Any]) -> dict[str, Any]:
     try:
         with command.Signals() as signals:
             return job.train(signals)
+    except Exception as error:
+        if any((output / "checkpoints").glob("step-*")):
+            error.add_note(f"go on with --set output={output} --set resume=auto")
+        raise
     finally:
         if job.tracker_open:
             job.tracker.close("FAILED")

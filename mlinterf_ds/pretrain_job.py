@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
@@ -33,7 +34,7 @@ from mlinterf_ds.tracking import Tracker, environment_facts
 
 LOG_STEPS = 10  # steps between points of the training curves
 # What a resumed run may change: everything else decides the data, the model or the mathematics of a step.
-FREE_TO_CHANGE = {"name", "output", "resume", "init", "corpus", "parallel", "tracking", "conflict"} | {
+FREE_TO_CHANGE = {"name", "output", "resume", "restarts", "init", "corpus", "parallel", "tracking", "conflict"} | {
     f"train.{key}" for key in ("steps", "micro_batch", "max_hours", "save_steps", "keep", "precision")
 }
 
@@ -90,6 +91,10 @@ class Job:
             positions=data.sequence_length,
             seed=train.seed,
         )
+        if config.model.output_bias == "frequency":
+            counts = np.stack([self.evaluation[language].counts for language in self.languages]) + 1.0
+            frequencies = self.stream.probabilities @ (counts / counts.sum(axis=1, keepdims=True))
+            model.head.start_at(torch.from_numpy(np.log(frequencies)))
         split = [partition_dim(parameter) is not None for parameter in model.parameters()]
         copies = [layout.tensor if cut else 1 for cut in split]
         self.parameters = sum(n * p.numel() for n, p in zip(copies, model.parameters(), strict=True))
@@ -359,6 +364,7 @@ class Job:
             "unigram_perplexity": {language: found.unigram_perplexity() for language, found in self.evaluation.items()},
             "history": self.history,
             "finished": not stopped,
+            "stopped_by": stopped,
         }
         if self.first:
             partial = self.output / "summary.json.partial"

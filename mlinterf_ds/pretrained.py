@@ -13,6 +13,8 @@ from mlinterf_ds.command import Signals
 from mlinterf_ds.config import ModelConfig
 from mlinterf_ds.data.tokenizer import Tokenizer
 from mlinterf_ds.engine import checkpoint
+from mlinterf_ds.engine.source import Source
+from mlinterf_ds.engine.zero import Segment
 from mlinterf_ds.errors import UserError
 
 if TYPE_CHECKING:  # reading a checkpoint needs neither DeepSpeed nor megatron
@@ -67,8 +69,6 @@ class Pretrained:
 
     def encoder(self, layout: Layout, device: torch.device, dtype: torch.dtype) -> Encoder:
         """The model at this layout, whatever layout saved it, without dropout and for evaluation: no engine, no moments."""
-        from mlinterf_ds.engine.source import Source
-        from mlinterf_ds.engine.zero import Segment
         from mlinterf_ds.model.encoder import Encoder, partition_dim
 
         shape, tensor = self.shape(dropout=0.0), layout.tensor

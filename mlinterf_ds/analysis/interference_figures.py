@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +38,7 @@ def draw(output: Path, found: Findings) -> None:
             output / f"transfer-{_file(metric)}.png",
             title=f"Zero-shot transfer: {metric}",
             label=metric,
-            caption=_lines(caption),
+            caption=caption,
             form=".1f",
             middle=middle,
             row_label="fine-tuned on",
@@ -53,10 +52,8 @@ def draw(output: Path, found: Findings) -> None:
             output / "distance.png",
             title="Distance between languages",
             label="distance",
-            caption=_lines(
-                "vocabulary: 1 − overlap of unigrams; characters: Jensen-Shannon of sequences of 1 to 3; training text of "
-                + found.data
-            ),
+            caption="vocabulary: 1 − overlap of unigrams; characters: Jensen-Shannon of sequences of 1 to 3; training text of "
+            + found.data,
             middle=0.5,
         )
     if found.mono or found.joint:
@@ -101,7 +98,7 @@ def _metric(output: Path, found: Findings, metric: str) -> None:
             output / f"pairs-{name}.png",
             title="Interference of pairs",
             label=unit,
-            caption=_lines(f"{basis}; positive: the partner hurts; grey: no such run"),
+            caption=f"{basis}; positive: the partner hurts; grey: no such run",
             form="+.2f",
             row_label="language",
             column_label="partner",
@@ -172,7 +169,3 @@ def _curves(output: Path, found: Findings) -> None:
 
 def _file(metric: str) -> str:
     return metric.replace(" ", "-")
-
-
-def _lines(caption: str, width: int = 72) -> str:
-    return "\n".join(line for part in caption.split("\n") for line in textwrap.wrap(part, width))

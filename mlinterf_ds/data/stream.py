@@ -12,6 +12,7 @@ import math
 import queue
 import threading
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -283,16 +284,22 @@ class EvaluationSet:
         for first in range(0, self.rows, rows * ranks):
             yield self.batch(first + rank * rows, first + (rank + 1) * rows)
 
-    def unigram_perplexity(self) -> float:
-        """The baseline on these very predictions: frequencies in the language's `train`, plus one, over the vocabulary.
-
-        </s> is left out of the counts since it is not predicted: the baseline is the stronger for it.
-        """
+    @cached_property
+    def counts(self) -> np.ndarray:
+        """(vocabulary,) how often each piece occurs in the language's `train`; </s>, which is not predicted, counts 0."""
         counts = np.zeros(self.corpus.vocabulary_size, dtype=np.int64)
         train = self.corpus.tokens(self.language, "train")
         for first in range(0, len(train), 1 << 22):  # in pieces: memory stays flat on any corpus
             counts += np.bincount(train[first : first + (1 << 22)], minlength=len(counts))
         counts[EOS] = 0
+        return counts
+
+    def unigram_perplexity(self) -> float:
+        """The baseline on these very predictions: frequencies in the language's `train`, plus one, over the vocabulary.
+
+        </s> is left out of the counts since it is not predicted: the baseline is the stronger for it.
+        """
+        counts = self.counts
         surprisal = math.log(counts.sum() + len(counts)) - np.log(counts + 1.0)
         parts = (self.batch(first, min(first + 256, self.rows)) for first in range(0, self.rows, 256))
         return math.exp(sum(surprisal[part.labels.numpy()].sum() for part in parts) / self.predictions)

@@ -68,7 +68,8 @@ class Source:
         ranks = self._ranks(name)
         saved = next(iter(ranks.values()))[0][0]
         numel = torch.Size(saved.shape).numel()
-        parts = [self._range(ranks[rank], kind, 0, numel).view(saved.shape) for rank in sorted(ranks)]
+        held = sorted(ranks) if saved.partition_dim is not None else [min(ranks)]  # a replica: one will do
+        parts = [self._range(ranks[rank], kind, 0, numel).view(saved.shape) for rank in held]
         return parts[0] if saved.partition_dim is None else torch.cat(parts, saved.partition_dim)
 
     @staticmethod
@@ -81,18 +82,21 @@ class Source:
                 at = segment.offset + low - segment.start
                 result[low - start : high - start] = opened.get_slice(f"{key}/{kind}")[at : at + high - low]
                 filled += high - low
-        assert filled == length, f"{found[0][0].name}: {filled} of {length} elements found"
+        if filled != length:
+            raise UserError(f"{found[0][0].name}: {filled} of {length} elements are in the checkpoint: it is damaged")
         return result
 
 
 def sliced(whole: Tensor, wanted: Segment, tensor: int, tensor_rank: int, path: Path) -> Tensor:
     """The elements of a segment (1-d) at the reader's layout, of a whole parameter read from `path`."""
-    local = whole
-    if (dim := wanted.partition_dim) is not None:
-        size = whole.shape[dim] // tensor
-        local = whole.narrow(dim, tensor_rank * size, size)
+    local = part(whole, wanted.partition_dim, tensor, tensor_rank)
     check_shape(wanted, local.shape, path)
     return local.reshape(-1)[wanted.start : wanted.start + wanted.length]
+
+
+def part(whole: Tensor, dim: int | None, tensor: int, rank: int) -> Tensor:
+    """What tensor-parallel rank `rank` of `tensor` holds of a parameter (a view); dim None: all of it."""
+    return whole if dim is None else whole.chunk(tensor, dim)[rank]
 
 
 def check_shape(wanted: Segment, found: tuple[int, ...], path: Path) -> None:

@@ -38,6 +38,14 @@ class MaskedHead(nn.Module):
         excluded = torch.zeros(columns).masked_fill(mine >= vocabulary, -torch.inf)
         self.register_buffer("excluded", excluded, persistent=False)
 
+    @torch.no_grad()
+    def start_at(self, logits: Tensor) -> None:
+        """Set the bias, so that an untrained head predicts softmax(logits); logits: (vocabulary,)."""
+        columns = len(self.bias)
+        whole = torch.zeros(columns * self.group.size())
+        whole[: len(logits)] = logits
+        self.bias.copy_(whole.narrow(0, columns * self.group.rank(), columns))
+
     def forward(self, hidden: Tensor, embedding: Tensor) -> Tensor:
         """hidden: (..., width); embedding: this rank's (columns, width) of the word embeddings. Returns (..., columns)."""
         hidden = self.norm(F.gelu(self.dense(hidden)))

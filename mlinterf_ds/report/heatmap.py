@@ -6,6 +6,7 @@ middle; numbers in the cells say on which side.
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -77,6 +78,8 @@ def heading(figure: Figure, title: str, caption: str) -> None:
     """A title above the panels and, below them, what the figure was made from, in small print."""
     figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontfamily=figures._families(title))
     if caption:
+        width = int(figure.get_figwidth() * 18)  # characters of 7 points
+        caption = "\n".join(textwrap.fill(line, width) for line in caption.split("\n"))
         figure.supxlabel(caption, x=0.01, ha="left", fontsize=7, color="#505050", fontfamily=figures._families(caption))
 
 

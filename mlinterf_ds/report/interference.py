@@ -6,7 +6,6 @@ Each is a PNG and an SVG, with what is drawn in a CSV beside.
 from __future__ import annotations
 
 import math
-import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -49,7 +48,7 @@ def bars(values: Sequence[Value], path: Path, *, title: str, label: str, caption
     across = max(1, BARS_ACROSS // len(series))
     down = -(-len(categories) // across)
     across = -(-len(categories) // down)  # rows of about equal length
-    width = max(5.2, 0.4 * len(series) * across + 1.4)
+    width = max(5.2, 0.4 * len(series) * across + 2.4)
     figure = Figure(figsize=(width, 2.5 * down + 1.4), dpi=160, layout="constrained")
     FigureCanvasAgg(figure)
     grid = figure.subplots(down, 1, squeeze=False, sharey=True)[:, 0]
@@ -58,8 +57,8 @@ def bars(values: Sequence[Value], path: Path, *, title: str, label: str, caption
         axes.set_xlim(-0.5, across - 0.5)
     figure.supylabel(label, fontsize=9)
     handles, names = grid[0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside upper right", ncols=len(series), fontsize=8, frameon=False)
-    heading(figure, title, _wrapped(caption, figure))
+    figure.legend(handles, names, loc="outside right upper", fontsize=8, frameon=False)
+    heading(figure, title, caption)
     figures._save(figure, path)
 
 
@@ -104,7 +103,7 @@ def intervals(values: Sequence[Value], path: Path, *, title: str, label: str, ca
     _tidy(axes, "x")
     if len(series) > 1:
         figure.legend(loc="outside upper right", ncols=len(series), fontsize=8, frameon=False)
-    heading(figure, title, _wrapped(caption, figure))
+    heading(figure, title, caption)
     figures._save(figure, path)
 
 
@@ -122,7 +121,7 @@ def curves(found: Curves, path: Path, *, title: str, label: str, caption: str = 
     languages = list(found)[:MOST_PANELS]
     across = min(len(languages), 4 if len(languages) != 3 else 3)
     down = -(-len(languages) // across)
-    figure = Figure(figsize=(max(5.0, 2.5 * across), 2.3 * down + 1.3), dpi=160, layout="constrained")
+    figure = Figure(figsize=(max(5.0, 2.5 * across) + 1.6, 2.3 * down + 1.3), dpi=160, layout="constrained")
     FigureCanvasAgg(figure)
     grid = figure.subplots(down, across, squeeze=False, sharex=True)
     models = sorted({model for language in languages for model in found[language]}, key=lambda m: (m != BASELINE, m))
@@ -147,10 +146,8 @@ def curves(found: Curves, path: Path, *, title: str, label: str, caption: str = 
             axes.tick_params(labelbottom=True)
     figure.supylabel(label, fontsize=9)
     shown = [model for model in models if model in handles]
-    figure.legend(
-        [handles[model] for model in shown], shown, loc="outside upper right", ncols=4, fontsize=8, frameon=False
-    )
-    heading(figure, title, _wrapped(caption, figure))
+    figure.legend([handles[model] for model in shown], shown, loc="outside right upper", fontsize=8, frameon=False)
+    heading(figure, title, caption)
     figures._save(figure, path)
 
 
@@ -160,6 +157,7 @@ def _line(axes: Axes, seeds: Sequence[Points], look: dict[str, Any]) -> Any:
     values = np.array([[table[step] for step in steps] for table in tables])  # (seeds, steps)
     if len(seeds) > 1:
         axes.fill_between(steps, values.min(axis=0), values.max(axis=0), color=look["color"], alpha=0.15, linewidth=0)
+    look = look | {"marker": look["marker"] or "o"} if len(steps) == 1 else look
     (line,) = axes.plot(
         steps, values.mean(axis=0), **look, markevery=max(1, len(steps) // 6), markersize=3, linewidth=1.3
     )
@@ -186,11 +184,6 @@ def _prepared(values: Sequence[Value], path: Path, caption: str) -> tuple[list[s
 
 def _shortened(caption: str, count: int, most: int) -> str:
     return f"{caption}; the first {most} of {count} are drawn, the CSV has all" if count > most else caption
-
-
-def _wrapped(caption: str, figure: Figure) -> str:
-    """Lines that fit the figure at the caption's size of 7 points."""
-    return textwrap.fill(caption, int(figure.get_figwidth() * 19))
 
 
 def _tidy(axes: Axes, grid: Literal["x", "y", "both"]) -> None:

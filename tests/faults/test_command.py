@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from mlinterf_ds import command
-from mlinterf_ds.parallel import rendezvous
+from mlinterf_ds.launchers import rendezvous
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="needs /proc")

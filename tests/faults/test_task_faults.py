@@ -112,7 +112,7 @@ def evaluate(arguments: list[str]) -> str:
     from mlinterf_ds.evaluate import main
 
     start, stop = parallel.start, parallel.stop
-    parallel.start, parallel.stop = parallel.relayout, lambda: None  # type: ignore[assignment]
+    parallel.start, parallel.stop = lambda tensor, **_: parallel.relayout(tensor), lambda: None  # type: ignore[assignment]
     try:
         main(arguments)
     except UserError as error:

@@ -110,7 +110,7 @@ def run_main(arguments: list[str]) -> int:
     from mlinterf_ds import parallel
 
     start, stop = parallel.start, parallel.stop
-    parallel.start, parallel.stop = parallel.relayout, lambda: None  # type: ignore[assignment]
+    parallel.start, parallel.stop = lambda tensor, **_: parallel.relayout(tensor), lambda: None  # type: ignore[assignment]
     try:
         return main(arguments)
     finally:

@@ -325,3 +325,16 @@ def test_attention_dropout_keeps_the_mean() -> None:
     query[:], key[:], value[:] = query[:1].clone(), key[:1].clone(), value[:1].clone()  # one row, many draws
     whole, dropped = (attend(query, key, value, None, p) for p in (0.0, 0.5))
     assert (dropped.mean(0) - whole.mean(0)).abs().max() < 0.15 and not torch.equal(dropped[0], dropped[1])
+
+
+def test_an_untrained_head_can_start_at_given_frequencies() -> None:
+    """With hidden states of zero the logits are the bias: log frequencies, and nothing on the padding."""
+    from mlinterf_ds.model.heads import MaskedHead
+
+    frequencies = torch.rand(70, dtype=torch.float64) + 0.1
+    frequencies /= frequencies.sum()
+    head = MaskedHead(8, 70)
+    head.start_at(frequencies.log())
+    found = head(torch.zeros(3, 8), torch.zeros(128, 8)).softmax(-1)
+    torch.testing.assert_close(found[:, :70].double(), frequencies.expand(3, -1))
+    assert not found[:, 70:].any()

@@ -1,0 +1,115 @@
+#!/usr/bin/env python
+"""Kill random ranks at random moments of short runs that restart by themselves; every run must end as one left alone.
+
+    python tests/faults/kill_many.py --kills 100
+
+"As one left alone": the final checkpoint in its canonical form (masters, moments, step counts) and the validation perplexities
+of all evaluations are equal bit for bit. Prints a line a run; exit code 1 if any differed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from mlinterf_ds.engine.reshard import reshard
+
+ROOT = Path(__file__).resolve().parents[2]
+RANKS, STEPS = 2, 30
+SETTINGS = [f"train.steps={STEPS}", "train.epoch_steps=10", "train.save_steps=2", "train.batch=8", "train.warmup=2"]
+SETTINGS += ["model.width=32", "model.ffn=64", "model.dropout=0.1", "data.eval_rows=8", "data.synthetic_sentences=600"]
+SETTINGS += ["tracking.enabled=false", "parallel.timeout=2"]
+MARK = "KILL_MANY"
+
+
+def start(folder: Path, output: str, restarts: int) -> subprocess.Popen[str]:
+    """The main job in this folder, in the background; its ranks carry a mark in their environment."""
+    settings = [*SETTINGS, f"output={output}", f"restarts={restarts}"]
+    flags = [word for setting in settings for word in ("--set", setting)]
+    launcher = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", str(RANKS)]
+    line = [
+        *launcher,
+        str(ROOT / "launch/pretrain.py"),
+        "--deepspeed_config",
+        str(ROOT / "ds_configs/zero2.json"),
+        *flags,
+    ]
+    marked = os.environ | {MARK: output, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    log = (folder / f"{output}.log").open("w")
+    return subprocess.Popen(line, cwd=folder, env=marked, stdout=log, stderr=subprocess.STDOUT, text=True)
+
+
+def ranks(output: str, attempt: int) -> list[int]:
+    """The ranks proper of this attempt, in no particular order."""
+    found = []
+    for place in Path("/proc").glob("[0-9]*"):
+        try:
+            variables = (place / "environ").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if {f"{MARK}={output}".encode(), f"MLINTERF_DS_ATTEMPT={attempt}".encode()} <= set(variables):
+            found.append(int(place.name))
+    return found
+
+
+def outcome(folder: Path, output: str) -> dict[str, object]:
+    """What must not depend on kills: every parameter and moment at the end, and every evaluation."""
+    state = reshard(folder / output / "checkpoints" / f"step-{STEPS:08d}", folder / f"{output}-canonical", 1)
+    shard = (folder / f"{output}-canonical" / "shard-00000.safetensors").read_bytes()
+    return {"shard": hashlib.sha256(shard).hexdigest(), "history": state["history"]}
+
+
+def killed(folder: Path, output: str, kills: int, seconds: float, draw: random.Random) -> tuple[int, int]:
+    """Run with up to `kills` kills, each at a random moment of its attempt; (kills done, exit code)."""
+    job = start(folder, output, kills)
+    done = 0
+    while done < kills and job.poll() is None:
+        found = ranks(output, done)
+        if len(found) < RANKS:
+            time.sleep(0.05)
+            continue
+        moment = time.monotonic() + draw.uniform(0, seconds)
+        while time.monotonic() < moment and job.poll() is None:
+            time.sleep(0.02)
+        if job.poll() is None:
+            os.kill(draw.choice(found), signal.SIGKILL)
+            done += 1
+    return done, job.wait(timeout=600)
+
+
+def main(words: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=5)
+    parser.add_argument("--per-run", type=int, default=5)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args(words)
+    folder, draw = Path(tempfile.mkdtemp(prefix="kill-many-")), random.Random(options.seed)
+    alone = start(folder, "alone", 1)
+    while len(ranks("alone", 0)) < RANKS and alone.poll() is None:
+        time.sleep(0.05)
+    began = time.monotonic()
+    assert alone.wait(timeout=600) == 0, (folder / "alone.log").read_text()[-3000:]
+    seconds, wanted = time.monotonic() - began, outcome(folder, "alone")
+    print(f"left alone: {seconds:.0f} s", flush=True)
+    total = differing = number = 0
+    while total < options.kills:
+        output, number = f"run-{number}", number + 1
+        done, status = killed(folder, output, min(options.per_run, options.kills - total), seconds, draw)
+        same = status == 0 and outcome(folder, output) == wanted
+        total, differing = total + done, differing + (not same)
+        said = "equal, bit for bit" if same else f"DIFFERENT (exit code {status}): {folder}/{output}.log"
+        print(f"{output}: {done} kills, {said}", flush=True)
+    print(f"{total} kills in {number} runs: {number - differing} runs ended as the one left alone, {differing} did not")
+    return int(differing > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,152 @@
+"""tools/doctor.py: each check with the failure it is for, made here."""
+
+import importlib.util
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+
+TOOL = Path(__file__).resolve().parents[2] / "tools" / "doctor.py"
+specification = importlib.util.spec_from_file_location("doctor", TOOL)
+assert specification and specification.loader
+doctor = importlib.util.module_from_spec(specification)
+sys.modules["doctor"] = doctor
+specification.loader.exec_module(doctor)
+
+
+def one(checks, name: str):
+    (found,) = [check for check in checks if check.name == name]
+    return found
+
+
+def test_versions_are_held_against_pyproject(monkeypatch) -> None:
+    assert {check.status for check in doctor.versions()} == {"OK"}, "what the tests run with is what is asked for"
+    import importlib.metadata
+
+    installed = importlib.metadata.version
+
+    def altered(name: str) -> str:
+        if name == "mlflow":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return "0.1" if name == "deepspeed" else installed(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", altered)
+    monkeypatch.setattr(sys, "version_info", (3, 9, 1))
+    checks = doctor.versions()
+    assert one(checks, "mlflow").status == "FAIL" and "pip install 'mlflow" in one(checks, "mlflow").remedy
+    assert one(checks, "deepspeed").found == "0.1, pyproject.toml asks for ==0.19.8"
+    assert one(checks, "python").status == "FAIL" and one(checks, "torch").status == "OK"
+
+
+def test_compiler_and_accelerator(monkeypatch, tmp_path: Path) -> None:
+    from deepspeed.accelerator import get_accelerator
+
+    fine = doctor.accelerator()
+    assert one(fine, "accelerator").status == "OK" and "train.precision=auto takes" in one(fine, "precision").found
+    monkeypatch.setattr("mlinterf_ds.engine.precision.bf16_arithmetic", lambda: False)
+    monkeypatch.setattr(get_accelerator(), "is_fp16_supported", lambda: False)
+    assert one(doctor.accelerator(), "precision").status == "WARN"
+    monkeypatch.setattr(get_accelerator(), "device_count", lambda: 1 // 0)
+    assert one(doctor.accelerator(), "accelerator").found.startswith("ZeroDivisionError")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert [check.status for check in doctor.compiler()] == ["WARN"]
+
+
+def test_network(monkeypatch) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert one(doctor.network("127.0.0.1", port), "rendezvous").status == "FAIL"
+        assert "--master_port" in one(doctor.network("127.0.0.1", port), "rendezvous").remedy
+    assert "loopback address" in one(doctor.network("127.0.0.1", port), "rendezvous").remedy
+    unknown = one(doctor.network("no-such-host.invalid", port), "rendezvous")
+    assert unknown.status == "FAIL" and "--master_addr" in unknown.remedy
+    assert "of another host" in one(doctor.network("192.0.2.1", port), "rendezvous").found
+
+    def refuse(*_, **__):
+        raise OSError("Network is unreachable")
+
+    monkeypatch.setattr(socket, "create_connection", refuse)
+    (loopback,) = doctor.network(None, port)
+    assert loopback.status == "FAIL" and "ip link set lo up" in loopback.remedy
+
+
+def test_space(monkeypatch, tmp_path: Path) -> None:
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(2**40, 0, 2**39))
+    assert {check.status for check in doctor.storage(tmp_path / "yet" / "to" / "be")} == {"OK"}
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(2**40, 0, 5 * 2**30))
+    assert [check.status for check in doctor.storage(tmp_path)][:2] == ["WARN", "OK"]
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(2**40, 0, 2**20))
+    assert {check.status for check in doctor.storage(tmp_path)} == {"FAIL"}
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="needs /proc")
+def test_stale_locks_are_named_and_left(monkeypatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    assert [check.status for check in doctor.locks()] == ["OK"]
+    lock = tmp_path / "op" / "lock"
+    lock.parent.mkdir()
+    lock.touch()
+    (found,) = doctor.locks()
+    assert found.status == "WARN" and found.found == str(lock) and lock.exists()
+
+
+def test_mlflow(monkeypatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://user:hidden-word@127.0.0.1:9")
+    (found,) = doctor.mlflow_server()
+    assert found.status == "WARN" and "hidden-word" not in found.found + found.remedy
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    assert doctor.mlflow_server()[0].status == "OK"
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    assert doctor.mlflow_server()[0].status == "FAIL"
+
+
+FAKE_SSH = """#!/bin/sh
+while [ "$1" != "${1#-}" ]; do [ "$1" = -o ] && shift; shift; done
+case "$1" in
+good) echo '[{"name": "torch", "status": "OK", "found": "2.13.0", "alike": true}]' ;;
+old) echo '[{"name": "torch", "status": "OK", "found": "2.12.0", "alike": true}]' ;;
+*) echo "ssh: connect to host $1 port 22: Connection refused" >&2; exit 255 ;;
+esac
+"""
+
+
+def test_every_host_of_a_hostfile_and_what_differs_between_them(monkeypatch, tmp_path: Path, capsys) -> None:
+    (tmp_path / "ssh").write_text(FAKE_SSH)
+    (tmp_path / "ssh").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    hostfile = tmp_path / "hostfile"
+    hostfile.write_text("good slots=2\n# a comment\nold slots=2\ngone slots=2\n")
+    assert doctor.main(["--hostfile", str(hostfile)]) == 1
+    said = capsys.readouterr().out
+    assert "Connection refused -- `ssh gone` must work without a password" in said
+    assert "2.13.0 on good; 2.12.0 on old" in said and "4 checks: 2 failed, 0 warnings" in said
+    hostfile.write_text("good slots=2\ngood2\n")
+    with pytest.raises(SystemExit, match="line 2: expected `host slots=N`"):
+        doctor.main(["--hostfile", str(hostfile)])
+
+
+def test_a_check_that_breaks_is_a_failed_check(monkeypatch, capfd) -> None:
+    for name in ("versions", "accelerator", "network", "storage", "locks"):
+        monkeypatch.setattr(doctor, name, lambda *_: [doctor.Check("fine", "OK", "")])
+    monkeypatch.setattr(doctor, "mlflow_server", lambda: {}["nothing"])
+    assert doctor.main(["--json"]) == 1
+    rows = json.loads(capfd.readouterr().out)
+    assert [row["status"] for row in rows if row["name"] != "compiler"] == ["OK"] * 5 + ["FAIL"]
+
+
+def test_the_command_prints_a_report() -> None:
+    done = subprocess.run([sys.executable, str(TOOL), "--json"], capture_output=True, text=True, timeout=120)
+    rows = json.loads(done.stdout)
+    assert done.returncode == int(any(row["status"] == "FAIL" for row in rows))
+    assert {"python", "torch", "accelerator", "precision", "loopback", "disk", "build locks", "mlflow"} <= {
+        row["name"] for row in rows
+    }

@@ -1,0 +1,123 @@
+"""`restarts=N`: all ranks start again together after a fault, and only then."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from mlinterf_ds.config import load_config
+from mlinterf_ds.errors import UserError
+from mlinterf_ds.supervise import resuming
+
+ROOT = Path(__file__).resolve().parents[2]
+# A rank that notes its start, meets nobody, and ends as told: STATUS_<rank>_<attempt>; "wait" waits for a signal.
+RANK = """
+import os, signal, sys, time
+from pathlib import Path
+rank, attempt = os.environ["RANK"], os.environ["MLINTERF_DS_ATTEMPT"]
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+Path(sys.argv[1], f"started-{rank}-{attempt}-{os.environ['MASTER_PORT']}").touch()
+end = os.environ.get(f"STATUS_{rank}_{attempt}", "0")
+if end == "kill":
+    os.kill(os.getpid(), signal.SIGKILL)
+time.sleep(60 if end == "wait" else 0)
+sys.exit(0 if end == "wait" else int(end))
+"""
+SUPERVISOR = """
+import sys
+from mlinterf_ds import command
+from mlinterf_ds.config import load_config
+from mlinterf_ds.supervise import Supervisor
+config = load_config([], ["restarts=2", "output=runs/x", "parallel.timeout=0.5"])
+command.main(lambda line: Supervisor(config).run(line), sys.argv[1:])
+"""
+
+
+def start(folder: Path, world: int, **ends: str) -> list[subprocess.Popen[str]]:
+    script = folder / "rank.py"
+    script.write_text(RANK)
+    line = [sys.executable, "-c", SUPERVISOR, sys.executable, str(script), str(folder)]
+    numbers = {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world), "PYTHONPATH": str(ROOT)}
+    numbers["MLINTERF_DS_RENDEZVOUS"] = f"file://{folder}/meeting"
+    return [
+        subprocess.Popen(line, env=numbers | dict(os.environ) | ends | {"RANK": str(rank)}, text=True,
+                         stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        for rank in range(world)
+    ]  # fmt: skip
+
+
+def ended(processes: list[subprocess.Popen[str]]) -> tuple[list[int], str]:
+    said = [process.communicate(timeout=90)[0] for process in processes]
+    return [process.returncode for process in processes], "".join(said)
+
+
+def starts(folder: Path) -> list[tuple[str, str]]:
+    return sorted(tuple(path.name.split("-")[1:3]) for path in folder.glob("started-*"))
+
+
+def test_a_killed_rank_starts_all_of_them_again(tmp_path: Path) -> None:
+    codes, said = ended(start(tmp_path, 2, STATUS_1_0="kill", STATUS_0_0="wait"))
+    assert codes == [0, 0] and {("1", "0"), ("0", "1"), ("1", "1")} <= set(starts(tmp_path))
+    assert "rank 1 was killed by SIGKILL: starting all ranks again (1 of 2)" in said
+    ports = {path.name.split("-")[3] for path in tmp_path.glob("started-*")}
+    assert len(ports) == 2, "both ranks of an attempt meet at one port, which no rank of another attempt knows"
+
+
+def test_it_gives_up_with_the_reason_and_the_command_that_resumes(tmp_path: Path) -> None:
+    codes, said = ended(start(tmp_path, 2, STATUS_0_0="1", STATUS_0_1="7", STATUS_0_2="9", STATUS_1_2="wait"))
+    assert codes == [2, 2] and [("0", str(attempt)) for attempt in range(3)] == starts(tmp_path)[:3]
+    assert "error: rank 0 failed with exit code 9, after 2 restarts: mend it, then go on with" in said
+    assert "--set output=runs/x --set resume=auto" in said and "Traceback" not in said
+
+
+def test_a_users_mistake_is_not_tried_again(tmp_path: Path) -> None:
+    codes, _ = ended(start(tmp_path, 2, STATUS_0_0="2", STATUS_1_0="wait"))
+    assert codes == [2, 2] and ("0", "1") not in starts(tmp_path)
+
+
+def test_a_signal_reaches_the_ranks_and_ends_the_job(tmp_path: Path) -> None:
+    processes = start(tmp_path, 2, STATUS_0_0="wait", STATUS_1_0="wait")
+    deadline = time.monotonic() + 60
+    while len(starts(tmp_path)) < 2 and time.monotonic() < deadline:
+        time.sleep(0.1)
+    for process in processes:
+        process.send_signal(signal.SIGTERM)
+    codes, said = ended(processes)
+    assert codes == [0, 0] and len(starts(tmp_path)) == 2 and "again" not in said
+
+
+def test_a_supervisor_without_rank_0s_host_ends_in_bounded_time(tmp_path: Path) -> None:
+    """Rank 0's whole host dies: its supervisor, and the store with it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MASTER_ADDR", "127.0.0.1")
+        patch.setenv("MASTER_PORT", str(_free_port()))
+        patch.setenv("MLINTERF_DS_RENDEZVOUS", "env://")
+        processes = start(tmp_path, 2, STATUS_0_0="wait", STATUS_1_0="wait")
+    deadline = time.monotonic() + 60
+    while len(starts(tmp_path)) < 2 and time.monotonic() < deadline:
+        time.sleep(0.1)
+    processes[0].kill()
+    said = processes[1].communicate(timeout=60)[0]
+    assert processes[1].returncode != 0 and "rank 0" in said and "resume=auto" in said
+
+
+def _free_port() -> int:
+    from mlinterf_ds.supervise import _free_port
+
+    return _free_port()
+
+
+def test_what_a_restarted_run_resumes_from(tmp_path: Path) -> None:
+    settings = [f"output={tmp_path}", "restarts=1", "resume=elsewhere/checkpoints/step-00000003"]
+    config = load_config([], settings)
+    assert resuming(config).resume.startswith("elsewhere"), "nothing of its own yet"
+    assert resuming(load_config([], settings[:2])).resume == "auto"
+    (tmp_path / "checkpoints" / "step-00000004").mkdir(parents=True)
+    assert resuming(config).resume == "auto"
+    assert resuming(load_config([], settings[:1])).resume == "", "only where restarts were asked for"
+    with pytest.raises(UserError, match=r"restarts=1 needs output"):
+        load_config([], ["restarts=1"])

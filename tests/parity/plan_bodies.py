@@ -1,0 +1,147 @@
+"""What a rank really holds and sends in a step: tensors counted by storage, collectives by what enters them."""
+
+from __future__ import annotations
+
+import gc
+from collections import Counter
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from mlinterf_ds.engine.engine import SHARED, Engine
+from mlinterf_ds.engine.meta_step import MetaStep
+from tests.parity import bodies
+
+Storages = dict[int, int]  # address -> bytes
+
+
+def storages(tensors: Any) -> Storages:
+    """The distinct storages of these tensors."""
+    found: Storages = {}
+    for tensor in tensors:
+        if isinstance(tensor, torch.Tensor) and tensor.device.type != "meta":
+            storage = tensor.untyped_storage()
+            if storage.nbytes():
+                found[storage.data_ptr()] = storage.nbytes()
+    return found
+
+
+def alive() -> Storages:
+    gc.collect()
+    return storages(item for item in gc.get_objects() if type(item) in (torch.Tensor, torch.nn.Parameter))
+
+
+COLLECTIVES = {"allreduce_": "all_reduce", "_allgather_base_": "all_gather", "_reduce_scatter_base_": "reduce_scatter"}
+
+
+class Traffic(TorchDispatchMode):
+    """Bytes that enter collectives, by (group size, collective)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes: Counter[tuple[int, str]] = Counter()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function.namespace == "c10d":
+            name = function._schema.name.partition("::")[2]
+            flat = [x for a in args for x in (a if isinstance(a, list) else [a]) if isinstance(x, torch.Tensor)]
+            group = next(a for a in args if isinstance(a, torch.ScriptObject) and "ProcessGroup" in str(a._type()))
+            size = max(
+                tensor.nbytes for tensor in flat
+            )  # the whole tensor: input of a reduction, output of a gathering
+            self.bytes[torch.distributed.ProcessGroup.unbox(group).size(), COLLECTIVES.get(name, name)] += size
+        return function(*args, **(kwargs or {}))
+
+
+def measure(
+    settings: list[str], json_name: str, tensor: int, languages: tuple[str, ...], bucket: int | None = None
+) -> dict[str, Any]:
+    """A second step (a first one makes lazily made buffers) under observation; this rank's figures.
+
+    "vectors": what is alive beside weights, masters and moments at the end of a pass, at most: gradients, the meta step's.
+    """
+    before = alive()  # other tests' leavings
+    engine, stream, config = bodies.make(settings, json_name, tensor, languages, bucket)
+    meta = MetaStep(engine, config.meta) if config.variant.startswith("meta_") else None
+
+    def step(until: int) -> None:
+        if meta:
+            bodies.advance_meta(engine, stream, config, meta, until)
+        else:
+            bodies.advance(engine, stream, config, until)
+
+    step(1)
+    found = held(engine)
+    kept = before | storages(all_held(engine))
+    inner, vectors, saved = engine.accumulate, [0], [0]
+
+    seen: Storages = {}
+
+    def pack(item: torch.Tensor) -> torch.Tensor:
+        if item.untyped_storage().data_ptr() not in kept and not isinstance(item, torch.nn.Parameter):
+            seen.update(storages([item]))  # a parameter under ZeRO 3 saves itself, not what is gathered for it
+        return item
+
+    def forward_ends(*_: Any) -> None:
+        saved[0] = max(saved[0], sum(seen.values()))
+        seen.clear()
+
+    engine.model.register_forward_hook(forward_ends)
+
+    def watched(batches: Any, spaces: Any) -> Any:
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda item: item):
+            sums = inner(batches, spaces)
+        vectors[0] = max(vectors[0], sum(size for at, size in alive().items() if at not in kept))
+        return sums
+
+    reduced = engine._reduce
+
+    def reducing(*arguments: Any) -> Any:
+        vectors[0] = max(vectors[0], sum(size for at, size in alive().items() if at not in kept))
+        return reduced(*arguments)
+
+    engine.accumulate, engine._reduce = watched, reducing  # type: ignore[method-assign]
+    with Traffic() as traffic:
+        step(2)
+    return found | {"activations": saved[0], "vectors": vectors[0], "traffic": dict(traffic.bytes)}
+
+
+def all_held(engine: Engine) -> list[torch.Tensor]:
+    """Weights, masters and moments."""
+    tensors: list[torch.Tensor] = []
+    for name, space in engine.spaces.items():
+        for master in space.masters:
+            tensors += [master, *engine.optimizers[name].state[master].values()]
+        tensors += weights(space)
+    return tensors
+
+
+def weights(space: Any) -> list[torch.Tensor]:
+    found = []
+    for parameter in space.parameters.values():
+        found += [parameter.data, parameter.ds_tensor.data] if hasattr(parameter, "ds_tensor") else [parameter.data]
+    return found
+
+
+def held(engine: Engine) -> dict[str, float]:
+    """Bytes by kind between steps."""
+    found: dict[str, float] = {}
+    own = [space for name, space in engine.spaces.items() if name != SHARED]
+    shared = engine.spaces[SHARED]
+
+    def states(name: str) -> list[torch.Tensor]:
+        return [t for m in engine.spaces[name].masters for t in (m, *engine.optimizers[name].state[m].values())]
+
+    found["weights"] = sum(storages(weights(shared)).values())
+    found["optimizer"] = sum(storages(states(SHARED)).values())
+    found["adapters"] = sum(storages(t for s in own for t in weights(s)).values())
+    found["adapters"] += sum(storages(t for n in engine.spaces if n != SHARED for t in states(n)).values())
+    return found
+
+
+def elements(settings: list[str], tensor: int, languages: tuple[str, ...]) -> tuple[int, int]:
+    """(shared, one language's) elements of this rank's encoder."""
+    engine, _, _ = bodies.make(settings, "zero0", tensor, languages)
+    own = next(iter(engine.model.language_parameters().values()))
+    return sum(p.numel() for p in engine.model.shared_parameters().values()), sum(p.numel() for p in own.values())

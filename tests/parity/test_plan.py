@@ -1,0 +1,99 @@
+"""tools/plan.py's arithmetic against what engines hold and send: memory within 10%, parameters and traffic exactly."""
+
+import pytest
+
+from mlinterf_ds.config import load_config
+from mlinterf_ds.engine import plan
+from tests.parity import bodies, plan_bodies
+from tests.ranks import pool
+
+SHAPE = ["model.layers=3", "model.width=128", "model.ffn=512", "data.sequence_length=64", "train.batch=16"]
+VOCABULARY = bodies.Made.vocabulary_size
+BF16, FP16 = "train.precision=bf16", "train.precision=fp16"
+# (DeepSpeed's JSON, ranks, tensor-parallel ranks, settings)
+SETTINGS = [
+    ("zero0", 1, 1, ["variant=adpt"]),
+    ("zero0", 2, 1, ["variant=attn", BF16]),
+    ("zero1", 1, 1, ["variant=joint", BF16]),
+    ("zero1", 2, 1, ["variant=adpt", BF16]),
+    ("zero1", 2, 1, ["variant=share_adpt", FP16]),
+    ("zero1", 2, 1, ["variant=meta_adpt", "meta.difference=one_sided"]),
+    ("zero2", 2, 1, ["variant=ffn", BF16]),
+    ("zero2", 2, 1, ["variant=adpt", BF16, "train.micro_batch=2"]),
+    ("zero2", 2, 2, ["variant=adpt", "model.head_width=48"]),
+    ("zero2", 2, 1, ["variant=meta_adpt", BF16]),
+    ("zero2", 2, 1, ["variant=meta_ffn", BF16, "meta.lookahead=adam"]),
+    ("zero3", 2, 1, ["variant=adpt", BF16]),
+    ("zero3", 2, 2, ["variant=joint", BF16]),
+    ("zero2", 4, 2, ["variant=attn", BF16]),
+]  # fmt: skip
+
+
+def named(row) -> str:
+    return "-".join([row[0], f"{row[1]}x{row[2]}", *(text.partition("=")[2] for text in row[3])])
+
+
+@pytest.mark.parametrize("json_name, ranks, tensor, extra", SETTINGS, ids=map(named, SETTINGS))
+def test_memory_and_traffic_of_a_step(json_name: str, ranks: int, tensor: int, extra: list[str]) -> None:
+    settings = [*SHAPE, *extra]
+    config = load_config([], [*bodies.TINY, f"parallel.tensor={tensor}", *settings])
+    layout = plan.Layout(ranks, tensor, int(json_name[4]), config.train.precision)
+    count = plan.parameters(config, len(bodies.LANGUAGES), VOCABULARY, tensor)
+    wanted = plan.memory(config, count, layout, VOCABULARY, on_gpu=False)
+    wanted["vectors"] = wanted.pop("gradients") + wanted.pop("meta step", 0.0)
+    found = pool(ranks).run(plan_bodies.measure, settings, json_name, tensor, bodies.LANGUAGES)[0]
+    for kind in ("weights", "optimizer", "adapters", "vectors", "activations"):
+        print(f"{kind:<12}{wanted[kind] / 1e6:>10.3f}{found[kind] / 1e6:>10.3f} MB planned, measured")
+        assert wanted[kind] == pytest.approx(found[kind], rel=0.1, abs=64), kind
+    check_traffic(config, count, layout, found["traffic"])
+
+
+def check_traffic(config, count: plan.Parameters, layout: plan.Layout, traffic: dict[tuple[int, str], int]) -> None:
+    """The planned bytes are what entered the collectives, but for a few scalars (norms, losses)."""
+    volume = plan.data_parallel_volume(config, count, layout)
+    inside = plan.tensor_parallel_volume(config, layout)
+    planned_by_size = [(layout.data, volume), (layout.tensor, {"all_reduce": inside})]
+    if layout.tensor == layout.data:  # both kinds of group have two ranks
+        planned_by_size = [(layout.data, volume | {"all_reduce": volume.get("all_reduce", 0.0) + inside})]
+    for size, wanted in planned_by_size:
+        for collective, planned in wanted.items():
+            if size > 1:
+                sent = traffic.get((size, collective), 0)
+                least = 0.45 if layout.stage == 3 and collective == "all_gather" else 0.99
+                most = 1.45 if layout.stage == 3 and collective == "all_gather" else 1.01
+                assert least * planned - 2048 <= sent <= most * planned + 4096, (size, collective, planned, sent)
+
+
+@pytest.mark.parametrize("variant", ["joint", "ffn", "attn", "adpt", "share_adpt"])
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_parameters_are_those_of_the_encoder(variant: str, tensor: int) -> None:
+    settings = [*SHAPE, f"variant={variant}", "model.language_embeddings=true", "model.head_width=16"]
+    config = load_config([], [*bodies.TINY, f"parallel.tensor={tensor}", *settings])
+    count = plan.parameters(config, len(bodies.LANGUAGES), VOCABULARY, tensor)
+    assert (count.shared, count.own) == pool(tensor).run(plan_bodies.elements, settings, tensor, bodies.LANGUAGES)[0]
+
+
+def test_the_papers_large_model() -> None:
+    """DESIGN: 16 layers, width 1280, 200k pieces, tied: 571M distinct parameters."""
+    count = plan.parameters(load_config(["large"]), 100, 200_000, 1)
+    assert count.total == pytest.approx(571e6, rel=0.005)
+
+
+def test_an_absent_language_costs_its_share_of_memory_and_nothing_else() -> None:
+    config = load_config(["base"], [])
+    layout = plan.Layout(64, 1, 1, "bf16")
+    few, many = (plan.parameters(config, languages, 250_000, 1) for languages in (2, 500))
+    less, more = (plan.memory(config, count, layout, 250_000) for count in (few, many))
+    assert {kind for kind in less if less[kind] != more[kind]} == {"adapters"}
+    assert more["adapters"] == pytest.approx(250 * less["adapters"])
+    assert plan.data_parallel_volume(config, few, layout) == plan.data_parallel_volume(config, many, layout)
+
+
+def test_passes_of_a_meta_step() -> None:
+    def passes(*settings: str) -> dict[str, float]:
+        return plan.passes(load_config([], ["variant=meta_adpt", *settings]))
+
+    assert passes() == {"forward": 5, "shared": 3, "own": 3, "write": 6}
+    assert passes("meta.terms=direct") == {"forward": 3, "shared": 3, "own": 1, "write": 2}
+    assert passes("meta.every=2")["forward"] == 3 and passes("meta.every=2", "meta.between=plain")["own"] == 2
+    assert plan.ring("all_reduce", 80.0, 4) == 120 and plan.ring("all_gather", 80.0, 4) == 60

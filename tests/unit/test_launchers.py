@@ -1,0 +1,79 @@
+"""Which rank we are, and where ranks meet, as each launcher says it."""
+
+import os
+
+import pytest
+
+from mlinterf_ds import launchers
+from mlinterf_ds.errors import UserError
+
+KNOWN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
+OPEN_MPI = {"OMPI_COMM_WORLD_RANK": "5", "OMPI_COMM_WORLD_SIZE": "8", "OMPI_COMM_WORLD_LOCAL_RANK": "1"}
+SLURM = {"SLURM_PROCID": "5", "SLURM_STEP_NUM_TASKS": "7", "SLURM_LOCALID": "2", "SLURM_NODEID": "1",
+         "SLURM_STEP_TASKS_PER_NODE": "3(x2),1", "SLURM_JOB_ID": "47", "SLURM_STEP_NODELIST": "node[1-3]"}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def bare(monkeypatch) -> None:
+    """No launcher's variables, and what `adopt` sets is forgotten."""
+    for name in list(os.environ):
+        if name in KNOWN or name.startswith(("OMPI_", "SLURM_", "MLINTERF_DS_")):
+            monkeypatch.delenv(name)
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+
+
+def ranks() -> dict[str, str]:
+    return {name: os.environ[name] for name in KNOWN if name in os.environ}
+
+
+def test_no_launcher_is_one_rank() -> None:
+    launchers.adopt()
+    assert ranks() == {} and launchers.local_world() == 1 and launchers.rendezvous().startswith("file://")
+
+
+def test_a_rank_that_is_told_everything_is_left_alone() -> None:
+    os.environ |= SLURM | {"RANK": "0", "WORLD_SIZE": "1"}
+    launchers.adopt()
+    assert ranks() == {"RANK": "0", "WORLD_SIZE": "1"}
+
+
+def test_a_batch_script_is_no_task_of_srun() -> None:
+    os.environ |= {"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_JOB_ID": "47", "SLURM_NTASKS_PER_NODE": "4"}
+    launchers.adopt()
+    assert ranks() == {} and launchers.local_world() == 1
+
+
+@pytest.mark.parametrize("node, local", [("0", 3), ("1", 3), ("2", 1)])
+def test_slurm(monkeypatch, node: str, local: int) -> None:
+    monkeypatch.setattr(launchers, "_first_slurm_host", lambda: "node1")
+    os.environ |= SLURM | {"SLURM_NODEID": node}
+    launchers.adopt()
+    wanted = {"RANK": "5", "WORLD_SIZE": "7", "LOCAL_RANK": "2", "MASTER_ADDR": "node1", "MASTER_PORT": "20047"}
+    assert ranks() == wanted and launchers.local_world() == local and launchers.rendezvous() == "env://"
+
+
+def test_slurm_without_its_own_command_says_what_to_export() -> None:
+    os.environ |= SLURM | {"PATH": "/nowhere"}
+    with pytest.raises(UserError, match="SLURM_STEP_NODELIST='node.*export MASTER_ADDR before srun"):
+        launchers.adopt()
+
+
+def test_open_mpi() -> None:
+    os.environ |= OPEN_MPI | {"OMPI_COMM_WORLD_LOCAL_SIZE": "8"}
+    launchers.adopt()
+    assert ranks() == {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_PORT": "29500"}
+    assert launchers.local_world() == 8 and launchers.rendezvous().startswith("file://"), "one host needs no port"
+
+
+def test_open_mpi_over_several_hosts_needs_an_address() -> None:
+    os.environ |= OPEN_MPI | {"OMPI_COMM_WORLD_LOCAL_SIZE": "4"}
+    with pytest.raises(UserError, match=r"mpirun -x MASTER_ADDR"):
+        launchers.adopt()
+    os.environ["MASTER_ADDR"] = "node-1"
+    launchers.adopt()
+    assert launchers.rendezvous() == "env://"
+
+
+def test_who_starts_ranks_may_say_where_they_meet() -> None:
+    os.environ |= {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_SIZE": "2", launchers.ADDRESS: "env://"}
+    assert launchers.rendezvous() == "env://"

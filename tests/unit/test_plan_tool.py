@@ -1,0 +1,60 @@
+"""tools/plan.py as a user runs it: the tables, the figures, the mistakes."""
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TOOL = Path(__file__).resolve().parents[2] / "tools" / "plan.py"
+
+
+def run(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, str(TOOL), *words], capture_output=True, text=True, timeout=120)
+
+
+def test_tables_figures_and_numbers_agree(tmp_path: Path) -> None:
+    words = ["--recipe", "base", "--nodes", "16", "--languages", "100", "--vocabulary", "250000"]
+    done = run(*words, "--figures", str(tmp_path / "base"), "--json", str(tmp_path / "base.json"))
+    assert done.returncode == 0, done.stderr
+    for text in (
+        "988M parameters",
+        "128 x h100, fp16",
+        "fastest that fits:",
+        "adapters",
+        "all_reduce, tensor parallel",
+    ):
+        assert text in done.stdout
+    rows = json.loads((tmp_path / "base.json").read_text())
+    assert {row["layout"]["tensor"] for row in rows} == {1, 2, 4}, "8 does not divide 12 heads"
+    for row in rows:
+        assert row["gib"] == pytest.approx(sum(row["memory"].values()) / 2**30)
+        assert row["days"] == pytest.approx(sum(row["seconds"].values()) * 500_000 / 86400)
+        assert row["fits"] == (row["gib"] * 2**30 <= 0.9 * 80e9)
+    with (tmp_path / "base-gpus.csv").open() as file:
+        drawn = {(row["gpus"], row["stage"]): float(row["gib"]) for row in csv.DictReader(file)}
+    for row in rows:
+        if row["layout"]["tensor"] == 1:
+            assert drawn["128", str(row["layout"]["stage"])] == pytest.approx(row["gib"])
+    for name in ("base-gpus", "base-languages"):
+        assert (tmp_path / f"{name}.png").stat().st_size > 10_000 and (tmp_path / f"{name}.svg").exists()
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["--mfu", "40"], "--mfu 40.0: expected a share"),
+        (["--nodes", "0"], "--nodes 0"),
+        (["--recipe", "base", "--nodes", "3"], "train.batch=2048 cannot be divided over 24 GPUs"),
+    ],
+)
+def test_mistakes(words: list[str], said: str) -> None:
+    done = run(*words)
+    assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr
+
+
+def test_what_fits_nowhere_says_what_to_change() -> None:
+    words = ["--recipe", "large", "--set", "train.micro_batch=2048", "--set", "train.batch=16384", "--gpu", "a10"]
+    assert "nothing fits a10: more nodes, model.recompute=true" in run(*words).stdout
