@@ -16,10 +16,10 @@ from mlinterf_ds.study.worker import DONE
 
 @dataclass
 class Calibration:
-    """Seconds of each kind of work; the defaults are a 2-layer model of width 64 on one 2 GHz core."""
+    """Seconds of each kind of work; the defaults are of the recipe `tiny` on one core of a busy machine."""
 
     startup: float = 20.0  # of a job: launcher, imports, process group
-    tokens_per_second: dict[str, float] = field(default_factory=lambda: {"plain": 60_000.0, "meta": 12_000.0})
+    tokens_per_second: dict[str, float] = field(default_factory=lambda: {"plain": 35_000.0, "meta": 7_000.0})
     unit: dict[str, float] = field(
         default_factory=lambda: {
             "ner": 20.0,
