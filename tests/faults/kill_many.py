@@ -10,6 +10,7 @@ of all evaluations are equal bit for bit. Prints a line a run; exit code 1 if an
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import os
 import random
@@ -49,14 +50,16 @@ def start(folder: Path, output: str, restarts: int) -> subprocess.Popen[str]:
 
 def ranks(output: str, attempt: int) -> list[int]:
     """The ranks proper of this attempt, in no particular order."""
-    found = []
+    return marked(f"{MARK}={output}", f"MLINTERF_DS_ATTEMPT={attempt}")
+
+
+def marked(*variables: str) -> list[int]:
+    """Processes with all of these `NAME=value` in their environment."""
+    found, wanted = [], {text.encode() for text in variables}
     for place in Path("/proc").glob("[0-9]*"):
-        try:
-            variables = (place / "environ").read_bytes().split(b"\0")
-        except OSError:
-            continue
-        if {f"{MARK}={output}".encode(), f"MLINTERF_DS_ATTEMPT={attempt}".encode()} <= set(variables):
-            found.append(int(place.name))
+        with contextlib.suppress(OSError):
+            if wanted <= set((place / "environ").read_bytes().split(b"\0")):
+                found.append(int(place.name))
     return found
 
 

@@ -108,7 +108,7 @@ def test_a_rank_killed_inside_a_save(tmp_path: Path, long_run) -> None:
         return any(saved.glob("*.partial")) and (saved / "step-00000002").is_dir()
 
     wait_for(job, tmp_path / "run.log", inside, 300)
-    os.kill(plain_ranks()[0], signal.SIGKILL)
+    os.kill(kill_many.marked("KILL_MANY=run", "RANK=1")[0], signal.SIGKILL)
     assert job.wait(timeout=90) != 0
     assert checkpoint.verify(checkpoint.find(tmp_path / "run"))["updates"] >= 2
     assert "go on with --set output=run --set resume=auto" in (tmp_path / "run.log").read_text()
@@ -124,19 +124,6 @@ def test_a_stopped_rank_is_declared_lost_and_the_run_goes_on(tmp_path: Path, lon
     wait_for(job, log, lambda: "resumed from run/checkpoints/step-" in log.read_text(), 300)
     job.terminate()
     job.wait(timeout=120)
-
-
-def plain_ranks() -> list[int]:
-    """The ranks of a job without supervisors."""
-    found = []
-    for place in Path("/proc").glob("[0-9]*"):
-        try:
-            variables = (place / "environ").read_bytes().split(b"\0")
-        except OSError:
-            continue
-        if b"KILL_MANY=run" in variables and b"RANK=1" in variables:
-            found.append(int(place.name))
-    return found
 
 
 def test_random_kills_end_as_the_run_left_alone(capsys) -> None:
