@@ -24,6 +24,9 @@ from mlinterf_ds.launchers import local_world, rendezvous
 _untouched = {n: copy.copy(v) for n, v in vars(parallel_state).items() if n.startswith("_") and n.isupper()}
 
 
+ARRIVAL = datetime.timedelta(minutes=10)  # that the first rank waits for the last to start
+
+
 @dataclass(frozen=True)
 class Layout:
     """Where this rank stands."""
@@ -78,11 +81,20 @@ def start(tensor: int = 1, address: str | None = None, timeout: float = 10.0) ->
     if not dist.is_initialized():
         backend = "gloo" if accelerator.device_name() == "cpu" else accelerator.communication_backend_name()
         address = address or rendezvous()
+        store = _meet(address, rank, world)
         limit = datetime.timedelta(minutes=timeout)
-        dist.init_process_group(backend, init_method=address, timeout=limit, rank=rank, world_size=world)
+        dist.init_process_group(backend, store=store, timeout=limit, rank=rank, world_size=world)
         _limits["distributed_timeout_minutes"] = timeout
     parallel_state.initialize_model_parallel(tensor_model_parallel_size=tensor, **_limits)
     return Layout(rank, world, tensor)
+
+
+def _meet(address: str, rank: int, world: int) -> dist.Store:
+    """The ranks' common store, when all have come: on slow storage some start minutes later than others."""
+    store, _, _ = next(iter(dist.rendezvous(address, rank, world, timeout=ARRIVAL)))
+    store.set(f"arrived/{rank}", "")
+    store.wait([f"arrived/{other}" for other in range(world)], ARRIVAL)
+    return dist.PrefixStore("group", store)
 
 
 def current(tensor: int) -> Layout:

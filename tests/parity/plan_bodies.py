@@ -27,9 +27,13 @@ def storages(tensors: Any) -> Storages:
     return found
 
 
-def alive() -> Storages:
+def tensors_alive() -> list[torch.Tensor]:
     gc.collect()
-    return storages(item for item in gc.get_objects() if type(item) in (torch.Tensor, torch.nn.Parameter))
+    return [item for item in gc.get_objects() if type(item) in (torch.Tensor, torch.nn.Parameter)]
+
+
+def alive() -> Storages:
+    return storages(tensors_alive())
 
 
 COLLECTIVES = {"allreduce_": "all_reduce", "_allgather_base_": "all_gather", "_reduce_scatter_base_": "reduce_scatter"}
@@ -61,7 +65,7 @@ def measure(
 
     "vectors": what is alive beside weights, masters and moments at the end of a pass, at most: gradients, the meta step's.
     """
-    before = alive()  # other tests' leavings
+    leavings = tensors_alive()  # of other tests: held here, so that their memory is not used again meanwhile
     engine, stream, config = bodies.make(settings, json_name, tensor, languages, bucket)
     meta = MetaStep(engine, config.meta) if config.variant.startswith("meta_") else None
 
@@ -73,7 +77,7 @@ def measure(
 
     step(1)
     found = held(engine)
-    kept = before | storages(all_held(engine))
+    kept = storages(leavings) | storages(all_held(engine))
     inner, vectors, saved = engine.accumulate, [0], [0]
 
     seen: Storages = {}
