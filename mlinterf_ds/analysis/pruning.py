@@ -25,11 +25,11 @@ import numpy as np
 import torch
 
 from mlinterf_ds.analysis import hard_concrete
-from mlinterf_ds.analysis.conflict import write_csv
 from mlinterf_ds.analysis.gates import Gates
 from mlinterf_ds.analysis.job import AnalysisJob
 from mlinterf_ds.analysis.masks import Subject
 from mlinterf_ds.analysis.similarity import ALL, spread
+from mlinterf_ds.data.files import write_csv
 from mlinterf_ds.engine.optimizer import LossScale
 from mlinterf_ds.engine.precision import DTYPES
 from mlinterf_ds.errors import UserError
@@ -207,9 +207,7 @@ def _write(job: AnalysisJob, masks: Masks, scores: list[dict[str, Any]], summary
         for part in COMPONENTS
         if part in masks.component
     }
-    dashes = f"{caption}\ndashed: two seeds of one language" + (
-        "; bands: 10th to 90th percentile" if len(codes) > 3 else ""
-    )
+    dashes = f"{caption}\ndashed: two seeds of one language"
     layers_figure(layered, codes, output / "layers.png", title="Similarity of the languages' masks", caption=dashes)
     chosen = {code: masks.extremes(place) for place, code in enumerate(codes)}
     table = [[code, name, *map(float, values)] for code, found in chosen.items() for name, values in found]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,12 +13,12 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from mlinterf_ds.data.files import write_bytes
+from mlinterf_ds.data.files import write_csv
 from mlinterf_ds.report import figures
 from mlinterf_ds.report.heatmap import heading
 
 MOST_LINES = 8  # lines drawn one by one; of more, the mean and the 10th to 90th percentile
-MOST_PANELS = 6  # languages of figure 4b
+MOST_PANELS = 4  # languages of figure 4b
 DASHED = (0, (5, 3))
 
 
@@ -39,6 +37,8 @@ def layers_figure(
     parts = list(matrices)
     lines = {part: _lines(matrices[part], languages) for part in parts}
     _write_lines(path.with_suffix(".csv"), lines)
+    if any(len(values) > 1 for found in lines.values() for _, values in found.values()):
+        caption += "; bands: 10th to 90th percentile"
     layers = max(len(found) for found in matrices.values())
     figure = Figure(figsize=(1.2 + len(parts) * max(2.6, 0.3 * layers), 3.9), dpi=160, layout="constrained")
     FigureCanvasAgg(figure)
@@ -81,7 +81,10 @@ def _layers_panel(axes: Axes, lines: Lines, layers: Sequence[int]) -> None:
             low, high = np.nanpercentile(values, [10, 90], axis=0)
             axes.fill_between(layers, low, high, color=look["color"], alpha=0.15, linewidth=0)
         axes.plot(layers, np.nanmean(values, axis=0), **look, linewidth=1.5, markersize=5, label=name)
+    if not lines:
+        axes.text(0.5, 0.5, "one language, one seed", transform=axes.transAxes, ha="center", color=figures.GREY)
     _plain_frame(axes)
+    axes.set_ylim(top=1.04)
     axes.grid(True, axis="y", color="#E6E6E6", linewidth=0.7)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
     axes.set_xlim(min(layers) - 0.4, max(layers) + 0.4)
@@ -95,17 +98,14 @@ def _plain_frame(axes: Axes) -> None:
 
 
 def _write_lines(path: Path, lines: Mapping[str, Lines]) -> None:
-    """CSV lines `component,line,layer place,mean,low,high`."""
-    buffer = io.StringIO()
-    table = csv.writer(buffer, lineterminator="\n")
-    table.writerow(["component", "line", "layer", "mean", "p10", "p90"])
-    for part, found in lines.items():
-        for name, (_, values) in found.items():
-            for layer in range(values.shape[1]):
-                mine = values[:, layer]
-                table.writerow([part, name, layer, np.nanmean(mine), *np.nanpercentile(mine, [10, 90])])
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_bytes(path, buffer.getvalue().encode())
+    """CSV lines `component,line,layer,mean,p10,p90`."""
+    rows = [
+        [part, name, layer, np.nanmean(values[:, layer]), *np.nanpercentile(values[:, layer], [10, 90])]
+        for part, found in lines.items()
+        for name, (_, values) in found.items()
+        for layer in range(values.shape[1])
+    ]
+    write_csv(path, ["component", "line", "layer", "mean", "p10", "p90"], rows)
 
 
 def extremes_figure(
@@ -118,7 +118,7 @@ def extremes_figure(
 ) -> None:
     """Figure 4b: a panel a language, bars at its most negative and most positive groups, markers for the other languages.
 
-    chosen: language -> (group, normalised values (L,)), ascending. At most six panels are drawn. PNG and SVG.
+    chosen: language -> (group, normalised values (L,)), ascending. At most four panels are drawn. PNG and SVG.
     """
     shown = list(chosen)[:MOST_PANELS]
     bars = max(len(chosen[code]) for code in shown)
@@ -159,6 +159,16 @@ def _extremes_panel(axes: Axes, code: str, found: Sequence[tuple[str, np.ndarray
     axes.tick_params(axis="y", labelsize=8)
     heading_text = f"most negative and most positive groups of {code}"
     axes.set_title(heading_text, loc="left", fontsize=9, fontfamily=figures._families(heading_text))
-    legend = axes.legend(loc="upper left", fontsize=8, frameon=False, ncols=1 + min(len(others), MOST_LINES))
+    handles, labels = axes.get_legend_handles_labels()
+    first = labels.index(code)  # the bars come first
+    order = [first, *(place for place in range(len(labels)) if place != first)]
+    legend = axes.legend(
+        [handles[place] for place in order],
+        [labels[place] for place in order],
+        loc="upper left",
+        fontsize=8,
+        frameon=False,
+        ncols=len(labels),
+    )
     for text in legend.get_texts():
         text.set_fontfamily(figures._families(text.get_text()))
