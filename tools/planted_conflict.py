@@ -88,12 +88,13 @@ def main(words: Sequence[str] | None = None) -> dict[str, Any]:
     found.add_argument("--set", action="append", default=[], metavar="key=value", help="change the tiny recipe")
     options = found.parse_args(words)
     from mlinterf_ds import command, parallel
+    from mlinterf_ds.config import DataConfig
     from mlinterf_ds.data.corpus import Corpus
     from mlinterf_ds.data.embedded import prepare_synthetic
     from mlinterf_ds.data.files import write_csv
 
     languages = list(dict.fromkeys(code for pair in PAIRS.values() for code in pair))
-    prepare_synthetic(options.out / "corpus", languages, options.sentences)
+    prepare_synthetic(languages, DataConfig(synthetic_sentences=options.sentences), options.out / "corpus")
     os.environ.setdefault("WORLD_SIZE", "1")
     command.quiet(options.out / "log")
     parallel.start(1)

@@ -23,8 +23,8 @@ def folder_of(languages: Sequence[str], data: DataConfig) -> Path:
     return Path("corpora") / f"synthetic-{data.synthetic_sentences}-{'+'.join(languages)}{limits}"
 
 
-def prepare_synthetic(languages: Sequence[str], data: DataConfig) -> None:
-    """A corpus in `folder_of(languages, data)`, unless it is there already.
+def prepare_synthetic(languages: Sequence[str], data: DataConfig, folder: Path | None = None) -> None:
+    """A corpus in `folder` (default: `folder_of(languages, data)`), unless it is there already.
 
     With limits it has the vocabulary, and what is held out, of the corpus without them.
     """
@@ -33,7 +33,7 @@ def prepare_synthetic(languages: Sequence[str], data: DataConfig) -> None:
             f"data.synthetic_limit names {', '.join(unknown)}, which the corpus doesn't have: languages are "
             f"{', '.join(languages)}"
         )
-    folder, tokenizer = folder_of(languages, data), None
+    folder, tokenizer = folder or folder_of(languages, data), None
     if data.synthetic_limit:
         whole = data.model_copy(update={"synthetic_limit": {}})
         prepare_synthetic(languages, whole)

@@ -187,7 +187,7 @@ def _families(text: str) -> list[str]:
         if not missing:
             break
         try:
-            has = missing & _characters(font.fname)
+            has = missing & _characters(font_manager.findfont(font.name))  # the face it would be drawn with
         except (OSError, RuntimeError):  # a broken font file
             continue
         if has:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from mlinterf_ds.analyze_config import AnalyzeConfig
-from mlinterf_ds.config import load_config
+from mlinterf_ds.config import DataConfig, load_config
 from mlinterf_ds.data.embedded import LANGUAGES, prepare_synthetic
 from mlinterf_ds.errors import UserError
 from tests.parity.bodies import REPOSITORY
@@ -60,7 +60,7 @@ def analyse(folder: str, settings: list[str]) -> str:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs")
-    prepare_synthetic(folder / "corpus", LANGUAGES, 600)  # ranks of a pool may not fork
+    prepare_synthetic(LANGUAGES, DataConfig(synthetic_sentences=600), folder / "corpus")  # ranks of a pool may not fork
     pool(1).run(checkpoint, str(folder))
     return folder
 

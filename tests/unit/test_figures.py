@@ -105,7 +105,8 @@ def test_scripts_beyond_latin(tmp_path: Path) -> None:
 
 def test_fonts_fall_back_to_one_that_has_the_character() -> None:
     default = figures._characters(figures.font_manager.findfont("DejaVu Sans"))
-    others = ((f.name, figures._characters(f.fname)) for f in figures.font_manager.fontManager.ttflist)
+    names = sorted({font.name for font in figures.font_manager.fontManager.ttflist})
+    others = ((name, figures._characters(figures.font_manager.findfont(name))) for name in names)
     name, character = next((n, chr(min(c - default))) for n, c in others if c - default)  # matplotlib ships such fonts
     families = figures._families("en " + character)
     assert figures._families("en") == families[:1] == ["DejaVu Sans"]
