@@ -40,6 +40,7 @@ class Similarity:
         """(L, L): between two languages the mean over their four pairs of batches; NaN where a gradient is zero."""
         cosines, count = self.cosines(layer, component), len(self.languages)
         found = cosines.reshape(count, DRAWS, count, DRAWS).mean(axis=(1, 3))
+        found = (found + found.T) / 2  # symmetric to the last bit
         within = cosines[np.arange(0, DRAWS * count, DRAWS), np.arange(1, DRAWS * count, DRAWS)]
         found[np.arange(count), np.arange(count)] = within
         return found

@@ -32,6 +32,7 @@ from mlinterf_ds.meta.bilevel import (
     norm,
 )
 
+SEARCH = 12  # tries of a radius in a run's first step; later steps follow it
 AGREEMENT = 0.8  # below this cosine of two radii's estimates, the difference is called noise
 # Relative change of phi's gradient that the radius aims at: above the round-off of the precision, below the curvature
 # (which a one-sided difference feels in the first order).
@@ -149,17 +150,22 @@ class _Run:
         """phi_i <- AdamW(phi_i, h_i) (Algorithm 1, line 6)."""
         config = self.config
         beta = self.lr if config.beta is None else config.beta
-        found = hypergradient(
-            self.train,
-            self.validation,
-            self.theta,
-            self.phi,
-            lookahead=self._lookahead(),
-            beta=beta,
-            radius=self.owner.radius.radius,
-            difference=config.difference,
-            second_order=config.terms == "both",
-        )
+        radius = self.owner.radius
+        for left in reversed(range(SEARCH if self.engine.updates == 0 else 1)):
+            found = hypergradient(
+                self.train,
+                self.validation,
+                self.theta,
+                self.phi,
+                lookahead=self._lookahead(),
+                beta=beta,
+                radius=radius.radius,
+                difference=config.difference,
+                second_order=config.terms == "both",
+            )
+            if not left or radius.near(found.change):
+                break
+            radius.update(found.change)
         self._report(found, beta)
         self._apply(self.phi, found.total, "meta/gradient_norm")
 

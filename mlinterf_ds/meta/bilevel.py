@@ -203,6 +203,10 @@ class RadiusControl:
 
     LOW, HIGH = 1e-6, 0.3
 
+    def near(self, change: float) -> bool:
+        """Whether this relative change is about what is aimed at, or the radius is not to be moved."""
+        return self.fixed or not math.isfinite(change) or 0.5 * self.target < change < 2 * self.target
+
     def update(self, change: float) -> None:
         """After a difference that changed the gradient by this much."""
         if self.fixed or not math.isfinite(change):

@@ -383,3 +383,14 @@ def pcgrad_facts(settings: list[str], json_name: str, tensor: int) -> list[dict[
         train = [stream.batch(engine.step, *slice_) for slice_ in engine.slices(config.train.batch)]
         facts.append(pcgrad_step(engine, train, 0))
     return facts
+
+
+def first_steps(settings: list[str]) -> list[dict[str, float]]:
+    """The facts of a run's first two meta steps."""
+    engine, stream, config = bodies.make(settings, "zero1")
+    meta = MetaStep(engine, config.meta)
+    facts = []
+    for _ in range(2):
+        batch, held_out = batches(engine, stream, engine.step)
+        facts.append(meta.step([batch], [held_out]))
+    return facts

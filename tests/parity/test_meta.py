@@ -162,3 +162,12 @@ def test_pcgrad_at_every_layout(json_name: str, ranks: int, tensor: int) -> None
     for facts in pool(ranks).run(meta_bodies.pcgrad_facts, settings, json_name, tensor):
         for ours, theirs in zip(facts, wanted, strict=True):
             assert ours == pytest.approx(theirs, rel=1e-4)
+
+
+def test_a_runs_first_step_searches_its_radius() -> None:
+    """From a start far off, the first difference used is already near its target: the first self-check agrees."""
+    (facts,) = pool(1).run(meta_bodies.first_steps, ["variant=meta_adpt", "train.precision=bf16", "meta.check_every=1"])
+    first, second = facts
+    assert 0.07 < first["meta/change"] < 0.32 and first["meta/radius"] != 1e-3, first
+    assert first["meta/self_check"] > 0.9, first
+    assert 0.4 < second["meta/radius"] / first["meta/radius"] < 2.1, "from then on it is followed, not searched"
