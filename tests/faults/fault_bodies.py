@@ -77,5 +77,6 @@ def save_without_room(out: str) -> dict[str, Any]:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     dist.barrier()  # rank 0 has tidied up
     left = sorted(os.listdir(Path(out) / "checkpoints"))
+    dist.barrier()  # all have looked before the next save begins
     second = checkpoint.save(Path(out), engine, {}, {}, keep=9)
     return {"said": said, "left": left, "first": str(first), "second": str(second)}
