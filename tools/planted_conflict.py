@@ -102,8 +102,8 @@ def main(words: Sequence[str] | None = None) -> dict[str, Any]:
     for seed in range(options.seeds):
         for name, pair in PAIRS.items():
             rows += [{"pair": name, "seed": seed, **facts} for facts in train_and_measure(options, corpus, pair, seed)]
+            write_csv(options.out / "planted.csv", list(rows[0]), [list(row.values()) for row in rows])  # so far
             print({key: round(v, 3) if isinstance(v, float) else v for key, v in rows[-1].items()}, flush=True)
-    write_csv(options.out / "planted.csv", list(rows[0]), [list(row.values()) for row in rows])
     summary = summarise(rows, options.at)
     (options.out / "planted.json").write_text(json.dumps(summary, indent=1) + "\n")
     print(json.dumps(summary, indent=1))
