@@ -86,7 +86,7 @@ is() { # is JOB STATE EXIT: how it ended, or the end of its output
     exit 1
 }
 saved() { ls "$work/$1/checkpoints" 2> /dev/null | grep -c '^step-[0-9]*$' || true; }
-until_saved() { for _ in $(seq 600); do [ "$(saved "$1")" -gt 0 ] && return || sleep 0.2; done; exit 1; }
+until_saved() { for _ in $(seq 3000); do [ "$(saved "$1")" -gt 0 ] && return || sleep 0.2; done; echo "$1 saved nothing"; exit 1; }
 
 echo "--- 1. a job that ends well"
 job=$(submit well --set train.steps=6)
