@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# Say why a job of rank.sh failed: the rank that failed first, and the last lines of its log. reason.sh LOGS
+# Say why a job of rank.sh failed: the rank that failed first, and the last lines of its log; end with its exit code.
+# reason.sh LOGS
 set -u
 logs=$1
 if [ ! -s "$logs/failed" ]; then
     echo "error: no rank noted a failure in $logs: a host was lost, or the launcher itself failed" >&2
-    exit
+    exit 1
 fi
 read -r _ rank status < <(sort -n "$logs/failed")
 echo >&2
@@ -14,3 +15,4 @@ case $status in
 *) how="failed with exit code $status" ;;
 esac
 echo "error: rank $rank $how, the first of $(wc -l < "$logs/failed"); its log: $logs/rank-$rank.log" >&2
+exit "$status"

@@ -79,15 +79,21 @@ await() { # await JOB STATES: until it is in one of them
     echo "job $1 is $(state "$1" JobState), expected $2"
     exit 1
 }
+is() { # is JOB STATE EXIT: how it ended, or the end of its output
+    [ "$(state "$1" JobState) $(state "$1" ExitCode)" = "$2 $3" ] && return
+    echo "job $1 is $(state "$1" JobState) $(state "$1" ExitCode), expected $2 $3"
+    tail -n 20 "$work"/*.out
+    exit 1
+}
 saved() { ls "$work/$1/checkpoints" 2> /dev/null | grep -c '^step-[0-9]*$' || true; }
-until_saved() { for _ in $(seq 600); do [ "$(saved "$1")" -gt 0 ] && return || sleep 0.2; done; exit 1; }
+until_saved() { for _ in $(seq 3000); do [ "$(saved "$1")" -gt 0 ] && return || sleep 0.2; done; echo "$1 saved nothing"; exit 1; }
 
 echo "--- 1. a job that ends well"
 job=$(submit well --set train.steps=6)
 await "$job" 'COMPLETED FAILED'
 tr '\r' '\n' < "$work/well.out" | tail -n 8
 ls "$work"/well/log/job-*
-[ "$(state "$job" JobState) $(state "$job" ExitCode)" = 'COMPLETED 0:0' ]
+is "$job" COMPLETED 0:0
 
 echo "--- 2. SIGTERM: saved, requeued, finished from there"
 job=$(submit term --set train.steps=60)
@@ -98,7 +104,7 @@ await "$job" 'PENDING COMPLETED FAILED'
 echo "Slurm holds a requeued job for two minutes"
 await "$job" 'COMPLETED FAILED'
 tr '\r' '\n' < "$work/term.out" | grep -a 'stopped by\|queue\|resumed\|steps in'
-[ "$(state "$job" JobState)" = COMPLETED ]
+is "$job" COMPLETED 0:0
 
 echo "--- 3. a rank killed"
 job=$(submit kill --set train.steps=4000)
@@ -116,5 +122,5 @@ job=$(submit mistake --set train.speed=9)
 await "$job" 'FAILED COMPLETED'
 tail -n 4 "$work/mistake.out"
 tail -n 4 "$work/mistake.out" | grep -q 'unknown key'
-[ "$(state "$job" ExitCode)" = 2:0 ]
+is "$job" FAILED 2:0
 echo "all as it should be"

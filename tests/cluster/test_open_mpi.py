@@ -46,7 +46,9 @@ def test_a_failing_rank_is_noted_and_explained(tmp_path: Path, command: str, sta
     line = ["bash", str(cluster / "rank.sh"), str(tmp_path), "bash", "-c", f"echo because of $RANK; {command}"]
     assert subprocess.run(line, env=os.environ | RANK, timeout=30).returncode == status
     (tmp_path / "failed").write_text("9999999999.5 0 1\n" + (tmp_path / "failed").read_text())
-    said = subprocess.run(["bash", str(cluster / "reason.sh"), str(tmp_path)], capture_output=True, text=True).stderr
+    told = subprocess.run(["bash", str(cluster / "reason.sh"), str(tmp_path)], capture_output=True, text=True)
+    said = told.stderr
+    assert told.returncode == status
     assert "because of 1\n" in said and said.splitlines()[-1].startswith("error: rank 1 ") and how in said
 
 
