@@ -4,8 +4,9 @@
 
 For each seed one joint model of four synthetic languages at stated distances is pretrained and analysed
 (`launch/analyze.py --set analysis=prune`). Reported: Spearman's rank correlation of the similarity of two languages' masks
-with their distance over pairs and models, with a 95% bootstrap interval over models (the units that are drawn), and in how many
-pairs both languages are more similar to themselves. What is there already is not computed again.
+with their distance, over all pairs and models pooled and as the mean of each model's own (models differ in the level of all
+similarities, which pooling takes for noise), each with a 95% bootstrap interval over models (the units that are drawn); and in
+how many pairs both languages are more similar to themselves. What is there already is not computed again.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from mlinterf_ds.data.synthetic import distance
-from mlinterf_ds.tasks.metrics import transfer_correlation
+from mlinterf_ds.tasks.metrics import rank_correlation, transfer_correlation
 
 ROOT = Path(__file__).resolve().parents[1]
 LANGUAGES = ("syn", "syn-close", "syn-mid", "syn-far")
@@ -34,7 +35,8 @@ PRETRAIN = (
     "data.sequence_length=32",
     "data.eval_rows=64",
 )
-PRUNE = ("analysis=prune", "prune.sequences=64")
+PRUNE = ("analysis=prune", "prune.steps=200", "prune.sequences=64")
+RESAMPLES = 10_000
 
 
 def main() -> int:
@@ -88,12 +90,21 @@ def report(models: Sequence[Similarities]) -> dict[str, Any]:
         within = np.array([[model[component, code, code][measure] for code in LANGUAGES] for model in models])
         by_pair = dict(zip(names, between.T.tolist(), strict=True))
         found[f"{component}/{measure}"] = {
-            "with_distance": transfer_correlation(distances, by_pair),
+            "pooled": transfer_correlation(distances, by_pair),
+            "by_model": by_model(list(distances.values()), between),
             "within": within.mean(axis=0).tolist(),
             "between": {name: float(np.mean(values)) for name, values in by_pair.items()},
             "below_within": below(within, between),
         }
     return found
+
+
+def by_model(distances: Sequence[float], between: np.ndarray) -> dict[str, Any]:
+    """Spearman's within each model, (models, pairs): their mean and its interval."""
+    found = np.array([rank_correlation(distances, row) for row in between.tolist()])
+    draws = np.random.default_rng(0).integers(0, len(found), (RESAMPLES, len(found)))
+    low, high = np.quantile(found[draws].mean(axis=1), [0.025, 0.975])
+    return {"rho": float(found.mean()), "low": float(low), "high": float(high), "each": found.tolist()}
 
 
 def below(within: np.ndarray, between: np.ndarray) -> float:
