@@ -186,8 +186,11 @@ def _families(text: str) -> list[str]:
     for font in sorted(font_manager.fontManager.ttflist, key=lambda font: ("Sans" not in font.name, font.name)):
         if not missing:
             break
-        try:
-            has = missing & _characters(font_manager.findfont(font.name))  # the face it would be drawn with
+        if "Last Resort" in font.name:  # has every character, drawn as a box
+            continue
+        try:  # the face it would be drawn with; the list, as a bare name would be read as a fontconfig pattern
+            face = font_manager.findfont(font_manager.FontProperties(family=[font.name]))
+            has = missing & _characters(face)
         except (OSError, RuntimeError):  # a broken font file
             continue
         if has:

@@ -7,11 +7,13 @@ run, so a creation whose answer was lost is found again instead of repeated.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import itertools
 import json
 import logging
 import os
+import tempfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -65,7 +67,26 @@ def load_client(uri: str, log_folder: Path) -> MlflowClient:
     for name in ("mlflow", "alembic", "sqlalchemy.engine", "huey", "urllib3.connectionpool"):
         logger = logging.getLogger(name)
         logger.handlers, logger.propagate = [handler], False
+    make_database(uri)
     return MlflowClient(tracking_uri=uri)
+
+
+def make_database(uri: str) -> None:
+    """Make a new SQLite store beside its place and move it there whole.
+
+    MLflow makes its tables by migrations that are not transactions: another job that meets one, or a kill in the midst of one,
+    would leave a store that nobody can open.
+    """
+    path = Path(uri.removeprefix("sqlite:///").partition("?")[0])
+    if not uri.startswith("sqlite:///") or path.exists():
+        return
+    from mlflow import MlflowClient
+
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as folder:
+        new = Path(folder) / path.name
+        MlflowClient(f"sqlite:///{new}").search_experiments(max_results=1)
+        with contextlib.suppress(FileExistsError):  # another job's, whole too
+            os.link(new, path)
 
 
 class Sender:

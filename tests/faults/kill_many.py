@@ -91,7 +91,7 @@ def killed(folder: Path, output: str, kills: int, seconds: float, draw: random.R
         moment = time.monotonic() + draw.uniform(0, seconds)
         while time.monotonic() < moment and job.poll() is None:
             time.sleep(0.02)
-        if job.poll() is None:
+        with contextlib.suppress(ProcessLookupError):  # it ended first
             os.kill(draw.choice(found), signal.SIGKILL)
             done += 1
     return done, job.wait(timeout=600)
