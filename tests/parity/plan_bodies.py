@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import weakref
 from collections import Counter
 from typing import Any
 
@@ -80,16 +81,17 @@ def measure(
     kept = storages(leavings) | storages(all_held(engine))
     inner, vectors, saved = engine.accumulate, [0], [0]
 
-    seen: Storages = {}
+    packed: list[weakref.ref[torch.Tensor]] = []
 
     def pack(item: torch.Tensor) -> torch.Tensor:
         if item.untyped_storage().data_ptr() not in kept and not isinstance(item, torch.nn.Parameter):
-            seen.update(storages([item]))  # a parameter under ZeRO 3 saves itself, not what is gathered for it
+            packed.append(weakref.ref(item))  # a parameter under ZeRO 3 saves itself, not what is gathered for it
         return item
 
     def forward_ends(*_: Any) -> None:
-        saved[0] = max(saved[0], sum(seen.values()))
-        seen.clear()
+        """What the graph holds now: what ended with a branch that leads nowhere does not count."""
+        saved[0] = max(saved[0], sum(storages(found() for found in packed).values()))
+        packed.clear()
 
     engine.model.register_forward_hook(forward_ends)
 
