@@ -18,7 +18,7 @@ from mlinterf_ds.config import RunConfig
 from mlinterf_ds.data.files import write_json
 from mlinterf_ds.engine import checkpoint
 from mlinterf_ds.engine.engine import SHARED, Engine
-from mlinterf_ds.engine.zero import Space, Vector
+from mlinterf_ds.engine.space import Space, Vector
 from mlinterf_ds.errors import UserError
 from mlinterf_ds.finetune_config import FinetuneConfig
 from mlinterf_ds.parallel import Layout

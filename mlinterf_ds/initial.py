@@ -12,7 +12,7 @@ from mlinterf_ds.config import ModelConfig
 from mlinterf_ds.data.tokenizer import Tokenizer
 from mlinterf_ds.engine import checkpoint
 from mlinterf_ds.engine.source import Source, Weights
-from mlinterf_ds.engine.zero import Segment
+from mlinterf_ds.engine.space import Segment
 from mlinterf_ds.errors import UserError
 from mlinterf_ds.export import folder
 from mlinterf_ds.export.folder import Folder

@@ -14,7 +14,7 @@ from mlinterf_ds.config import ModelConfig
 from mlinterf_ds.data.tokenizer import Tokenizer
 from mlinterf_ds.engine import checkpoint
 from mlinterf_ds.engine.source import Source
-from mlinterf_ds.engine.zero import Segment
+from mlinterf_ds.engine.space import Segment
 from mlinterf_ds.errors import UserError
 
 if TYPE_CHECKING:  # reading a checkpoint needs neither DeepSpeed nor megatron

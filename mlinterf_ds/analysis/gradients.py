@@ -16,7 +16,7 @@ from mlinterf_ds.config import ConflictSection
 from mlinterf_ds.data.masking import Batch, Masker, Windows, key
 from mlinterf_ds.data.stream import TokenSource
 from mlinterf_ds.engine.engine import SHARED, Engine, Rows
-from mlinterf_ds.engine.zero import Vector
+from mlinterf_ds.engine.space import Vector
 from mlinterf_ds.errors import UserError
 
 DRAWS = 2

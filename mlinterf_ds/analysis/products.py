@@ -16,7 +16,7 @@ from torch import Tensor
 from mlinterf_ds.analysis.gradients import Group, group_of
 from mlinterf_ds.data.masking import generator, key
 from mlinterf_ds.engine.engine import SHARED, Engine
-from mlinterf_ds.engine.zero import Segment, Space, Vector, shape_numel
+from mlinterf_ds.engine.space import Segment, Space, Vector, shape_numel
 
 CHUNK = 1 << 18  # elements of each gradient multiplied at once, in float64
 SIGNS = 1 << 20  # least size of the table of random signs

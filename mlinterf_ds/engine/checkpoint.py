@@ -28,7 +28,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mlinterf_ds.engine.source import Source, Weights
-from mlinterf_ds.engine.zero import FlatSpace
+from mlinterf_ds.engine.space import FlatSpace
 from mlinterf_ds.errors import UserError
 
 if TYPE_CHECKING:  # reading a checkpoint needs neither DeepSpeed nor megatron

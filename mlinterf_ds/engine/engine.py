@@ -18,7 +18,8 @@ from torch import Tensor
 from mlinterf_ds.config import RunConfig
 from mlinterf_ds.engine.optimizer import LossScale, adamw, apply, learning_rate
 from mlinterf_ds.engine.precision import DTYPES, resolve
-from mlinterf_ds.engine.zero import FlatSpace, Space, Vector, forget_idle_persistence, shared_space
+from mlinterf_ds.engine.space import FlatSpace, Space, Vector
+from mlinterf_ds.engine.zero import forget_idle_persistence, shared_space
 from mlinterf_ds.errors import UserError
 from mlinterf_ds.parallel import Layout, ModelParallelUnit
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from mlinterf_ds.config import MetaConfig
 from mlinterf_ds.engine.engine import SHARED, Engine, Rows
 from mlinterf_ds.engine.optimizer import learning_rate
-from mlinterf_ds.engine.zero import Space, Vector
+from mlinterf_ds.engine.space import Space, Vector
 from mlinterf_ds.meta.bilevel import (
     AdamLookahead,
     GradientDescent,

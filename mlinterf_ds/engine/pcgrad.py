@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from mlinterf_ds.engine.engine import SHARED, Engine
 from mlinterf_ds.engine.optimizer import learning_rate
-from mlinterf_ds.engine.zero import Vector
+from mlinterf_ds.engine.space import Vector
 
 
 def project(gradients: Sequence[Vector], products: np.ndarray, random: np.random.Generator) -> tuple[Vector, int]:

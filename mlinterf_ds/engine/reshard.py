@@ -23,7 +23,7 @@ from torch import Tensor
 
 from mlinterf_ds.engine.checkpoint import FORMAT, MOMENTS, digests, verify
 from mlinterf_ds.engine.source import Source, part
-from mlinterf_ds.engine.zero import Segment
+from mlinterf_ds.engine.space import Segment
 from mlinterf_ds.errors import UserError
 
 KINDS = ("master", *MOMENTS)

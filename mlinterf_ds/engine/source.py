@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from mlinterf_ds.engine.zero import Segment
+from mlinterf_ds.engine.space import Segment
 from mlinterf_ds.errors import UserError
 
 

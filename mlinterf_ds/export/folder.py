@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mlinterf_ds.engine import checkpoint
 from mlinterf_ds.engine.source import sliced
-from mlinterf_ds.engine.zero import Segment
+from mlinterf_ds.engine.space import Segment
 from mlinterf_ds.errors import UserError
 from mlinterf_ds.export import tokenizer
 from mlinterf_ds.export.names import from_stock, stock_name

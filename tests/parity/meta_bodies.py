@@ -11,7 +11,7 @@ from mlinterf_ds.data.stream import ValidationStream
 from mlinterf_ds.engine.engine import SHARED, Engine
 from mlinterf_ds.engine.meta_step import MetaStep, WholeSpace
 from mlinterf_ds.engine.optimizer import learning_rate
-from mlinterf_ds.engine.zero import Vector
+from mlinterf_ds.engine.space import Vector
 from mlinterf_ds.meta.bilevel import AdamLookahead, GradientDescent, mixed_product
 from mlinterf_ds.meta.local import LocalSpace, exact_hypergradient, exact_mixed_product, gradients_of
 from mlinterf_ds.model.encoder import Encoder

@@ -15,7 +15,7 @@ from mlinterf_ds.analysis.products import Exact, Sketch, groups_of, runs
 from mlinterf_ds.analysis.similarity import Similarity, spread
 from mlinterf_ds.config import ConflictConfig
 from mlinterf_ds.engine.engine import SHARED
-from mlinterf_ds.engine.zero import Segment
+from mlinterf_ds.engine.space import Segment
 from mlinterf_ds.errors import UserError
 from mlinterf_ds.parallel import Layout
 from tests.parity.bodies import Made
