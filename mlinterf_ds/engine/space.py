@@ -86,6 +86,8 @@ class Space:
         self._counted = runs
 
     def require_grad(self, flag: bool) -> None:
+        if next(iter(self.parameters.values())).requires_grad == flag:
+            return  # they change together
         for parameter in self.parameters.values():
             parameter.requires_grad_(flag)
 
