@@ -48,6 +48,7 @@ CODE: dict[str, list[str]] = {
 PLACES = {"name", "output", "resume", "corpus", "checkpoint", "tracking"}  # keys that decide no number
 FROZEN = "finetune.freeze=language"
 FILE_EXAMPLES = 3000  # of a file that was not counted, for the estimated cost
+WINDOWS = {"qa": 6}  # rows of 64 pieces that an example of a file makes (TyDiQA), for the estimated cost
 
 
 @dataclass(frozen=True)
@@ -170,11 +171,12 @@ def _finetuning(
 
 
 def _work(run: FinetuneConfig, files: dict[str, dict[str, str]], pretrained: RunConfig) -> dict[str, float]:
-    """What a fine-tuning computes, roughly: an example is a row; an evaluated one costs a third of a trained one."""
+    """What a fine-tuning computes, roughly; an evaluated row costs a third of a trained one."""
     own = run.finetune
+    of_file = (own.limit or FILE_EXAMPLES) * WINDOWS.get(run.task, 1)
     known = {split: own.synthetic_train if split == "train" else own.synthetic_eval for split in files}
     counts = {
-        split: sum(known[split] if place == SYNTHETIC else own.limit or FILE_EXAMPLES for place in places.values())
+        split: sum(known[split] if place == SYNTHETIC else of_file for place in places.values())
         for split, places in files.items()
     }
     trained = own.epochs * counts["train"]
