@@ -118,8 +118,8 @@ def open_tracker(config: AnalyzeConfig, pretrained: Pretrained | None, output: P
         name=output.name,
         folder=output,
         parameters=config.model_dump(),
-        tags=environment_facts() | {"analysis": config.analysis},
-        parent_id=pretrained.run_id if pretrained else None,
+        tags=environment_facts() | {"analysis": config.analysis} | config.tracking.tags,
+        parent_id=pretrained.run_id if pretrained else config.tracking.parent,
     )
     output.mkdir(parents=True, exist_ok=True)
     write_json(output / "analysis.json", {"config": config.model_dump(), "run_id": tracker.run_id})
@@ -132,4 +132,6 @@ def record(output: Path, summary: dict[str, Any], tracker: Tracker) -> None:
     for path in sorted(output.iterdir()):
         if path.suffix in (".csv", ".json", ".png", ".svg", ".md"):
             tracker.artifact(path)
+        if path.suffix == ".md":
+            tracker.describe(path.read_text(encoding="utf-8"))
     print(f"{output}/summary.json")

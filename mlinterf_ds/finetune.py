@@ -212,8 +212,8 @@ class Study:
                 table = self.output / "counts" / f"seed{point.seed}" / f"{language}.csv"
                 write_text(table, "right,predicted,gold\n" + "".join(counts))
                 report.append(f"## {language}\n\n{task.report(examples, predictions)}")
-                scores = facts["test"][language].items()
-                self.tracker.log({f"{point.name}/test/{name}/{language}": value for name, value in scores}, 0)
+                scores = {f"test/{name}/{language}": value for name, value in facts["test"][language].items()}
+                self.tracker.log(self.job.logged(point, scores), 0)
         if self.job.first and point.seed == self.job.config.finetune.seeds[0]:
             write_text(self.output / "report.md", f"# Errors of {point.name}\n\n" + "\n".join(report))
         found.close()
@@ -227,8 +227,10 @@ class Study:
             write_text(self.output / "table.md", table(summary))
             for name in ("summary.json", "table.md", "report.md", "predictions"):
                 self.tracker.artifact(self.output / name)
-            scores = {f"test/{summary['metric']}/{code}": found["mean"] for code, found in summary["scores"].items()}
-            self.tracker.log(scores, 0)
+            if not self.job.config.finetune.single:
+                name = f"{summary['task']}/test/{summary['metric']}"
+                self.tracker.log({f"{name}/{code}": found["mean"] for code, found in summary["scores"].items()}, 0)
+            self.tracker.describe(table(summary))
             self.tracker.close("FINISHED")
             print(show(summary, self.output), flush=True)
         return from_first(summary)

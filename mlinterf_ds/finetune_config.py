@@ -63,6 +63,11 @@ class FinetuneSection(Section):
     synthetic_eval: int = Field(500, ge=1, description="dev and test examples of LANG=synthetic")
     keep: int = Field(1, ge=1, description="newest checkpoints kept of each fine-tuning, beside the best")
 
+    @property
+    def single(self) -> bool:
+        """Whether there is one fine-tuning only: one seed, no grid."""
+        return len(self.seeds) * len(self.batch) * len(self.lr) * len(self.head_lr or [0]) == 1
+
 
 class PrecisionSection(Section):
     """Arithmetic."""

@@ -53,6 +53,11 @@ class Job:
     def first(self) -> bool:
         return self.layout.rank == 0
 
+    def logged(self, point: Point, values: dict[str, float]) -> dict[str, float]:
+        """Values with names for the tracker: those of a single fine-tuning are the same in every run, to share charts."""
+        place = self.task.name if self.config.finetune.single else f"{self.task.name}/{point.name}"
+        return {f"{place}/{name}": value for name, value in values.items()}
+
 
 @dataclass(frozen=True)
 class Point:
@@ -217,10 +222,10 @@ class Finetuning:
         path = self._save()
         if best and self.job.first:
             checkpoint.mark_best(self.folder, path)
-        logged = {
-            f"{self.point.name}/dev/{self.job.task.metric}/{language}": value for language, value in scores.items()
-        }
-        self.tracker.log(logged | {f"{self.point.name}/train/loss": progress.losses[-1]}, epoch)
+        task = self.job.task
+        values = {f"dev/{task.metric}/{language}": value for language, value in scores.items()}
+        values["train/loss"] = progress.losses[-1]
+        self.tracker.log(self.job.logged(self.point, values), epoch)
         if self.job.first:
             shown = ", ".join(f"{language} {value:.2f}" for language, value in scores.items())
             tqdm.write(

@@ -376,10 +376,19 @@ class Job:
                 self.tracker.artifact(self.output / "train.csv")
             for path in self.conflict.draw() if self.conflict else []:
                 self.tracker.artifact(path)
+            self._describe(summary)
             self._show(summary, stopped)
             self.tracker.close("KILLED" if stopped and not stopped.startswith("train.") else "FINISHED")
             self.tracker_open = False
         return summary
+
+    def _describe(self, summary: dict[str, Any]) -> None:
+        """The run in MLflow in a few lines."""
+        head = ["language", "validation perplexity", "unigram", "bits per character"]
+        names = ("valid_perplexity", "unigram_perplexity", "valid_bits_per_character")
+        rows = [[code, *(f"{summary[name][code]:.2f}" for name in names)] for code in self.languages]
+        lines = [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)]
+        self.tracker.describe(f"{self.config.variant}, {summary['steps']} steps\n\n" + "\n".join(lines))
 
     def _show(self, summary: dict[str, Any], stopped: str) -> None:
         seen = self.stream.seen(self.engine.step)

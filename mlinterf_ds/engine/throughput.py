@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import time
-
-import torch
+from typing import TYPE_CHECKING
 
 from mlinterf_ds.config import RunConfig
+
+if TYPE_CHECKING:
+    import torch  # a plan of a study counts FLOPs without it
 
 # Dense 16-bit tensor-core peak of one device (vendors' data sheets), FLOP/s.
 PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "V100": 125e12, "L40": 181e12, "A10": 125e12}
@@ -29,6 +31,8 @@ def flops_per_row(config: RunConfig, vocabulary: int, masked: int) -> float:
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s one rank can reach: the data sheet's for known GPUs, else the measured rate of a large matrix product."""
+    import torch
+
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         for known, peak in PEAKS.items():

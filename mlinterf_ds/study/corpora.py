@@ -34,6 +34,11 @@ class Corpora:
         facts = json.dumps([self.given.model_dump(), self.languages], sort_keys=True)
         self.root = (output / "corpora" / hashlib.sha256(facts.encode()).hexdigest()[:10]).resolve()
 
+    @property
+    def vocabulary(self) -> int:
+        """Pieces of the vocabulary; UserError for a folder that is no corpus."""
+        return self.given.vocabulary if self.made else Corpus.open(self.given.folder).vocabulary_size
+
     def of(self, limits: Mapping[str, int]) -> tuple[str, str]:
         """(folder, hash of its manifest) of the corpus with these limits; '' for one that is not prepared yet."""
         folder = self._folder(limits)

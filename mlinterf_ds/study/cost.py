@@ -13,31 +13,25 @@ from mlinterf_ds.study.plan import Job, Unit
 from mlinterf_ds.study.runner import is_finished
 from mlinterf_ds.study.worker import DONE
 
+STEP, TOKEN, FLOP = 0.012, 12e-6, 7e-12  # seconds; fitted to the recipe `tiny` at widths 64 and 128 on one idle core
+UNIT = 2.0  # seconds to build a model and write what was found
+
 
 @dataclass
 class Calibration:
-    """Seconds of each kind of work; the defaults are of the recipe `tiny` on one core of a busy machine."""
+    """Seconds of each kind of work; the defaults were measured on one core that had nothing else to do."""
 
-    startup: float = 20.0  # of a job: launcher, imports, process group
-    tokens_per_second: dict[str, float] = field(default_factory=lambda: {"plain": 35_000.0, "meta": 7_000.0})
-    unit: dict[str, float] = field(
-        default_factory=lambda: {
-            "ner": 20.0,
-            "pos": 12.0,
-            "qa": 20.0,
-            "nli": 15.0,
-            "conflict": 15.0,
-            "prune": 60.0,
-            "interference": 60.0,
-            "conflict-training": 5.0,
-        }
+    startup: float = 12.0  # of a job: launcher, imports, process group
+    factor: dict[str, float] = field(default_factory=lambda: {"meta": 4.0})  # by kind of unit, of what its work says
+    analysis: dict[str, float] = field(
+        default_factory=lambda: {"conflict": 15.0, "prune": 60.0, "interference": 60.0, "conflict-training": 5.0}
     )
     measured: int = 0  # finished jobs behind these figures
 
     @classmethod
     def of(cls, jobs: Sequence[Job], output: Path) -> Calibration:
         """Medians over the finished jobs; the defaults where there are none of a kind."""
-        startups, speeds, units = [], defaultdict(list), defaultdict(list)
+        startups, factors, analyses = [], defaultdict(list), defaultdict(list)
         for job in jobs:
             try:
                 record = json.loads((output / job.folder / DONE).read_text())
@@ -49,14 +43,14 @@ class Calibration:
                 facts = record["units"].get(unit.name, {})
                 if facts.get("state") != "finished":
                     continue
-                if job.kind == "pretrain":
-                    speeds[_pace(unit)].append(unit.facts["tokens"] / max(0.1, facts["seconds"]))
+                if job.kind == "analyze":
+                    analyses[unit.facts["analysis"]].append(facts["seconds"])
                 else:
-                    units[_what(unit)].append(facts["seconds"])
+                    factors[_what(unit)].append(facts["seconds"] / _work(unit))
         found = cls(measured=len(startups))
         found.startup = median(startups) if startups else found.startup
-        found.tokens_per_second |= {name: median(values) for name, values in speeds.items()}
-        found.unit |= {name: median(values) for name, values in units.items()}
+        found.factor |= {name: median(values) for name, values in factors.items()}
+        found.analysis |= {name: median(values) for name, values in analyses.items()}
         return found
 
     def seconds(self, job: Job) -> float:
@@ -64,17 +58,20 @@ class Calibration:
         return self.startup + sum(self._unit(job, unit) for unit in job.units)
 
     def _unit(self, job: Job, unit: Unit) -> float:
-        if job.kind == "pretrain":
-            return float(unit.facts["tokens"]) / self.tokens_per_second[_pace(unit)]
-        return self.unit.get(_what(unit), 60.0)
+        if job.kind == "analyze":
+            return self.analysis.get(unit.facts["analysis"], 60.0)
+        return _work(unit) * self.factor.get(_what(unit), 1.0)
 
 
-def _pace(unit: Unit) -> str:
-    return "meta" if unit.facts["variant"].startswith("meta_") else "plain"
+def _work(unit: Unit) -> float:
+    """Seconds of a unit by its steps, tokens and FLOPs, as if it were plain training."""
+    return UNIT + STEP * unit.facts["steps"] + TOKEN * unit.facts["tokens"] + FLOP * unit.facts["flops"]
 
 
 def _what(unit: Unit) -> str:
-    return str(unit.facts.get("task") or unit.facts["analysis"])
+    if "task" in unit.facts:
+        return str(unit.facts["task"])
+    return "meta" if unit.facts["variant"].startswith("meta_") else "plain"
 
 
 def show(jobs: Sequence[Job], output: Path, slots: int, every: bool = False) -> str:

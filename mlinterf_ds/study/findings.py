@@ -80,15 +80,21 @@ def finding(
 
 
 def standing(records: Records, rows: Sequence[str], setting: str) -> dict[str, float]:
-    """Mean scores of rows over tasks and targets, with the floors: a guess, and a model that never saw the language."""
-    found: dict[str, list[float]] = {}
+    """Mean scores of rows over the tasks and targets that all of them have, so that they compare; and of the floors
+    there: a guess, and a model that never saw the language. Rows without any score are left out."""
+    found: dict[tuple[str, str], dict[str, list[Score]]] = {}
     for task, language, group in grid(records):
         for row in [*rows, *(["unseen"] if setting == paper.ZERO_SHOT else [])]:
-            scores = pick(records, row, setting, task, language, group)
-            if scores:
-                found.setdefault(row, []).append(statistics.fmean(s.score for s in scores))
-                found.setdefault("majority", []).append(scores[0].majority)
-    return {row: statistics.fmean(values) for row, values in found.items()}
+            if scores := pick(records, row, setting, task, language, group):
+                found.setdefault((task, language), {})[row] = scores
+    present = set().union(*found.values())
+    common = [scores for scores in found.values() if present == scores.keys()]
+    means = {
+        row: statistics.fmean(statistics.fmean(s.score for s in scores[row]) for scores in common)
+        for row in (common[0] if common else ())
+    }
+    floor = {"majority": statistics.fmean(next(iter(s.values()))[0].majority for s in common)} if common else {}
+    return means | floor
 
 
 def compared(records: Records, ours: str, theirs: str, setting: str) -> dict[str, PerSeed]:

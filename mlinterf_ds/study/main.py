@@ -202,6 +202,9 @@ class Study:
         step = sum(runner.is_finished(job, self.output) for job in self.jobs)  # reports of a study that grows
         self.tracker.log({f"effect/{c.name}": c.effect.mean for c in claims if c.effect.values}, step)
         self.tracker.tag({f"finding.{claim.name}": claim.verdict for claim in claims})
+        verdicts = [f"- **{claim.verdict}**: {claim.claim}" for claim in claims]
+        about = f"{len(self.jobs)} jobs, {step} finished; report.html, tables and findings are among the artifacts."
+        self.tracker.describe("\n".join([about, "", *verdicts]))
         for name in ("report.html", "tables", "findings.md", "findings.json", "records.json"):
             self.tracker.artifact(self.output / name)
 

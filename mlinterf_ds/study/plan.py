@@ -19,6 +19,7 @@ from typing import Any, Literal
 from mlinterf_ds.analyze_config import AnalyzeConfig
 from mlinterf_ds.config import RunConfig, load_config
 from mlinterf_ds.data.files import read_json
+from mlinterf_ds.engine.throughput import flops_per_row
 from mlinterf_ds.errors import UserError
 from mlinterf_ds.finetune_config import FinetuneConfig
 from mlinterf_ds.study.config import SYNTHETIC, StudyConfig, TaskSection
@@ -46,6 +47,8 @@ CODE: dict[str, list[str]] = {
 }
 PLACES = {"name", "output", "resume", "corpus", "checkpoint", "tracking"}  # keys that decide no number
 FROZEN = "finetune.freeze=language"
+FILE_EXAMPLES = 3000  # of a file that was not counted, for the estimated cost
+WINDOWS = {"qa": 6}  # rows of 64 pieces that an example of a file makes (TyDiQA), for the estimated cost
 
 
 @dataclass(frozen=True)
@@ -80,10 +83,11 @@ def expand(config: StudyConfig, corpora: Corpora, deepspeed_config: str) -> list
     found: list[Job] = []
     deepspeed = read_json(Path(deepspeed_config))
     for model in models(config):
-        pretrain = _job("pretrain", model, [_pretraining(config, model, corpora)], (), deepspeed, config.ranks)
+        unit, run = _pretraining(config, model, corpora)
+        pretrain = _job("pretrain", model, [unit], (), deepspeed, config.ranks)
         found.append(pretrain)
         parts: dict[Kind, list[Unit]] = {
-            "finetune": [*_finetunings(config, model)],
+            "finetune": [*_finetunings(config, model, run)],
             "analyze": [*_analyses(config, model)],
         }
         for kind, units in parts.items():
@@ -96,22 +100,24 @@ def expand(config: StudyConfig, corpora: Corpora, deepspeed_config: str) -> list
 
 
 # --- units -------------------------------------------------------------------------------------------------------------
-def _pretraining(config: StudyConfig, model: Model, corpora: Corpora) -> Unit:
+def _pretraining(config: StudyConfig, model: Model, corpora: Corpora) -> tuple[Unit, RunConfig]:
     folder, manifest = corpora.of(dict(model.limits))
     settings = [*config.settings, *model.settings, f"variant={model.variant}", f"train.seed={model.seed}"]
     settings += [f"languages={','.join(model.languages)}", f"corpus={folder}"]
     run = load_config([*config.recipes], settings, RunConfig)
-    tokens = run.train.steps * run.train.batch * run.data.sequence_length
+    length, rows = run.data.sequence_length, run.train.steps * run.train.batch
     facts = model.facts | {
-        "tokens": tokens,
+        "tokens": rows * length,
         "steps": run.train.steps,
+        "flops": rows * flops_per_row(run, corpora.vocabulary, round(run.data.mask * length)),
         "warmup": run.train.warmup,
         "conflict_every": run.conflict.every,
     }
-    return Unit(model.name, _arguments(config.recipes, settings), facts, [_kept(run), model.limits, manifest])
+    unit = Unit(model.name, _arguments(config.recipes, settings), facts, [_kept(run), model.limits, manifest])
+    return unit, run
 
 
-def _finetunings(config: StudyConfig, model: Model) -> Iterator[Unit]:
+def _finetunings(config: StudyConfig, model: Model, pretrained: RunConfig) -> Iterator[Unit]:
     for task in config.tasks:
         for source in _trained_on(config, model, task):
             targets = [source]
@@ -126,10 +132,10 @@ def _finetunings(config: StudyConfig, model: Model) -> Iterator[Unit]:
             files["test"] = {code: p for code, p in places.items() if p and (p != "split" or code == source)}
             settings = [*task.settings, f"task={task.task}", f"finetune.seeds={model.seed}"]
             settings += [f"finetune.unseen={source}"] * (model.kind == "mono")
-            yield _finetuning(task, source, files, settings, model, "")
+            yield _finetuning(task, source, files, settings, model, "", pretrained)
             routed = model.variant not in ("mono", "joint", "share_adpt")
             if routed and model.kind == "pair" and not model.control and task.task in config.controls.freeze:
-                yield _finetuning(task, source, files, [*settings, FROZEN], model, "freeze")
+                yield _finetuning(task, source, files, [*settings, FROZEN], model, "freeze", pretrained)
 
 
 def _trained_on(config: StudyConfig, model: Model, task: TaskSection) -> list[str]:
@@ -150,16 +156,36 @@ def _data(config: StudyConfig, task: TaskSection, split: str, language: str) -> 
 
 
 def _finetuning(
-    task: TaskSection, source: str, files: dict[str, dict[str, str]], settings: list[str], model: Model, control: str
-) -> Unit:
+    task: TaskSection, source: str, files: dict[str, dict[str, str]], settings: list[str], model: Model, control: str,
+    pretrained: RunConfig,
+) -> Unit:  # fmt: skip
     run = load_config([*task.recipes], [*settings, "checkpoint=model"], FinetuneConfig)
     arguments = _arguments(task.recipes, settings)
     for split, chosen in files.items():
         arguments += tuple(word for code, place in chosen.items() for word in (f"--{split}", f"{code}={place}"))
     facts = model.facts | {"task": task.task, "train": source, "control": control or model.control}
+    facts |= _work(run, files, pretrained)
     data = {f"{split} {code}": _digest(place) for split, chosen in files.items() for code, place in chosen.items()}
     label = f"{task.task}-{source}{'-' + control if control else ''}.{model.name}"
     return Unit(label, arguments, facts, [_kept(run), data])
+
+
+def _work(run: FinetuneConfig, files: dict[str, dict[str, str]], pretrained: RunConfig) -> dict[str, float]:
+    """What a fine-tuning computes, roughly; an evaluated row costs a third of a trained one."""
+    own = run.finetune
+    of_file = (own.limit or FILE_EXAMPLES) * WINDOWS.get(run.task, 1)
+    known = {split: own.synthetic_train if split == "train" else own.synthetic_eval for split in files}
+    counts = {
+        split: sum(known[split] if place == SYNTHETIC else of_file for place in places.values())
+        for split, places in files.items()
+    }
+    trained = own.epochs * counts["train"]
+    rows = trained + (own.epochs * counts["dev"] + counts["test"]) / 3
+    return {
+        "steps": trained / own.batch[0],
+        "tokens": rows * pretrained.data.sequence_length,
+        "flops": rows * flops_per_row(pretrained, 0, 0),
+    }
 
 
 def _analyses(config: StudyConfig, model: Model) -> Iterator[Unit]:

@@ -221,13 +221,13 @@ def significance(ours: Sequence[Sequence[Score]], theirs: Sequence[Sequence[Scor
 
 
 def _best(rows: list[tuple[str, list[Cell]]]) -> list[tuple[str, list[Cell]]]:
-    """Mark the best of each column; floors don't compete."""
+    """Mark the best of each column; floors don't compete, and where all are equal none is best."""
     floors = (NAMES["majority"], NAMES["unseen"])
     for column in range(len(rows[0][1]) if rows else 0):
         means = {name: cells[column].mean for name, cells in rows if name not in floors}
         known = [mean for mean in means.values() if mean is not None]
         for name, cells in rows:
-            if len(known) > 1 and means.get(name) == max(known):
+            if len(set(known)) > 1 and means.get(name) == max(known):
                 cells[column] = Cell(cells[column].values, cells[column].paper, True, cells[column].mark)
     return rows
 

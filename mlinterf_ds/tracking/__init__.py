@@ -140,7 +140,9 @@ class Tracker:
             shown = "sqlite:///" + uri.removeprefix(here) if uri.startswith(here) else scrub(uri)
             return f"mlflow ui --backend-store-uri {shlex.quote(shown)}"
         address, run, experiment = scrub(uri).rstrip("/"), self._sender.runs.get(self._key), self._sender.experiment_id
-        return f"{address}/#/experiments/{experiment}/runs/{run}" if run and experiment else address
+        # MLflow remembers which half of its browser was open last; ours is this one, its first is generated text's.
+        place = f"#/experiments/{experiment}/runs/{run}?workflowType=machine_learning"
+        return f"{address}/{place}" if run and experiment else address
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """Record values at a step. NaN is kept; infinities become NaN (MLflow would draw them as 1.8e308)."""
@@ -163,6 +165,10 @@ class Tracker:
         """Set tags of the run."""
         if not self._closed:
             self._write({"tags": tidy_tags(tags)})
+
+    def describe(self, text: str) -> None:
+        """The run's description in MLflow's browser, as Markdown; the last one counts."""
+        self.tag({"mlflow.note.content": text})
 
     def artifact(self, path: Path, folder: str | None = None) -> None:
         """Add a file or a folder; it must stay where it is until `close`."""

@@ -98,7 +98,7 @@ def environment_facts() -> dict[str, str]:
             facts[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return facts | _git_facts(Path(__file__).resolve().parents[1])
+    return facts | _git_facts(Path(__file__).resolve().parents[2])
 
 
 def _git_facts(checkout: Path) -> dict[str, str]:

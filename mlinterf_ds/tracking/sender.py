@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 SENT = "mlflow-spool.sent"
 CLIENT_LOG = "mlflow-client.log"
 KEY_TAG = "mlinterf_ds.key"
+# Lists of experiments show it as training, not as generated text.
+EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
 PENDING = "pending-"
 
 METRICS_PER_BATCH = 1000  # MLflow's limit
@@ -275,7 +277,7 @@ class Sender:
         found = self._client.get_experiment_by_name(name)
         if found is None:
             # Two jobs may start at once; the loser's failure is mended by the next attempt, which finds it.
-            return str(self._client.create_experiment(name))
+            return str(self._client.create_experiment(name, tags=EXPERIMENT_TAGS))
         if found.lifecycle_stage == "deleted":
             raise NotYet(
                 f"MLflow's experiment {name!r} is deleted: `mlflow experiments restore -x {found.experiment_id}`"

@@ -185,7 +185,7 @@ def test_as_a_command_under_mlflow(ground: Path, tmp_path: Path) -> None:
     assert "zero-shot" in done.stdout
     found = [run for run in client.search_runs(["1"]) if run.info.run_id != parent]
     assert [run.data.tags["mlflow.parentRunId"] for run in found] == [parent]
-    assert {"test/f1/te", "test/f1/as"} <= found[0].data.metrics.keys() and found[0].info.status == "FINISHED"
+    assert {"ner/test/f1/te", "ner/test/f1/as"} <= found[0].data.metrics.keys() and found[0].info.status == "FINISHED"
     again = subprocess.run([*script, *arguments], env=environment, cwd=tmp_path, capture_output=True, text=True)
     assert again.returncode == 2 and "Traceback" not in again.stderr and "resume=auto" in again.stderr
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from mlinterf_ds.study import runner
 from mlinterf_ds.study.records import Records
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -24,19 +26,45 @@ def command(*more: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A study that was killed while its first jobs ran, and started again. The jobs outlive it: the new one waits."""
+    """A study that was killed with all its jobs, after the first checkpoint of one of them, and started again."""
     folder = tmp_path_factory.mktemp("study")
     with open(folder / "first.log", "w") as log:
         first = subprocess.Popen(command(), cwd=folder, env=environment(folder), stdout=log, stderr=log)
     deadline = time.monotonic() + 300
-    while time.monotonic() < deadline and first.poll() is None and not list(folder.glob("study/jobs/*/*/config.json")):
-        time.sleep(0.2)
+    saved = "study/jobs/pretrain.*/*/checkpoints/step-*/complete.json"
+    while time.monotonic() < deadline and first.poll() is None and not list(folder.glob(saved)):
+        time.sleep(0.02)
     first.send_signal(signal.SIGKILL)
     first.wait()
+    kill_jobs(folder)
     again = subprocess.run(command(), cwd=folder, env=environment(folder), capture_output=True, text=True, timeout=500)
     (folder / "again.log").write_text(again.stdout)
     assert again.returncode == 0, again.stdout[-2000:] + again.stderr[-2000:]
     return folder
+
+
+def kill_jobs(folder: Path) -> None:
+    """Launchers and ranks: a job's folder is among their arguments."""
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            words = (process / "cmdline").read_bytes().split(b"\0")
+            if b"--job" in words and str(folder).encode() in words[words.index(b"--job") + 1]:
+                os.kill(int(process.name), signal.SIGKILL)
+
+
+def test_the_killed_model_is_as_if_it_had_not_been(folder: Path, tmp_path: Path) -> None:
+    """What the tables are made of, to the last bit: the first job once more, without a break."""
+    (job,) = folder.glob("study/jobs/pretrain.joint.*")
+    ((unit, wanted),) = ((path.parent.name, json.loads(path.read_text())) for path in job.glob("*/summary.json"))
+    facts = json.loads((job / "job.json").read_text())
+    facts["units"][0]["arguments"] += ["--set", "tracking.enabled=false"]
+    (tmp_path / "job.json").write_text(json.dumps(facts))
+    words = runner.launch_command(tmp_path, 1)
+    done = subprocess.run(words, cwd=folder, env=environment(folder), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout[-2000:]
+    found = json.loads((tmp_path / unit / "summary.json").read_text())
+    assert found["history"] == wanted["history"] and len(found["history"]["syn"]) > 1
+    assert (tmp_path / unit / "train.csv").read_text() == (job / unit / "train.csv").read_text()
 
 
 def environment(folder: Path) -> dict[str, str]:

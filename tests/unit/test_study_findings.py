@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from dataclasses import replace
 
 import numpy as np
@@ -10,10 +11,10 @@ import pytest
 from scipy import stats
 
 from mlinterf_ds.study.claims import all_findings
-from mlinterf_ds.study.findings import markdown
+from mlinterf_ds.study.findings import markdown, standing
 from mlinterf_ds.study.records import Records
 from mlinterf_ds.study.statistics import bootstrap_p, combined, effect, f1, negligible, positive
-from tests.study_records import planted
+from tests.study_records import MAJORITY, planted
 
 UNASKED = {"meta_adpt_beats_meta_adpt_direct", "meta_adpt_beats_adpt_compute"}  # planted() has no controls
 
@@ -140,3 +141,18 @@ def test_bootstrap_against_the_exact_sign_test() -> None:
 def test_counts_give_f1() -> None:
     assert f1(np.array([3.0, 4.0, 5.0])) == pytest.approx(100 * 2 * (3 / 4) * (3 / 5) / (3 / 4 + 3 / 5))
     assert f1(np.zeros(3)) == 0
+
+
+def test_scores_beside_a_claim_are_of_what_all_rows_have() -> None:
+    """A row that lacks a language must not look better or worse for it."""
+    records = planted(seeds=1)
+    records.scores = [s for s in records.scores if not (s.variant == "adpt" and s.set == "far")]
+    found = standing(records, ("adpt", "joint", "attn"), "within")
+    mine = {
+        row: statistics.fmean(
+            s.score for s in records.scores if s.variant == row and s.train == s.language == "syn-close"
+        )
+        for row in ("adpt", "joint", "attn")
+    }
+    assert found == pytest.approx(mine | {"majority": MAJORITY})
+    assert "ffn" not in standing(records, ("joint",), "within")

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
-import subprocess
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -17,13 +15,16 @@ from mlinterf_ds.study.claims import all_findings
 from mlinterf_ds.study.config import StudyConfig
 from mlinterf_ds.study.page import render
 from mlinterf_ds.study.tables import all_tables
+from tests.browser import CHROMIUM, browser
 from tests.study_records import planted
 
-CHROMIUM = next(
-    (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None
-)
-FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
-FLAGS += ["--no-first-run", "--disable-sync", "--enable-logging=stderr", "--v=0", "--virtual-time-budget=3000"]
+SORTED = """(() => {
+    const heads = [...document.querySelectorAll("table.scores")].map((t) => t.querySelectorAll("thead th")[1]);
+    const head = heads.find((h) => h.closest("table").tBodies.length > 1);
+    head.querySelector("button").click();
+    const rows = [...head.closest("table").tBodies[0].rows].filter((r) => !r.classList.contains("block"));
+    return rows.map((r) => Number(r.cells[1].dataset.value || -1));
+})()"""
 ADDRESSES = {"src", "href", "action", "data", "poster", "srcset"}
 
 
@@ -77,31 +78,19 @@ def test_it_says_what_was_found_and_what_was_lost(page: Path) -> None:
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs a Chromium")
 def test_in_a_browser(page: Path, tmp_path: Path) -> None:
-    """Clicking a head sorts its column; nothing is logged as an error and no request is blocked."""
-    probe = """<script>
-    const head = [...document.querySelectorAll("table.scores")].map((t) => t.querySelectorAll("thead th")[1]).find((h) => h.closest("table").tBodies.length > 1);
-    head.querySelector("button").click();
-    const rows = [...head.closest("table").tBodies[0].rows].filter((r) => !r.classList.contains("block"));
-    document.body.dataset.sorted = JSON.stringify(rows.map((r) => r.cells[1].dataset.value));
-    document.body.dataset.wide = document.documentElement.scrollWidth;
-    console.log("the probe ran");
-    </script></body>"""
-    copy = tmp_path / "probe.html"
-    copy.write_text(page.read_text(encoding="utf-8").replace("</body>", probe), encoding="utf-8")
-    words = [
-        str(CHROMIUM),
-        *FLAGS,
-        "--window-size=500,900",
-        f"--user-data-dir={tmp_path}/profile",
-        "--dump-dom",
-        f"file://{copy}",
-    ]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=120)
-    said = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
-    assert len(said) == 1 and "the probe ran" in said[0], said
-    found = re.search(r'data-sorted="([^"]*)"', done.stdout)
-    assert found
-    values = [float(v) if v else -1.0 for v in re.findall(r"&quot;([\\d.]*)&quot;".replace("\\\\", "\\"), found[1])]
-    assert len(values) > 5 and values == sorted(values, reverse=True)
-    wide = re.search(r'data-wide="(\d+)"', done.stdout)
-    assert wide and int(wide[1]) <= 500  # tables scroll inside their frames, the page does not
+    """Nothing is asked for but the page, nothing goes wrong, a head's click sorts its column, light differs from dark."""
+    with browser(tmp_path / "profile") as found:
+        found.window(500, 900)
+        found.open(f"file://{page}")
+        values = found.run(SORTED)
+        assert len(values) > 5 and values == sorted(values, reverse=True)
+        assert found.run("document.documentElement.scrollWidth") <= 500  # tables scroll in their frames, not the page
+        assert found.run("[...document.images].every((i) => i.naturalWidth > 0)")
+        grounds = []
+        for dark in (False, True):
+            found.window(1200, 900, dark)
+            found.picture(tmp_path / f"{'dark' if dark else 'light'}.png", whole=True)
+            grounds.append(found.run("getComputedStyle(document.body).backgroundColor"))
+        assert grounds[0] != grounds[1]
+        assert not found.errors
+        assert {place for place in found.requests if not place.startswith("data:")} == {f"file://{page}"}

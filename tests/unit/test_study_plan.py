@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -188,17 +189,36 @@ def test_a_recipes_mistake_is_one_clear_sentence(text: str, words: str, tmp_path
 
 # --- cost --------------------------------------------------------------------------------------------------------------
 def test_cost_follows_what_finished_jobs_took(tmp_path: Path) -> None:
+    """Finished jobs that took twice the estimate double that of others of their kind."""
     jobs = expanded("study_ci")
-    pretrain, finetune = jobs[0], jobs[1]
-    assert cost.Calibration.of(jobs, tmp_path).measured == 0
-    for job, seconds in ((pretrain, 4.0), (finetune, 3.0)):
-        units = {u.name: {"state": "finished", "seconds": seconds} for u in job.units}
+    default = cost.Calibration.of(jobs, tmp_path)
+    assert default.measured == 0
+    first, tuned = jobs[0], jobs[1]
+    for job in (first, tuned):
+        one = {u.name: default.seconds(replace(job, units=(u,))) - default.startup for u in job.units}
+        units = {name: {"state": "finished", "seconds": 2 * value} for name, value in one.items()}
         (tmp_path / job.folder).mkdir(parents=True)
         (tmp_path / job.folder / "done.json").write_text(json.dumps({"units": units, "startup": 7.0, "seconds": 11.0}))
     found = cost.Calibration.of(jobs, tmp_path)
-    assert (found.measured, found.startup, found.unit["pos"]) == (2, 7.0, 3.0)
-    assert found.seconds(pretrain) == pytest.approx(7 + 4) and found.seconds(finetune) == pytest.approx(
-        7 + 3 * len(finetune.units)
-    )
+    assert (found.measured, found.startup) == (2, 7.0)
+    for job in jobs:
+        assert found.seconds(job) - 7 == pytest.approx(2 * (default.seconds(job) - default.startup))
     text = cost.show(jobs, tmp_path, slots=2)
     assert "8 launches, 8 to do" in text and "by 2 finished jobs" in text
+
+
+def test_cost_grows_with_the_work(tmp_path: Path) -> None:
+    """More steps, a wider model, the meta step and more epochs cost more; the start-up is paid once a job."""
+    found = cost.Calibration()
+
+    def seconds(name: str, *settings: str) -> float:
+        (tmp_path / "more.toml").write_text(f'settings = {json.dumps(settings)}\nvariants = ["joint", "meta_adpt"]\n')
+        jobs = expanded("study_ci", str(tmp_path / "more.toml"))
+        (job,) = [job for job in jobs if job.name == name]
+        return found.seconds(job) - found.startup
+
+    plain, meta = (seconds(f"pretrain.{variant}.close.seed0", "train.steps=40") for variant in ("joint", "meta_adpt"))
+    double = seconds("pretrain.joint.close.seed0", "train.steps=80")
+    wide = seconds("pretrain.joint.close.seed0", "train.steps=40", "model.width=640")
+    assert double - cost.UNIT == pytest.approx(2 * (plain - cost.UNIT))
+    assert wide > plain and meta > 3.5 * plain

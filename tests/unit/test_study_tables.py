@@ -93,6 +93,13 @@ def test_means_deviations_and_the_papers_average(records: Records, tables: dict[
     assert ("within language", "never saw it", "POS F1 avg") not in found
 
 
+def test_where_all_are_equal_none_is_bold() -> None:
+    records = planted(seeds=1)
+    records.scores = [replace(s, score=0.0) for s in records.scores]
+    (table,) = [t for t in all_tables(records) if t.number == 2]
+    assert not [line for line in rows(table).values() if line["best"] == "1"]
+
+
 def test_the_best_is_bold_and_floors_are_not(tables: dict[int, Table]) -> None:
     best = {key for key, line in rows(tables[2]).items() if line["best"] == "1"}
     assert ("zero-shot", "+ meta adpt", "POS F1 syn-close") in best and (
