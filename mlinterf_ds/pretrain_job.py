@@ -35,7 +35,7 @@ from mlinterf_ds.tracking import Tracker, environment_facts
 LOG_STEPS = 10  # steps between points of the training curves
 # What a resumed run may change: everything else decides the data, the model or the mathematics of a step.
 FREE_TO_CHANGE = {"name", "output", "resume", "restarts", "init", "corpus", "parallel", "tracking", "conflict"} | {
-    f"train.{key}" for key in ("steps", "micro_batch", "max_hours", "save_steps", "keep", "precision")
+    f"train.{key}" for key in ("steps", "micro_batch", "max_hours", "save_steps", "keep", "precision", "spike")
 }
 
 
@@ -221,7 +221,7 @@ class Job:
             self.evaluate()
         bar = tqdm(total=config.train.steps, initial=engine.step, disable=not self.first, unit="step", mininterval=1)
         stopped, clock, started_at, saved = "", time.perf_counter(), engine.step, -1
-        before = self.seconds
+        before, told = self.seconds, False
         for train, validation in prefetch(self.batches()):
             self._measure_conflict()
             facts = self.step(train, validation)
@@ -232,6 +232,12 @@ class Job:
             bar.update()
             if step % LOG_STEPS == 0 or step == config.train.steps or "meta/self_check" in facts:
                 self._log_step(facts, step, rate)
+            if self.first and engine.spiked and not told:
+                told = True
+                tqdm.write(
+                    f"warning: step {step} was skipped: {engine.spiked} (train.spike={config.train.spike:g}); further ones "
+                    "are counted in train/skipped"
+                )
             if self.first and facts.get("meta/self_check", 1.0) < AGREEMENT:
                 tqdm.write(
                     f"warning: step {step}: the finite difference is noise (two radii agree to a cosine of "

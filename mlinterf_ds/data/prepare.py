@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from mlinterf_ds.data import stages
-from mlinterf_ds.data.corpus import FORMAT, LANGUAGE, MANIFEST, VERSION, Corpus
+from mlinterf_ds.data.corpus import FORMAT, LANGUAGE, MANIFEST, VERSION, Corpus, manifest_digest
 from mlinterf_ds.data.files import read_json, write_bytes, write_json
 from mlinterf_ds.data.shards import file_facts
 from mlinterf_ds.data.sources import STANDARD_INPUT, STANDARD_INPUT_NAME, find_sources, source_identity
 from mlinterf_ds.data.tokenizer import Tokenizer
 from mlinterf_ds.data.workers import WorkerKilled, Workers
-from mlinterf_ds.errors import UserError
+from mlinterf_ds.errors import UserError, refusing
 
 WORK = ".work"  # what an interrupted run had finished; removed at the end
 ARGUMENTS = "arguments.json"  # what a folder was, or is being, prepared from
@@ -77,7 +77,8 @@ def prepare(
         except UserError:  # the arguments or the input must change, and then this folder may be used
             (folder / ARGUMENTS).unlink()
             raise
-        write_json(folder / MANIFEST, {"format": FORMAT, "version": VERSION, "licence": licence, **manifest})
+        manifest = {"format": FORMAT, "version": VERSION, "licence": licence, **manifest}
+        write_json(folder / MANIFEST, manifest | {"digest": manifest_digest(manifest)})
         shutil.rmtree(folder / WORK)
     return Corpus.open(folder)
 
@@ -185,7 +186,8 @@ def _already_prepared(folder: Path, arguments: dict[str, Any]) -> bool:
     """Whether the folder is finished. Claims it for `arguments`; raises UserError if it is taken for others."""
     path = folder / ARGUMENTS
     if path.exists():
-        theirs = read_json(path)
+        with refusing(f"{path}: damaged", "; give another folder, or remove this one first"):
+            theirs = dict(read_json(path))
         if differing := [name for name, value in arguments.items() if theirs.get(name) != value]:
             done = (folder / MANIFEST).exists()
             raise UserError(

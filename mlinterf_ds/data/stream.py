@@ -12,7 +12,7 @@ import math
 import queue
 import threading
 from collections.abc import Iterable, Iterator, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -35,6 +35,7 @@ class TokenSource(Protocol):
     def sentences(self, language: str, split: str) -> int: ...
     def characters(self, language: str, split: str) -> int: ...
     def tokens(self, language: str, split: str) -> np.ndarray: ...  # flat, memory-mapped, every sentence ended by </s>
+    def unchanged(self, language: str, split: str) -> bool: ...  # see Corpus.unchanged
 
 
 def _chosen(corpus: TokenSource, languages: Sequence[str], length: int) -> tuple[str, ...]:
@@ -57,7 +58,8 @@ def _windows(corpus: TokenSource, language: str, split: str, length: int, seed: 
             f"language {language!r}: its {split!r} split is empty. Give it more text and prepare the corpus again, "
             f"or take it out of `languages`."
         )
-    return Windows(corpus.tokens(language, split), length - 1, key(seed, "windows", split, language))
+    unchanged = partial(corpus.unchanged, language, split)
+    return Windows(corpus.tokens(language, split), length - 1, key(seed, "windows", split, language), unchanged)
 
 
 def _texts(windows: Sequence[Windows], languages: np.ndarray, visits: np.ndarray) -> np.ndarray:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor
 from mlinterf_ds.config import RunConfig
 from mlinterf_ds.engine.optimizer import LossScale, adamw, apply, learning_rate
 from mlinterf_ds.engine.precision import DTYPES, resolve
+from mlinterf_ds.engine.spikes import Spikes
 from mlinterf_ds.engine.zero import FlatSpace, Space, Vector, forget_idle_persistence, shared_space
 from mlinterf_ds.errors import UserError
 from mlinterf_ds.parallel import Layout, ModelParallelUnit
@@ -55,6 +56,10 @@ class Engine:
         self.languages: tuple[str, ...] = tuple(model.languages)
         self.scale = LossScale(precision == "fp16", deepspeed_json.get("fp16", {}))
         self.updates = self.skipped = self.skipped_in_a_row = 0
+        self.spikes, self.spiked = (
+            Spikes(config.train.spike),
+            "",
+        )  # spiked: why the last step was skipped, if for its loss
         resolved = resolve(deepspeed_json, config, precision, layout.data)
         self.stage: int = resolved["zero_optimization"]["stage"]
         routed = {language: found for language, found in model.language_parameters().items() if found}
@@ -109,7 +114,7 @@ class Engine:
         norm /= self.scale.value
         facts = {"lr": learning_rate(self.config.train, self.updates + 1), "loss_scale": self.scale.value}
         facts |= {"gradient_norm": norm, **self.loss_facts(batches[0].step_languages, losses)}
-        if self.settle(math.isfinite(norm)):
+        if self.settle(math.isfinite(norm), facts):
             clip = self.config.train.clip
             factor = (min(1.0, clip / (norm + 1e-6)) if clip else 1.0) / facts["loss_scale"]
             for space, gradient in zip(spaces, gradients, strict=True):
@@ -173,17 +178,22 @@ class Engine:
             facts[f"{prefix}/{self.languages[index]}"] = total / count if count else math.nan
         return facts
 
-    def settle(self, finite: bool) -> bool:
-        """Advance the counters once; False: the step is skipped, nothing else may change."""
-        self.scale.update(not finite)
-        if finite:
+    def settle(self, finite: bool, facts: Mapping[str, float]) -> bool:
+        """Advance the counters once; False: the step is skipped, nothing else may change (a spike: not the loss scale)."""
+        self.spiked = self.spikes.found(facts) if finite else ""
+        if not self.spiked:
+            self.scale.update(not finite)
+        if finite and not self.spiked:
             self.updates, self.skipped_in_a_row = self.updates + 1, 0
+            self.spikes.add(facts)
             return True
         self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
         if self.skipped_in_a_row >= PATIENCE:
+            what = f"the loss spiked ({self.spiked})" if self.spiked else "the gradient was not finite"
+            hint = f", or raise train.spike={self.spikes.limit:g}" if self.spiked else ""
             raise UserError(
-                f"the gradient was not finite for {PATIENCE} steps in a row (step {self.step}, loss scale "
-                f"{self.scale.value:g}): the run has diverged; lower train.lr or resume from an earlier checkpoint"
+                f"{what} for {PATIENCE} steps in a row (step {self.step}, loss scale {self.scale.value:g}): the run has "
+                f"diverged; lower train.lr or resume from an earlier checkpoint{hint}"
             )
         return False
 
