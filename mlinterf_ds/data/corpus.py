@@ -159,7 +159,9 @@ class Corpus:
             if language not in known or not LANGUAGE.fullmatch(language):
                 raise UserError(f"{self.folder}: no language {language!r} in this corpus; it has: {', '.join(known)}")
         if not chosen or len(set(chosen)) < len(chosen):
-            raise UserError(f"{self.folder}: languages {chosen}: name each language once, at least one of: {', '.join(known)}")
+            raise UserError(
+                f"{self.folder}: languages {chosen}: name each language once, at least one of: {', '.join(known)}"
+            )
         return chosen
 
     def _facts(self, language: str, split: str) -> dict[str, Any]:

@@ -180,8 +180,8 @@ class Engine:
 
     def settle(self, finite: bool, facts: Mapping[str, float]) -> bool:
         """Advance the counters once; False: the step is skipped, nothing else may change (a spike: not the loss scale)."""
-        self.spiked = self.spikes.found(facts) if finite else ""
-        if not self.spiked:
+        self.spiked = self.spikes.found(facts)
+        if not self.spiked:  # else an overflow is the spike's
             self.scale.update(not finite)
         if finite and not self.spiked:
             self.updates, self.skipped_in_a_row = self.updates + 1, 0

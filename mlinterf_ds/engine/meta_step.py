@@ -61,10 +61,6 @@ class WholeSpace:
         return math.sqrt(self.dot(masters, masters))
 
 
-class Spike(FloatingPointError):
-    """The first pass's loss is far above what it was: as after an overflow nothing may change, but the loss scale is not at fault."""
-
-
 class MetaStep:
     """Steps of a `meta_*` variant; holds the radius of the finite difference, which is part of a checkpoint."""
 
@@ -89,8 +85,8 @@ class MetaStep:
             with run.kept(run.phi if config.order == "phi_first" else run.theta):
                 for phase in phases:
                     phase()
-        except FloatingPointError as error:
-            engine.settle(isinstance(error, Spike), facts)
+        except FloatingPointError:
+            engine.settle(False, facts)
         else:
             engine.settle(True, facts)
             self.radius.update(facts.get("meta/change", math.nan))
@@ -129,7 +125,7 @@ class _Run:
                 dist.all_reduce(sums)
                 self.facts |= engine.loss_facts(batches[0].step_languages, sums / engine.layout.tensor, name)
                 if why := engine.spikes.found(self.facts):  # no phase has changed anything yet
-                    raise Spike(why)
+                    raise FloatingPointError(why)
             return found
 
         return gradients

@@ -92,7 +92,7 @@ def spiked(settings: list[str], json_name: str, out: str, source: str | None, li
     With limit "ever", they are so from SPIKE on.
     """
     ever = limit == "ever"
-    spikes.FEWEST = 2
+    spikes.FEWEST = 1
     engine, stream, config = bodies.make([*settings, f"train.spike={'10' if ever else limit}"], json_name, 1)
     meta = MetaStep(engine, config.meta) if config.variant.startswith("meta_") else None
 
@@ -134,4 +134,4 @@ def spiked(settings: list[str], json_name: str, out: str, source: str | None, li
     except UserError as error:
         return found | {"lost": str(error), "step": engine.step}
     finally:
-        spikes.FEWEST = 20
+        spikes.FEWEST = 10
