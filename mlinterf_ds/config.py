@@ -130,6 +130,9 @@ class DataConfig(Section):
     temperature: float = Field(
         1.4286, gt=0, description="T of P_i = (n_i / sum n)^(1/T), n_i in sentences; 1 is proportional"
     )
+    only: Languages | None = Field(
+        None, description="train on these of the languages; the others keep the modules of init="
+    )
     mixed: bool = Field(False, description="mix languages by row inside a step; default: one language a step")
     synthetic_sentences: int = Field(20000, ge=200, description="sentences a language of corpus=synthetic")
     synthetic_limit: Counts = Field(
@@ -159,6 +162,9 @@ class TrainConfig(Section):
     eps: float = Field(1e-6, gt=0, description="Adam's epsilon")
     weight_decay: float = Field(0.01, ge=0, description="decoupled weight decay (AdamW)")
     clip: float = Field(5.0, ge=0, description="clip the global gradient norm; 0 switches it off")
+    freeze: Literal["none", "shared"] = Field(
+        "none", description="shared: with init=, train language modules only (and the rows of new pieces)"
+    )
     spike: float | None = Field(
         10.0, gt=0, description="skip a step whose loss is so many standard deviations above its mean; none: never"
     )
@@ -275,6 +281,13 @@ class RunConfig(Section):
             raise ValueError(
                 f"adapter bottleneck {self.model.adapter_width} is not divisible by parallel.tensor={tensor}: "
                 "set model.adapter to a multiple of it"
+            )
+        if self.train.freeze == "shared" and (
+            self.variant not in ("ffn", "attn", "adpt") or not (self.init or self.resume)
+        ):
+            raise ValueError(
+                f"train.freeze=shared trains language modules alone on a model that init= names (now {self.init}): set it, "
+                f"and variant=ffn, attn or adpt (now {self.variant})"
             )
         if self.variant.startswith("meta_"):
             if len(languages) == 1:

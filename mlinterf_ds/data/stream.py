@@ -123,8 +123,12 @@ class TrainStream:
         temperature: float = 1.0,
         mixed: bool = False,
         mask_share: float = MASK_SHARE,
+        only: Sequence[str] | None = None,
     ) -> None:
+        """only: languages that are trained on; the others keep their number and never come."""
         self.languages = _chosen(corpus, languages, length)
+        if only is not None and (not only or set(only) - set(self.languages)):
+            raise UserError(f"data.only = {','.join(only)}: expected one or more of {', '.join(self.languages)}")
         if not temperature > 0:
             raise UserError(f"data.temperature = {temperature}: expected a number above 0 (1 samples by size).")
         self.rows = rows
@@ -132,6 +136,8 @@ class TrainStream:
         self._windows = [_windows(corpus, language, "train", length, seed) for language in self.languages]
         sentences = np.array([corpus.sentences(language, "train") for language in self.languages], dtype=np.float64)
         smoothed = (sentences / sentences.max()) ** (1 / temperature)  # any common factor goes away in the next line
+        if only is not None:
+            smoothed *= np.isin(self.languages, list(only))
         self.probabilities = smoothed / smoothed.sum()  # (languages,)
         self._schedule = Schedule(self.probabilities, rows, mixed, seed)
 

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mlinterf_ds.config import RunConfig
+from mlinterf_ds.engine.frozen import NewRows
 from mlinterf_ds.engine.optimizer import LossScale, adamw, apply, learning_rate
 from mlinterf_ds.engine.precision import DTYPES, resolve
 from mlinterf_ds.engine.spikes import Spikes
@@ -56,6 +57,7 @@ class Engine:
         self.languages: tuple[str, ...] = tuple(model.languages)
         self.scale = LossScale(precision == "fp16", deepspeed_json.get("fp16", {}))
         self.updates = self.skipped = self.skipped_in_a_row = 0
+        self.new_rows: NewRows | None = None  # set: all else that is shared is frozen
         self.spikes, self.spiked = (
             Spikes(config.train.spike),
             "",
@@ -107,9 +109,11 @@ class Engine:
 
     def train_step(self, batches: Sequence[Rows], spaces: Sequence[Space] | None = None) -> dict[str, float]:
         """One ordinary update of `spaces` (the shared parameters and the step's languages); the step's facts."""
-        spaces = self.active(batches[0].step_languages) if spaces is None else spaces
+        spaces = self.trained(batches[0].step_languages) if spaces is None else spaces
         sums = self.accumulate(batches, spaces)
         gradients = [space.gradient() for space in spaces]
+        if self.new_rows:
+            gradients[0] = self.new_rows.only(gradients[0])
         norm, losses = self._reduce(spaces, gradients, sums)
         norm /= self.scale.value
         facts = {"lr": learning_rate(self.config.train, self.updates + 1), "loss_scale": self.scale.value}
@@ -120,6 +124,11 @@ class Engine:
             for space, gradient in zip(spaces, gradients, strict=True):
                 self.update(space, gradient, factor, facts["lr"])
         return facts | {"skipped": float(self.skipped)}
+
+    def trained(self, step_languages: Sequence[int]) -> list[Space]:
+        """Of the active spaces those that are not frozen (train.freeze)."""
+        active = self.active(step_languages)
+        return active[1:] if self.config.train.freeze == "shared" and not self.new_rows else active
 
     def active(self, step_languages: Sequence[int]) -> list[Space]:
         """The spaces that a step over these languages trains: the shared one first."""
@@ -201,7 +210,9 @@ class Engine:
         """AdamW on one space's shards by factor * gradient, then its working weights."""
         if factor != 1.0:
             gradient = [piece.mul_(factor) for piece in gradient]
-        apply(self.optimizers[self.name_of(space)], space.masters, gradient, lr)
+        frozen = self.new_rows and space is self.spaces[SHARED]
+        with self.new_rows.kept(space.masters) if frozen and self.new_rows else contextlib.nullcontext():
+            apply(self.optimizers[self.name_of(space)], space.masters, gradient, lr)
         space.write()
 
     @torch.no_grad()

@@ -90,10 +90,14 @@ class Folder:
     def read(self, wanted: Segment, kind: str, tensor: int, tensor_rank: int) -> Tensor:
         """The elements of one segment (1-d fp32) at the reader's layout; kind is 'master': a folder has no moments."""
         assert kind == "master", f"{self.path}: a model folder has no {kind}"
-        whole = self._stored(wanted.name) if self.ours else from_stock(wanted.name, self._stored, self.heads)
+        whole = self.whole(wanted.name)
         if wanted.name in VOCABULARY and (short := wanted.shape[0] * tensor - len(whole)) > 0:
             whole = torch.cat([whole, whole.new_zeros(short, *whole.shape[1:])])
         return sliced(whole, wanted, tensor, tensor_rank, self.path)
+
+    def whole(self, name: str) -> Tensor:
+        """A parameter in its full shape, fp32; those of the vocabulary without its padding."""
+        return self._stored(name) if self.ours else from_stock(name, self._stored, self.heads)
 
     def _stored(self, name: str) -> Tensor:
         if name not in self.files:
