@@ -229,11 +229,15 @@ def read_hostfile(path: Path) -> list[str]:
 
 def remote(host: str, options: argparse.Namespace) -> list[Check]:
     """The checks of another host, through ssh."""
+    from mlinterf_ds.tracking.facts import scrub
+
     command = [sys.executable, str(Path(__file__).resolve()), "--json", "--output", str(options.output.resolve())]
     if options.master_addr:
         command += ["--master_addr", options.master_addr, "--master_port", str(options.master_port)]
     forwarded = {
-        name: value for name, value in os.environ.items() if name.startswith(("MLFLOW_TRACKING_URI", "PYTHON"))
+        name: scrub(value)  # words of a command are for all users of a host to see
+        for name, value in os.environ.items()
+        if name.startswith(("MLFLOW_TRACKING_URI", "PYTHON"))
     }
     words = ["env", *(f"{name}={value}" for name, value in forwarded.items()), *command]
     try:
