@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from mlinterf_ds.errors import UserError
+from mlinterf_ds.errors import UserError, refusing
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 Variant = Literal["mono", "joint", "ffn", "attn", "adpt", "share_adpt", "meta_adpt", "meta_ffn", "meta_attn"]
 LANGUAGE_PATTERN = r"^[a-z][a-z0-9_-]*$"
+DEEPEST = 8  # parts of a key; no section lies deeper
 
 
 def comma_list(value: Any) -> Any:
@@ -45,7 +46,7 @@ Counts = Annotated[
 class Section(BaseModel):
     """A group of keys; unknown ones are refused, values are checked, results are immutable."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=False, validate_default=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=False, validate_default=True, allow_inf_nan=False)
 
     @model_validator(mode="before")
     @classmethod
@@ -53,8 +54,28 @@ class Section(BaseModel):
         """`--set key=none` unsets a key, except where 'none' is one of its choices."""
         if not isinstance(values, dict):
             return values
+        for name, value in values.items():  # true would count as 1
+            kind = cls.model_fields[name].annotation if name in cls.model_fields else bool
+            if kind is not bool and not _is_section(kind) and any(isinstance(part, bool) for part in _parts(value)):
+                raise ValueError(f"{name}={value!r}: expected no true or false here")
         named = [name for name, field in cls.model_fields.items() if "none" in get_args(field.annotation)]
         return values | {name: "none" for name in named if name in values and values[name] is None}
+
+    @model_validator(mode="after")
+    def _within_64_bits(self) -> Self:
+        for name, value in self:
+            if any(isinstance(part, int) and abs(part) >= 2**63 for part in _parts(value)):
+                raise ValueError(f"{name}: expected numbers below 2**63")
+        return self
+
+
+def _is_section(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, Section)
+
+
+def _parts(value: Any) -> list[Any]:
+    """The value, or what a list or table holds."""
+    return list(value.values()) if isinstance(value, dict) else value if isinstance(value, list) else [value]
 
 
 Kind = TypeVar("Kind", bound=Section)
@@ -109,6 +130,9 @@ class DataConfig(Section):
     temperature: float = Field(
         1.4286, gt=0, description="T of P_i = (n_i / sum n)^(1/T), n_i in sentences; 1 is proportional"
     )
+    only: Languages | None = Field(
+        None, description="train on these of the languages; the others keep the modules of init="
+    )
     mixed: bool = Field(False, description="mix languages by row inside a step; default: one language a step")
     synthetic_sentences: int = Field(20000, ge=200, description="sentences a language of corpus=synthetic")
     synthetic_limit: Counts = Field(
@@ -138,6 +162,12 @@ class TrainConfig(Section):
     eps: float = Field(1e-6, gt=0, description="Adam's epsilon")
     weight_decay: float = Field(0.01, ge=0, description="decoupled weight decay (AdamW)")
     clip: float = Field(5.0, ge=0, description="clip the global gradient norm; 0 switches it off")
+    freeze: Literal["none", "shared"] = Field(
+        "none", description="shared: with init=, train language modules only (and the rows of new pieces)"
+    )
+    spike: float | None = Field(
+        10.0, gt=0, description="skip a step whose loss is so many standard deviations above its mean; none: never"
+    )
     epoch_steps: int = Field(100, ge=1, description="steps between evaluations (the paper's epoch: 10000)")
     save_steps: int | None = Field(None, ge=1, description="steps between checkpoints; default: every epoch")
     keep: int = Field(2, ge=1, description="newest checkpoints kept, beside the best")
@@ -252,6 +282,13 @@ class RunConfig(Section):
                 f"adapter bottleneck {self.model.adapter_width} is not divisible by parallel.tensor={tensor}: "
                 "set model.adapter to a multiple of it"
             )
+        if self.train.freeze == "shared" and (
+            self.variant not in ("ffn", "attn", "adpt") or not (self.init or self.resume)
+        ):
+            raise ValueError(
+                f"train.freeze=shared trains language modules alone on a model that init= names (now {self.init}): set it, "
+                f"and variant=ffn, attn or adpt (now {self.variant})"
+            )
         if self.variant.startswith("meta_"):
             if len(languages) == 1:
                 raise ValueError(
@@ -290,7 +327,10 @@ def load_config(
         if not equals or not key:
             raise UserError(f"--set {override}: expected section.key=value, e.g. --set train.steps=1000")
         tree: Any = None if value.lower() in ("none", "null") else value
-        for part in reversed(key.strip().split(".")):
+        parts = key.strip().split(".")
+        if len(parts) > DEEPEST:
+            raise UserError(f"--set {override}: unknown key; --help lists every key")
+        for part in reversed(parts):
             tree = {part: tree}
         _merge(merged, tree, origin, f"--set {override}")
     try:
@@ -306,10 +346,8 @@ def _read_recipe(path: Path) -> dict[str, Any]:
     if not path.is_file():
         known = ", ".join(sorted(file.stem for file in shipped.parent.glob("*.toml")))
         raise UserError(f"--recipe {path}: no such file; give a TOML file or one of the shipped recipes: {known}")
-    try:
+    with refusing(f"{path}: not a TOML file"):
         return tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not a TOML file: {error}") from None
 
 
 def _merge(into: dict[str, Any], new: dict[str, Any], origin: dict[str, str], where: str, prefix: str = "") -> None:
@@ -327,7 +365,10 @@ def _explain(error: ValidationError, kind: type[Section], origin: dict[str, str]
     for problem in error.errors():
         key = ".".join(str(part) for part in problem["loc"])
         value = problem.get("input")
-        where = origin.get(key) or origin.get(key.rpartition(".")[0])
+        parent = key.rpartition(".")[0]
+        where = next(
+            (found for name, found in origin.items() if name in (key, parent) or name.startswith(f"{key}.")), ""
+        )
         place = f" ({where})" if where else ""
         if problem["type"] == "extra_forbidden":
             lines.append(f"{key}={value!r}{place}: unknown key; {_nearest(key, kind)}")

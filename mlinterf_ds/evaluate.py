@@ -124,6 +124,9 @@ class Text:
     def tokens(self, language: str, split: str) -> np.ndarray:
         return self.flat
 
+    def unchanged(self, language: str, split: str) -> bool:
+        return True
+
 
 def score(model: Model, language: str, path: Path, sentences: int) -> dict[str, float]:
     """Perplexity, bits per character and pseudo-perplexity (of the first `sentences` lines) of a text file."""

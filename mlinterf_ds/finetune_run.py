@@ -156,6 +156,7 @@ class Finetuning:
             "clip": settings.clip,
             "beta2": 0.999,
             "seed": self.point.seed,
+            "spike": None,  # near its end a hard batch costs many times the usual loss, and is worth it
         }
         run = RunConfig.model_validate(
             {"variant": "joint", "model": shape, "train": train, "parallel": job.config.parallel.model_dump()}

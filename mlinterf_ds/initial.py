@@ -9,16 +9,16 @@ import torch
 from torch import Tensor
 
 from mlinterf_ds.config import ModelConfig
-from mlinterf_ds.data.tokenizer import Tokenizer
+from mlinterf_ds.data.tokenizer import SPECIAL_PIECES, Tokenizer
 from mlinterf_ds.engine import checkpoint
-from mlinterf_ds.engine.source import Source, Weights
+from mlinterf_ds.engine.source import Source, sliced
 from mlinterf_ds.engine.space import Segment
 from mlinterf_ds.errors import UserError
 from mlinterf_ds.export import folder
-from mlinterf_ds.export.folder import Folder
+from mlinterf_ds.export.folder import VOCABULARY, Folder
 
 
-def weights(place: str, model: ModelConfig, tokenizer: Tokenizer) -> Weights:
+def weights(place: str, model: ModelConfig, tokenizer: Tokenizer) -> WithLanguages:
     """The weights at `place` for a run with this shape and vocabulary; the ranks call it together.
 
     Raises UserError where the weights would load and mean something else: other heads, activation or pieces.
@@ -39,13 +39,13 @@ def weights(place: str, model: ModelConfig, tokenizer: Tokenizer) -> Weights:
     wanted = model.adapter_activation
     if activation not in (None, wanted):
         raise UserError(f"init={place}: its adapters use {activation}, model.adapter_activation={wanted}")
-    _same_vocabulary(path, pieces, tokenizer)
-    return WithLanguages(source)
+    _check_vocabulary(path, pieces, tokenizer)
+    return WithLanguages(source, len(pieces), tokenizer.size)
 
 
-def _same_vocabulary(path: Path, theirs: list[str], tokenizer: Tokenizer) -> None:
+def _check_vocabulary(path: Path, theirs: list[str], tokenizer: Tokenizer) -> None:
     ours = tokenizer.pieces
-    if theirs == ours:
+    if theirs == ours[: len(theirs)]:  # the same, or extended
         return
     differ = f"{len(theirs)} pieces there, {len(ours)} here"
     for number, (there, here) in enumerate(zip(theirs, ours, strict=False)):
@@ -53,19 +53,24 @@ def _same_vocabulary(path: Path, theirs: list[str], tokenizer: Tokenizer) -> Non
             differ = f"piece {number} is {there!r} there, {here!r} here"
             break
     known = next((path / name for name in ("tokenizer.model", "sentencepiece.model") if (path / name).is_file()), None)
-    remedy = f"prepare the corpus with --tokenizer {known}" if known else "start from a model with this vocabulary"
+    remedy = (
+        f"prepare the corpus with --tokenizer {known} (or --extend its corpus)"
+        if known
+        else "start from a model with this vocabulary"
+    )
     raise UserError(f"{path}: its vocabulary is not that of {tokenizer.path} ({differ}); {remedy}")
 
 
 class WithLanguages:
-    """A source that has modules for every language.
+    """A source that has modules for every language, and rows for every piece of a vocabulary that extends its own.
 
     Where `source` shares a module (feed-forward, attention, adapter), every language starts from that one. Where it has no
-    adapter, a new one starts as the identity: its up projection is zero, the rest as initialised.
+    adapter, a new one starts as the identity: its up projection is zero, the rest as initialised. New pieces start at the
+    mean of the old ordinary ones, in the embedding and in the output bias.
     """
 
-    def __init__(self, source: Weights):
-        self.source = source
+    def __init__(self, source: Source | Folder, pieces: int, wanted: int):
+        self.source, self.old, self.new = source, pieces, wanted - pieces  # pieces of the vocabulary
 
     def has(self, name: str) -> bool:
         """False only for what a new adapter is initialised with."""
@@ -73,6 +78,12 @@ class WithLanguages:
 
     def read(self, wanted: Segment, kind: str, tensor: int, tensor_rank: int) -> Tensor:
         found = self._found(wanted.name)
+        if self.new and wanted.name in VOCABULARY:
+            old = self.source.whole(wanted.name)[: self.old]
+            mean = old[len(SPECIAL_PIECES) :].mean(0, keepdim=True)
+            rows = wanted.shape[0] * tensor  # padding included
+            grown = torch.cat([old, mean.expand(rows - self.old, *old.shape[1:])])
+            return sliced(grown, wanted, tensor, tensor_rank, self.source.path)
         if ".adapter." in wanted.name and not self.source.has(found):
             return torch.zeros(wanted.length)
         return self.source.read(Segment(**vars(wanted) | {"name": found}), kind, tensor, tensor_rank)

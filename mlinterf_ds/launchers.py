@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 import subprocess
 import tempfile
 from pathlib import Path
@@ -83,7 +84,17 @@ def rendezvous() -> str:
         started = Path(f"/proc/{parent}/stat").read_text().rsplit(")", 1)[1].split()[19]
     except OSError:
         started = "0"
-    name = f"mlinterf_ds-{os.getuid()}-{parent}-{started}-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
+    name = f"{parent}-{started}-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
     if os.environ.get("WORLD_SIZE", "1") == "1":
         name += f"-{os.getpid()}"
-    return f"file://{tempfile.gettempdir()}/{name}"
+    return f"file://{_private_folder()}/{name}"
+
+
+def _private_folder() -> Path:
+    """A folder for temporary files that nobody else can have prepared or can read."""
+    folder = Path(tempfile.gettempdir()) / f"mlinterf_ds-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
+        raise UserError(f"{folder} is not a folder that is yours alone (chmod 700): remove it, or set TMPDIR")
+    return folder

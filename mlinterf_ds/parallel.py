@@ -11,6 +11,7 @@ import datetime
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -78,6 +79,8 @@ def start(tensor: int = 1, address: str | None = None, timeout: float = 10.0) ->
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if parallel_state.model_parallel_is_initialized():  # this process has joined before
         return relayout(tensor)
+    if neighbours == world and Path("/sys/class/net/lo").exists():
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # ranks of one host need not listen to others
     if not dist.is_initialized():
         backend = "gloo" if accelerator.device_name() == "cpu" else accelerator.communication_backend_name()
         address = address or rendezvous()

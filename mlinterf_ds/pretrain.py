@@ -16,6 +16,7 @@ from mlinterf_ds.data import embedded
 from mlinterf_ds.data.corpus import Corpus
 from mlinterf_ds.engine.precision import choose_precision, read_json, rows_per_rank
 from mlinterf_ds.errors import UserError
+from mlinterf_ds.launchers import local_world
 from mlinterf_ds.pretrain_job import Job
 from mlinterf_ds.supervise import resuming
 
@@ -89,4 +90,19 @@ def open_corpus(config: RunConfig, first: bool) -> Corpus:
                 problem = str(error)
         if problem := _from_first(problem):
             raise UserError(problem)
-    return Corpus.open(folder, languages)
+    corpus = Corpus.open(folder, languages)
+    _verify(corpus)
+    return corpus
+
+
+def _verify(corpus: Corpus) -> None:
+    """Read all shards once on every host: a run learns from the text that was prepared, or does not start."""
+    problem = None
+    try:
+        corpus.verify(int(os.environ["LOCAL_RANK"]), local_world())
+    except UserError as error:
+        problem = str(error)
+    found: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, problem)
+    if problem := next(filter(None, found), None):
+        raise UserError(problem)

@@ -17,12 +17,13 @@ from tqdm import tqdm
 
 from mlinterf_ds import command, initial, parallel
 from mlinterf_ds.analysis.conflict import Monitor
-from mlinterf_ds.config import RunConfig
+from mlinterf_ds.config import RunConfig, load_config
 from mlinterf_ds.data.corpus import Corpus
 from mlinterf_ds.data.masking import Batch
 from mlinterf_ds.data.stream import EvaluationSet, TrainStream, ValidationStream, prefetch
 from mlinterf_ds.engine import checkpoint
-from mlinterf_ds.engine.engine import Engine
+from mlinterf_ds.engine.engine import SHARED, Engine
+from mlinterf_ds.engine.frozen import NewRows
 from mlinterf_ds.engine.meta_step import AGREEMENT, MetaStep
 from mlinterf_ds.engine.pcgrad import pcgrad_step
 from mlinterf_ds.engine.precision import DTYPES
@@ -35,7 +36,7 @@ from mlinterf_ds.tracking import Tracker, environment_facts
 LOG_STEPS = 10  # steps between points of the training curves
 # What a resumed run may change: everything else decides the data, the model or the mathematics of a step.
 FREE_TO_CHANGE = {"name", "output", "resume", "restarts", "init", "corpus", "parallel", "tracking", "conflict"} | {
-    f"train.{key}" for key in ("steps", "micro_batch", "max_hours", "save_steps", "keep", "precision")
+    f"train.{key}" for key in ("steps", "micro_batch", "max_hours", "save_steps", "keep", "precision", "spike")
 }
 
 
@@ -70,6 +71,7 @@ class Job:
             temperature=data.temperature,
             mixed=data.mixed,
             mask_share=data.mask,
+            only=data.only,
         )
         self.evaluation = {
             language: EvaluationSet(
@@ -104,7 +106,10 @@ class Job:
         self.best, self.seconds, self.run_id = math.inf, 0.0, None
         self.tracker, self.tracker_open, self.resumed = Tracker.off(), False, ""
         self.losses: LossTable | None = None
+        self.old_pieces: int | None = None  # of the vocabulary that this run's extends
         self._restore()
+        if train.freeze == "shared" and self.old_pieces:
+            self.engine.new_rows = NewRows(self.engine.spaces[SHARED], self.old_pieces, layout.tensor_rank)
         self.conflict = None
         if config.conflict.every:
             self.conflict = Monitor(
@@ -145,13 +150,16 @@ class Job:
             if config.init:
                 source = initial.weights(config.init, config.model, self.corpus.tokenizer)
                 checkpoint.fill(self.engine, source, missing=True)
-                self.resumed = f"starts from the weights of {config.init}"
+                self.old_pieces = source.old if source.new else None
+                grown = f"; {source.new} new pieces start at the mean of its {source.old}" if source.new else ""
+                self.resumed = f"starts from the weights of {config.init}{grown}"
             return
         path = checkpoint.find(self.output if config.resume == "auto" else config.resume)
         self._compare(path)
         state = checkpoint.load(path, self.engine)
         self.history = {language: [tuple(p) for p in points] for language, points in state["history"].items()}
         self.best, self.seconds, self.run_id = state["best"], state["seconds"], state["run_id"]
+        self.old_pieces = state.get("old_pieces")
         if self.meta and not self.meta.radius.fixed:
             self.meta.radius.radius = state["radius"]
         self.resumed = f"resumed from {path} at step {self.engine.step}"
@@ -160,7 +168,8 @@ class Job:
         """Refuse to continue another run: every key that decides data, model or step must be as it was."""
         saved = checkpoint.verify(path)
         differ = []
-        ours, theirs = _flatten(self.config.model_dump()), _flatten(saved["config"])
+        ours = _flatten(self.config.model_dump())
+        theirs = _flatten(load_config().model_dump()) | _flatten(saved["config"])  # a key that is newer had its default
         ours["languages"], theirs["languages"] = list(self.languages), saved["languages"]
         ours["corpus manifest"], theirs["corpus manifest"] = self.corpus.manifest_hash, saved["manifest"]
         for key in sorted(ours.keys() | theirs.keys()):
@@ -185,6 +194,7 @@ class Job:
             "seconds": self.seconds,
             "run_id": self.tracker.run_id,
             "radius": self.meta.radius.radius if self.meta else None,
+            "old_pieces": self.old_pieces,
         }
         files = {"tokenizer.model": self.corpus.folder / "tokenizer.model"}
         if self.losses:
@@ -221,7 +231,7 @@ class Job:
             self.evaluate()
         bar = tqdm(total=config.train.steps, initial=engine.step, disable=not self.first, unit="step", mininterval=1)
         stopped, clock, started_at, saved = "", time.perf_counter(), engine.step, -1
-        before = self.seconds
+        before, told = self.seconds, False
         for train, validation in prefetch(self.batches()):
             self._measure_conflict()
             facts = self.step(train, validation)
@@ -232,6 +242,12 @@ class Job:
             bar.update()
             if step % LOG_STEPS == 0 or step == config.train.steps or "meta/self_check" in facts:
                 self._log_step(facts, step, rate)
+            if self.first and engine.spiked and not told:
+                told = True
+                tqdm.write(
+                    f"warning: step {step} was skipped: {engine.spiked} (train.spike={config.train.spike:g}); further ones "
+                    "are counted in train/skipped"
+                )
             if self.first and facts.get("meta/self_check", 1.0) < AGREEMENT:
                 tqdm.write(
                     f"warning: step {step}: the finite difference is noise (two radii agree to a cosine of "

@@ -56,8 +56,7 @@ class Supervisor:
         self.restarts, self.patience = config.restarts, 60 * config.parallel.timeout  # seconds
         self.again = f"go on with --set output={config.output} --set resume=auto"
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        address = rendezvous()
-        self.host = os.environ.get("MASTER_ADDR", "127.0.0.1") if address == "env://" else "127.0.0.1"
+        self.address = address = rendezvous()
         limit = datetime.timedelta(seconds=self.patience)
         self.store: Any = next(iter(dist.rendezvous(address, self.rank, self.world, timeout=limit)))[0]
         self.child: subprocess.Popen[bytes] | None = None
@@ -89,9 +88,12 @@ class Supervisor:
     def _attempt(self, attempt: int, line: Sequence[str]) -> tuple[int, int]:
         """(the rank that failed first, its status), or (0, 0)."""
         store, place = self.store, f"attempt-{attempt}"
-        if self.rank == 0:
-            store.set(f"{place}/port", str(_free_port()))
-        meeting = {"MASTER_ADDR": self.host, "MASTER_PORT": store.get(f"{place}/port").decode(), ADDRESS: "env://"}
+        if self.address == "env://":
+            if self.rank == 0:
+                store.set(f"{place}/port", str(_free_port()))
+            meeting = {"MASTER_PORT": store.get(f"{place}/port").decode(), ADDRESS: "env://"}
+        else:  # one host: a file, so that nothing listens to the network
+            meeting = {ADDRESS: f"{self.address}-{place}"}
         self.child = subprocess.Popen(line, env=os.environ | meeting | {ATTEMPT: str(attempt)})
         told = False
         while not self._all_have(f"{place}/failed"):

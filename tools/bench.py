@@ -45,6 +45,9 @@ class Made:
     def tokens(self, lang: str, split: str) -> np.ndarray:
         return self._tokens
 
+    def unchanged(self, language: str, split: str) -> bool:
+        return True
+
 
 def interleaved(work: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
     """Seconds of each piece of work, once a round, after one round to warm up."""

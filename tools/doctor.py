@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shlex
 import shutil
 import socket
@@ -28,6 +29,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+HOST, SLOTS = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:@-]*"), re.compile(r"slots=[0-9]+")  # no host is an option of ssh
 ROOT = Path(__file__).resolve().parents[1]
 GIB = 2**30
 SSH = ["ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10", "-o", "ServerAliveInterval=10"]
@@ -214,22 +216,28 @@ def examine(options: argparse.Namespace) -> list[Check]:
 def read_hostfile(path: Path) -> list[str]:
     """The hosts of a DeepSpeed hostfile (`name slots=N` a line)."""
     try:
-        lines = [line.partition("#")[0].split() for line in path.read_text().splitlines()]
+        lines = [line.partition("#")[0].split() for line in path.read_text(encoding="utf-8").splitlines()]
     except OSError as error:
         sys.exit(f"error: --hostfile {path}: {error.strerror}; launch/cluster/hostfile is an example")
+    except UnicodeDecodeError:
+        sys.exit(f"error: --hostfile {path}: not a text file; launch/cluster/hostfile is an example")
     for number, words in enumerate(lines, 1):
-        if words and (len(words) != 2 or not words[1].removeprefix("slots=").isdigit()):
+        if words and not (len(words) == 2 and HOST.fullmatch(words[0]) and SLOTS.fullmatch(words[1])):
             sys.exit(f"error: {path}, line {number}: expected `host slots=N`, found {' '.join(words)!r}")
     return [words[0] for words in lines if words]
 
 
 def remote(host: str, options: argparse.Namespace) -> list[Check]:
     """The checks of another host, through ssh."""
+    from mlinterf_ds.tracking.facts import scrub
+
     command = [sys.executable, str(Path(__file__).resolve()), "--json", "--output", str(options.output.resolve())]
     if options.master_addr:
         command += ["--master_addr", options.master_addr, "--master_port", str(options.master_port)]
     forwarded = {
-        name: value for name, value in os.environ.items() if name.startswith(("MLFLOW_TRACKING_URI", "PYTHON"))
+        name: scrub(value)  # words of a command are for all users of a host to see
+        for name, value in os.environ.items()
+        if name.startswith(("MLFLOW_TRACKING_URI", "PYTHON"))
     }
     words = ["env", *(f"{name}={value}" for name, value in forwarded.items()), *command]
     try:

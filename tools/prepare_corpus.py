@@ -36,6 +36,7 @@ def main(arguments: list[str] | None = None) -> int:
             vocabulary_size=options.vocab_size,
             temperature=options.vocab_temperature,
             tokenizer=options.tokenizer,
+            extends=options.extend,
             limits=_limits(options.limit),
             licence=options.licence,
             workers=options.workers,
@@ -67,6 +68,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     vocabulary.add_argument(
         "--tokenizer", type=Path, metavar="FILE", help="another corpus's tokenizer.model, so that perplexities compare"
+    )
+    parser.add_argument(
+        "--extend",
+        type=Path,
+        metavar="FOLDER",
+        help="keep the vocabulary of this corpus, ids and all, and extend it to --vocab-size by pieces of the languages "
+        "that it lacks, to add them to a model trained on it (init=); its own text may be cut differently where a new "
+        "piece spans several old ones",
     )
     parser.add_argument(
         "--vocab-temperature",

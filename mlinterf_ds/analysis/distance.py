@@ -117,7 +117,7 @@ def read_typology(path: Path) -> dict[str, list[str]]:
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             lines = list(csv.reader(file, delimiter="\t" if path.suffix == ".tsv" else ","))
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path}: cannot be read as a table ({error}); give CSV or TSV in UTF-8") from None
     found: dict[str, list[str]] = {}
     for number, line in enumerate(lines[1:], 2):

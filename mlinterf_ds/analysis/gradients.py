@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import numpy as np
 import torch.distributed as dist
@@ -64,7 +65,9 @@ class Draws:
                     f"language {code!r}: its 'train' split has {len(tokens)} tokens, too few for two different rows of "
                     f"{length}: give it more text or leave it out of `languages`"
                 )
-            self._windows[code] = Windows(tokens, length - 1, key(seed, "conflict", code))
+            self._windows[code] = Windows(
+                tokens, length - 1, key(seed, "conflict", code), partial(corpus.unchanged, code, "train")
+            )
         on_cpu = engine.device.type == "cpu"
         self.rows = _rows(config, {code: w.count for code, w in self._windows.items()}, engine.layout.data, on_cpu)
         self._slices = engine.slices(self.rows, config.micro_batch)

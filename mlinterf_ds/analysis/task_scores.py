@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import TypeAdapter
 
 from mlinterf_ds.analysis.comparison import Comparison
 from mlinterf_ds.analysis.runs import Group
-from mlinterf_ds.data.files import read_json
-from mlinterf_ds.errors import UserError
+from mlinterf_ds.errors import UserError, refusing
 
 
 @dataclass(frozen=True)
@@ -43,11 +44,17 @@ def read_scores(place: str) -> Scores:
     """The summary.json of a fine-tuning's output folder. UserError if it is missing, unfinished or of another kind."""
     path = Path(place) / "summary.json"
     try:
-        found: Any = read_json(path)
+        data = path.read_bytes()
+    except OSError as error:
+        raise UserError(
+            f"{path}: {error.strerror}; expected the output folder of a finished launch/finetune.py"
+        ) from None
+    with refusing(f"{path}: not the summary of a fine-tuning"):
+        found: Any = json.loads(data)
         if not found["finished"]:
             raise UserError(f"{place}: the fine-tuning has not finished: go on with --set resume=auto")
         seeds = [int(seed) for seed in found["seeds"]]
-        return Scores(
+        scores = Scores(
             place=place,
             metric=f"{found['task']} {found['metric']}",
             languages=tuple(sorted(found["languages"])),
@@ -58,12 +65,8 @@ def read_scores(place: str) -> Scores:
             scores={code: dict(zip(seeds, of, strict=True)) for code, of in found["per_seed"].items()},
             tests={code: found["data"][f"test {code}"] for code in found["per_seed"]},
         )
-    except OSError as error:
-        raise UserError(
-            f"{path}: {error.strerror}; expected the output folder of a finished launch/finetune.py"
-        ) from None
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{path}: not the summary of a fine-tuning ({type(error).__name__}: {error})") from None
+        TypeAdapter(Scores).validate_python(scores.__dict__, strict=True)
+        return scores
 
 
 def compare_scores(

@@ -11,6 +11,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from mlinterf_ds.errors import UserError, refusing
+
 PARTIAL = ".partial"  # ending of a file that is still being written
 
 
@@ -48,6 +50,23 @@ def write_csv(path: Path, fields: Sequence[str], rows: Iterable[Sequence[Any]]) 
     table.writerows(["" if value != value else value for value in row] for row in rows)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_bytes(path, buffer.getvalue().encode())
+
+
+def read_rows(path: Path, fields: Sequence[str], remedy: str) -> list[dict[str, str]]:
+    """The rows of a table with these fields in its heading. UserError, with `remedy` if it is missing, unless it is one."""
+    try:
+        text = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; {remedy}") from None
+    with refusing(f"{path}: not a table of {','.join(fields)}"):
+        try:
+            rows = list(csv.DictReader(io.StringIO(text.decode("utf-8-sig"), newline=""), strict=True))
+        except csv.Error as error:
+            raise ValueError(error) from None
+        for number, row in enumerate(rows, 1):
+            if None in row or None in row.values() or not row.keys() >= set(fields):
+                raise ValueError(f"row {number} has other fields")
+    return rows
 
 
 def write_arrays(path: Path, **arrays: np.ndarray) -> None:

@@ -7,6 +7,7 @@ before, so any rank may compute any slice of any step. Shapes: rows = this slice
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 from typing import Any
@@ -88,8 +89,12 @@ class Windows:
     out. A text shorter than one window is repeated to fill it.
     """
 
-    def __init__(self, tokens: np.ndarray, width: int, source: int) -> None:
+    def __init__(
+        self, tokens: np.ndarray, width: int, source: int, unchanged: Callable[[], bool] = lambda: True
+    ) -> None:
+        """unchanged: whether nothing happened to the file of `tokens` since it was last asked; raises if it was altered."""
         assert len(tokens) > 0 and width > 0, (len(tokens), width)
+        self._unchanged = unchanged
         self.tokens = np.asarray(tokens)  # flat; stays memory-mapped
         self.width = width
         self.count = max(1, len(tokens) // width)
@@ -105,7 +110,11 @@ class Windows:
     def at(self, starts: np.ndarray) -> np.ndarray:
         """The `width` tokens from each of these places on, round the ring: (n,) -> (n, width) int64."""
         places = (starts[:, None] + np.arange(self.width)) % len(self.tokens)
-        return self.tokens[places].astype(np.int64)
+        self._unchanged()  # before: to touch memory behind the end of a file that was cut would kill the process
+        while True:
+            text = self.tokens[places].astype(np.int64)
+            if self._unchanged():  # nor was it altered, and perhaps put right again, meanwhile
+                return text
 
 
 def masked_per_row(length: int, mask_share: float = MASK_SHARE) -> int:

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from mlinterf_ds.data import stages
-from mlinterf_ds.data.corpus import FORMAT, LANGUAGE, MANIFEST, VERSION, Corpus
+from mlinterf_ds.data.corpus import FORMAT, LANGUAGE, MANIFEST, VERSION, Corpus, manifest_digest
 from mlinterf_ds.data.files import read_json, write_bytes, write_json
 from mlinterf_ds.data.shards import file_facts
 from mlinterf_ds.data.sources import STANDARD_INPUT, STANDARD_INPUT_NAME, find_sources, source_identity
 from mlinterf_ds.data.tokenizer import Tokenizer
 from mlinterf_ds.data.workers import WorkerKilled, Workers
-from mlinterf_ds.errors import UserError
+from mlinterf_ds.errors import UserError, refusing
 
 WORK = ".work"  # what an interrupted run had finished; removed at the end
 ARGUMENTS = "arguments.json"  # what a folder was, or is being, prepared from
@@ -33,6 +33,7 @@ def prepare(
     vocabulary_size: int = 32_000,
     temperature: float = 2.0,
     tokenizer: str | Path | None = None,
+    extends: str | Path | None = None,
     limits: Mapping[str, int] | None = None,
     licence: str = "",
     workers: int | None = None,
@@ -49,7 +50,8 @@ def prepare(
     `limits` caps a language's training sentences, in the order of their hashes, so that a smaller limit is a subset of a
     larger and what is held out stays the same. The vocabulary is learned on the training splits, language i weighing
     (sentences_i / all)^(1 / temperature), normalised; or `tokenizer` takes another corpus's, so that perplexities can
-    be compared between the two. `licence` is a note for the manifest.
+    be compared between the two. `extends` names a corpus whose vocabulary is kept, ids and all, and extended to
+    `vocabulary_size` pieces by those of the languages that it lacks. `licence` is a note for the manifest.
 
     The result is the same, bit for bit, for any number of `workers` (default: all cores). After an interruption the same
     call goes on where it was; a folder that is finished is returned as it is. Raises UserError for unusable input, for a
@@ -58,9 +60,11 @@ def prepare(
     found = _checked_sources(sources)
     limits = dict(limits or {})
     _check_numbers(found, vocabulary_size, temperature, limits, workers)
+    old = None if extends is None else Corpus.open(extends)
     arguments = {
         "sources": {code: [source_identity(source) for source in of] for code, of in found.items()},
         "vocabulary": [vocabulary_size, temperature] if tokenizer is None else file_facts(Tokenizer(tokenizer).path),
+        **({} if old is None else {"extends": file_facts(old.tokenizer.path)}),
         "limits": limits,
         "licence": licence,
     }
@@ -71,13 +75,14 @@ def prepare(
         languages = [_language(code, of, folder, limits.get(code)) for code, of in found.items()]
         try:
             with Workers(workers or len(os.sched_getaffinity(0))) as pool:
-                manifest = _run(languages, folder, vocabulary_size, temperature, tokenizer, pool, progress)
+                manifest = _run(languages, folder, vocabulary_size, temperature, tokenizer, old, pool, progress)
         except WorkerKilled:
             raise
         except UserError:  # the arguments or the input must change, and then this folder may be used
             (folder / ARGUMENTS).unlink()
             raise
-        write_json(folder / MANIFEST, {"format": FORMAT, "version": VERSION, "licence": licence, **manifest})
+        manifest = {"format": FORMAT, "version": VERSION, "licence": licence, **manifest}
+        write_json(folder / MANIFEST, manifest | {"digest": manifest_digest(manifest)})
         shutil.rmtree(folder / WORK)
     return Corpus.open(folder)
 
@@ -88,6 +93,7 @@ def _run(
     size: int,
     temperature: float,
     given: str | Path | None,
+    old: Corpus | None,
     pool: Workers,
     show: bool,
 ) -> dict[str, Any]:
@@ -98,7 +104,13 @@ def _run(
     path = folder / TOKENIZER
     if given is not None:
         write_bytes(path, Path(given).read_bytes())
-    tokenizer = Tokenizer(path) if path.exists() else stages.learn(languages, size, temperature, path, pool, show)
+    if path.exists():
+        tokenizer = Tokenizer(path)
+    elif old:
+        new = [language for language in languages if language.code not in old.languages]
+        tokenizer = stages.learn(new or languages, size, temperature, path, pool, show, old.tokenizer)
+    else:
+        tokenizer = stages.learn(languages, size, temperature, path, pool, show)
     splits = stages.encode(languages, tokenizer, folder, pool, show)
     return {
         "vocabulary": {"size": tokenizer.size, "temperature": None if given else temperature, **file_facts(path)},
@@ -185,7 +197,8 @@ def _already_prepared(folder: Path, arguments: dict[str, Any]) -> bool:
     """Whether the folder is finished. Claims it for `arguments`; raises UserError if it is taken for others."""
     path = folder / ARGUMENTS
     if path.exists():
-        theirs = read_json(path)
+        with refusing(f"{path}: damaged", "; give another folder, or remove this one first"):
+            theirs = dict(read_json(path))
         if differing := [name for name, value in arguments.items() if theirs.get(name) != value]:
             done = (folder / MANIFEST).exists()
             raise UserError(

@@ -22,6 +22,7 @@ from mlinterf_ds.data.blocks import (
     read_parts,
 )
 from mlinterf_ds.data.cleaning import Dropped, add_dropped, clean_block
+from mlinterf_ds.data.extend import extend
 from mlinterf_ds.data.shards import write_shard
 from mlinterf_ds.data.sources import RawBlock, Source
 from mlinterf_ds.data.splits import FEWEST_UNITS, find_cuts
@@ -141,9 +142,15 @@ def _too_little(language: Language, units: int) -> None:
 
 
 def learn(
-    languages: list[Language], size: int, temperature: float, out: Path, workers: Workers, show: bool
+    languages: list[Language],
+    size: int,
+    temperature: float,
+    out: Path,
+    workers: Workers,
+    show: bool,
+    extends: Tokenizer | None = None,
 ) -> Tokenizer:
-    """Learn the shared vocabulary on the training splits.
+    """Learn the shared vocabulary on the training splits; or only what it has more than the one it `extends`.
 
     Language i weighs as much as its share of all sentences to the power 1 / temperature, normalised. Of a large language
     only a part is read; a small one counts several times.
@@ -171,7 +178,7 @@ def learn(
     for language, weight in zip(languages, weights, strict=True):
         words = counts.pop(language.folder)
         total.update(words if weight == 1 else {word: round(count * float(weight)) for word, count in words.items()})
-    return Tokenizer.learn_from_counts(total, size, out)
+    return extend(extends, total, size, out) if extends else Tokenizer.learn_from_counts(total, size, out)
 
 
 def encode(

@@ -12,7 +12,7 @@ import math
 import queue
 import threading
 from collections.abc import Iterable, Iterator, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -35,6 +35,7 @@ class TokenSource(Protocol):
     def sentences(self, language: str, split: str) -> int: ...
     def characters(self, language: str, split: str) -> int: ...
     def tokens(self, language: str, split: str) -> np.ndarray: ...  # flat, memory-mapped, every sentence ended by </s>
+    def unchanged(self, language: str, split: str) -> bool: ...  # see Corpus.unchanged
 
 
 def _chosen(corpus: TokenSource, languages: Sequence[str], length: int) -> tuple[str, ...]:
@@ -57,7 +58,8 @@ def _windows(corpus: TokenSource, language: str, split: str, length: int, seed: 
             f"language {language!r}: its {split!r} split is empty. Give it more text and prepare the corpus again, "
             f"or take it out of `languages`."
         )
-    return Windows(corpus.tokens(language, split), length - 1, key(seed, "windows", split, language))
+    unchanged = partial(corpus.unchanged, language, split)
+    return Windows(corpus.tokens(language, split), length - 1, key(seed, "windows", split, language), unchanged)
 
 
 def _texts(windows: Sequence[Windows], languages: np.ndarray, visits: np.ndarray) -> np.ndarray:
@@ -121,8 +123,12 @@ class TrainStream:
         temperature: float = 1.0,
         mixed: bool = False,
         mask_share: float = MASK_SHARE,
+        only: Sequence[str] | None = None,
     ) -> None:
+        """only: languages that are trained on; the others keep their number and never come."""
         self.languages = _chosen(corpus, languages, length)
+        if only is not None and (not only or set(only) - set(self.languages)):
+            raise UserError(f"data.only = {','.join(only)}: expected one or more of {', '.join(self.languages)}")
         if not temperature > 0:
             raise UserError(f"data.temperature = {temperature}: expected a number above 0 (1 samples by size).")
         self.rows = rows
@@ -130,6 +136,8 @@ class TrainStream:
         self._windows = [_windows(corpus, language, "train", length, seed) for language in self.languages]
         sentences = np.array([corpus.sentences(language, "train") for language in self.languages], dtype=np.float64)
         smoothed = (sentences / sentences.max()) ** (1 / temperature)  # any common factor goes away in the next line
+        if only is not None:
+            smoothed *= np.isin(self.languages, list(only))
         self.probabilities = smoothed / smoothed.sum()  # (languages,)
         self._schedule = Schedule(self.probabilities, rows, mixed, seed)
 

@@ -34,22 +34,19 @@ class Tokenizer:
         self.path = Path(path)
         try:
             self._model = sentencepiece.SentencePieceProcessor(model_proto=self.path.read_bytes())
+            self.size = len(self._model)
+            self.pieces = [self._model.id_to_piece(i) for i in range(self.size)]  # all pieces, by id
         except OSError as error:
             raise UserError(f"{path}: the tokenizer cannot be read: {error.strerror}") from None
-        except RuntimeError:
-            raise UserError(f"{path}: not a SentencePiece model; prepare the corpus again") from None
-        self.size = len(self._model)
-        if [self._model.id_to_piece(i) for i in range(min(5, self.size))] != SPECIAL_PIECES:
+        except (RuntimeError, UnicodeDecodeError):
+            raise UserError(f"{path}: not a SentencePiece model, or damaged; prepare the corpus again") from None
+        special = self._model.bos_id(), self._model.pad_id(), self._model.eos_id(), self._model.unk_id()
+        if self.pieces[:5] != SPECIAL_PIECES or special != (BOS, PAD, EOS, UNK):
             raise UserError(f"{path}: pieces 0 to 4 must be {' '.join(SPECIAL_PIECES)}; prepare the corpus again")
         self.dtype = np.uint16 if self.size < 65_500 else np.int32  # megatron's choice for an indexed dataset
 
     def __len__(self) -> int:
         return self.size
-
-    @property
-    def pieces(self) -> list[str]:
-        """All pieces, by id."""
-        return [self._model.id_to_piece(i) for i in range(self.size)]
 
     def encode(self, text: str) -> list[int]:
         return self._model.encode(normalise(text))

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from mlinterf_ds.engine.source import Source, Weights
 from mlinterf_ds.engine.space import FlatSpace
-from mlinterf_ds.errors import UserError
+from mlinterf_ds.errors import UserError, refusing
 
 if TYPE_CHECKING:  # reading a checkpoint needs neither DeepSpeed nor megatron
     from mlinterf_ds.engine.engine import Engine
@@ -85,6 +85,7 @@ def _counters(engine: Engine) -> dict[str, Any]:
         "updates": engine.updates,
         "skipped": engine.skipped,
         "loss_scale": engine.scale.state(),
+        "losses": engine.spikes.seen,
         "layout": asdict(engine.layout) | {"stage": engine.stage, "precision": engine.precision},
     }
 
@@ -164,16 +165,13 @@ def find(path: str | Path, prefer: str = "newest") -> Path:
 
 def verify(path: Path) -> dict[str, Any]:
     """run.json of a checkpoint all of whose files are there and unaltered; else an error naming file and remedy."""
-    try:
-        listed = json.loads((path / "complete.json").read_text())
+    with refusing(f"{path}: not a checkpoint of mlinterf_ds", _fallback(path)):
+        listed = json.loads((path / "complete.json").read_bytes())
         if listed["format"] != FORMAT:
             raise UserError(f"{path}: checkpoint format {listed['format']}; this version reads format {FORMAT}")
         check_files(path, listed["files"], _fallback(path))
-        return json.loads((path / "run.json").read_text())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{path}: not a checkpoint of mlinterf_ds ({error}){_fallback(path)}") from None
+        state: dict[str, Any] = json.loads((path / "run.json").read_bytes())
+    return state
 
 
 def check_files(folder: Path, listed: Mapping[str, Any], remedy: str) -> None:
@@ -209,6 +207,7 @@ def load(path: Path, engine: Engine, *, moments: bool = True, missing: bool = Fa
                 kept["step"].fill_(source.steps(segment.name))
         engine.updates, engine.skipped = int(state["updates"]), int(state["skipped"])
         engine.scale.load(state["loss_scale"])
+        engine.spikes.seen = state.get("losses", {})  # older ones have none
     return state
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -16,9 +16,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mlinterf_ds.config import RunConfig
+from mlinterf_ds.engine.frozen import NewRows
 from mlinterf_ds.engine.optimizer import LossScale, adamw, apply, learning_rate
 from mlinterf_ds.engine.precision import DTYPES, resolve
 from mlinterf_ds.engine.space import FlatSpace, Space, Vector
+from mlinterf_ds.engine.spikes import Spikes
 from mlinterf_ds.engine.zero import forget_idle_persistence, shared_space
 from mlinterf_ds.errors import UserError
 from mlinterf_ds.parallel import Layout, ModelParallelUnit
@@ -56,6 +58,11 @@ class Engine:
         self.languages: tuple[str, ...] = tuple(model.languages)
         self.scale = LossScale(precision == "fp16", deepspeed_json.get("fp16", {}))
         self.updates = self.skipped = self.skipped_in_a_row = 0
+        self.new_rows: NewRows | None = None  # set: all else that is shared is frozen
+        self.spikes, self.spiked = (
+            Spikes(config.train.spike),
+            "",
+        )  # spiked: why the last step was skipped, if for its loss
         resolved = resolve(deepspeed_json, config, precision, layout.data)
         self.stage: int = resolved["zero_optimization"]["stage"]
         routed = {language: found for language, found in model.language_parameters().items() if found}
@@ -103,19 +110,26 @@ class Engine:
 
     def train_step(self, batches: Sequence[Rows], spaces: Sequence[Space] | None = None) -> dict[str, float]:
         """One ordinary update of `spaces` (the shared parameters and the step's languages); the step's facts."""
-        spaces = self.active(batches[0].step_languages) if spaces is None else spaces
+        spaces = self.trained(batches[0].step_languages) if spaces is None else spaces
         sums = self.accumulate(batches, spaces)
         gradients = [space.gradient() for space in spaces]
+        if self.new_rows:
+            gradients[0] = self.new_rows.only(gradients[0])
         norm, losses = self._reduce(spaces, gradients, sums)
         norm /= self.scale.value
         facts = {"lr": learning_rate(self.config.train, self.updates + 1), "loss_scale": self.scale.value}
         facts |= {"gradient_norm": norm, **self.loss_facts(batches[0].step_languages, losses)}
-        if self.settle(math.isfinite(norm)):
+        if self.settle(math.isfinite(norm), facts):
             clip = self.config.train.clip
             factor = (min(1.0, clip / (norm + 1e-6)) if clip else 1.0) / facts["loss_scale"]
             for space, gradient in zip(spaces, gradients, strict=True):
                 self.update(space, gradient, factor, facts["lr"])
         return facts | {"skipped": float(self.skipped)}
+
+    def trained(self, step_languages: Sequence[int]) -> list[Space]:
+        """Of the active spaces those that are not frozen (train.freeze)."""
+        active = self.active(step_languages)
+        return active[1:] if self.config.train.freeze == "shared" and not self.new_rows else active
 
     def active(self, step_languages: Sequence[int]) -> list[Space]:
         """The spaces that a step over these languages trains: the shared one first."""
@@ -175,17 +189,22 @@ class Engine:
             facts[f"{prefix}/{self.languages[index]}"] = total / count if count else math.nan
         return facts
 
-    def settle(self, finite: bool) -> bool:
-        """Advance the counters once; False: the step is skipped, nothing else may change."""
-        self.scale.update(not finite)
-        if finite:
+    def settle(self, finite: bool, facts: Mapping[str, float]) -> bool:
+        """Advance the counters once; False: the step is skipped, nothing else may change (a spike: not the loss scale)."""
+        self.spiked = self.spikes.found(facts)
+        if not self.spiked:  # else an overflow is the spike's
+            self.scale.update(not finite)
+        if finite and not self.spiked:
             self.updates, self.skipped_in_a_row = self.updates + 1, 0
+            self.spikes.add(facts)
             return True
         self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
         if self.skipped_in_a_row >= PATIENCE:
+            what = f"the loss spiked ({self.spiked})" if self.spiked else "the gradient was not finite"
+            hint = f", or raise train.spike={self.spikes.limit:g}" if self.spiked else ""
             raise UserError(
-                f"the gradient was not finite for {PATIENCE} steps in a row (step {self.step}, loss scale "
-                f"{self.scale.value:g}): the run has diverged; lower train.lr or resume from an earlier checkpoint"
+                f"{what} for {PATIENCE} steps in a row (step {self.step}, loss scale {self.scale.value:g}): the run has "
+                f"diverged; lower train.lr or resume from an earlier checkpoint{hint}"
             )
         return False
 
@@ -193,7 +212,9 @@ class Engine:
         """AdamW on one space's shards by factor * gradient, then its working weights."""
         if factor != 1.0:
             gradient = [piece.mul_(factor) for piece in gradient]
-        apply(self.optimizers[self.name_of(space)], space.masters, gradient, lr)
+        frozen = self.new_rows and space is self.spaces[SHARED]
+        with self.new_rows.kept(space.masters) if frozen and self.new_rows else contextlib.nullcontext():
+            apply(self.optimizers[self.name_of(space)], space.masters, gradient, lr)
         space.write()
 
     @torch.no_grad()

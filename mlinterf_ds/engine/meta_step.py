@@ -86,9 +86,9 @@ class MetaStep:
                 for phase in phases:
                     phase()
         except FloatingPointError:
-            engine.settle(False)
+            engine.settle(False, facts)
         else:
-            engine.settle(True)
+            engine.settle(True, facts)
             self.radius.update(facts.get("meta/change", math.nan))
         return facts | {"skipped": float(engine.skipped)}
 
@@ -124,6 +124,8 @@ class _Run:
             if name not in self.facts:
                 dist.all_reduce(sums)
                 self.facts |= engine.loss_facts(batches[0].step_languages, sums / engine.layout.tensor, name)
+                if why := engine.spikes.found(self.facts):  # no phase has changed anything yet
+                    raise FloatingPointError(why)
             return found
 
         return gradients

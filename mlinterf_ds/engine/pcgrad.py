@@ -62,7 +62,7 @@ def pcgrad_step(engine: Engine, batches: Sequence[Any], seed: int) -> dict[str, 
     facts = {"lr": learning_rate(engine.config.train, engine.updates + 1), "loss_scale": engine.scale.value}
     facts |= engine.loss_facts(languages, facts_[len(languages) ** 2 :].view(-1, 2))
     random = np.random.default_rng([seed, engine.step])
-    if engine.settle(bool(np.isfinite(table).all())):
+    if engine.settle(bool(np.isfinite(table).all()), facts):
         total, projections = project(gradients, table, random)
         squared = space.squared_norm(total).to(engine.device)
         dist.all_reduce(squared)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from mlinterf_ds.config import RunConfig
-from mlinterf_ds.errors import UserError
+from mlinterf_ds.errors import UserError, refusing
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -17,13 +17,16 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 def read_json(path: str | Path) -> dict[str, Any]:
     """A DeepSpeed configuration file."""
     try:
-        found = json.loads(Path(path).read_text(encoding="utf-8"))
+        data = Path(path).read_bytes()
     except OSError as error:
         raise UserError(f"--deepspeed_config {path}: {error.strerror}; the shipped ones are in ds_configs/") from None
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON: {error}") from None
+    with refusing(f"{path}: not JSON"):
+        found = json.loads(data)
     if not isinstance(found, dict):
         raise UserError(f"{path}: expected a JSON object, found {type(found).__name__}")
+    for section in ("fp16", "bf16", "zero_optimization", "data_types"):
+        if not isinstance(found.get(section, {}), dict):
+            raise UserError(f"{path}: {section} must be an object in braces, found {found[section]!r}")
     for section in ("optimizer", "scheduler"):
         if section in found:
             raise UserError(
@@ -86,10 +89,10 @@ def resolve(found: dict[str, Any], config: RunConfig, precision: str, data_ranks
     }
     for key, (ours, value) in decided.items():
         said = found.get(key, "auto")
-        if said != "auto" and float(said) != float(value):
+        if said != "auto" and (type(said) not in (int, float) or said != value):
             raise UserError(f'DeepSpeed\'s JSON says {key}={said}, the run says {ours}={value}: set the JSON to "auto"')
     stage = found.get("zero_optimization", {}).get("stage", 0)
-    if stage not in (0, 1, 2, 3):
+    if type(stage) is not int or stage not in (0, 1, 2, 3):
         raise UserError(f"zero_optimization.stage={stage!r} in DeepSpeed's JSON: expected 0, 1, 2 or 3")
     zero = dict(found.get("zero_optimization", {}), stage=stage)
     if zero.get("round_robin_gradients"):

@@ -17,7 +17,7 @@ from torch import Tensor
 from mlinterf_ds.engine import checkpoint
 from mlinterf_ds.engine.source import sliced
 from mlinterf_ds.engine.space import Segment
-from mlinterf_ds.errors import UserError
+from mlinterf_ds.errors import MALFORMED, UserError, refusing
 from mlinterf_ds.export import tokenizer
 from mlinterf_ds.export.names import from_stock, stock_name
 
@@ -30,7 +30,7 @@ def is_folder(place: Path) -> bool:
     """Whether this is a transformers model folder (a run's output folder has a config.json too, of another kind)."""
     try:
         return "model_type" in json.loads((place / "config.json").read_text())
-    except (OSError, ValueError, TypeError):
+    except MALFORMED:
         return False
 
 
@@ -39,11 +39,9 @@ def verify(place: Path) -> None:
     listing = place / LISTING
     if not listing.is_file():
         return
-    try:
-        files = json.loads(listing.read_text())["files"]
+    with refusing(f"{listing}: damaged", "; export the model again"):
+        files = json.loads(listing.read_bytes())["files"]
         checkpoint.check_files(place, files, f"; export it again, or delete {listing} if the change is meant")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{listing}: damaged ({type(error).__name__}: {error}); export the model again") from None
 
 
 class Folder:
@@ -51,8 +49,12 @@ class Folder:
 
     def __init__(self, path: Path):
         self.path = path
-        self.config: dict[str, Any] = json.loads((path / "config.json").read_text())
-        kind = self.config["model_type"]
+        with refusing(f"{path / 'config.json'}: not a model's configuration"):
+            self.config: dict[str, Any] = json.loads((path / "config.json").read_bytes())
+            kind = self.config["model_type"]
+            self.heads = int(self.config["num_attention_heads"])
+            self.adapter_activation: str | None = self.config.get("adapter_activation")
+            self.vocabulary = int(self.config["vocab_size"])
         if kind not in (OURS, STOCK):
             raise UserError(f"{path}: a model of type {kind!r}; only {OURS} and {STOCK} have the shape of this encoder")
         self.ours = kind == OURS
@@ -71,21 +73,12 @@ class Folder:
             raise UserError(f"{path}: has no model.safetensors; save the model there with save_pretrained")
 
     @property
-    def heads(self) -> int:
-        """Attention heads."""
-        return int(self.config["num_attention_heads"])
-
-    @property
-    def adapter_activation(self) -> str | None:
-        return self.config.get("adapter_activation")
-
-    @property
     def pieces(self) -> list[str]:
         """The vocabulary, by id."""
         found = tokenizer.pieces(self.path)
-        if len(found) != self.config["vocab_size"]:
+        if len(found) != self.vocabulary:
             raise UserError(
-                f"{self.path}: its tokenizer has {len(found)} pieces, its model {self.config['vocab_size']}: they don't belong "
+                f"{self.path}: its tokenizer has {len(found)} pieces, its model {self.vocabulary}: they don't belong "
                 "together"
             )
         return found
@@ -97,10 +90,14 @@ class Folder:
     def read(self, wanted: Segment, kind: str, tensor: int, tensor_rank: int) -> Tensor:
         """The elements of one segment (1-d fp32) at the reader's layout; kind is 'master': a folder has no moments."""
         assert kind == "master", f"{self.path}: a model folder has no {kind}"
-        whole = self._stored(wanted.name) if self.ours else from_stock(wanted.name, self._stored, self.heads)
+        whole = self.whole(wanted.name)
         if wanted.name in VOCABULARY and (short := wanted.shape[0] * tensor - len(whole)) > 0:
             whole = torch.cat([whole, whole.new_zeros(short, *whole.shape[1:])])
         return sliced(whole, wanted, tensor, tensor_rank, self.path)
+
+    def whole(self, name: str) -> Tensor:
+        """A parameter in its full shape, fp32; those of the vocabulary without its padding."""
+        return self._stored(name) if self.ours else from_stock(name, self._stored, self.heads)
 
     def _stored(self, name: str) -> Tensor:
         if name not in self.files:

@@ -12,7 +12,7 @@ from typing import Any
 
 from mlinterf_ds.data.text import INVISIBLE, SPACE_PIECE
 from mlinterf_ds.data.tokenizer import BOS, EOS, SPECIAL_PIECES, UNK, Tokenizer
-from mlinterf_ds.errors import UserError
+from mlinterf_ds.errors import UserError, refusing
 
 # What `str.split` takes for whitespace (`mlinterf_ds.data.text.normalise` splits by it), and the sign for a space.
 SPACES = "\t-\r\x1c-\x20\x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000" + SPACE_PIECE
@@ -36,18 +36,17 @@ def write(tokenizer: Tokenizer, folder: Path, positions: int) -> None:
 def pieces(folder: Path) -> list[str]:
     """The vocabulary of a folder's tokenizer.json, by id."""
     path = folder / "tokenizer.json"
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+    if not path.is_file():
+        raise UserError(f"{path} is missing: save the tokenizer there with transformers' tokenizer.save_pretrained")
+    with refusing(f"{path}: not a tokenizer"):
+        found = json.loads(path.read_bytes())
         listed = found["model"]["vocab"]
         numbers = listed if isinstance(listed, dict) else {piece: number for number, (piece, _) in enumerate(listed)}
         numbers = numbers | {added["content"]: added["id"] for added in found["added_tokens"]}
-    except FileNotFoundError:
-        raise UserError(
-            f"{path} is missing: save the tokenizer there with transformers' tokenizer.save_pretrained"
-        ) from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: not a tokenizer ({type(error).__name__}: {error})") from None
-    return sorted(numbers, key=numbers.__getitem__)
+        ordered = sorted(numbers, key=numbers.__getitem__)
+        if [numbers[piece] for piece in ordered] != list(range(len(ordered))):
+            raise ValueError("its ids are not 0, 1, 2, ...")
+    return ordered
 
 
 def _backend(tokenizer: Tokenizer) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,7 +13,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from mlinterf_ds.errors import UserError
+from mlinterf_ds.data.files import read_rows
+from mlinterf_ds.errors import UserError, refusing
 from mlinterf_ds.report import figures
 from mlinterf_ds.report.heatmap import heading
 
@@ -27,19 +27,11 @@ Curves = dict[tuple[str, str], list[tuple[int, float]]]  # (left, right) -> (ste
 
 def read_curves(path: Path, scope: str = "model") -> Curves:
     """The lines of a conflict.csv. UserError if it is not one."""
-    try:
-        with path.open(newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
-        found: Curves = {}
-        for row in rows:
-            if row["scope"] == scope:
+    found: Curves = {}
+    for row in read_rows(path, FIELDS, "a run writes it with --set conflict.every=N (its output folder is meant)"):
+        if row["scope"] == scope:
+            with refusing(f"{path}: not a table of {','.join(FIELDS)}"):
                 found.setdefault((row["left"], row["right"]), []).append((int(row["step"]), float(row["cosine"])))
-    except OSError as error:
-        raise UserError(
-            f"{path}: {error.strerror}; a run writes it with --set conflict.every=N (its output folder is meant)"
-        ) from None
-    except (KeyError, TypeError, ValueError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not a table of {','.join(FIELDS)} ({type(error).__name__}: {error})") from None
     if not found:
         raise UserError(f"{path}: has no measurement of scope {scope!r}")
     return found

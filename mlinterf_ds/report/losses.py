@@ -12,8 +12,8 @@ import csv
 import io
 from pathlib import Path
 
-from mlinterf_ds.data.files import replacing
-from mlinterf_ds.errors import UserError
+from mlinterf_ds.data.files import read_rows, replacing
+from mlinterf_ds.errors import refusing
 
 FIELDS = ["step", "language", "loss", "lr", "tokens"]
 
@@ -57,12 +57,7 @@ def _sound(row: list[str]) -> bool:
 def read_losses(path: Path) -> dict[str, Points]:
     """language -> (step, loss) in the order of the steps. UserError if the file is missing or no such table."""
     found: dict[str, Points] = {}
-    try:
-        with path.open(newline="", encoding="utf-8") as file:
-            for row in csv.DictReader(file):
-                found.setdefault(row["language"], []).append((int(row["step"]), float(row["loss"])))
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; pretraining writes it into the run's output folder") from None
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path}: not a table of {','.join(FIELDS)} ({type(error).__name__}: {error})") from None
+    for row in read_rows(path, FIELDS, "pretraining writes it into the run's output folder"):
+        with refusing(f"{path}: not a table of {','.join(FIELDS)}"):
+            found.setdefault(row["language"], []).append((int(row["step"]), float(row["loss"])))
     return {language: sorted(points) for language, points in found.items()}

@@ -10,17 +10,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import ConfigDict, TypeAdapter
 
-from mlinterf_ds.data.files import read_json, write_json
-from mlinterf_ds.errors import UserError
+from mlinterf_ds.data.files import write_json
+from mlinterf_ds.errors import refusing
 from mlinterf_ds.report.losses import read_losses
 from mlinterf_ds.study.plan import Job, Unit
+
+KNOWN_ONLY = ConfigDict(extra="forbid")
 
 
 @dataclass(frozen=True)
 class Score:
     """A task's score on one language by one model of one seed, in percent."""
 
+    __pydantic_config__ = KNOWN_ONLY
     set: str
     kind: str  # pair, low, triple, many, mono
     languages: list[str]
@@ -45,6 +49,7 @@ class Score:
 class Trained:
     """A pretrained model."""
 
+    __pydantic_config__ = KNOWN_ONLY
     set: str
     kind: str
     languages: list[str]
@@ -66,6 +71,7 @@ class Trained:
 class Analysis:
     """What an analysis says of a model."""
 
+    __pydantic_config__ = KNOWN_ONLY
     set: str
     languages: list[str]
     variant: str
@@ -79,6 +85,7 @@ class Analysis:
 class Records:
     """Of a whole study. `status` has a row a job: name, kind, state, reason, seconds."""
 
+    __pydantic_config__ = KNOWN_ONLY
     scores: list[Score] = field(default_factory=list)
     models: list[Trained] = field(default_factory=list)
     analyses: list[Analysis] = field(default_factory=list)
@@ -99,12 +106,9 @@ class Records:
     @classmethod
     def load(cls, path: Path) -> Records:
         """UserError if the file is not what `save` wrote."""
-        try:
-            found = read_json(path)
-            rows = {"scores": Score, "models": Trained, "analyses": Analysis}
-            return cls(**found | {name: [kind(**row) for row in found[name]] for name, kind in rows.items()})
-        except (OSError, ValueError, TypeError, KeyError) as error:
-            raise UserError(f"{path}: not a study's records ({error}); run the study to make them") from None
+        with refusing(f"{path}: not a study's records", "; run the study to make them"):
+            found: Records = TypeAdapter(cls).validate_json(path.read_bytes(), strict=True)
+        return found
 
 
 def collect(jobs: Iterable[Job], output: Path, records: Records) -> Records:
@@ -112,18 +116,18 @@ def collect(jobs: Iterable[Job], output: Path, records: Records) -> Records:
     for job in jobs:
         for unit in job.units:
             folder = output / job.folder / unit.name
-            try:
-                summary = json.loads((folder / "summary.json").read_text())
-            except (OSError, ValueError):
+            if not (folder / "summary.json").is_file():
                 continue
-            if not summary.get("finished", True):
-                continue
-            if job.kind == "pretrain":
-                records.models.append(_trained(unit, summary, folder))
-            elif job.kind == "finetune":
-                records.scores += _scores(unit, summary, folder)
-            else:
-                records.analyses.append(_analysis(unit, summary, folder))
+            with refusing(f"{folder / 'summary.json'}: damaged", f"; remove {folder} and run the study again"):
+                summary = json.loads((folder / "summary.json").read_bytes())
+                if not summary.get("finished", True):
+                    continue
+                if job.kind == "pretrain":
+                    records.models.append(_trained(unit, summary, folder))
+                elif job.kind == "finetune":
+                    records.scores += _scores(unit, summary, folder)
+                else:
+                    records.analyses.append(_analysis(unit, summary, folder))
     return records
 
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from mlinterf_ds.data.files import write_bytes
 from mlinterf_ds.errors import UserError
+
+KINDS = {str: "text", int: "a whole number", bool: "true or false", list: "a list"}
 
 
 def read_text(path: Path) -> str:
@@ -24,6 +27,15 @@ def read_text(path: Path) -> str:
     if not text.strip():
         raise UserError(f"{path}: empty; expected at least one example")
     return text
+
+
+def typed(value: Any, kind: type, name: str) -> Any:
+    """The value of a JSON field, if it is of this kind (and, being text, can be written); else TypeError or ValueError."""
+    if type(value) is not kind:
+        raise TypeError(f"{name} is {value!r}, expected {KINDS[kind]}")
+    if isinstance(value, str):
+        value.encode()  # half a surrogate pair is no character
+    return value
 
 
 def write_text(path: Path, text: str) -> None:

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from mlinterf_ds.data.tokenizer import BOS, EOS, Tokenizer
-from mlinterf_ds.errors import UserError
+from mlinterf_ds.errors import UserError, refusing
 from mlinterf_ds.tasks import metrics
 from mlinterf_ds.tasks.base import Kind, Limits, Row
-from mlinterf_ds.tasks.files import bad, read_text, write_text
+from mlinterf_ds.tasks.files import bad, read_text, typed, write_text
 
 LABELS = ["entailment", "neutral", "contradiction"]
 ALIASES = {"contradictory": "contradiction"}  # in machine-translated MNLI
@@ -166,10 +166,9 @@ def _json_pairs(path: Path, lines: list[str], language: str) -> Iterator[Pair]:
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
-        try:
+        with refusing(f"{path}, line {number}: expected a JSON object with {', '.join(FIELDS)}"):
             found = json.loads(line)
-            premise, hypothesis, label = (str(found[field]) for field in FIELDS)
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise bad(path, number, f"expected a JSON object with {', '.join(FIELDS)} ({error})") from None
-        if found.get("language", language) == language:
+            premise, hypothesis, label = (typed(found[field], str, field) for field in FIELDS)
+            of = typed(found.get("language", language), str, "language")
+        if of == language:
             yield Pair(premise, hypothesis, _label(path, number, label), line, None)

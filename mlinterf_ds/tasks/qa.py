@@ -20,10 +20,10 @@ import numpy as np
 
 from mlinterf_ds.data.text import normalise
 from mlinterf_ds.data.tokenizer import BOS, EOS, UNK, Tokenizer
-from mlinterf_ds.errors import UserError
+from mlinterf_ds.errors import UserError, refusing
 from mlinterf_ds.tasks import metrics
 from mlinterf_ds.tasks.base import Kind, Limits, Row
-from mlinterf_ds.tasks.files import bad, read_text, write_text
+from mlinterf_ds.tasks.files import bad, read_text, typed, write_text
 
 FIRST_WORDS, MOST_WORDS, SAMPLE = 12, 12, 500  # fixed spans tried as a baseline: where they start, how long they are
 FEWEST_PIECES = 8  # of context in a window
@@ -60,15 +60,13 @@ class Qa:
 
     def read(self, path: Path, language: str) -> list[Question]:
         text = read_text(path)
-        try:
-            found = list(_questions(path, text, json.loads(text)))
-        except json.JSONDecodeError as error:
-            raise bad(path, error.lineno, f"not JSON: {error.msg}") from None
-        except (KeyError, TypeError, AttributeError) as error:
-            raise UserError(
-                f"{path}: not in SQuAD's format ({type(error).__name__}: {error}); expected "
-                "data[].paragraphs[].{context, qas[].{id, question, answers[].{text, answer_start}}}"
-            ) from None
+        form = "; expected data[].paragraphs[].{context, qas[].{id, question, answers[].{text, answer_start}}}"
+        with refusing(f"{path}: not in SQuAD's format", form):
+            try:
+                tree = json.loads(text)
+            except json.JSONDecodeError as error:
+                raise bad(path, error.lineno, f"not JSON: {error.msg}") from None
+            found = list(_questions(path, text, tree))
         if not found:
             raise UserError(f"{path}: no questions in it")
         return found
@@ -194,18 +192,22 @@ def _questions(path: Path, text: str, tree: dict[str, Any]) -> Iterator[Question
     seen: Counter[str] = Counter()
     for article in tree["data"]:
         for paragraph in article["paragraphs"]:
-            context = paragraph["context"]
+            context = typed(paragraph["context"], str, "context")
             for qa in paragraph["qas"]:
-                name = str(qa["id"])
-                answers = tuple((str(a["text"]), int(a["answer_start"])) for a in qa["answers"])
-                impossible = bool(qa.get("is_impossible", False))
+                name = typed(str(qa["id"]) if type(qa["id"]) is int else qa["id"], str, "id")
+                question = typed(qa["question"], str, "question")
+                answers = tuple(
+                    (typed(a["text"], str, "text"), typed(a["answer_start"], int, "answer_start"))
+                    for a in typed(qa["answers"], list, "answers")
+                )
+                impossible = typed(qa.get("is_impossible", False), bool, "is_impossible")
                 if problem := _problem(context, answers, impossible):
                     line = text[: max(0, text.find(json.dumps(qa["id"])))].count("\n") + 1
                     raise bad(path, line, f"question {name!r}: {problem}")
                 seen[name] += 1
                 if seen[name] > 1:  # TyDiQA-GoldP for XTREME numbers its English questions again and again
                     name += f"#{seen[name]}"
-                yield Question(name, qa["question"], context, () if impossible else answers, impossible)
+                yield Question(name, question, context, () if impossible else answers, impossible)
 
 
 def _problem(context: str, answers: Sequence[tuple[str, int]], impossible: bool) -> str:

@@ -48,8 +48,8 @@ class Sentence:
                 columns[self.column] = tag
                 body = "\t".join(columns)
             else:  # the last column, whatever separates it from the others
-                body = body.rstrip()
-                body = body[: len(body) - len(old)] + tag
+                kept = len(body.rstrip())
+                body = body[: kept - len(old)] + tag + body[kept:]
             lines[index] = body + end
         return lines
 
@@ -237,12 +237,20 @@ def constant(sentences: Sequence[Sentence], tag: str) -> list[list[str]]:
 
 
 def strip_language_prefix(sentences: list[Sentence]) -> list[Sentence]:
-    """WikiAnn as first published writes `en:word`: read the word, where every word of the file is written so."""
-    prefixes = {word[:3] for sentence in sentences for word in sentence.words}
-    if len(prefixes) != 1 or not re.fullmatch(r"[a-z]{2}:", prefixes.pop()):
+    """WikiAnn as first published writes `en:word`: read the word, where every word of the file is written so.
+
+    UserError if most are and some are not: such a file is damaged, and means neither.
+    """
+    counts = Counter(word[:3] for sentence in sentences for word in sentence.words if len(word) > 3)
+    prefix, count = counts.most_common(1)[0] if counts else ("", 0)
+    if not re.fullmatch(r"[a-z]{2}:", prefix) or count <= sum(len(sentence.words) for sentence in sentences) / 2:
         return sentences
-    if any(len(word) == 3 for sentence in sentences for word in sentence.words):
-        return sentences
+    for sentence in sentences:
+        for index, word in enumerate(sentence.words):
+            if not word.startswith(prefix) or len(word) == 3:
+                raise UserError(
+                    f"{sentence.place(index)}: {word!r} lacks the prefix {prefix!r} that most words here have"
+                )
     return [
         Sentence(tuple(w[3:] for w in s.words), s.tags, s.raw, s.at, s.path, s.first_line, s.column) for s in sentences
     ]

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from mlinterf_ds.engine import checkpoint
+from mlinterf_ds.engine import checkpoint, spikes
 from mlinterf_ds.engine.engine import Engine
 from mlinterf_ds.engine.meta_step import MetaStep
+from mlinterf_ds.engine.pcgrad import pcgrad_step
 from mlinterf_ds.errors import UserError
 from tests.parity import bodies
 
@@ -80,3 +81,57 @@ def save_without_room(out: str) -> dict[str, Any]:
     dist.barrier()  # all have looked before the next save begins
     second = checkpoint.save(Path(out), engine, {}, {}, keep=9)
     return {"said": said, "left": left, "first": str(first), "second": str(second)}
+
+
+SPIKE, SAVED, END = 12, 9, 15  # steps
+
+
+def spiked(settings: list[str], json_name: str, out: str, source: str | None, limit: str = "10") -> dict[str, Any]:
+    """Steps to END, from a checkpoint or from the start (then saved at SAVED); at SPIKE rank 1's losses are 60 times as large.
+
+    With limit "ever", they are so from SPIKE on.
+    """
+    ever = limit == "ever"
+    spikes.FEWEST = 1
+    engine, stream, config = bodies.make([*settings, f"train.spike={'10' if ever else limit}"], json_name, 1)
+    meta = MetaStep(engine, config.meta) if config.variant.startswith("meta_") else None
+
+    def factor() -> float:
+        return 60.0 if dist.get_rank() == 1 and (engine.step == SPIKE or (ever and engine.step > SPIKE)) else 1.0
+
+    engine.model.register_forward_hook(lambda _, __, found: (found[0] * factor(), found[1] * factor()))
+
+    def step(until: int) -> list[dict[str, float]]:
+        if meta:
+            return bodies.advance_meta(engine, stream, config, meta, until)
+        if config.treatment == "pcgrad":
+            facts = []
+            while engine.step < until:
+                micro = [stream.batch(engine.step, *slice_) for slice_ in engine.slices(config.train.batch)]
+                facts.append(pcgrad_step(engine, micro, 0))
+            return facts
+        return bodies.advance(engine, stream, config, until)
+
+    try:
+        if source:
+            checkpoint.load(Path(source), engine)
+            facts = []
+        else:
+            facts = step(SAVED)
+            checkpoint.save(Path(out), engine, {}, {}, keep=9)
+        radius = meta.radius.radius if meta else 0.0
+        facts += step(SPIKE)
+        before, scale = everything(engine), engine.scale.state()
+        facts += step(SPIKE + 1)
+        unmoved = all(torch.equal(old, new) for old, new in zip(before, everything(engine), strict=True))
+        found = {"unmoved": unmoved, "scale": engine.scale.state() == scale, "said": engine.spiked, "radius": radius}
+        found |= {"skipped": engine.skipped}
+        if ever:
+            step(99)
+        facts += step(END)
+        moved = not all(torch.equal(old, new) for old, new in zip(before, everything(engine), strict=True))
+        return found | {"moved": moved, "facts": facts, "seen": engine.spikes.seen, "end": everything(engine)}
+    except UserError as error:
+        return found | {"lost": str(error), "step": engine.step}
+    finally:
+        spikes.FEWEST = 10

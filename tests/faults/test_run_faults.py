@@ -1,6 +1,7 @@
 """Faults of a run: NaN losses, no room for a checkpoint, damaged checkpoints; ranks killed and stopped."""
 
 import json
+import math
 import os
 import random
 import shutil
@@ -28,6 +29,41 @@ def test_a_nan_on_one_rank_is_skipped_by_all_and_ends_a_lost_run(variant: str, j
         assert f"not finite for {PATIENCE} steps in a row" in found["said"] and "lower train.lr" in found["said"]
         assert found["step"] == 4 + PATIENCE
     assert results[0]["after"] == results[1]["after"]
+
+
+@pytest.mark.parametrize(
+    "settings, json_name",
+    [
+        (["variant=adpt", "train.precision=fp16"], "zero2"),
+        (["variant=adpt"], "zero3"),
+        (["variant=meta_adpt", "meta.radius=0.01"], "zero1"),
+        (["variant=meta_adpt", "meta.radius=0.01", "meta.order=theta_first"], "zero2"),
+        (["variant=joint", "data.mixed=true", "treatment=pcgrad"], "zero1"),
+    ],
+    ids=["fp16", "zero3", "meta", "theta_first", "pcgrad"],
+)
+def test_a_spike_on_one_rank_is_skipped_by_all_and_resume_decides_the_same(settings, json_name, tmp_path: Path) -> None:
+    """Nothing moves, not the loss scale either; the next step counts; from a checkpoint before it, digit for digit the same."""
+    whole = pool(2).run(fault_bodies.spiked, settings, json_name, str(tmp_path), None)
+    for found in whole:
+        assert found["unmoved"] and found["scale"] and found["skipped"] == 1 and "is usual" in found["said"]
+        assert found["moved"] and found["said"] == whole[0]["said"]
+    taken = [facts for number, facts in enumerate(whole[0]["facts"]) if number != fault_bodies.SPIKE]
+    for language, (count, mean, _) in whole[0]["seen"].items():
+        losses = [facts[f"loss/{language}"] for facts in taken if facts.get(f"loss/{language}", math.nan) > 0]
+        assert count == len(losses) and math.isclose(mean, sum(losses) / count, rel_tol=1e-9)
+    saved = tmp_path / "checkpoints" / f"step-{fault_bodies.SAVED:08d}"
+    for rank, found in enumerate(pool(2).run(fault_bodies.spiked, settings, json_name, "", str(saved))):
+        assert found["skipped"] == 1 and str(found["facts"]) == str(whole[rank]["facts"][fault_bodies.SAVED :])
+        assert all(torch.equal(a, b) for a, b in zip(found["end"], whole[rank]["end"], strict=True))
+
+
+def test_spikes_without_end_end_the_run_and_may_be_allowed(tmp_path: Path) -> None:
+    for found in pool(2).run(fault_bodies.spiked, ["variant=adpt"], "zero1", str(tmp_path), None, "ever"):
+        assert f"is usual) for {PATIENCE} steps in a row" in found["lost"] and "raise train.spike=10" in found["lost"]
+        assert found["step"] == fault_bodies.SPIKE + PATIENCE
+    for found in pool(2).run(fault_bodies.spiked, ["variant=adpt"], "zero1", str(tmp_path), None, "none"):
+        assert not found["unmoved"] and found["skipped"] == 0 and not found["said"]
 
 
 def test_no_room_for_a_checkpoint_leaves_the_earlier_one(tmp_path: Path) -> None:

@@ -20,7 +20,8 @@ import os, signal, sys, time
 from pathlib import Path
 rank, attempt = os.environ["RANK"], os.environ["MLINTERF_DS_ATTEMPT"]
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-Path(sys.argv[1], f"started-{rank}-{attempt}-{os.environ['MASTER_PORT']}").touch()
+place = os.environ["MLINTERF_DS_RENDEZVOUS"].rpartition("/")[2].replace("-", "_")
+Path(sys.argv[1], f"started-{rank}-{attempt}-{place}").touch()
 end = os.environ.get(f"STATUS_{rank}_{attempt}", "0")
 if end == "kill":
     os.kill(os.getpid(), signal.SIGKILL)
@@ -63,8 +64,8 @@ def test_a_killed_rank_starts_all_of_them_again(tmp_path: Path) -> None:
     codes, said = ended(start(tmp_path, 2, STATUS_1_0="kill", STATUS_0_0="wait"))
     assert codes == [0, 0] and {("1", "0"), ("0", "1"), ("1", "1")} <= set(starts(tmp_path))
     assert "rank 1 was killed by SIGKILL: starting all ranks again (1 of 2)" in said
-    ports = {path.name.split("-")[3] for path in tmp_path.glob("started-*")}
-    assert len(ports) == 2, "both ranks of an attempt meet at one port, which no rank of another attempt knows"
+    places = {path.name.split("-")[3] for path in tmp_path.glob("started-*")}
+    assert places == {"meeting_attempt_0", "meeting_attempt_1"}, "ranks of an attempt meet where no other attempt's do"
 
 
 def test_it_gives_up_with_the_reason_and_the_command_that_resumes(tmp_path: Path) -> None:

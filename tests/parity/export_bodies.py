@@ -73,8 +73,10 @@ def started(
     return engine.evaluate([batch]), ""
 
 
-def pretrained(folder: str, settings: Sequence[str]) -> Any:
+def pretrained(folder: str, settings: Sequence[str], json_name: str = "zero2") -> Any:
     """`launch/pretrain.py`'s run in this folder: its summary."""
     os.chdir(folder)
     with mock.patch.object(parallel, "stop"):  # the pool goes on
-        return pretrain.run(load_config(["tiny"], list(settings)), read_json(REPOSITORY / "ds_configs/zero2.json"))
+        return pretrain.run(
+            load_config(["tiny"], list(settings)), read_json(REPOSITORY / f"ds_configs/{json_name}.json")
+        )
