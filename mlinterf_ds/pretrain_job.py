@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from mlinterf_ds import command, initial, parallel
+from mlinterf_ds import command, initial, parallel, pretrain_report
 from mlinterf_ds.analysis.conflict import Monitor
 from mlinterf_ds.config import RunConfig, load_config
 from mlinterf_ds.data.corpus import Corpus
@@ -392,37 +392,12 @@ class Job:
                 self.tracker.artifact(self.output / "train.csv")
             for path in self.conflict.draw() if self.conflict else []:
                 self.tracker.artifact(path)
-            self._describe(summary)
-            self._show(summary, stopped)
+            self.tracker.describe(pretrain_report.description(summary))
+            browse = self.tracker.browse() if config.tracking.enabled else ""
+            pretrain_report.show(summary, self.stream.seen(self.engine.step), self.output, browse)
             self.tracker.close("KILLED" if stopped and not stopped.startswith("train.") else "FINISHED")
             self.tracker_open = False
         return summary
-
-    def _describe(self, summary: dict[str, Any]) -> None:
-        """The run in MLflow in a few lines."""
-        head = ["language", "validation perplexity", "unigram", "bits per character"]
-        names = ("valid_perplexity", "unigram_perplexity", "valid_bits_per_character")
-        rows = [[code, *(f"{summary[name][code]:.2f}" for name in names)] for code in self.languages]
-        lines = [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)]
-        self.tracker.describe(f"{self.config.variant}, {summary['steps']} steps\n\n" + "\n".join(lines))
-
-    def _show(self, summary: dict[str, Any], stopped: str) -> None:
-        seen = self.stream.seen(self.engine.step)
-        print(f"\n{'language':<14}{'valid perplexity':>18}{'unigram':>10}{'bits/character':>16}{'epochs':>9}")
-        for language in self.languages:
-            print(
-                f"{language:<14}{summary['valid_perplexity'][language]:>18.2f}"
-                f"{summary['unigram_perplexity'][language]:>10.1f}"
-                f"{summary['valid_bits_per_character'][language]:>16.3f}{seen[language]['epochs']:>9.2f}"
-            )
-        print(
-            f"{summary['steps']} steps in {summary['seconds']:.0f} s, {summary['tokens_per_second']:,.0f} tokens/s, "
-            f"MFU {100 * summary['mfu']:.2g}%; {self.output}/summary.json, perplexity.png, checkpoints/"
-        )
-        if stopped:
-            print(f"stopped by {stopped}; go on with --set output={self.output} --set resume=auto")
-        if self.config.tracking.enabled:
-            print(f"browse: {self.tracker.browse()}", flush=True)
 
 
 def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

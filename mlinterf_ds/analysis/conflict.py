@@ -97,7 +97,8 @@ def _write(job: AnalysisJob, found: Similarity, summary: Mapping[str, Any]) -> N
     write_csv(job.output / "similarity.csv", ["layer", "component", "left", "right", "cosine"], rows)
     error = "" if summary["costs"]["sketch"] == "exact" else f"; projected to {summary['costs']['sketch']} dimensions"
     caption = (
-        f"{job.model.path}, step {summary['step']}; {summary['sequences']} training sequences a gradient, seed "
+        f"{job.model.path}, step {summary['step']}; {summary['sequences']} training sequences a gradient of "
+        f"{job.text.folder.name}, seed "
         f"{summary['seed']}{error}\ndiagonal: two batches of one language"
     )
     panels = {"whole model": found.matrix()} | {part: found.matrix(ALL, part) for part in parts}
@@ -175,6 +176,11 @@ class Monitor:
             seed=run.train.seed,
             engine=engine,
         )
+        seed = run.train.seed
+        self.caption = (
+            f"{Path(run.corpus).name} text, {self.draws.rows} training sequences a gradient, seed {seed}; dashed: two "
+            "batches of one language"
+        )
         self.first = engine.layout.rank == 0
         self._table = output / "conflict.csv"
         if self.first and self._table.is_file():  # a resumed run measures again from its checkpoint on
@@ -216,7 +222,6 @@ class Monitor:
         if not self.first or not self._table.is_file():
             return []
         figure = self.output / "conflict.png"
-        caption = f"{self.draws.rows} sequences a gradient; dashed: two batches of one language"
         curves = {self.name: read_curves(self._table)}
-        training_curves(curves, figure, title=f"{self.name}: gradient similarity", caption=caption)
+        training_curves(curves, figure, title=f"{self.name}: gradient similarity", caption=self.caption)
         return [self._table, figure]

@@ -12,7 +12,7 @@ LAYERS = {
     "engine": 4, "tasks": 4,
     "report": 5, "export": 5,
     "analysis": 5,
-    "pretrain": 6, "pretrain_job": 6, "pretrained": 5, "initial": 5, "finetune": 6, "finetune_config": 2, "finetune_run": 6, "finetune_report": 6, "evaluate": 5, "analyze": 6, "analyze_config": 3, "study": 6,
+    "pretrain": 6, "pretrain_job": 6, "pretrain_report": 6, "pretrained": 5, "initial": 5, "finetune": 6, "finetune_config": 2, "finetune_run": 6, "finetune_report": 6, "evaluate": 5, "analyze": 6, "analyze_config": 3, "study": 6,
 }  # fmt: skip
 FORBIDDEN = {
     "model": {"data", "meta", "tracking"},
