@@ -145,7 +145,7 @@ def main(run: Callable[[Sequence[str]], int], arguments: Sequence[str] | None = 
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr, flush=True)
         status = 130
-    except Exception as error:
+    except Exception as error:  # a bug of ours: the trace for the report, the reason last for the user
         traceback.print_exc()
         hints = "".join(f"; {note}" for note in getattr(error, "__notes__", []))
         print(f"\nerror: rank {rank} failed: {type(error).__name__}: {error}{hints}", file=sys.stderr, flush=True)

@@ -59,7 +59,7 @@ def run(config: RunConfig, deepspeed_json: dict[str, Any]) -> dict[str, Any]:
     try:
         with command.Signals() as signals:
             return job.train(signals)
-    except Exception as error:
+    except Exception as error:  # whatever it is, the way on belongs to it
         if any((output / "checkpoints").glob("step-*")):
             error.add_note(f"go on with --set output={output} --set resume=auto")
         raise

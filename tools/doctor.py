@@ -207,7 +207,7 @@ def examine(options: argparse.Namespace) -> list[Check]:
     for part in parts:
         try:
             checks += part()
-        except Exception as error:
+        except Exception as error:  # a check that breaks is a finding
             name = getattr(part, "__name__", "check").strip("<>")
             checks.append(Check(name, "FAIL", f"{type(error).__name__}: {error}", "pip install -e . and try again"))
     return checks

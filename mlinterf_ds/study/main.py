@@ -195,7 +195,7 @@ class Study:
             print(
                 register(Records.load(self.output / "records.json"), self.config.name, self.output, run_id), flush=True
             )
-        except Exception as error:
+        except Exception as error:  # the registry is a convenience: any trouble of MLflow's is told, the study stands
             print(f"warning: no model was registered: {first_line(error)}", flush=True)
 
     def _track(self, claims: Sequence[Any]) -> None:

@@ -45,7 +45,7 @@ def work(folder: Path) -> int:
                     _run(job["kind"], folder / unit["name"], unit["arguments"])
                     if not finished(folder / unit["name"]):
                         return 1  # asked to end: the next start goes on
-                except Exception as error:
+                except Exception as error:  # whatever a unit fails of, the others go on
                     facts = {"state": "failed", "reason": first_line(error)}
                     if layout.world > 1:
                         raise

@@ -158,7 +158,7 @@ class Tracker:
                 values = {name: v for name, v in values.items() if not self._spool.was_logged(name, step, v)}
             if values:
                 self._write({"step": step, "metrics": values})
-        except Exception as error:
+        except Exception as error:  # recording never ends a run
             self._warn(f"metrics were not recorded: {first_line(error)}")
 
     def tag(self, tags: Mapping[str, str]) -> None:
@@ -253,7 +253,7 @@ class Tracker:
                 failures, pause, self._trouble = 0, INTERVAL, ""
                 if closing:
                     break
-            except Exception as error:
+            except Exception as error:  # stores and networks raise anything; it is tried again
                 failures, self._trouble = failures + 1, first_line(error)
                 pause = 0.5 if closing else min(2.0 ** (failures - 1), LONGEST_PAUSE)
                 if failures == 2 and not closing:  # the first may be another job's lock on the database

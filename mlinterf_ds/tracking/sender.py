@@ -121,7 +121,7 @@ class Sender:
                 items = list(group)
                 try:
                     self._send([record for _, record in items if record])
-                except Exception as error:
+                except Exception as error:  # any: sorted by MLflow's error code
                     if getattr(error, "error_code", "") != "RESOURCE_DOES_NOT_EXIST" or self._rewound:
                         raise
                     # The server came back with an empty database: it gets the whole story again.
@@ -223,7 +223,7 @@ class Sender:
             chunk = entities[at : at + size]
             try:
                 self._client.log_batch(run_id, synchronous=True, **{kind: chunk})
-            except Exception as error:
+            except Exception as error:  # MLflow's stores raise their own kinds; only refused values are ours to sort
                 if getattr(error, "error_code", "") != "INVALID_PARAMETER_VALUE":
                     raise
                 if self._client.get_run(run_id).info.lifecycle_stage == "deleted":
@@ -295,7 +295,7 @@ class Sender:
                 run = self._client.get_run(wanted)
                 if run.info.lifecycle_stage != "deleted":
                     return run
-            except Exception as error:
+            except Exception as error:  # any: sorted by MLflow's error code
                 if getattr(error, "error_code", "") not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
                     raise
         found = self._find(key)
@@ -332,7 +332,7 @@ def send_folder(folder: Path, warn: Callable[[str], None]) -> str:
             with open(path, "ab") as file:
                 file.write(json.dumps({"run": key, "t": last[key]["t"], "end": "KILLED"}).encode() + b"\n")
         sender.drain()
-    except Exception as error:
+    except Exception as error:  # stores and networks raise anything: told as one line with the way on
         raise UserError(
             f"{path}: {sender.unsent} of {count} records could not be sent to {scrub(uri)} "
             f"({first_line(error)}). Set MLFLOW_TRACKING_URI if the server moved, and try again"
