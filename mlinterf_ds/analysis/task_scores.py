@@ -65,8 +65,8 @@ def read_scores(place: str) -> Scores:
             scores={code: dict(zip(seeds, of, strict=True)) for code, of in found["per_seed"].items()},
             tests={code: found["data"][f"test {code}"] for code in found["per_seed"]},
         )
-        TypeAdapter(Scores).validate_python(scores.__dict__, strict=True)
-        return scores
+        checked: Scores = TypeAdapter(Scores).validate_json(json.dumps(scores.__dict__), strict=True)
+        return checked
 
 
 def compare_scores(

@@ -486,6 +486,10 @@ def test_damaged_folders(tmp_path: Path) -> None:
         ("tokenizer.json", VOCABULARY, lambda: exported_tokenizer.pieces(tmp_path)),
     ]
 
+    for name, tree, read in readers:
+        (tmp_path / name).write_text(json.dumps(tree))
+        assert read(), "as it is, it is read"
+
     def case(drawn: Any) -> bool:
         number, mutation, wounds = drawn
         name, tree, read = readers[number]
