@@ -88,7 +88,8 @@ def figures(records: Records) -> list[tuple[str, list[tuple[str, str]]]]:
             for path in map(Path, each.figures):
                 if path.is_file() and path.stat().st_size <= LARGEST:
                     image = base64.b64encode(path.read_bytes()).decode()
-                    caption = f"{path.stem.replace('-', ' ')}: {each.set}, {each.variant}, seed {each.seed}"
+                    of = "" if each.set == "all" else f": {each.set}, {each.variant}, seed {each.seed}"
+                    caption = f"{path.stem.replace('-', ' ')}{of}"
                     shown.append((caption, f"data:image/png;base64,{image}"))
         if shown:
             found.append((heading, shown))

@@ -13,7 +13,7 @@ from mlinterf_ds.config import load_config
 from mlinterf_ds.report.figures import perplexity_curves
 from mlinterf_ds.study.claims import all_findings
 from mlinterf_ds.study.config import StudyConfig
-from mlinterf_ds.study.page import render
+from mlinterf_ds.study.page import figures, render
 from mlinterf_ds.study.tables import all_tables
 from tests.browser import CHROMIUM, browser
 from tests.study_records import planted
@@ -47,6 +47,23 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     html = render(config, records, all_tables(records), all_findings(records), {"git_commit": "abc"})
     (folder / "report.html").write_text(html, encoding="utf-8")
     return folder / "report.html"
+
+
+def test_captions_say_whose_figure_it_is(tmp_path: Path) -> None:
+    """A model's analysis names it; one of the whole study is not of a seed."""
+    records = planted(seeds=1)
+    perplexity_curves({"syn": [(0, 9.0), (1, 8.0)]}, tmp_path / "bars-ner-f1.png", title="a figure")
+    drawn = [str(tmp_path / "bars-ner-f1.png")]
+    whole = {"set": "all", "variant": "all", "analysis": "interference"}
+    records.analyses = [
+        replace(records.analyses[0], figures=drawn),
+        replace(records.analyses[0], **whole, figures=drawn),
+    ]
+    captions = {heading: [caption for caption, _ in shown] for heading, shown in figures(records)}
+    assert captions == {
+        "Interference": ["bars ner f1"],
+        "Gradient conflict": ["bars ner f1: far, joint, seed 0"],
+    }
 
 
 class Addresses(HTMLParser):
