@@ -28,7 +28,7 @@ from mlinterf_ds.study.corpora import Corpora
 from mlinterf_ds.study.records import Records, collect
 from mlinterf_ds.tracking import Tracker, environment_facts
 from mlinterf_ds.tracking.facts import first_line
-from mlinterf_ds.tracking.sender import PENDING
+from mlinterf_ds.tracking.sender import PENDING, send_rest
 
 ROOT = Path(__file__).resolve().parents[2]
 PATIENCE = 120.0  # seconds to wait for MLflow's id of the study, under which the jobs nest
@@ -102,6 +102,9 @@ class Study:
                 status = "FINISHED"
                 return 0
             outcomes = runner.run(self.jobs, self.config, self.output, write)
+            if parent:
+                units = [self.output / job.folder / unit.name for job in self.jobs for unit in job.units]
+                send_rest(units, lambda text: print(f"warning: {text}", flush=True))
             failed = self.report(outcomes)
             if parent:
                 self._register(parent)

@@ -15,7 +15,7 @@ import logging
 import os
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -310,6 +310,16 @@ class Sender:
         if parent is None:
             raise NotYet(f"the parent run ({parent_id}) has not been sent yet")
         return str(parent.info.run_id)
+
+
+def send_rest(folders: Iterable[Path], warn: Callable[[str], None]) -> None:
+    """Send what ended jobs could not in time (a busy machine, a server that was away); parents first, please."""
+    for folder in folders:
+        try:
+            if (folder / SPOOL).is_file() and Sender(folder, tracking_uri(), warn).unsent:
+                send_folder(folder, warn)
+        except UserError as error:
+            warn(str(error))
 
 
 def send_folder(folder: Path, warn: Callable[[str], None]) -> str:

@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 
 from mlinterf_ds.tracking import Tracker, main
+from mlinterf_ds.tracking.sender import send_rest
 from mlinterf_ds.tracking.spool import SPOOL
 from tests.mlflow_server import free_port, mlflow_server
 
@@ -92,7 +93,7 @@ def test_server_away_then_stopped_then_killed_then_back(
     with mlflow_server(port) as server:
         wait_until(lambda: tracker._sender.unsent == 0)
         assert points(store, tracker.run_id) == [(0, 0.0)]
-        assert tracker.browse().endswith(f"/runs/{tracker.run_id}")
+        assert tracker.browse().endswith(f"/runs/{tracker.run_id}?workflowType=machine_learning")
         os.killpg(server.pid, signal.SIGSTOP)  # slow: it takes requests and answers them much later
         tracker.log({"a": 1.0}, 1)
         time.sleep(2.5)
@@ -205,7 +206,7 @@ def test_server_comes_back_with_an_empty_database(monkeypatch: pytest.MonkeyPatc
     wait_until(lambda: tracker._sender.unsent == 0)
     first = tracker.run_id
     with sqlite3.connect("mlflow.db") as database:
-        for table in ("metrics", "latest_metrics", "params", "tags", "runs", "experiments"):
+        for table in ("metrics", "latest_metrics", "params", "tags", "runs", "experiment_tags", "experiments"):
             database.execute(f"DELETE FROM {table}")
     tracker.log({"a": 2.0}, 2)
     tracker.close()
@@ -229,3 +230,24 @@ def test_killed_job_is_marked_by_the_sending_command(workplace: Path) -> None:
 def test_wrong_folder(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["nowhere"]) == 1
     assert "nowhere: no mlflow-spool.jsonl" in capsys.readouterr().err
+
+
+def test_what_jobs_could_not_send_is_sent_after_them(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a study does at its end: a parent and its child whose server was away, then one that has nothing left."""
+    from mlflow import MlflowClient
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{free_port()}")
+    common = {"enabled": True, "experiment": "e", "parameters": {}, "tags": {}}
+    parent = Tracker.start(**common, name="parent", folder=Path("parent"))
+    child = Tracker.start(**common, name="child", folder=Path("child"), parent_id=parent.run_id)
+    for tracker in (parent, child):
+        tracker.close(timeout=0)
+        tracker._thread.join(30)  # it lets go of the spool
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri := f"sqlite:///{workplace}/mlflow.db")
+    said: list[str] = []
+    for _ in range(2):
+        send_rest([Path("parent").resolve(), Path("child").resolve(), workplace / "none"], said.append)
+    client = MlflowClient(uri)
+    runs = {run.info.run_name: run for run in client.search_runs([client.get_experiment_by_name("e").experiment_id])}
+    assert runs.keys() == {"parent", "child"} and {run.info.status for run in runs.values()} == {"FINISHED"}
+    assert runs["child"].data.tags["mlflow.parentRunId"] == runs["parent"].info.run_id and not said
