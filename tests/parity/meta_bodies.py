@@ -285,7 +285,7 @@ def largest_tensor(json_name: str) -> tuple[int, int, int]:
     """Elements of the largest tensor made inside a meta step, of the smaller group (theta or phi_i), of a shard."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
-    from mlinterf_ds.engine import zero
+    from mlinterf_ds.engine import space
 
     sizes: list[int] = []
 
@@ -300,7 +300,7 @@ def largest_tensor(json_name: str) -> tuple[int, int, int]:
                 sizes.append(out.untyped_storage().nbytes() // out.element_size())
             return out
 
-    bucket, zero.BUCKET = zero.BUCKET, 2000
+    bucket, space.BUCKET = space.BUCKET, 2000
     settings = ["variant=meta_ffn", "model.width=64", "model.ffn=144", "model.layers=4", "train.batch=4"]
     try:
         engine, stream, config = bodies.make(settings, json_name, bucket=2000)
@@ -311,9 +311,9 @@ def largest_tensor(json_name: str) -> tuple[int, int, int]:
         with Watch():
             meta.step([stream.batch(engine.step, *s) for s in slices], [held_out])
     finally:
-        zero.BUCKET = bucket
+        space.BUCKET = bucket
     groups = [engine.model.shared_parameters(), *engine.model.language_parameters().values()]
-    whole = [sum(zero.shape_numel(tuple(getattr(p, "ds_shape", p.shape))) for p in group.values()) for group in groups]
+    whole = [sum(space.shape_numel(tuple(getattr(p, "ds_shape", p.shape))) for p in group.values()) for group in groups]
     return max(sizes), min(whole[0], whole[1]), max(whole) // 2
 
 
