@@ -81,7 +81,7 @@ class Model:
 
         pretrained = Pretrained.open(place)
         self.languages, self.path, self.layout = pretrained.languages, pretrained.path, layout
-        self.length = pretrained.positions
+        self.length, self.mask_share = pretrained.positions, pretrained.mask_share
         self.tokenizer = pretrained.tokenizer()
         self.device = torch.device(get_accelerator().current_device_name())
         self.encoder = pretrained.encoder(layout, self.device, DTYPES[choose_precision(precision, {})[0]])
@@ -132,7 +132,9 @@ def score(model: Model, language: str, path: Path, sentences: int) -> dict[str, 
     """Perplexity, bits per character and pseudo-perplexity (of the first `sentences` lines) of a text file."""
     number, text = model.index(language), Text(path, language, model.tokenizer)
     layout = model.layout
-    rows = EvaluationSet(text, language, "test", languages=model.languages, length=model.length)
+    rows = EvaluationSet(
+        text, language, "test", languages=model.languages, length=model.length, mask_share=model.mask_share
+    )
     total = 0.0
     for batch in rows.batches(ROWS, layout.data_rank, layout.data):
         total += float((batch.weights * model.surprisals(batch)).sum())

@@ -55,6 +55,11 @@ class Pretrained:
         return int(self.saved["config"]["data"]["sequence_length"])
 
     @property
+    def mask_share(self) -> float:
+        """The share of tokens that its pretraining predicted."""
+        return float(self.saved["config"]["data"]["mask"])
+
+    @property
     def run_id(self) -> str | None:
         """MLflow's id of the pretraining run."""
         return self.saved.get("run_id")

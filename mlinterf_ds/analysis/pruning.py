@@ -48,7 +48,7 @@ def run(job: AnalysisJob) -> dict[str, Any]:
     model = job.model.encoder(layout, job.device, DTYPES[job.precision]).requires_grad_(False)
     gates = Gates(model, settings.groups, layout.tensor_rank, layout.tensor)
     scale = LossScale(job.precision == "fp16", job.deepspeed_json.get("fp16", {}))
-    share = job.model.saved["config"]["data"]["mask"]
+    share = job.model.mask_share
     subject = Subject(model, gates, job.text, layout, job.device, scale, job.model.positions, share)
     learned: dict[tuple[str, int], np.ndarray] = {}
     scores: list[dict[str, Any]] = []

@@ -136,6 +136,11 @@ def one_text(runs: Sequence[Run], corpus: str | None) -> Corpus:
                 f"{run.place}: data.sequence_length is {run.pretrained.positions}, of {first.place} "
                 f"{first.pretrained.positions}: the same rows cannot be read by both; train them at one length"
             )
+        if run.pretrained.mask_share != first.pretrained.mask_share:
+            raise UserError(
+                f"{run.place}: data.mask is {run.pretrained.mask_share}, of {first.place} {first.pretrained.mask_share}: "
+                "a model that sees more is scored better; train them with one"
+            )
     return found
 
 

@@ -115,11 +115,6 @@ def memory(
         found["meta step"] = STATE * count.own / d + max(descent, displaced)  # phi and its moments are kept aside
     rows = micro_rows(config, layout.data)
     found["activations"] = activations(config, rows, vocabulary, layout, on_gpu)
-    if config.variant == "meta_ffn" and not config.model.recompute:
-        # no pass wants the gradients of more than one language: others' layers do not keep their inputs
-        others = 1 - 1 / (config.meta.languages_per_step or count.languages)
-        inputs = b * rows * config.data.sequence_length * (config.model.width + config.model.ffn / layout.tensor)
-        found["activations"] -= others * config.model.layers * inputs
     return found
 
 

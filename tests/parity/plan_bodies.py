@@ -33,10 +33,6 @@ def tensors_alive() -> list[torch.Tensor]:
     return [item for item in gc.get_objects() if type(item) in (torch.Tensor, torch.nn.Parameter)]
 
 
-def alive() -> Storages:
-    return storages(tensors_alive())
-
-
 COLLECTIVES = {"allreduce_": "all_reduce", "_allgather_base_": "all_gather", "_reduce_scatter_base_": "reduce_scatter"}
 
 
@@ -78,19 +74,23 @@ def measure(
 
     step(1)
     found = held(engine)
-    kept = storages(leavings) | storages(all_held(engine))
     inner, vectors, saved = engine.accumulate, [0], [0]
+
+    def beside(tensors: Any) -> int:
+        """Bytes of these beside what is held between steps; asked now, as a meta step renews what is held."""
+        kept = storages(leavings) | storages(all_held(engine))
+        return sum(size for at, size in storages(tensors).items() if at not in kept)
 
     packed: list[weakref.ref[torch.Tensor]] = []
 
     def pack(item: torch.Tensor) -> torch.Tensor:
-        if item.untyped_storage().data_ptr() not in kept and not isinstance(item, torch.nn.Parameter):
+        if not isinstance(item, torch.nn.Parameter):
             packed.append(weakref.ref(item))  # a parameter under ZeRO 3 saves itself, not what is gathered for it
         return item
 
     def forward_ends(*_: Any) -> None:
         """What the graph holds now: what ended with a branch that leads nowhere does not count."""
-        saved[0] = max(saved[0], sum(storages(found() for found in packed).values()))
+        saved[0] = max(saved[0], beside(found() for found in packed))
         packed.clear()
 
     engine.model.register_forward_hook(forward_ends)
@@ -98,13 +98,13 @@ def measure(
     def watched(batches: Any, spaces: Any) -> Any:
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda item: item):
             sums = inner(batches, spaces)
-        vectors[0] = max(vectors[0], sum(size for at, size in alive().items() if at not in kept))
+        vectors[0] = max(vectors[0], beside(tensors_alive()))
         return sums
 
     reduced = engine._reduce
 
     def reducing(*arguments: Any) -> Any:
-        vectors[0] = max(vectors[0], sum(size for at, size in alive().items() if at not in kept))
+        vectors[0] = max(vectors[0], beside(tensors_alive()))
         return reduced(*arguments)
 
     engine.accumulate, engine._reduce = watched, reducing  # type: ignore[method-assign]

@@ -31,6 +31,7 @@ RUNS = {
     "syn-1": [*MONO, "languages=syn", "train.seed=1"],
     "far-0": [*MONO, "languages=syn-far"],
     "short": [*MONO, "languages=syn", "data.sequence_length=16"],
+    "sparse": [*MONO, "languages=syn", "data.mask=0.15"],
     "other": ["variant=mono", "languages=syn"],
 }
 ANALYSIS = ["analysis=interference", "tracking.enabled=false", "train.precision=fp32"]
@@ -184,6 +185,7 @@ def test_a_low_resource_version_keeps_what_is_held_out(folder: Path) -> None:
             ["runs/joint-0", "vocabulary", "one corpus"],
         ),
         (["interference.mono=runs/short", "interference.joint=runs/joint-0"], ["data.sequence_length", "16", "32"]),
+        (["interference.mono=runs/sparse", "interference.joint=runs/joint-0"], ["data.mask", "0.15", "0.3"]),
         ([*PAIR, "languages=syn,klingon"], ["no run knows klingon", "syn-far"]),
         ([*PAIR, "interference.typology=features.csv"], ["features.csv", "no line for syn-far"]),
         (
