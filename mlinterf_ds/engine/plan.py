@@ -115,6 +115,12 @@ def memory(
         found["meta step"] = STATE * count.own / d + max(descent, displaced)  # phi and its moments are kept aside
     rows = micro_rows(config, layout.data)
     found["activations"] = activations(config, rows, vocabulary, layout, on_gpu)
+    if config.variant == "meta_ffn" and not config.model.recompute and layout.stage < 3:
+        # no pass wants the gradients of more than one language: others' layers do not keep their inputs (DeepSpeed's
+        # own linear layer under ZeRO 3 keeps them all the same)
+        others = 1 - 1 / (config.meta.languages_per_step or count.languages)
+        inputs = b * rows * config.data.sequence_length * (config.model.width + config.model.ffn / layout.tensor)
+        found["activations"] -= others * config.model.layers * inputs
     return found
 
 

@@ -22,7 +22,7 @@ SETTINGS = [
     ("zero2", 2, 1, ["variant=adpt", BF16, "train.micro_batch=2"]),
     ("zero2", 2, 2, ["variant=adpt", "model.head_width=48"]),
     ("zero2", 2, 1, ["variant=meta_adpt", BF16]),
-    ("zero2", 2, 1, ["variant=meta_adpt", BF16, "meta.lookahead=adam"]),
+    ("zero2", 2, 1, ["variant=meta_ffn", BF16, "meta.lookahead=adam"]),
     ("zero3", 2, 1, ["variant=adpt", BF16]),
     ("zero3", 2, 2, ["variant=joint", BF16]),
     ("zero2", 4, 2, ["variant=attn", BF16]),
