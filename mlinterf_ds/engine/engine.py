@@ -59,10 +59,8 @@ class Engine:
         self.scale = LossScale(precision == "fp16", deepspeed_json.get("fp16", {}))
         self.updates = self.skipped = self.skipped_in_a_row = 0
         self.new_rows: NewRows | None = None  # set: all else that is shared is frozen
-        self.spikes, self.spiked = (
-            Spikes(config.train.spike),
-            "",
-        )  # spiked: why the last step was skipped, if for its loss
+        self.spikes = Spikes(config.train.spike)
+        self.spiked = ""  # why the last step was skipped, if for its loss
         resolved = resolve(deepspeed_json, config, precision, layout.data)
         self.stage: int = resolved["zero_optimization"]["stage"]
         routed = {language: found for language, found in model.language_parameters().items() if found}
@@ -212,8 +210,8 @@ class Engine:
         """AdamW on one space's shards by factor * gradient, then its working weights."""
         if factor != 1.0:
             gradient = [piece.mul_(factor) for piece in gradient]
-        frozen = self.new_rows and space is self.spaces[SHARED]
-        with self.new_rows.kept(space.masters) if frozen and self.new_rows else contextlib.nullcontext():
+        frozen = self.new_rows if space is self.spaces[SHARED] else None
+        with frozen.kept(space.masters) if frozen else contextlib.nullcontext():
             apply(self.optimizers[self.name_of(space)], space.masters, gradient, lr)
         space.write()
 

@@ -67,8 +67,9 @@ class Tracker:
         self._pid = os.getpid()
         self._previous_handler: Any = None
         if folder is not None:
-            self._spool = SpoolWriter(folder, key)
-            self._sender = Sender(folder, tracking_uri(), self._warn)
+            place = folder.absolute()  # the process may change its directory
+            self._spool = SpoolWriter(place, key)
+            self._sender = Sender(place, tracking_uri(), self._warn)
             self._closing, self._done, self._wake = threading.Event(), threading.Event(), threading.Event()
             self._deadline = math.inf
             self._thread = threading.Thread(target=self._work, name="mlflow-sender", daemon=True)

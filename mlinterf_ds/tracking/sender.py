@@ -15,7 +15,7 @@ import logging
 import os
 import tempfile
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -332,9 +332,14 @@ def send_folder(folder: Path, warn: Callable[[str], None]) -> str:
     uri = tracking_uri() if os.environ.get("MLFLOW_TRACKING_URI") else starts[-1]["uri"]
     folder = folder.resolve()
     path = folder / SPOOL
-    if os.path.isdir(starts[-1]["cwd"]):
-        os.chdir(starts[-1]["cwd"])  # MLflow puts a database's artifacts under the working directory
-    sender = Sender(folder, uri, warn)
+    there = starts[-1]["cwd"]  # MLflow puts a database's artifacts under the working directory
+    with contextlib.chdir(there if os.path.isdir(there) else "."):
+        count = _send_all(Sender(folder, uri, warn), path, last)
+    return f"{path}: {count} records sent to {scrub(uri)}"
+
+
+def _send_all(sender: Sender, path: Path, last: Mapping[str, Record]) -> int:
+    """Send a spool and the ends that its dead runs lack (`last`: the last record of each); how many records there were."""
     count = sender.unsent
     try:
         sender.drain()
@@ -344,9 +349,9 @@ def send_folder(folder: Path, warn: Callable[[str], None]) -> str:
         sender.drain()
     except Exception as error:  # stores and networks raise anything: told as one line with the way on
         raise UserError(
-            f"{path}: {sender.unsent} of {count} records could not be sent to {scrub(uri)} "
+            f"{path}: {sender.unsent} of {count} records could not be sent to {scrub(sender.uri)} "
             f"({first_line(error)}). Set MLFLOW_TRACKING_URI if the server moved, and try again"
         ) from error
     finally:
         sender.release()
-    return f"{path}: {count} records sent to {scrub(uri)}"
+    return count

@@ -246,6 +246,21 @@ def test_two_jobs_at_once_on_a_new_database(workplace: Path) -> None:
     assert all(len(history(run.info.run_id, "a")) == 300 and run.info.status == "FINISHED" for run in runs)
 
 
+def test_a_process_that_changes_its_directory(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The spool stays the job's own, also where the new directory has an `out` with another job's."""
+    tracker = start()
+    tracker.log({"a": 1.0}, 1)
+    elsewhere = workplace / "elsewhere"
+    (elsewhere / "out").mkdir(parents=True)
+    monkeypatch.chdir(elsewhere)
+    tracker.log({"a": 2.0}, 2)
+    tracker.close()
+    assert not any((elsewhere / "out").iterdir()), "nothing is read or noted there"
+    assert main([str(workplace / "out")]) == 0 and Path.cwd() == elsewhere, "sending goes there and comes back"
+    monkeypatch.chdir(workplace)
+    assert history(tracker.run_id, "a") == [(1, 1.0), (2, 2.0)] and only_run("tests").info.status == "FINISHED"
+
+
 def test_killed_then_resumed_is_one_run_without_double_points(monkeypatch: pytest.MonkeyPatch) -> None:
     process = job("[tracker.log({'loss': i / 7}, i) for i in range(20)]; time.sleep(60)", "out")
     wait_until(lambda: Path("out", SENT).exists() and json.loads(Path("out", SENT).read_text())["runs"])
