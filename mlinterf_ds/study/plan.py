@@ -128,8 +128,9 @@ def _finetunings(config: StudyConfig, model: Model, pretrained: RunConfig) -> It
                 "dev": {source: _data(config, task, "dev", source)},
             }
             places = {code: _data(config, task, "test", code) for code in targets}
-            # a share of a language's training data tests only what was trained on the rest of them
-            files["test"] = {code: p for code, p in places.items() if p and (p != "split" or code == source)}
+            for code in [code for code, place in places.items() if place == "split" and code != source]:
+                places[code] = _data(config, task, "train", code)  # nothing of it was trained on here: all of it tests
+            files["test"] = {code: place for code, place in places.items() if place}
             settings = [*task.settings, f"task={task.task}", f"finetune.seeds={model.seed}"]
             settings += [f"finetune.unseen={source}"] * (model.kind == "mono")
             yield _finetuning(task, source, files, settings, model, "", pretrained)
