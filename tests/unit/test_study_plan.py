@@ -87,6 +87,22 @@ def test_what_is_fine_tuned_and_tested(jobs: list[plan.Job]) -> None:
     assert set(units("joint.far-tri.seed0")) == set(joint)  # the third language is tested on, not trained on
 
 
+def test_a_share_of_train_is_tested_or_all_of_it_where_another_language_was_trained_on(tmp_path: Path) -> None:
+    recipe = tmp_path / "shares.toml"
+    for code in ("syn", "syn-far"):
+        (tmp_path / code).write_text(code)
+    files = f'syn = "{tmp_path}/syn"\nsyn-far = "{tmp_path}/syn-far"'
+    shares = 'syn = "split"\nsyn-far = "split"'
+    pair = '[[sets]]\nname = "far"\nlanguages = "syn,syn-far"\nvariants = ["joint"]\n'
+    recipe.write_text(f'{pair}[[tasks]]\ntask = "qa"\n[tasks.train]\n{files}\n[tasks.test]\n{shares}\n')
+    joint = next(job for job in expanded(str(recipe)) if job.name == "finetune.joint.far.seed0")
+    tested = {
+        unit.facts["train"]: [b for a, b in zip(unit.arguments, unit.arguments[1:], strict=False) if a == "--test"]
+        for unit in joint.units
+    }
+    assert tested == {"syn": ["syn=split", f"syn-far={tmp_path}/syn-far"], "syn-far": ["syn-far=split"]}
+
+
 def test_controls() -> None:
     jobs = {j.name: j for j in expanded("study_cpu", "study_cpu_full") if j.kind == "pretrain"}
     direct, compute = jobs["pretrain.meta_adpt-direct.far.seed4"], jobs["pretrain.adpt-compute.far.seed4"]
