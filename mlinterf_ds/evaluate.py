@@ -150,7 +150,12 @@ def score(model: Model, language: str, path: Path, sentences: int) -> dict[str, 
             for batch in one_at_a_time(ids[: model.length - 2], number):
                 sums += float(model.surprisals(batch).sum()), len(batch.tokens)
         nll, count = model.summed(sums.tolist())
-        found |= {"pseudo_perplexity": math.exp(nll / count), "pseudo_perplexity_tokens": count}
+        cut = sum(len(ids) > model.length - 2 for ids in text.encoded[:sentences])
+        found |= {
+            "pseudo_perplexity": math.exp(nll / count),
+            "pseudo_perplexity_tokens": count,
+            "pseudo_perplexity_sentences_cut": cut,
+        }
     return found
 
 
@@ -201,4 +206,8 @@ def _shown(results: Any) -> str:
         lines.append(
             f"{language:<12}{found['perplexity']:>12.2f}{found['bits_per_character']:>16.3f}{pseudo:>19}{found['sentences']:>11}"
         )
+        if cut := found.get("pseudo_perplexity_sentences_cut"):
+            lines.append(
+                f"note: pseudo-perplexity reads only the beginning of {cut} sentences of {language}: longer than a row"
+            )
     return "\n".join(lines)

@@ -116,7 +116,7 @@ def prepare(
 def serving(config: FinetuneConfig, pretrained: Pretrained, options: Options, split: str, language: str) -> int:
     """The index of the language whose modules read this language's rows."""
     settings, known = config.finetune, pretrained.languages
-    if split == "test" and settings.route == "source":
+    if split != "train" and settings.route == "source":  # what chooses the epoch is what is tested
         if len(options["train"]) > 1:
             raise UserError(
                 f"finetune.route=source needs one training language, --train names {', '.join(options['train'])}: use target"
@@ -128,7 +128,7 @@ def serving(config: FinetuneConfig, pretrained: Pretrained, options: Options, sp
         raise UserError(
             f"--{split} {language}: the model at {pretrained.path} has no modules for {language!r}, it knows "
             f"{', '.join(known)}; choose one of them with --set finetune.unseen=LANG"
-            + (", or use the training language's with --set finetune.route=source" if split == "test" else "")
+            + (", or use the training language's with --set finetune.route=source" if split != "train" else "")
         )
     return known.index(language)
 
@@ -243,7 +243,7 @@ class Study:
         settings = config.pop("finetune")
         flat = config | {f"finetune.{key}": value for key, value in settings.items()}
         kept = {key: value for key, value in flat.items() if key not in FREE_TO_CHANGE}
-        return kept | {"data": self.sets.origin, "pretrained step": self.job.pretrained.path.name}
+        return kept | {"data": self.sets.origin, "pretrained weights": self.job.pretrained.digest}
 
     def _check_resumed(self) -> str | None:
         """MLflow's run id of the job that is continued; UserError if it was another job."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,6 +40,11 @@ class Pretrained:
                 f"{path}: a checkpoint of a fine-tuning: set checkpoint to a pretraining run's output folder"
             )
         return cls(path, saved)
+
+    @property
+    def digest(self) -> str:
+        """Of what it holds: sha256 of complete.json, which has every file's own."""
+        return hashlib.sha256((self.path / "complete.json").read_bytes()).hexdigest()
 
     @property
     def languages(self) -> list[str]:

@@ -23,6 +23,7 @@ LABELS = ["entailment", "neutral", "contradiction"]
 ALIASES = {"contradictory": "contradiction"}  # in machine-translated MNLI
 NO_LABEL = "-"
 FIELDS = ("sentence1", "sentence2", "gold_label")
+HEADERS = (FIELDS, ("premise", "hypo", "label"), ("premise", "hypothesis", "label"))  # XNLI, MNLI; XNLI-MT; others
 
 
 @dataclass(frozen=True)
@@ -40,11 +41,13 @@ class Pair:
         """The line of the file with another label."""
         if label == self.label and self.raw:
             return self.raw
+        body = self.raw.rstrip("\r")
+        end = self.raw[len(body) :]
         if self.column is None:
-            return json.dumps(json.loads(self.raw) | {"gold_label": label}, ensure_ascii=False)
-        columns = (self.raw or f"{self.premise}\t{self.hypothesis}\t").split("\t")
+            return json.dumps(json.loads(body) | {"gold_label": label}, ensure_ascii=False) + end
+        columns = (body or f"{self.premise}\t{self.hypothesis}\t").split("\t")
         columns[self.column] = label
-        return "\t".join(columns)
+        return "\t".join(columns) + end
 
 
 class Nli:
@@ -54,13 +57,14 @@ class Nli:
     kind: Kind = "labels"
 
     def read(self, path: Path, language: str) -> list[Pair]:
-        lines = [line.rstrip("\r") for line in read_text(path).split("\n")]
-        if lines[0].lstrip().startswith("{"):
-            found = list(_json_pairs(path, lines, language))
-        else:
-            found = list(_tsv_pairs(path, lines, language))
+        text, others = read_text(path), set[str]()
+        pairs = _json_pairs if text.lstrip().startswith("{") else _tsv_pairs
+        found = list(pairs(path, text.split("\n"), language, others))
         if not found:
-            raise UserError(f"{path}: no pairs in language {language!r}; its 'language' column names others")
+            raise UserError(
+                f"{path}: no pairs in language {language!r}: its 'language' column has {', '.join(sorted(others)) or 'none'}; "
+                "name one of these, or leave the column out"
+            )
         return found
 
     def synthetic(self, language: str, count: int, seed: int, split: str) -> list[Pair]:
@@ -143,26 +147,29 @@ def _label(path: Path, line: int, label: str) -> str:
     return label
 
 
-def _tsv_pairs(path: Path, lines: list[str], language: str) -> Iterator[Pair]:
-    """Columns by the header's names (XNLI's and MNLI's own files), or premise, hypothesis, label."""
-    head = lines[0].split("\t")
-    named = set(FIELDS) <= set(head)
-    at = [head.index(field) for field in FIELDS] if named else [0, 1, 2]
+def _tsv_pairs(path: Path, lines: list[str], language: str, others: set[str]) -> Iterator[Pair]:
+    """Columns by the header's names (as HEADERS has them), or premise, hypothesis, label. `others`: languages passed over."""
+    first = next(number for number, line in enumerate(lines) if line.strip())
+    head = lines[first].rstrip("\r").split("\t")
+    fields = next((names for names in HEADERS if set(names) <= set(head)), None)
+    named = fields is not None
+    at = [head.index(field) for field in fields] if fields else [0, 1, 2]
     code = head.index("language") if named and "language" in head else None
-    for number, line in enumerate(lines[named:], 1 + named):
+    for number, line in enumerate(lines[first + named :], first + named + 1):
         if not line.strip():
             continue
-        columns = line.split("\t")
+        columns = line.rstrip("\r").split("\t")
         if len(columns) != (len(head) if named else 3):
             wanted = f"{len(head)} as in the header" if named else "3: premise, hypothesis, label"
             raise bad(path, number, f"{len(columns)} columns separated by tabs, expected {wanted}")
         if code is not None and columns[code] != language:
+            others.add(columns[code])
             continue
         premise, hypothesis, label = (columns[index] for index in at)
-        yield Pair(premise, hypothesis, _label(path, number, label), line, at[2], lines[0] if named else "")
+        yield Pair(premise, hypothesis, _label(path, number, label), line, at[2], lines[first] if named else "")
 
 
-def _json_pairs(path: Path, lines: list[str], language: str) -> Iterator[Pair]:
+def _json_pairs(path: Path, lines: list[str], language: str, others: set[str]) -> Iterator[Pair]:
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -170,5 +177,8 @@ def _json_pairs(path: Path, lines: list[str], language: str) -> Iterator[Pair]:
             found = json.loads(line)
             premise, hypothesis, label = (typed(found[field], str, field) for field in FIELDS)
             of = typed(found.get("language", language), str, "language")
-        if of == language:
+            json.dumps(found, ensure_ascii=False).encode()  # half a surrogate pair could not be written back
+        if of != language:
+            others.add(of)
+        else:
             yield Pair(premise, hypothesis, _label(path, number, label), line, None)

@@ -27,6 +27,12 @@ from mlinterf_ds.tasks.files import bad, read_text, typed, write_text
 
 FIRST_WORDS, MOST_WORDS, SAMPLE = 12, 12, 500  # fixed spans tried as a baseline: where they start, how long they are
 FEWEST_PIECES = 8  # of context in a window
+PARAGRAPH = "; expected {context: text, qas: [...]}"
+QUESTION = "; expected {id, question, answers: [{text, answer_start}]}"
+TYDIQA = {
+    "ar": "arabic", "bn": "bengali", "en": "english", "fi": "finnish", "id": "indonesian", "ja": "japanese",
+    "ko": "korean", "ru": "russian", "sw": "swahili", "te": "telugu", "th": "thai",
+}  # fmt: skip
 
 Offsets = list[tuple[int, int]]  # of each piece in the context, in characters
 
@@ -69,7 +75,7 @@ class Qa:
             found = list(_questions(path, text, tree))
         if not found:
             raise UserError(f"{path}: no questions in it")
-        return found
+        return _of_language(path, found, language)
 
     def synthetic(self, language: str, count: int, seed: int, split: str) -> list[Question]:
         from mlinterf_ds.data.synthetic import questions
@@ -93,19 +99,23 @@ class Qa:
     ) -> tuple[list[Row], list[str]]:
         pieces = tokenizer.pieces
         found: list[Row] = []
-        cut = missed = windowed = 0
+        cut = missed = windowed = long = split = 0
         for index, example in enumerate(examples):
             question = tokenizer.encode(example.question)
             cut += len(question) > limits.max_question
             question = question[: limits.max_question]
             ids, offsets = located(example.context, tokenizer, pieces)
-            span = _cover(offsets, example.answers[0]) if example.answers and not example.hidden else None
+            answer = next((found for found in example.answers if found[0]), None)
+            span = _cover(offsets, answer) if answer else None
             if span and not example.impossible:
                 nearest = example.context[offsets[span[0]][0] : offsets[span[1]][1]]
                 missed += not metrics.exact_match(nearest, example.texts)
             before = len(found)
             found += _windows(index, question, ids, offsets, None if example.impossible else span, limits)
             windowed += len(found) - before > 1
+            if span and not example.impossible:
+                long += span[1] - span[0] >= limits.max_answer
+                split += not any(row.targets[0] for row in found[before:])
         notes = []
         if cut:
             notes.append(f"{cut} questions were cut to {limits.max_question} pieces")
@@ -115,6 +125,12 @@ class Qa:
             notes.append(
                 f"{missed} of {len(examples)} gold answers start or end inside a piece: no prediction can match them"
             )
+        if long:
+            notes.append(
+                f"{long} gold answers are longer than {limits.max_answer} pieces: they are not predicted whole"
+            )
+        if split:
+            notes.append(f"{split} gold answers are whole in no window: no window is trained to find them")
         return found, notes
 
     def predict(
@@ -189,25 +205,45 @@ class Qa:
 
 # --- the file --------------------------------------------------------------------------------------------------------
 def _questions(path: Path, text: str, tree: dict[str, Any]) -> Iterator[Question]:
+    """Every question, in order. A mistake is placed by its path in the tree, and by its line where its id says it."""
     seen: Counter[str] = Counter()
-    for article in tree["data"]:
-        for paragraph in article["paragraphs"]:
-            context = typed(paragraph["context"], str, "context")
-            for qa in paragraph["qas"]:
-                name = typed(str(qa["id"]) if type(qa["id"]) is int else qa["id"], str, "id")
-                question = typed(qa["question"], str, "question")
-                answers = tuple(
-                    (typed(a["text"], str, "text"), typed(a["answer_start"], int, "answer_start"))
-                    for a in typed(qa["answers"], list, "answers")
-                )
-                impossible = typed(qa.get("is_impossible", False), bool, "is_impossible")
+    at, line = 0, 1  # where the last question's id stands: ids may repeat
+    for a, article in enumerate(tree["data"]):
+        for p, paragraph in enumerate(article["paragraphs"]):
+            with refusing(f"{path}: data[{a}].paragraphs[{p}]", PARAGRAPH):
+                context, asked = typed(paragraph["context"], str, "context"), typed(paragraph["qas"], list, "qas")
+            for q, qa in enumerate(asked):
+                place = f"data[{a}].paragraphs[{p}].qas[{q}]"
+                with refusing(f"{path}: {place}", QUESTION):
+                    spelt = {json.dumps(qa["id"]), json.dumps(qa["id"], ensure_ascii=False)}
+                    name = typed(str(qa["id"]) if type(qa["id"]) is int else qa["id"], str, "id")
+                hit = re.compile(f'"id"\\s*:\\s*(?:{"|".join(map(re.escape, spelt))})').search(text, at)
+                if hit:
+                    at, line = hit.end(), line + text.count("\n", at, hit.end())
+                with refusing(f"{path}, line {line}: {place}, id {name!r}", QUESTION):
+                    question = typed(qa["question"], str, "question")
+                    answers = tuple(
+                        (typed(a["text"], str, "text"), typed(a["answer_start"], int, "answer_start"))
+                        for a in typed(qa["answers"], list, "answers")
+                    )
+                    impossible = typed(qa.get("is_impossible", False), bool, "is_impossible")
                 if problem := _problem(context, answers, impossible):
-                    line = text[: max(0, text.find(json.dumps(qa["id"])))].count("\n") + 1
                     raise bad(path, line, f"question {name!r}: {problem}")
                 seen[name] += 1
                 if seen[name] > 1:  # TyDiQA-GoldP for XTREME numbers its English questions again and again
                     name += f"#{seen[name]}"
                 yield Question(name, question, context, () if impossible else answers, impossible)
+
+
+def _of_language(path: Path, found: list[Question], language: str) -> list[Question]:
+    """TyDiQA-GoldP has all languages in one file, named in the ids (`finnish-...`): those of this one."""
+    named = [question.id.partition("-")[0] for question in found]
+    if not set(named) <= set(TYDIQA.values()) or len(set(named)) == 1:
+        return found
+    kept = [question for question, name in zip(found, named, strict=True) if name == TYDIQA.get(language)]
+    if not kept:
+        raise UserError(f"{path}: no questions in language {language!r}; its ids name {', '.join(sorted(set(named)))}")
+    return kept
 
 
 def _problem(context: str, answers: Sequence[tuple[str, int]], impossible: bool) -> str:

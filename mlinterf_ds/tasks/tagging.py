@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mlinterf_ds.data.tokenizer import BOS, EOS, UNK, Tokenizer
@@ -56,6 +56,7 @@ class Sentence:
 
 # --- files -----------------------------------------------------------------------------------------------------------
 Found = list[tuple[int, str, str]]  # (line within the block, word, tag)
+NUMBER = re.compile(r"[\d.,]*\d[\d.,]*")
 
 
 def read_blocks(path: Path, parse: Callable[[list[str], int], Found], column: int) -> list[Sentence]:
@@ -78,6 +79,8 @@ def read_blocks(path: Path, parse: Callable[[list[str], int], Found], column: in
         pending = []
     if not sentences:
         raise UserError(f"{path}: no words in it; expected one word and its tag a line")
+    if pending:  # comments after the last sentence
+        sentences[-1] = replace(sentences[-1], raw=(*sentences[-1].raw, *pending))
     return sentences
 
 
@@ -98,8 +101,8 @@ def _blocks(lines: list[str]) -> Iterator[tuple[int, int, int]]:
 def read_columns(path: Path, check: Callable[[str], str], width: int = 0) -> list[Sentence]:
     """Words in the first column, tags in the last; columns are separated by tabs, or by spaces where the first line has none.
 
-    All lines have `width` columns (0: as many as the first). One exception: with two columns and spaces, the last space
-    separates, as treebanks have words with a space in them ("10 000"). `check(tag)` says what is wrong with a tag, or ''.
+    All lines have `width` columns (0: as many as the first). One exception: with two columns and spaces, a number may have
+    spaces in it, as in treebanks ("10 000 NUM"). `check(tag)` says what is wrong with a tag, or ''.
     """
     tabs: bool | None = None
 
@@ -108,12 +111,12 @@ def read_columns(path: Path, check: Callable[[str], str], width: int = 0) -> lis
         found: Found = []
         for index, line in enumerate(lines):
             body = line.rstrip("\r")
+            if body.split(maxsplit=1)[0] == "-DOCSTART-":  # CoNLL marks documents so
+                continue
             tabs = "\t" in body if tabs is None else tabs
             columns = body.split("\t") if tabs else [column for column in body.split(" ") if column]
-            if columns[0] == "-DOCSTART-":  # CoNLL marks documents so
-                continue
             width = width or max(2, len(columns))
-            if not tabs and width == 2 and len(columns) > 2:
+            if not tabs and width == 2 and len(columns) > 2 and all(NUMBER.fullmatch(part) for part in columns[:-1]):
                 columns = [" ".join(columns[:-1]), columns[-1]]
             if len(columns) != width or not columns[0]:
                 message = f"{len(columns)} columns, expected {width} (a word, ..., its tag) separated by {'a tab' if tabs else 'spaces'}"
@@ -129,8 +132,7 @@ def read_columns(path: Path, check: Callable[[str], str], width: int = 0) -> lis
 
 def written(sentences: Sequence[Sentence], tags: Predictions) -> str:
     """A file of these sentences with these tags."""
-    text = "\n".join(line for sentence, new in zip(sentences, tags, strict=True) for line in sentence.retagged(new))
-    return text if text.endswith("\n") else text + "\n"
+    return "\n".join(line for sentence, new in zip(sentences, tags, strict=True) for line in sentence.retagged(new))
 
 
 def made(words: Sequence[str], tags: Sequence[str], path: Path, first_line: int) -> Sentence:
@@ -236,21 +238,23 @@ def constant(sentences: Sequence[Sentence], tag: str) -> list[list[str]]:
     return [[tag] * len(sentence.words) for sentence in sentences]
 
 
+WIKIANN = re.compile(r"([a-z]{2,3}(?:-[a-z]+)*:).")  # a wiki's code, and a word
+
+
 def strip_language_prefix(sentences: list[Sentence]) -> list[Sentence]:
-    """WikiAnn as first published writes `en:word`: read the word, where every word of the file is written so.
+    """WikiAnn as first published writes `en:word`, `zh-yue:word`: read the word, where every word of the file is written so.
 
     UserError if most are and some are not: such a file is damaged, and means neither.
     """
-    counts = Counter(word[:3] for sentence in sentences for word in sentence.words if len(word) > 3)
+    matches = (WIKIANN.match(word) for sentence in sentences for word in sentence.words)
+    counts = Counter(match.group(1) for match in matches if match)
     prefix, count = counts.most_common(1)[0] if counts else ("", 0)
-    if not re.fullmatch(r"[a-z]{2}:", prefix) or count <= sum(len(sentence.words) for sentence in sentences) / 2:
+    if count <= sum(len(sentence.words) for sentence in sentences) / 2:
         return sentences
     for sentence in sentences:
         for index, word in enumerate(sentence.words):
-            if not word.startswith(prefix) or len(word) == 3:
+            if not word.startswith(prefix) or word == prefix:
                 raise UserError(
                     f"{sentence.place(index)}: {word!r} lacks the prefix {prefix!r} that most words here have"
                 )
-    return [
-        Sentence(tuple(w[3:] for w in s.words), s.tags, s.raw, s.at, s.path, s.first_line, s.column) for s in sentences
-    ]
+    return [replace(s, words=tuple(word.removeprefix(prefix) for word in s.words)) for s in sentences]

@@ -57,7 +57,7 @@ def command(ground: Path, task: str, out: Path, *more: str) -> list[str]:
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_every_recipe_loads(recipe: Path) -> None:
     config = load_config([recipe], ["checkpoint=x"], FinetuneConfig)
-    assert recipe.stem.endswith(("tiny", config.task))
+    assert recipe.stem.endswith(("tiny", "synthetic", config.task))
 
 
 def test_the_appendix_grids() -> None:
@@ -209,6 +209,7 @@ def rewrite(checkpoint: Path, run_id: str) -> None:
         ([], "test", "as", 1),
         (["finetune.route=source"], "test", "as", 0),
         (["finetune.route=source"], "test", "sw", 0),
+        (["finetune.route=source"], "dev", "as", 0),
         (["finetune.unseen=as"], "test", "sw", 1),
         (["finetune.unseen=as"], "train", "sw", 1),
         (["finetune.unseen=as"], "test", "te", 0),

@@ -49,13 +49,17 @@ def roundtrip(task: str, path: Path, gold) -> None:
         "-DOCSTART- -X- -X- O\n\nAnn NNP B-NP S-PER\nLee NNP I-NP B-ORG\nCo NNP I-NP E-ORG\n\n",
         "\nAnn\tB-PER\r\nhi\tO\r\n\r\n",
         "a\u2028b\tO\n#\tO\n",  # a line separator inside a word; a word that looks like a comment
+        "-DOCSTART- O\n\nAnn\tB-PER\nhi\tO",  # no tab in the mark; no newline at the end
     ],
 )
 def test_entity_files_come_back_byte_for_byte(text: str, tmp_path: Path) -> None:
     roundtrip("ner", put(tmp_path, "f.tsv", text), lambda s: ner_module.iob2(s.tags))
 
 
-@pytest.mark.parametrize("name, text", [("f.conllu", CONLLU), ("f.txt", "10 000 NUM\nfois NOUN\n\noui INTJ\n")])
+@pytest.mark.parametrize(
+    "name, text",
+    [("f.conllu", CONLLU), ("g.conllu", CONLLU + "# end\n"), ("f.txt", "10 000 NUM\nfois NOUN\n\noui INTJ\n")],
+)
 def test_treebanks_come_back_byte_for_byte(name: str, text: str, tmp_path: Path) -> None:
     path = put(tmp_path, name, text)
     roundtrip("pos", path, lambda s: s.tags)
@@ -107,6 +111,8 @@ HEADER = "language\tgold_label\tsentence1\tsentence2\n"
     [
         "A cat.\tAn animal.\tentailment\nA cat.\tA dog.\tcontradiction\nx\ty\t-\n",
         HEADER + "en\tneutral\tA.\tB.\n",
+        "A.\tB.\tneutral\r\nC.\tD.\tentailment\r\n",
+        "premise\thypo\tlabel\r\nA.\tB.\tneutral\r\n",  # machine-translated training data of XNLI
         json.dumps({"sentence1": "a", "sentence2": "b", "gold_label": "neutral", "language": "en", "k": 1}) + "\n",
     ],
 )
@@ -122,6 +128,29 @@ def test_pairs_of_one_language_and_no_label(tmp_path: Path) -> None:
     pairs = task.read(put(tmp_path, "g.tsv", "a\tb\t-\na\tb\tneutral\n"), "en")
     assert [task.labelled(p) for p in pairs] == [False, True]
     assert task.score(pairs, ["neutral", "neutral"]) == {"accuracy": 100.0}
+
+
+def test_a_first_line_may_be_blank(tmp_path: Path) -> None:
+    pair = {"sentence1": "a", "sentence2": "b", "gold_label": "neutral"}
+    for name, text in (("f.jsonl", json.dumps(pair)), ("f.tsv", "a\tb\tneutral")):
+        (found,) = TASKS["nli"].read(put(tmp_path, name, f"\n{text}\n"), "en")
+        assert (found.premise, found.hypothesis, found.label) == ("a", "b", "neutral")
+
+
+@pytest.mark.parametrize("prefix", ["en", "arz", "zh-yue", "zh-min-nan"])
+def test_the_wiki_before_every_word_is_not_read(prefix: str, tmp_path: Path) -> None:
+    (sentence,) = TASKS["ner"].read(put(tmp_path, "f", f"{prefix}:Ann\tB-PER\n{prefix}::\tO\n"), "en")
+    assert sentence.words == ("Ann", ":")
+
+
+def test_questions_of_one_language(tmp_path: Path) -> None:
+    text = squad("Ann ran.", *(asked(f"{name}-1", ("Ann", 0)) for name in ("swahili", "english", "finnish")))
+    path = put(tmp_path, "f.json", text)
+    assert [q.id for q in TASKS["qa"].read(path, "fi")] == ["finnish-1"]
+    with pytest.raises(UserError, match="'fr'; its ids name english, finnish, swahili"):
+        TASKS["qa"].read(path, "fr")
+    alone = put(tmp_path, "g.json", squad("Ann ran.", asked("swahili-1", ("Ann", 0))))
+    assert len(TASKS["qa"].read(alone, "swl")) == 1  # a version of one's own
 
 
 def squad(context: str, *questions: dict) -> str:
@@ -154,6 +183,8 @@ def test_questions_are_read_by_name(tmp_path: Path) -> None:
         ("ner", "Ann\tB-PER\nhi O\n", ["line 2", "1 columns, expected 2"]),
         ("ner", "Ann NN B-PER\nhi O\n", ["line 2", "2 columns, expected 3"]),
         ("ner", "Ann\tB-PER\n\nhi\n", ["line 3", "1 columns, expected 2"]),
+        ("ner", "hi O\nAnn B-PER O\n", ["line 2", "3 columns, expected 2"]),
+        ("ner", "en:hi\tO\nen:ho\tO\nho\tO\n", ["line 3", "lacks the prefix 'en:'"]),
         ("ner", "Ann\tB-PER\n\tO\n", ["line 2", "word is missing"]),
         ("ner", "Ann\tB-PER\nhi\tX-LOC\n", ["line 2", "'X-LOC'", "expected O or B-"]),
         ("ner", " \n\n", ["empty"]),
@@ -171,10 +202,22 @@ def test_questions_are_read_by_name(tmp_path: Path) -> None:
         ("qa", squad("Ann ran.", asked("a", ("Bob", 0))), ["'a'", "does not occur"]),
         ("qa", squad("Ann ran.", asked("a")), ["no answers", "is_impossible"]),
         ("qa", '{"data": []}', ["no questions"]),
+        (
+            "qa",
+            squad("Ann ran.", asked("a", ("Ann", 0)), {"id": "é"}),
+            ["line 19: data[0].paragraphs[0].qas[1], id 'é'"],
+        ),
+        ("qa", squad("Ann ran.", {"question": "?"}), ["data[0].paragraphs[0].qas[0]", "'id'"]),
+        ("qa", '{"data": [{"paragraphs": [{"qas": []}]}]}', ["data[0].paragraphs[0]", "'context'"]),
+        (
+            "nli",
+            '{"sentence1": "a", "sentence2": "b", "gold_label": "neutral", "k": "\\ud800"}',
+            ["line 1", "surrogate"],
+        ),
         ("nli", "a\tb\tneutral\na\tneutral\n", ["line 2", "2 columns"]),
         ("nli", "a\tb\tmaybe\n", ["line 1", "'maybe'", "entailment"]),
         ("nli", '{"sentence1": "a"}\n', ["line 1", "sentence2"]),
-        ("nli", HEADER + "sw\tneutral\tA.\tB.\n", ["no pairs in language 'en'"]),
+        ("nli", HEADER + "sw\tneutral\tA.\tB.\n", ["no pairs in language 'en'", "has sw"]),
     ],
 )
 def test_mistakes_name_file_and_line(task: str, text: str, words: list[str], tmp_path: Path) -> None:
@@ -186,10 +229,12 @@ def test_mistakes_name_file_and_line(task: str, text: str, words: list[str], tmp
 
 
 def test_line_of_a_wrong_answer_and_of_bad_bytes(tmp_path: Path) -> None:
-    text = squad("Ann ran.", asked("a", ("Ann", 0)), asked("b", ("ran", 3)))
-    line = 1 + text[: text.index('"b"')].count("\n")
-    with pytest.raises(UserError, match=f"line {line}"):
-        TASKS["qa"].read(put(tmp_path, "f.json", text), "en")
+    for name in ("b", "a", 7, "é"):  # an id again, a number, and one that JSON escapes
+        text = squad("Ann ran 7.", asked("a", ("Ann", 0)), asked(name, ("ran", 3)))
+        line = 1 + text[: text.rindex(f'"id": {json.dumps(name)}')].count("\n")
+        for spelt in (text, text.replace("\\u00e9", "é")):
+            with pytest.raises(UserError, match=f"line {line}: question '{name}'"):
+                TASKS["qa"].read(put(tmp_path, "f.json", spelt), "en")
     (tmp_path / "g").write_bytes(b"a\tO\nb\xff\tO\n")
     with pytest.raises(UserError, match="line 2: not UTF-8"):
         TASKS["ner"].read(tmp_path / "g", "en")
@@ -240,6 +285,14 @@ def test_wrong_options(train: str, dev: str, test: str, words: str, tmp_path: Pa
     path = put(tmp_path, "f", "a\tO\n\nb\tO\n\nc\tO\n\nd\tO\n")
     with pytest.raises(UserError, match=words):
         sets(tmp_path, train.format(path), dev, test)
+
+
+def test_the_same_file_for_dev_and_test_is_said(tmp_path: Path) -> None:
+    path, other = (put(tmp_path, name, f"{name}\tO\n\nhi\tO\n") for name in "fg")
+    said = "dev and test are one file"
+    assert any(said in note for note in sets(tmp_path, f"en={other}", f"en={path}", f"en={path}").notes)
+    assert not any(said in note for note in sets(tmp_path, f"en={path}", f"en={path}", f"en={other}").notes)
+    assert not any(said in note for note in sets(tmp_path, "syn=synthetic", "syn=synthetic", "syn=synthetic").notes)
 
 
 def test_withheld_labels_are_for_tests_only(tmp_path: Path) -> None:

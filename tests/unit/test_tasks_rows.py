@@ -16,7 +16,7 @@ from mlinterf_ds.config import ModelConfig
 from mlinterf_ds.data.tokenizer import BOS, EOS, UNK, Tokenizer
 from mlinterf_ds.errors import UserError
 from mlinterf_ds.model.encoder import at_positions
-from mlinterf_ds.tasks import TASKS, Limits, Row, qa
+from mlinterf_ds.tasks import TASKS, Limits, Row, metrics, qa
 from mlinterf_ds.tasks.batches import TrainBatches, collate, evaluation_batches
 from mlinterf_ds.tasks.heads import CLASSIFIER, TaskModel
 from mlinterf_ds.tasks.nli import shortened
@@ -116,17 +116,46 @@ def test_whole_words_are_always_recovered(tokenizer: Tokenizer) -> None:
     wide = Limits(max_length=40, stride=9, max_question=4, max_answer=40)
     rows, notes = task.rows(examples, tokenizer, ["start", "end"], wide)
     assert not any("no prediction" in note for note in notes) and any("cut to 4" in note for note in notes)
-    outputs = []
-    for row in rows:
-        assert len(row.tokens) <= 40 and row.positions[0] == 0
-        scores = np.full((2, len(row.positions)), -5.0)
-        if row.targets != [0, 0]:
-            scores[0, row.targets[0]] = scores[1, row.targets[1]] = 5.0
-        outputs.append(scores)
+    assert all(len(row.tokens) <= 40 and row.positions[0] == 0 for row in rows)
     held = {row.example for row in rows if row.targets != [0, 0]}
-    found = task.predict(examples, rows, outputs, ["start", "end"], wide)
+    found = task.predict(examples, rows, sure(rows), ["start", "end"], wide)
     assert len(held) >= 38  # an answer longer than a window's overlap may fall between two
     assert [found[k] for k in held] == [examples[k].answers[0][0] for k in held]
+    between = [note for note in notes if "in no window" in note]
+    assert [int(note.split()[0]) for note in between] == [len(examples) - len(held)] * (len(held) < len(examples))
+
+
+def sure(rows: list[Row]) -> list[np.ndarray]:
+    """Scores of a model that is right and sure."""
+    outputs = [np.full((2, len(row.positions)), -5.0) for row in rows]
+    for row, scores in zip(rows, outputs, strict=True):
+        if row.targets != [0, 0]:
+            scores[0, row.targets[0]] = scores[1, row.targets[1]] = 5.0
+    return outputs
+
+
+def test_answers_that_cannot_be_found_are_counted(tokenizer: Tokenizer) -> None:
+    words = " ".join(["abc def"] * 30)
+    examples = [
+        qa.Question("a", "ab", words, (("", 0), (words[: 7 * 4 - 1], 0))),
+        qa.Question("b", "ab", words, (("abc", 0),)),
+    ]
+    _, notes = TASKS["qa"].rows(examples, tokenizer, ["start", "end"], LIMITS)
+    assert any(note.startswith("1 gold answers are longer than 8 pieces") for note in notes), notes
+    assert any(note.startswith("1 gold answers are whole in no window") for note in notes), notes
+
+
+@pytest.mark.parametrize("language", ["en", "sw"])
+def test_real_answers_come_back_but_those_that_are_counted(language: str, shared_data: Path, tmp_path: Path) -> None:
+    task = TASKS["qa"]
+    examples = task.read(shared_data / "tasks" / "qa" / "tydiqa_goldp" / language / "train.json", language)[:400]
+    learnt = Tokenizer.learn([q.context for q in examples], 2000, tmp_path / "tokenizer.model")
+    limits = Limits(max_length=128, stride=64, max_question=32, max_answer=30)
+    rows, notes = task.rows(examples, learnt, ["start", "end"], limits)
+    found = task.predict(examples, rows, sure(rows), ["start", "end"], limits)
+    right = sum(metrics.exact_match(text, q.texts) for text, q in zip(found, examples, strict=True))
+    lost = sum(int(note.split()[0]) for note in notes if "gold answers" in note)
+    assert len(examples) - lost <= right and right > 0.9 * len(examples), notes
 
 
 def test_no_answer_only_where_training_had_some(tokenizer: Tokenizer) -> None:
