@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from mlinterf_ds.errors import UserError
 from mlinterf_ds.pretrained import Pretrained
 from mlinterf_ds.tasks.files import read_text
 from mlinterf_ds.tasks.sources import parse
+from mlinterf_ds.tracking import Tracker, environment_facts
 
 BLANK = "<mask>"
 ROWS = 64  # evaluated at once
@@ -68,6 +70,8 @@ def main(arguments: Sequence[str]) -> int:
             print(_shown(results), flush=True)
             if options.out:
                 write_json(options.out, results)
+            if texts and model.saved["config"]["tracking"]["enabled"]:
+                record(model, texts, results)
         return 0
     finally:
         parallel.stop()
@@ -81,7 +85,7 @@ class Model:
 
         pretrained = Pretrained.open(place)
         self.languages, self.path, self.layout = pretrained.languages, pretrained.path, layout
-        self.length, self.mask_share = pretrained.positions, pretrained.mask_share
+        self.saved, self.length, self.mask_share = pretrained.saved, pretrained.positions, pretrained.mask_share
         self.tokenizer = pretrained.tokenizer()
         self.device = torch.device(get_accelerator().current_device_name())
         self.encoder = pretrained.encoder(layout, self.device, DTYPES[choose_precision(precision, {})[0]])
@@ -157,6 +161,22 @@ def score(model: Model, language: str, path: Path, sentences: int) -> dict[str, 
             "pseudo_perplexity_sentences_cut": cut,
         }
     return found
+
+
+def record(model: Model, texts: dict[str, str], results: dict[str, dict[str, float]]) -> None:
+    """Log the scores to MLflow, in a run nested under the pretraining run, where that was tracked."""
+    tracker = Tracker.start(
+        enabled=True,
+        experiment=model.saved["config"]["tracking"]["experiment"],
+        name="evaluate",
+        folder=Path(f"runs/evaluate-{time.strftime('%Y%m%d-%H%M%S')}"),
+        parameters={"checkpoint": str(model.path), "text": texts},
+        tags=environment_facts() | {"variant": model.saved["config"]["variant"]},
+        parent_id=model.saved.get("run_id"),
+    )
+    for language, found in results.items():
+        tracker.log({f"evaluate/{name}/{language}": value for name, value in found.items()}, 0)
+    tracker.close()
 
 
 def one_at_a_time(ids: Sequence[int], language: int) -> Iterator[Batch]:

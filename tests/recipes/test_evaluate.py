@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -83,3 +84,21 @@ def test_the_command_writes_what_it_shows(ground: Path, tmp_path: Path) -> None:
     found = json.loads((tmp_path / "out.json").read_text())
     assert set(found) == {"te", "as"} and found["te"]["pseudo_perplexity_tokens"] > 2
     assert found["te"]["perplexity"] != found["as"]["perplexity"]  # each has its own adapters
+
+
+def test_scores_are_recorded_under_the_pretraining_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mlflow import MlflowClient
+
+    from mlinterf_ds.evaluate import record
+
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    monkeypatch.chdir(tmp_path)
+    client = MlflowClient(uri)
+    parent = client.create_run(client.create_experiment("study")).info.run_id
+    config = {"variant": "adpt", "tracking": {"enabled": True, "experiment": "study"}}
+    model: Any = SimpleNamespace(path=tmp_path / "model", saved={"run_id": parent, "config": config})
+    record(model, {"sw": "text"}, {"sw": {"perplexity": 3.5, "sentences": 2}})
+    (found,) = [run for run in client.search_runs(["1"]) if run.info.run_id != parent]
+    assert found.data.tags["mlflow.parentRunId"] == parent and found.info.status == "FINISHED"
+    assert found.data.metrics == {"evaluate/perplexity/sw": 3.5, "evaluate/sentences/sw": 2}
