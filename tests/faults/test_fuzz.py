@@ -352,7 +352,7 @@ def test_damaged_tagged_files(name: str, corpus: tuple[Path, Any], tmp_path: Pat
                 assert all(tag == "O" or tag[:2] in ("B-", "I-") for of in tags for tag in iob2(of))
             out = tmp_path / "out"
             out.write_text("\n".join("\n".join(s.retagged(s.tags)) for s in examples), newline="")
-            assert data.decode().removeprefix("\ufeff").startswith(out.read_bytes().decode())
+            assert data.decode().removeprefix("\ufeff") == out.read_bytes().decode()
 
         return refuses(read, path)
 
@@ -397,8 +397,8 @@ def test_damaged_pairs(corpus: tuple[Path, Any], tmp_path: Path) -> None:
         def read() -> None:
             examples = read_task(task, path, tokenizer)
             assert {pair.label for pair in examples} <= {"entailment", "neutral", "contradiction", "-"}
-            lines = path.read_text().removeprefix("\ufeff").split("\n")
-            assert all(pair.raw in [line.rstrip("\r") for line in lines] for pair in examples)
+            lines = path.read_bytes().decode().removeprefix("\ufeff").split("\n")
+            assert all(pair.raw in lines for pair in examples)
             task.write(examples, [pair.label for pair in examples], tmp_path / "out.tsv")
 
         return refuses(read, path)
