@@ -101,14 +101,15 @@ def test_a_language_that_is_missing_or_unknown(made, given: Any) -> None:
 
 
 @pytest.mark.parametrize("case", ["joint", "meta_adpt"])
+@pytest.mark.parametrize("language", [0, 1])
 @pytest.mark.parametrize("text", ["bak <mask> den <mask>", "<mask>des  gob."])
-def test_masks_are_filled_as_by_our_own_command(made, case: str, text: str) -> None:
+def test_masks_are_filled_as_by_our_own_command(made, case: str, language: int, text: str) -> None:
     checkpoint, folder = made(case)
-    (wanted,) = pool(1).run(bodies.filled, str(checkpoint), text, "as")
+    (wanted,) = pool(1).run(bodies.filled, str(checkpoint), text, ("te", "as")[language])
     tokenizer, model = transformers.AutoTokenizer.from_pretrained(folder), loaded(folder)
     encoded = tokenizer(text, return_tensors="pt")
     with torch.no_grad():
-        chances = model(**encoded, **languages(case, [1])).logits[encoded.input_ids == tokenizer.mask_token_id]
+        chances = model(**encoded, **languages(case, [language])).logits[encoded.input_ids == tokenizer.mask_token_id]
     values, best = chances.softmax(-1).topk(5)
     assert len(wanted) == len(best) == text.count("<mask>")
     for mask, candidates in enumerate(wanted):
