@@ -27,7 +27,6 @@ def test_no_room_where_rank_0_writes_alone(method: str, name: str, tmp_path: Pat
     monkeypatch.setattr(Path, method, full)
     monkeypatch.setattr(dist, "get_rank", lambda: 0)
     monkeypatch.setattr(dist, "get_world_size", lambda: 1)
-    monkeypatch.setattr(dist, "barrier", lambda: None)
     monkeypatch.setattr(dist, "all_gather_object", lambda found, mine: found.__setitem__(0, mine))
     monkeypatch.setattr(checkpoint, "_counters", lambda engine: {})
     with pytest.raises(UserError, match="could not save .*rank 0: .*No space left") as refused:

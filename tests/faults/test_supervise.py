@@ -14,8 +14,7 @@ from mlinterf_ds.errors import UserError
 from mlinterf_ds.supervise import Supervisor, resuming
 
 ROOT = Path(__file__).resolve().parents[2]
-# A rank that notes its start, meets nobody, and ends as told: STATUS_<rank>_<attempt>; "wait" waits for a signal, or for
-# the file end-<rank>, and then ends with WAITED_<rank>.
+# A rank that notes its start, meets nobody, and ends as told: STATUS_<rank>_<attempt>; "wait" waits for a signal.
 RANK = """
 import os, signal, sys, time
 from pathlib import Path
@@ -26,11 +25,7 @@ Path(sys.argv[1], f"started-{rank}-{attempt}-{place}").touch()
 end = os.environ.get(f"STATUS_{rank}_{attempt}", "0")
 if end == "kill":
     os.kill(os.getpid(), signal.SIGKILL)
-until = time.monotonic() + (60 if end == "wait" else 0)
-while time.monotonic() < until:
-    if Path(sys.argv[1], f"end-{rank}").exists():
-        sys.exit(int(os.environ[f"WAITED_{rank}"]))
-    time.sleep(0.05)
+time.sleep(60 if end == "wait" else 0)
 sys.exit(0 if end == "wait" else int(end))
 """
 SUPERVISOR = """
@@ -85,33 +80,23 @@ def test_a_users_mistake_is_not_tried_again(tmp_path: Path) -> None:
     assert codes == [2, 2] and ("0", "1") not in starts(tmp_path)
 
 
-def test_the_first_failure_stands(tmp_path: Path, monkeypatch) -> None:
-    """Rank 1 is noted between this supervisor's look at the store and the end of its own child."""
+@pytest.mark.parametrize(
+    "status, unseen, verdict", [(1, [False], (1, 7)), (2, [False], (0, 2)), (2, [], (0, 2))],
+    ids=["the first stands", "a mistake is final", "and when it was not noted in time"],
+)  # fmt: skip
+def test_two_failures_at_once(status: int, unseen: list[bool], verdict: tuple, tmp_path: Path, monkeypatch) -> None:
+    """Rank 1 is noted before this rank 0's child ends; `unseen`: but after its supervisor's look at the store."""
     monkeypatch.setenv("MLINTERF_DS_RENDEZVOUS", f"file://{tmp_path}/meeting")
     supervisor = Supervisor(load_config([], ["restarts=1", f"output={tmp_path}", "parallel.timeout=0.5"]))
     supervisor.store.set("attempt-0/failed", "1 7")
-    monkeypatch.setattr(supervisor, "_all_have", lambda *keys: supervisor.child.poll() is not None and told(*keys))
-    looks = iter([False])
+    looks = iter(unseen)
 
-    def told(*keys: str) -> bool:
-        return next(looks, supervisor.store.check(list(keys)))
+    def all_have(*keys: str) -> bool:
+        assert supervisor.child
+        return supervisor.child.poll() is not None and next(looks, supervisor.store.check(list(keys)))
 
-    assert supervisor._attempt(0, [sys.executable, "-c", "exit(1)"]) == (1, 7)
-
-
-def test_a_mistake_is_final_though_its_consequence_is_noted_first(tmp_path: Path) -> None:
-    """Rank 1's supervisor sleeps while its rank ends with a mistake and rank 0's with what follows from it."""
-    processes = start(tmp_path, 2, STATUS_0_0="wait", STATUS_1_0="wait", WAITED_0="1", WAITED_1="2")
-    deadline = time.monotonic() + 60
-    while len(starts(tmp_path)) < 2 and time.monotonic() < deadline:
-        time.sleep(0.1)
-    processes[1].send_signal(signal.SIGSTOP)
-    for rank in ("1", "0"):
-        (tmp_path / f"end-{rank}").touch()
-        time.sleep(1)
-    processes[1].send_signal(signal.SIGCONT)
-    codes, said = ended(processes)
-    assert codes == [2, 2] and len(starts(tmp_path)) == 2 and "again" not in said
+    monkeypatch.setattr(supervisor, "_all_have", all_have)
+    assert supervisor._attempt(0, [sys.executable, "-c", f"exit({status})"]) == verdict
 
 
 def test_a_signal_reaches_the_ranks_and_ends_the_job(tmp_path: Path) -> None:
