@@ -9,6 +9,7 @@ import logging
 import os
 import signal
 import sys
+import threading
 import time
 import traceback
 import warnings
@@ -104,19 +105,65 @@ def remove_stale_locks() -> list[Path]:
     return stale
 
 
-class Signals:
-    """SIGTERM and SIGINT ask for a checkpoint and a clean end; the second SIGINT is the ordinary interrupt."""
+@contextlib.contextmanager
+def noted(log: Path) -> Iterator[None]:
+    """A failure inside is written to the rank's log; the first of the job's also to `failed` beside it, for all to tell."""
+    try:
+        yield
+    except Exception as error:
+        with contextlib.suppress(OSError):  # a full disk, say: the failure itself must come through
+            with log.open("a") as file:
+                traceback.print_exception(error, file=file)
+            rank = log.stem.replace("-", " ")
+            try:
+                with log.with_name("failed").open("x") as file:
+                    file.write(f"{rank} failed first: {type(error).__name__}: {str(error)[:300]}; its log: {log}")
+            except FileExistsError:  # most ranks fail because another did
+                if first := log.with_name("failed").read_text():
+                    error.add_note(first)
+        raise
 
-    def __init__(self) -> None:
+
+class Signals:
+    """SIGTERM and SIGINT ask for a checkpoint and a clean end; the second SIGINT is the ordinary interrupt.
+
+    Where a rank is lost, launchers send SIGTERM to the others, and SIGKILL 30 seconds later. One that is failing already
+    must still say why, so SIGTERM goes on being caught (a mistake, found by all, need not be said by all). One that waits
+    for the lost rank inside a collective runs no handler: a thread says `way_on`, the command that resumes.
+    """
+
+    def __init__(self, way_on: str = "", grace: float = 10.0) -> None:
         self.received: str | None = None
+        self.way_on, self.grace = way_on, grace  # seconds
+        self._left = threading.Event()
 
     def __enter__(self) -> Signals:
         self._before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+        if self.way_on:
+            reading, self._writing = os.pipe()
+            os.set_blocking(self._writing, False)
+            self._woken = signal.set_wakeup_fd(self._writing, warn_on_full_buffer=False)
+            threading.Thread(target=self._watch, args=(reading,), daemon=True).start()
         return self
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
+        if self.way_on:
+            self._left.set()
+            signal.set_wakeup_fd(self._woken)
+            os.close(self._writing)  # ends the thread
+        failing = self.way_on and kind and not issubclass(kind, UserError)
         for number, handler in self._before.items():
-            signal.signal(number, handler)
+            if not (failing and number == signal.SIGTERM):
+                signal.signal(number, handler)
+
+    def _watch(self, reading: int) -> None:
+        with open(reading, "rb", buffering=0) as signals:
+            while number := signals.read(1):
+                if number[0] == signal.SIGTERM and not self._left.wait(self.grace):
+                    rank = os.environ.get("RANK", "0")
+                    said = f"rank {rank}, told to end, still saves, or waits for a rank that was lost; {self.way_on}"
+                    print(f"\n{said}", file=sys.stderr, flush=True)
+                    return
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.received and number == signal.SIGINT:

@@ -37,7 +37,11 @@ def run(config: RunConfig, deepspeed_json: dict[str, Any]) -> dict[str, Any]:
         command.remove_stale_locks()
     with command.hushed():
         layout = parallel.start(config.parallel.tensor, timeout=config.parallel.timeout)
-    output = Path(_from_first(config.output or f"runs/{config.name}-{time.strftime('%Y%m%d-%H%M%S')}"))
+    output = Path(config.output or f"runs/{config.name}-{time.strftime('%Y%m%d-%H%M%S')}")
+    if first:
+        (output / "log" / "failed").unlink(missing_ok=True)  # of an earlier attempt
+    output = Path(_from_first(output))
+    again = f"go on with --set output={output} --set resume=auto"
     if not config.resume and any((output / "checkpoints").glob("step-*")):
         raise UserError(f"{output} holds checkpoints: continue with --set resume=auto, or choose another output")
     precision, why = choose_precision(config.train.precision, deepspeed_json)
@@ -45,7 +49,7 @@ def run(config: RunConfig, deepspeed_json: dict[str, Any]) -> dict[str, Any]:
     log = output / "log" / f"rank-{layout.rank}.log"
     command.quiet(log)
     corpus = open_corpus(config, first)
-    with command.hushed(log):
+    with command.noted(log), command.hushed(log):
         job = Job(config, deepspeed_json, precision, layout, corpus, output)
     if first:
         stage, languages = job.engine.stage, ", ".join(job.languages)
@@ -57,11 +61,11 @@ def run(config: RunConfig, deepspeed_json: dict[str, Any]) -> dict[str, Any]:
         if job.resumed:
             print(job.resumed, flush=True)
     try:
-        with command.Signals() as signals:
+        with command.noted(log), command.Signals(again) as signals:
             return job.train(signals)
     except Exception as error:  # whatever it is, the way on belongs to it
         if any((output / "checkpoints").glob("step-*")):
-            error.add_note(f"go on with --set output={output} --set resume=auto")
+            error.add_note(again)
         raise
     finally:
         if job.tracker_open:

@@ -2,11 +2,13 @@
 
 Every launcher (deepspeed, torchrun, srun, mpirun) starts these supervisors as it would start ranks. They meet once, through a
 store that lives as long as the job; in each attempt the first rank that fails is noted there, everyone's child is killed,
-and when all are down the next attempt goes on from the newest checkpoint. A user's mistake (exit code 2) is final.
+and when all are down the next attempt goes on from the newest checkpoint. A user's mistake (exit code 2) is final, also
+where a rank that failed because of it was noted first.
 """
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import os
 import signal
@@ -101,7 +103,7 @@ class Supervisor:
             if status is not None and not told:
                 told, self.ending = True, self.ending or time.monotonic()
                 if status:
-                    store.set(f"{place}/failed", f"{self.rank} {status}")
+                    store.compare_set(f"{place}/failed", "", f"{self.rank} {status}")  # the first stands
                 else:
                     store.set(f"{place}/done/{self.rank}", "")
             if told and self._all_have(*self._of_all(f"{place}/done")):
@@ -110,10 +112,13 @@ class Supervisor:
                 raise UserError(f"other ranks have not ended within {self.patience / 60:g} minutes: {self.again}")
             self._pause()
         self._kill()
+        if (status := self.child.returncode) in FINAL[1:]:  # ended before it could be killed, maybe not noted yet
+            store.compare_set(f"{place}/final", "", f"{self.rank} {status}")
         store.set(f"{place}/down/{self.rank}", "")
         self._wait(*self._of_all(f"{place}/down"))
         self.ending = 0.0
-        rank, status = map(int, store.get(f"{place}/failed").decode().split())
+        reason = f"{place}/final" if self._all_have(f"{place}/final") else f"{place}/failed"
+        rank, status = map(int, store.get(reason).decode().split())
         return rank, status
 
     def _leave(self) -> None:
@@ -136,8 +141,13 @@ class Supervisor:
         return bool(self.store.check(list(keys)))
 
     def _pause(self) -> None:
+        """Until the next look at the store, or till the child ends: what fails because of it must not be noted first."""
         self.alive = time.monotonic()
-        time.sleep(POLL)
+        if self.child and self.child.poll() is None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.child.wait(POLL)
+        else:
+            time.sleep(POLL)
 
     def _forward(self, number: int, _: FrameType | None) -> None:
         """A scheduler's or user's wish to end: the child saves; nothing is started again."""

@@ -34,6 +34,15 @@ ROOT = Path(__file__).resolve().parents[1]
 GIB = 2**30
 SSH = ["ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10", "-o", "ServerAliveInterval=10"]
 
+# What runs on the hosts to see whether they reach each other: listens until its input ends; connects.
+LISTEN = """import socket, sys
+servers = [socket.create_server(("", port), backlog=1024) for port in (int(sys.argv[1]), 0)]
+print(*(server.getsockname()[1] for server in servers), flush=True)
+sys.stdin.read()"""
+CONNECT = """import socket, sys
+for port in sys.argv[2:]:
+    socket.create_connection((sys.argv[1], int(port)), timeout=10)"""
+
 
 @dataclass(frozen=True)
 class Check:
@@ -224,6 +233,8 @@ def read_hostfile(path: Path) -> list[str]:
     for number, words in enumerate(lines, 1):
         if words and not (len(words) == 2 and HOST.fullmatch(words[0]) and SLOTS.fullmatch(words[1])):
             sys.exit(f"error: {path}, line {number}: expected `host slots=N`, found {' '.join(words)!r}")
+    if not any(lines):
+        sys.exit(f"error: --hostfile {path}: no host in it; expected `host slots=N` a line")
     return [words[0] for words in lines if words]
 
 
@@ -254,6 +265,41 @@ def remote(host: str, options: argparse.Namespace) -> list[Check]:
         return [Check("ssh", "FAIL", reason, remedy, host)]
 
 
+def reachable(hosts: Sequence[str], options: argparse.Namespace) -> list[Check]:
+    """Every other host reaches the first at the rendezvous, and at a port of the system's choice: ranks talk on those."""
+
+    def ssh(host: str, code: str, *words: str) -> list[str]:
+        return [*SSH, *shlex.split(options.ssh_args), host, shlex.join([sys.executable, "-c", code, *words])]
+
+    address, port = options.master_addr, str(options.master_port)
+    server = subprocess.Popen(
+        ssh(hosts[0], LISTEN, port), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert server.stdout  # for mypy
+
+    def connect(host: str) -> Check:
+        try:
+            done = subprocess.run(ssh(host, CONNECT, address, *ports), capture_output=True, text=True, timeout=60)
+            reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        except subprocess.TimeoutExpired:
+            reason = "no answer within 60 s"
+        else:
+            if not done.returncode:
+                return Check("reach", "OK", f"{address}, ports {' and '.join(ports)}", host=host)
+        remedy = f"is {address} an address of {hosts[0]}? Open all ports between the hosts (routes, firewalls)"
+        return Check("reach", "FAIL", f"{address}, ports {' and '.join(ports)}: {reason}", remedy, host)
+
+    ports = server.stdout.readline().split()  # empty when it could not listen
+    try:
+        if ports:
+            with ThreadPoolExecutor(32) as workers:
+                return list(workers.map(connect, hosts[1:]))
+    finally:
+        _, said = server.communicate()  # closes its input, which ends it
+    reason = (said.strip().splitlines() or [f"exit code {server.returncode}"])[-1]
+    return [Check("reach", "FAIL", f"cannot listen on port {port}: {reason}", "mend ssh, or --master_port", hosts[0])]
+
+
 def agreement(checks: list[Check]) -> list[Check]:
     """Hosts with different versions of a package compute different things, or wait for each other for ever."""
     found: dict[str, dict[str, list[str]]] = {}
@@ -281,12 +327,18 @@ def show(checks: list[Check]) -> None:
     print(f"{len(checks)} checks: {failed} failed, {warned} warnings")
 
 
+def port_number(word: str) -> int:
+    if not (word.isdigit() and 0 < int(word) < 65536):
+        raise argparse.ArgumentTypeError(f"expected a port, 1 to 65535, found {word!r} (its default is MASTER_PORT's)")
+    return int(word)
+
+
 def arguments(words: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hostfile", type=Path, help="check every host of this DeepSpeed hostfile, by ssh")
     parser.add_argument("--ssh-args", default="", help="more arguments for ssh, e.g. '-p 2222 -i key'")
     parser.add_argument("--master_addr", default=os.environ.get("MASTER_ADDR"), help="where the ranks will meet")
-    parser.add_argument("--master_port", type=int, default=int(os.environ.get("MASTER_PORT", 29500)))
+    parser.add_argument("--master_port", type=port_number, default=os.environ.get("MASTER_PORT", "29500"))
     parser.add_argument("--output", type=Path, default=Path("runs"), help="where runs will be written (disk space)")
     parser.add_argument("--json", action="store_true", help="print the checks as JSON")
     return parser.parse_args(words)
@@ -299,6 +351,8 @@ def main(words: Sequence[str] | None = None) -> int:
         with ThreadPoolExecutor(32) as workers:
             checks = [check for found in workers.map(lambda host: remote(host, options), hosts) for check in found]
         checks += agreement(checks)
+        if options.master_addr and len(hosts) > 1:
+            checks += reachable(hosts, options)
     else:
         kept = os.dup(1)
         os.dup2(2, 1)  # what packages print when imported is not the report

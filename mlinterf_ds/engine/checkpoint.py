@@ -44,13 +44,13 @@ def save(run: Path, engine: Engine, state: Mapping[str, Any], files: Mapping[str
     target = run / "checkpoints" / f"step-{engine.step:08d}"
     partial = target.with_name(target.name + ".partial")
     rank = dist.get_rank()
-    problem = None
-    if rank == 0:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    dist.barrier()
-    listed: dict[str, Any] = {}
-    try:
+
+    def begin() -> None:
+        if rank == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+
+    def write() -> dict[str, Any]:
         shard = _write_shard(partial, engine, rank)
         listed = digests([shard] if shard else [])
         if rank == 0:
@@ -58,26 +58,42 @@ def save(run: Path, engine: Engine, state: Mapping[str, Any], files: Mapping[str
             for name, source in files.items():
                 shutil.copyfile(source, partial / name)
             listed |= digests([partial / name for name in ("run.json", *files)])
-    except (OSError, SafetensorError) as error:
-        problem = f"rank {rank}: {error}"
-    found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, (listed, problem))
-    problems = [why for _, why in found if why]
-    if problems:
+        return listed
+
+    def complete() -> None:
+        if rank == 0:
+            listed = {name: facts for digest in found for name, facts in digest.items()}
+            (partial / "complete.json").write_text(json.dumps({"format": FORMAT, "files": listed}, indent=1))
+            shutil.rmtree(target, ignore_errors=True)
+            os.replace(partial, target)
+            prune(run, keep)
+
+    try:
+        _on_all(begin)
+        found = _on_all(write)
+        _on_all(complete)
+    except UserError as error:
         if rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
         raise UserError(
-            f"could not save {target}: {'; '.join(problems)}; earlier checkpoints are untouched: free some space, then "
+            f"could not save {target}: {error}; earlier checkpoints are untouched: free some space, then "
             f"continue with --set output={run} --set resume=auto"
-        )
-    if rank == 0:
-        files_found = {name: facts for digest, _ in found for name, facts in digest.items()}
-        (partial / "complete.json").write_text(json.dumps({"format": FORMAT, "files": files_found}, indent=1))
-        shutil.rmtree(target, ignore_errors=True)
-        os.replace(partial, target)
-        prune(run, keep)
-    dist.barrier()
+        ) from None
     return target
+
+
+def _on_all(work: Callable[[], Found]) -> list[Found]:
+    """What `work` gives on every rank; if files fail it on any, a UserError on all of them. A barrier, too."""
+    done, problem = None, ""
+    try:
+        done = work()
+    except (OSError, SafetensorError) as error:
+        problem = f"rank {dist.get_rank()}: {error}"
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, (done, problem))
+    if problems := [why for _, why in found if why]:
+        raise UserError("; ".join(problems))
+    return [part for part, _ in found]
 
 
 def _counters(engine: Engine) -> dict[str, Any]:

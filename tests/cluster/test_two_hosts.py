@@ -71,6 +71,9 @@ def test_two_hosts_train_lose_one_and_go_on(ground) -> None:
     assert reasons and all("go on with --set output=runs/two --set resume=auto" in text for text in reasons), said[
         -3000:
     ]
+    logs = {path.name for path in (folder / "runs/two/log").glob("rank-*.log")}
+    assert logs == {f"rank-{rank}.log" for rank in range(4)}
+    assert "failed first: " in (folder / "runs/two/log/failed").read_text()
     deadline = time.monotonic() + BOUND
     while any(b"pretrain.py" in cmdline(pid) for host in hosts.ADDRESSES for pid in hosts.processes(host)):
         assert time.monotonic() < deadline, "the cut host's ranks must end by themselves"

@@ -35,6 +35,54 @@ def test_signals_ask_and_the_second_interrupt_interrupts() -> None:
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
+ENDING = """
+import ctypes, os, signal, sys, time
+from mlinterf_ds.command import Signals, main
+def run(_):
+    with Signals("go on so", grace=0.2):
+        if sys.argv[1] == "failing":
+            raise RuntimeError("a peer is gone")
+        print("ready", flush=True)
+        lock = ctypes.create_string_buffer(64)
+        for _ in range(2):  # the second waits for ever, outside of Python, as a collective does
+            ctypes.CDLL(None).pthread_mutex_lock(lock)
+def ended(*words):
+    try:
+        return run(*words)
+    finally:
+        os.kill(os.getpid(), signal.SIGTERM)  # the launcher's, while the failure is on its way out
+main(ended, [])
+"""
+
+
+def test_a_failing_rank_says_why_though_the_launcher_ends_it() -> None:
+    line = [sys.executable, "-c", ENDING, "failing"]
+    done = subprocess.run(line, capture_output=True, text=True, env=os.environ | {"RANK": "3"}, timeout=60)
+    assert done.returncode == 1
+    assert done.stderr.strip().splitlines()[-1] == "error: rank 3 failed: RuntimeError: a peer is gone"
+
+
+def test_a_rank_that_is_told_to_end_inside_a_collective_says_the_way_on() -> None:
+    line, rank = [sys.executable, "-c", ENDING, "waiting"], os.environ | {"RANK": "3"}
+    with subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=rank) as job:
+        try:
+            assert job.stdout and job.stderr and job.stdout.readline() == "ready\n"
+            job.terminate()
+            said = job.stderr.readline() + job.stderr.readline()
+            assert "rank 3, told to end" in said and "go on so" in said
+        finally:
+            job.kill()
+
+
+def test_the_first_failure_is_told_by_all(tmp_path: Path) -> None:
+    for rank, error in ((3, KeyError("a word")), (0, RuntimeError("a peer is gone"))):
+        with pytest.raises(type(error)), command.noted(tmp_path / f"rank-{rank}.log"):
+            raise error
+        assert repr(error)[:8] in (tmp_path / f"rank-{rank}.log").read_text()
+        first = f"rank 3 failed first: KeyError: 'a word'; its log: {tmp_path}/rank-3.log"
+        assert getattr(error, "__notes__", []) == ([] if rank == 3 else [first])
+
+
 @pytest.mark.parametrize(
     "raised, status, said",
     [

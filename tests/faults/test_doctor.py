@@ -134,6 +134,43 @@ def test_every_host_of_a_hostfile_and_what_differs_between_them(monkeypatch, tmp
         doctor.main(["--hostfile", str(hostfile)])
 
 
+RUN_HERE = """#!/bin/sh
+while [ "$1" != "${1#-}" ]; do [ "$1" = -o ] && shift; shift; done
+case "$1" in
+walled) exec sh -c "$(echo "$2" | sed 's/[0-9][0-9]*$/1/')" ;;
+*) exec sh -c "$2" ;;
+esac
+"""
+
+
+def test_hosts_that_do_not_reach_the_rendezvous(monkeypatch, tmp_path: Path) -> None:
+    """Through an ssh that runs everything here; "walled" gets to no port but the rendezvous."""
+    (tmp_path / "ssh").write_text(RUN_HERE)
+    (tmp_path / "ssh").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        port = taken.getsockname()[1]
+        taken.listen()
+        options = doctor.arguments(["--master_addr", "127.0.0.1", "--master_port", str(port)])
+        (found,) = doctor.reachable(["first", "second"], options)
+        assert found.status == "FAIL" and found.host == "first" and "Address already in use" in found.found
+    second, walled = doctor.reachable(["first", "second", "walled"], options)
+    assert (second.host, second.status) == ("second", "OK") and f"ports {port} and " in second.found
+    assert (walled.host, walled.status) == ("walled", "FAIL") and "ConnectionRefusedError" in walled.found
+    assert "firewalls" in walled.remedy
+
+
+def test_arguments_that_mean_nothing(monkeypatch, tmp_path: Path, capsys) -> None:
+    (tmp_path / "hostfile").write_text("# node-1 slots=8\n\n")
+    with pytest.raises(SystemExit, match="no host in it; expected `host slots=N`"):
+        doctor.main(["--hostfile", str(tmp_path / "hostfile")])
+    monkeypatch.setenv("MASTER_PORT", "a few")
+    with pytest.raises(SystemExit):
+        doctor.main([])
+    assert "expected a port, 1 to 65535, found 'a few'" in capsys.readouterr().err
+
+
 def test_a_check_that_breaks_is_a_failed_check(monkeypatch, capfd) -> None:
     for name in ("versions", "accelerator", "network", "storage", "locks"):
         monkeypatch.setattr(doctor, name, lambda *_: [doctor.Check("fine", "OK", "")])

@@ -136,7 +136,7 @@ def wait_for(job, log: Path, ready, seconds: float):
 
 
 def test_a_rank_killed_inside_a_save(tmp_path: Path, long_run) -> None:
-    """Down within 90 s; what counts as a checkpoint is whole; the launcher's exit code tells."""
+    """Down within 90 s, with the reason and the way on; what counts as a checkpoint is whole; the exit code tells."""
     job = kill_many.start(tmp_path, "saving", restarts=0)
     saved = tmp_path / "saving" / "checkpoints"
 
@@ -150,7 +150,10 @@ def test_a_rank_killed_inside_a_save(tmp_path: Path, long_run) -> None:
     finally:
         kill_many.end(job, "saving")
     assert checkpoint.verify(checkpoint.find(tmp_path / "saving"))["updates"] >= 2
-    # whether the other rank names the way on is a race: the launcher may end it inside the collective that it waits in
+    said = (tmp_path / "saving.log").read_text()
+    reasons = [line for line in said.splitlines() if line.startswith("error: rank 0 failed: ")]
+    assert reasons and "; go on with --set output=saving --set resume=auto" in reasons[-1], said[-3000:]
+    assert "Traceback" in (tmp_path / "saving" / "log" / "rank-0.log").read_text(), "a rank's log holds its failure"
 
 
 def test_a_stopped_rank_is_declared_lost_and_the_run_goes_on(tmp_path: Path, long_run) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from mlinterf_ds.config import load_config
 from mlinterf_ds.errors import UserError
-from mlinterf_ds.supervise import resuming
+from mlinterf_ds.supervise import Supervisor, resuming
 
 ROOT = Path(__file__).resolve().parents[2]
 # A rank that notes its start, meets nobody, and ends as told: STATUS_<rank>_<attempt>; "wait" waits for a signal.
@@ -78,6 +78,25 @@ def test_it_gives_up_with_the_reason_and_the_command_that_resumes(tmp_path: Path
 def test_a_users_mistake_is_not_tried_again(tmp_path: Path) -> None:
     codes, _ = ended(start(tmp_path, 2, STATUS_0_0="2", STATUS_1_0="wait"))
     assert codes == [2, 2] and ("0", "1") not in starts(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "status, unseen, verdict", [(1, [False], (1, 7)), (2, [False], (0, 2)), (2, [], (0, 2))],
+    ids=["the first stands", "a mistake is final", "and when it was not noted in time"],
+)  # fmt: skip
+def test_two_failures_at_once(status: int, unseen: list[bool], verdict: tuple, tmp_path: Path, monkeypatch) -> None:
+    """Rank 1 is noted before this rank 0's child ends; `unseen`: but after its supervisor's look at the store."""
+    monkeypatch.setenv("MLINTERF_DS_RENDEZVOUS", f"file://{tmp_path}/meeting")
+    supervisor = Supervisor(load_config([], ["restarts=1", f"output={tmp_path}", "parallel.timeout=0.5"]))
+    supervisor.store.set("attempt-0/failed", "1 7")
+    looks = iter(unseen)
+
+    def all_have(*keys: str) -> bool:
+        assert supervisor.child
+        return supervisor.child.poll() is not None and next(looks, supervisor.store.check(list(keys)))
+
+    monkeypatch.setattr(supervisor, "_all_have", all_have)
+    assert supervisor._attempt(0, [sys.executable, "-c", f"exit({status})"]) == verdict
 
 
 def test_a_signal_reaches_the_ranks_and_ends_the_job(tmp_path: Path) -> None:
