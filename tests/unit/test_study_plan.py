@@ -6,13 +6,14 @@ import ast
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from mlinterf_ds.config import load_config
 from mlinterf_ds.errors import UserError
-from mlinterf_ds.study import cost, plan
+from mlinterf_ds.study import cost, main, plan
 from mlinterf_ds.study.config import StudyConfig
 from mlinterf_ds.study.corpora import Corpora
 
@@ -229,6 +230,21 @@ def test_code_hash_ignores_comments(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         found.append(plan.code("pretrain"))
     plan.code.cache_clear()
     assert found[0] == found[1] != found[2]
+
+
+def test_distances_are_measured_where_the_recipe_gives_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = {"en": ["ab ab"], "fr": ["ab ac"], "hi": ["xyz"]}
+    monkeypatch.setattr("mlinterf_ds.study.main.Corpus.open", lambda folder: None)
+    monkeypatch.setattr("mlinterf_ds.analysis.distance.sentences", lambda corpus, code, most: texts[code])
+    prepared: Any = SimpleNamespace(of=lambda limits: ("folder", "hash"))
+    recipe, pair = tmp_path / "real.toml", '[[sets]]\nname = "{0}"\nlanguages = "en,{0}"\n'
+    text = f'[corpus]\nfolder = "prepared"\n{pair.format("fr")}{pair.format("hi")}'
+    recipe.write_text(text)
+    found, what = main.distances(load_config([str(recipe)], [], StudyConfig), prepared)
+    assert 0 < found["fr"] < found["hi"] == pytest.approx(1) and "characters" in what
+    recipe.write_text(f"{text}distance = 3\n")
+    found, what = main.distances(load_config([str(recipe)], [], StudyConfig), prepared)
+    assert found == {"hi": 3.0} and "recipe" in what
 
 
 # --- mistakes ----------------------------------------------------------------------------------------------------------
