@@ -79,13 +79,14 @@ def analysed(name: str, settings: dict[str, str], _: Any) -> dict[str, Any]:
     return {"analysis": settings["analysis"], "within": 0.9, "between": number(name) / 200}
 
 
-def study(output: str, *settings: str) -> int:
-    """The study of `launch/recipes/study_ci.toml` with these settings, one job at a time."""
+def study(output: str, *settings: str, report: bool = False) -> int:
+    """The study of `launch/recipes/study_ci.toml` with these settings, one job at a time; or only its report."""
     from mlinterf_ds.study import main, runner
 
     runner.run.__defaults__ = (*runner.run.__defaults__[:-1], command)  # type: ignore[index]
     words = [f"output={output}", "tracking.enabled=false", "parallel=1", *settings]
-    return main.main(["--recipe", "study_ci", *(word for setting in words for word in ("--set", setting))])
+    options = ["--recipe", "study_ci", *["--report"] * report]
+    return main.main([*options, *(word for setting in words for word in ("--set", setting))])
 
 
 if __name__ == "__main__":

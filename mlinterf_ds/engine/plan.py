@@ -1,6 +1,6 @@
 """What a run will need before it is started: parameters, memory per rank by kind, communication, time of a step.
 
-Everything is arithmetic on the run configuration; tests/recipes/test_plan.py holds it against what runs hold and send.
+Everything is arithmetic on the run configuration; tests/parity/test_plan.py holds it against what runs hold and send.
 Legend: w model width, i attention's inner width, f feed-forward width, a adapter width, V padded vocabulary, n tokens of a
 micro-batch, m its masked positions, T tensor-parallel and D data-parallel ranks, b bytes of a working weight. "Shared" are
 the parameters of all languages, "own" those of one.

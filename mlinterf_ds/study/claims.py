@@ -90,18 +90,23 @@ def _lows(records: Records) -> dict[tuple[str, str, str], str]:
 
 def _collapses(variant: str) -> Callable[[Records], Finding]:
     def test(records: Records) -> Finding:
-        parts = {}
+        parts: dict[str, PerSeed] = {}
+        lost: list[str] = []  # where joint training transfers nothing that could collapse
         for task, language, group in grid(records):
             rows = [pick(records, row, paper.ZERO_SHOT, task, language, group) for row in ("joint", variant, "unseen")]
             joint, ours, unseen = ({s.seed: s for s in scores} for scores in rows)
-            part = {}
-            for seed in joint.keys() & ours.keys():
-                floor = unseen[seed].score if seed in unseen else joint[seed].majority
-                part[seed] = floor + COLLAPSE * (joint[seed].score - floor) - ours[seed].score
-            parts[f"{task} {language}"] = part
+            seeds = joint.keys() & ours.keys()
+            floor = {seed: unseen[seed].score if seed in unseen else joint[seed].majority for seed in seeds}
+            gain = {seed: joint[seed].score - floor[seed] for seed in seeds}
+            part = {seed: floor[seed] + COLLAPSE * gain[seed] - ours[seed].score for seed in seeds}
+            if gain and statistics.fmean(gain.values()) > records.margin:
+                parts[f"{task} {language}"] = part
+            elif gain:
+                lost.append(f"{task} {language}")
         claim = f"{variant} collapses zero-shot: it keeps less than half of joint's gain over a model that never saw the language"
         beside = standing(records, ("joint", variant), paper.ZERO_SHOT)
-        return finding(records, f"{variant}_collapses_zero_shot", claim, parts, beside=beside)
+        note = f"without {', '.join(lost)}, where joint transfers nothing" if lost else ""
+        return finding(records, f"{variant}_collapses_zero_shot", claim, parts, beside=beside, note=note)
 
     return test
 
@@ -114,7 +119,8 @@ def distance_worsens(records: Records) -> Finding:
         close, distant = (pick(records, "joint", paper.WITHIN, task, records.source, group) for group in (near, far))
         parts[task] = differences(close, distant)
     claim = f"a distant partner ({far or '?'}) hurts the source more than a close one ({near or '?'})"
-    return finding(records, "distance_worsens_interference", claim, parts)
+    note = f"distances {records.distance}" if records.distance else ""
+    return finding(records, "distance_worsens_interference", claim, parts, note=note)
 
 
 def _extreme_sets(records: Records) -> tuple[str, str]:

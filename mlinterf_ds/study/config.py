@@ -39,7 +39,7 @@ class SetSection(Section):
     limits: dict[Language, Annotated[int, Field(ge=1)]] = Field({}, description="training sentences kept of a language")
     variants: Variants | None = Field(None, description="default: the study's (joint for low, triple and many)")
     settings: list[str] = Field([], description="further settings of pretraining, such as a larger model.width")
-    distance: float | None = Field(None, ge=0, description="between the first two; default: known for synthetic ones")
+    distance: float | None = Field(None, ge=0, description="between the first two; default: planted or measured")
 
     @model_validator(mode="after")
     def _consistent(self) -> SetSection:
@@ -110,6 +110,7 @@ class StudyConfig(Section):
     parallel: int | None = Field(None, ge=1, description="jobs at once; default: cores / ranks")
     margin: float = Field(1.0, gt=0, description="points within which two scores count as the same")
     confidence: float = Field(0.95, gt=0.5, lt=1, description="of every interval and verdict")
+    departures: list[str] = Field([], description="from the paper's protocol, a sentence each: notes under every table")
     sbatch: list[str] = Field([], description="options of sbatch for --executor slurm, such as --partition=gpu")
     corpus: CorpusSection = CorpusSection()  # type: ignore[call-arg]
     controls: ControlsSection = ControlsSection()  # type: ignore[call-arg]
@@ -119,13 +120,22 @@ class StudyConfig(Section):
     def _consistent(self) -> StudyConfig:
         if not self.sets:
             raise ValueError("sets is empty: a study needs [[sets]] of languages; see launch/recipes/study_cpu.toml")
-        for what, names in (("sets", [s.name for s in self.sets]), ("tasks", [t.task for t in self.tasks])):
+        named: dict[str, list[str]] = {"sets": [s.name for s in self.sets], "tasks": [t.task for t in self.tasks]}
+        named["analyses"] = [found.analysis for found in self.analyses]
+        for what, names in named.items():
             if twice := sorted({name for name in names if list(names).count(name) > 1}):
                 raise ValueError(f"{what}: {', '.join(map(repr, twice))} is there twice")
         if sources := {found.languages[0] for found in self.sets} - {self.source}:
             raise ValueError(
                 f"sets: all must start with the same source language of transfer, not {self.source} and {', '.join(sources)}"
             )
+        kept: dict[str, int] = {}
+        for code, count in (limit for found in self.sets for limit in found.limits.items()):
+            if kept.setdefault(code, count) != count:
+                raise ValueError(
+                    f"sets: {code} is limited to {kept[code]} and to {count} sentences, but table 5 has one low-resource "
+                    "version of a language: make two studies"
+                )
         if "mono" in self.variants:
             raise ValueError("variants: leave mono out: mono=true adds the monolingual models")
         return self

@@ -31,7 +31,10 @@ class Corpora:
                 f"corpus.folder={self.given.folder}: a prepared corpus can't be subsampled for sets with limits: give "
                 "corpus.text, from which the study prepares what it needs"
             )
-        facts = json.dumps([self.given.model_dump(), self.languages], sort_keys=True)
+        files = {
+            code: sha256(f"corpus.text: {code}", self.given.text[code]) for code in self.languages if self.given.text
+        }
+        facts = json.dumps([self.given.model_dump() | {"text": files}, self.languages], sort_keys=True)
         self.root = (output / "corpora" / hashlib.sha256(facts.encode()).hexdigest()[:10]).resolve()
 
     @property
@@ -62,6 +65,14 @@ class Corpora:
             folder.parent.mkdir(parents=True, exist_ok=True)
             prepare(sources, folder, limits=limits, progress=False, **vocabulary)
 
+    def adopt(self) -> bool:
+        """If nothing was prepared from the text as it is now, take what was prepared last; whether that was so."""
+        others = [place for place in self.root.parent.glob("*") if place.is_dir()]
+        if not self.made or self.root.is_dir() or not others:
+            return False
+        self.root = max(others, key=lambda place: place.stat().st_mtime)
+        return True
+
     def _folder(self, limits: Mapping[str, int]) -> Path:
         if not self.made:
             return Path(self.given.folder).resolve()
@@ -75,3 +86,12 @@ class Corpora:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_text(language, path, self.given.sentences, seed=0)
         return path
+
+
+def sha256(key: str, path: str) -> str:
+    """Of a file's content; UserError, which names the key, if it can't be read."""
+    try:
+        with Path(path).open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise UserError(f"{key}: {path}: {error.strerror}; name an existing file, or leave the language out") from None

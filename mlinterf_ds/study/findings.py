@@ -72,7 +72,7 @@ def finding(
 ) -> Finding:  # fmt: skip
     found = effect(list(averaged(parts.values()).values()), records.confidence)
     if not found.values:
-        note = "this study has no records for it"
+        note = f"this study has no records for it{'; ' + note if note else ''}"
     elif len(found.values) == 1:
         note = f"one seed gives no interval{'; ' + note if note else ''}"
     means = {key: statistics.fmean(part.values()) for key, part in parts.items() if part}

@@ -9,6 +9,12 @@ from typing import Any
 
 from mlinterf_ds.study.tables import Cell, Table
 
+LATEX = str.maketrans(
+    {char: f"\\{char}" for char in "&%_#{}$"}
+    | {"\\": r"\textbackslash{}", "^": r"\textasciicircum{}", "~": r"\textasciitilde{}", "<": "$<$", ">": "$>$"}
+    | {"±": r"$\pm$", "†": r"$^\dagger$", "✓": r"$\checkmark$"}
+)
+
 
 def markdown(table: Table) -> str:
     lines = [
@@ -50,9 +56,7 @@ def latex(table: Table) -> str:
     """A `table` environment (packages booktabs and amssymb)."""
 
     def escaped(text: str) -> str:
-        for a, b in (("\\", r"\textbackslash "), ("&", r"\&"), ("%", r"\%"), ("_", r"\_"), ("#", r"\#"), ("±", r"$\pm$"), ("†", r"$^\dagger$"), ("✓", r"$\checkmark$")):  # fmt: skip
-            text = text.replace(a, b)
-        return text
+        return text.translate(LATEX)
 
     lines = [r"\begin{table}", r"\centering", rf"\caption{{{escaped(table.title)}}}", rf"\label{{tab:{table.name}}}"]
     lines += [
@@ -65,9 +69,8 @@ def latex(table: Table) -> str:
         if block:
             lines.append(rf"\multicolumn{{{len(table.head) + 1}}}{{l}}{{\emph{{{escaped(block)}}}}} \\")
         for name, cells in rows:
-            shown = [cell.shown(lambda text: "<b>" + text + "</b>") for cell in cells]
-            bold = [escaped(text).replace("<b>", r"\textbf{").replace("</b>", "}") for text in shown]
-            lines.append(" & ".join([escaped(name), *bold]) + r" \\")
+            shown = [cell.shown(lambda text: rf"\textbf{{{text}}}", escaped) for cell in cells]
+            lines.append(" & ".join([escaped(name), *shown]) + r" \\")
     lines += [
         r"\bottomrule",
         r"\end{tabular}",

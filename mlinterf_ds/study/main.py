@@ -4,6 +4,7 @@
 <output>/jobs/NAME-HASH/ a job: job.json, launch.log, done.json, a folder a unit with its summary.json
 <output>/records.json    what the jobs found
 <output>/tables/         tables 1 to 7: .md, .csv, .tex
+<output>/figures/        convergence of plain and meta adapters (figure 4c)
 <output>/findings.md, findings.json
 <output>/report.html     all of it, to read
 """
@@ -45,7 +46,7 @@ def main(arguments: Sequence[str]) -> int:
         print(cost.show(study.jobs, study.output, study.slots, every=True))
         return 0
     if options.report:
-        return study.report([])
+        return study.report_alone()
     again = [word for recipe in options.recipe for word in ("--recipe", recipe)]
     again += [word for setting in options.set for word in ("--set", setting)]
     return study.run(options.executor, [*again, "--deepspeed_config", study.deepspeed_config])
@@ -79,12 +80,19 @@ class Study:
         self.jobs = self.expand()
         self.slots = len(runner.slots(config))
         self.tracker = Tracker.off()
+        self.notes: list[str] = []  # under every table
 
     def expand(self) -> list[plan.Job]:
         return plan.expand(self.config, self.corpora, self.deepspeed_config)
 
     def run(self, executor: str, again: list[str]) -> int:
         """Run or submit what is missing, then report; 1 if a job failed."""
+        with runner.alone(self.output) as free:
+            if not free:
+                raise UserError(f"another study works on {self.output}: wait for it, or name another folder by output=")
+            return self._run(executor, again)
+
+    def _run(self, executor: str, again: list[str]) -> int:
         self.corpora.make()
         self.jobs = self.expand()  # with the corpora's hashes
         print(cost.show(self.jobs, self.output, self.slots), flush=True)
@@ -102,12 +110,7 @@ class Study:
                 status = "FINISHED"
                 return 0
             outcomes = runner.run(self.jobs, self.config, self.output, write)
-            if parent:
-                units = [self.output / job.folder / unit.name for job in self.jobs for unit in job.units]
-                send_rest(units, lambda text: print(f"warning: {text}", flush=True))
-            failed = self.report(outcomes)
-            if parent:
-                self._register(parent)
+            failed = self._conclude(outcomes, parent)
             status = "FAILED" if failed else "FINISHED"
             return failed
         except KeyboardInterrupt:
@@ -119,15 +122,50 @@ class Study:
 
     # -- reports ---------------------------------------------------------------------------------------------------------
 
+    def report_alone(self) -> int:
+        """Report on what is finished, in MLflow too if the study has a run there that nobody else writes to.
+
+        Jobs and text that this version would make anew are taken as an earlier one left them, and the tables say so.
+        """
+        old_text = self.corpora.adopt()
+        wanted = self.expand()
+        self.jobs = [runner.last_known(job, self.output) for job in wanted]
+        old = sum(job != now for job, now in zip(self.jobs, wanted, strict=True))
+        if old or old_text:
+            words = [f"{old} of {len(wanted)} jobs"] * bool(old) + ["the prepared text"] * old_text
+            self.notes = [
+                f"{' and '.join(words)} come from earlier code, settings or data than the study's present ones"
+            ]
+            print(f"note: {self.notes[0]}", flush=True)
+        with runner.alone(self.output) as free:
+            parent = self._open_tracker() if free and (self.output / "study.json").is_file() else None
+            failed = 1
+            try:
+                failed = self._conclude([], parent)
+            finally:
+                self.tracker.close("FAILED" if failed else "FINISHED")
+        return failed
+
+    def _conclude(self, outcomes: Sequence[runner.Outcome], parent: str | None) -> int:
+        if parent:
+            units = [self.output / job.folder / unit.name for job in self.jobs for unit in job.units]
+            send_rest(units, lambda text: print(f"warning: {text}", flush=True))
+        failed = self.report(outcomes)
+        if parent:
+            self._register(parent)
+        return failed
+
     def records(self, outcomes: Sequence[runner.Outcome]) -> Records:
         """What is finished so far."""
         config, found = self.config, Records(source=self.config.source)
         found.margin, found.confidence = config.margin, config.confidence
-        states = {outcome.job.name: outcome.row() for outcome in outcomes}
+        found.departures = [*self.notes, *config.departures]
+        known = {outcome.job.name: outcome for outcome in outcomes}
         for job in self.jobs:
-            done = runner.is_finished(job, self.output)
-            found.status.append(states.get(job.name) or runner.Outcome(job, "finished" if done else "waiting").row())
-        found.distances = {s.name: d for s in config.sets if (d := _distance(config, s)) is not None}
+            if job.name not in known:
+                known[job.name] = runner.outcome_of(job, self.output, known)
+            found.status.append(known[job.name].row())
+        found.distances, found.distance = distances(config, self.corpora)
         for limits in [{}, *(limits for limits in self.corpora.limits if limits)]:
             folder, manifest = self.corpora.of(limits)
             corpus = Corpus.open(folder) if manifest else None
@@ -140,10 +178,11 @@ class Study:
 
     def report(self, outcomes: Sequence[runner.Outcome]) -> int:
         """Write records, tables, findings and the page; 1 if a job failed."""
-        from mlinterf_ds.study import claims, findings, forms, page, tables
+        from mlinterf_ds.study import claims, convergence, findings, forms, page, tables
 
         self.output.mkdir(parents=True, exist_ok=True)
         records = self.records(outcomes)
+        records.analyses += convergence.draw(records, self.output / "figures")
         records.save(self.output / "records.json")
         found, tested = tables.all_tables(records), claims.all_findings(records)
         folder = self.output / "tables"
@@ -208,13 +247,24 @@ class Study:
         verdicts = [f"- **{claim.verdict}**: {claim.claim}" for claim in claims]
         about = f"{len(self.jobs)} jobs, {step} finished; report.html, tables and findings are among the artifacts."
         self.tracker.describe("\n".join([about, "", *verdicts]))
-        for name in ("report.html", "tables", "findings.md", "findings.json", "records.json"):
+        for name in ("report.html", "tables", "figures", "findings.md", "findings.json", "records.json"):
             self.tracker.artifact(self.output / name)
 
 
-def _distance(config: StudyConfig, group: Any) -> float | None:
-    if group.distance is None and config.corpus.folder == SYNTHETIC and not config.corpus.text:
+def distances(config: StudyConfig, corpora: Corpora) -> tuple[dict[str, float], str]:
+    """Of the first two languages of each set, and what they are: the recipe's, or planted, or measured on the text."""
+    given = {found.name: found.distance for found in config.sets if found.distance is not None}
+    pairs = {found.name: found.languages[:2] for found in config.sets if found.kind == "pair"}
+    if config.corpus.folder == SYNTHETIC and not config.corpus.text:
         from mlinterf_ds.data.synthetic import distance
 
-        return distance(*group.languages[:2])
-    return group.distance if group.distance is None else float(group.distance)
+        return {name: distance(*languages) for name, languages in pairs.items()} | given, "planted"
+    folder, manifest = corpora.of({})
+    if given or not manifest:
+        return given, "as the recipe states"
+    from mlinterf_ds.analysis.distance import SENTENCES, character_distance, ngrams, sentences
+
+    corpus = Corpus.open(folder)
+    grams = {code: ngrams(sentences(corpus, code, SENTENCES)) for pair in pairs.values() for code in pair}
+    measured = {name: character_distance(grams[a], grams[b]) for name, (a, b) in pairs.items()}
+    return measured, "between the texts' characters, 1 to 3 in a row"

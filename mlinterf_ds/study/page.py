@@ -14,11 +14,13 @@ from markupsafe import Markup
 
 from mlinterf_ds.study import paper
 from mlinterf_ds.study.config import StudyConfig
+from mlinterf_ds.study.convergence import CONVERGENCE
 from mlinterf_ds.study.findings import Finding, interval
 from mlinterf_ds.study.records import Records, Score
 from mlinterf_ds.study.tables import NAMES, TITLES, Cell, Table
 
 FIGURES = {
+    CONVERGENCE: "Convergence of plain and meta adapters",
     "interference": "Interference",
     "conflict-training": "Gradient conflict during training",
     "conflict": "Gradient conflict",
@@ -56,8 +58,8 @@ def render(
 
 
 def sortable(cell: Cell) -> str:
-    """What a cell is sorted by: its mean, else nothing."""
-    return "" if cell.mean is None else f"{cell.mean:.6f}"
+    """What a cell is sorted by: its mean, else its text, a number there without commas."""
+    return cell.text.replace(",", "") if cell.mean is None else f"{cell.mean:.6f}"
 
 
 def bar(claim: Finding) -> Markup:
@@ -79,18 +81,21 @@ def bar(claim: Finding) -> Markup:
 
 
 def figures(records: Records) -> list[tuple[str, list[tuple[str, str]]]]:
-    """(heading, [(caption, data URI)]) of the first seed's analyses; files that are gone or too large are left out."""
+    """(heading, [(caption, data URI)]) of the first seed of each analysis of a model; files that are gone are left out, of
+    too large ones the caption alone is shown, with where the figure is."""
     found = []
     for analysis, heading in FIGURES.items():
         shown = []
-        mine = [a for a in records.analyses if a.analysis == analysis and a.seed == min(records.seeds, default=a.seed)]
-        for each in mine:
-            for path in map(Path, each.figures):
-                if path.is_file() and path.stat().st_size <= LARGEST:
-                    image = base64.b64encode(path.read_bytes()).decode()
-                    of = "" if each.set == "all" else f": {each.set}, {each.variant}, seed {each.seed}"
-                    caption = f"{path.stem.replace('-', ' ')}{of}"
-                    shown.append((caption, f"data:image/png;base64,{image}"))
+        mine = {(a.set, a.variant): a for a in reversed(records.analyses) if a.analysis == analysis}
+        for each in reversed(mine.values()):
+            for path in (path for path in map(Path, each.figures) if path.is_file()):
+                of = "" if each.set == "all" else f": {each.set}, {each.variant}, seed {each.seed}"
+                caption, image = f"{path.stem.replace('-', ' ')}{of}", ""
+                if path.stat().st_size <= LARGEST:
+                    image = f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"
+                else:
+                    caption += f" ({path.stat().st_size / 1000:.0f} kB, too large for this page: {path})"
+                shown.append((caption, image))
         if shown:
             found.append((heading, shown))
     return found

@@ -23,7 +23,7 @@ from mlinterf_ds.engine.throughput import flops_per_row
 from mlinterf_ds.errors import UserError
 from mlinterf_ds.finetune_config import FinetuneConfig
 from mlinterf_ds.study.config import SYNTHETIC, StudyConfig, TaskSection
-from mlinterf_ds.study.corpora import Corpora
+from mlinterf_ds.study.corpora import Corpora, sha256
 from mlinterf_ds.study.grid import Model, models
 
 Kind = Literal["pretrain", "finetune", "analyze"]
@@ -38,12 +38,23 @@ SHARED_CODE = [
     "engine",
     "pretrain.py",
     "pretrain_job.py",
+    "pretrained.py",
     "initial.py",
+    "export",  # initial.py reads its folders
+    "finetune_config.py",
+    "analyze_config.py",  # this and the rest: conflict during training
+    "analysis/__init__.py",
+    "analysis/conflict.py",
+    "analysis/gradients.py",
+    "analysis/job.py",
+    "analysis/products.py",
+    "analysis/similarity.py",
 ]
+TUNING_CODE = ["tasks", "finetune.py", "finetune_run.py", "finetune_report.py"]
 CODE: dict[str, list[str]] = {
     "pretrain": SHARED_CODE,
-    "finetune": [*SHARED_CODE, "pretrained.py", "tasks", "finetune.py", "finetune_config.py", "finetune_run.py"],
-    "analyze": [*SHARED_CODE, "pretrained.py", "analysis", "analyze.py", "analyze_config.py"],
+    "finetune": [*SHARED_CODE, *TUNING_CODE],
+    "analyze": [*SHARED_CODE, "tasks", "evaluate.py", "analysis", "analyze.py"],
 }
 PLACES = {"name", "output", "resume", "corpus", "checkpoint", "tracking"}  # keys that decide no number
 FROZEN = "finetune.freeze=language"
@@ -113,7 +124,8 @@ def _pretraining(config: StudyConfig, model: Model, corpora: Corpora) -> tuple[U
         "warmup": run.train.warmup,
         "conflict_every": run.conflict.every,
     }
-    unit = Unit(model.name, _arguments(config.recipes, settings), facts, [_kept(run), model.limits, manifest])
+    kept = _kept(run) | ({"init": _content(run.init)} if run.init else {})
+    unit = Unit(model.name, _arguments(config.recipes, settings), facts, [kept, model.limits, manifest])
     return unit, run
 
 
@@ -266,12 +278,23 @@ def _kept(run: Any) -> dict[str, Any]:
 @functools.cache
 def _digest(place: str) -> str:
     """A data file's hash; the words 'synthetic' and 'split' stand for themselves."""
-    if place in (SYNTHETIC, "split"):
-        return place
-    try:
-        return hashlib.sha256(Path(place).read_bytes()).hexdigest()
-    except OSError as error:
-        raise UserError(f"tasks: {place}: {error.strerror}; name an existing file, or leave the language out") from None
+    return place if place in (SYNTHETIC, "split") else sha256("tasks", place)
+
+
+@functools.cache
+def _content(place: str) -> str:
+    """A folder's hash (of a model that `init` names): its files' names and bytes."""
+    files = sorted(path for path in Path(place).rglob("*") if path.is_file())
+    if not files:
+        raise UserError(f"init={place}: no such folder, or an empty one; name a checkpoint or a transformers folder")
+    listing = "".join(f"{path.relative_to(place)} {sha256('init', str(path))}\n" for path in files)
+    return hashlib.sha256(listing.encode()).hexdigest()
+
+
+def sources(name: str) -> list[Path]:
+    """The files of a part of the package."""
+    place = PACKAGE / name
+    return sorted(place.rglob("*.py")) if place.is_dir() else [place]
 
 
 @functools.cache
@@ -279,9 +302,7 @@ def code(kind: Kind) -> str:
     """Hash of the source that decides a job's numbers; comments and layout don't count."""
     found = hashlib.sha256()
     for name in CODE[kind]:
-        place = PACKAGE / name
-        for path in sorted(place.rglob("*.py")) if place.is_dir() else [place]:
-            found.update(
-                f"{path.relative_to(PACKAGE)}\n{ast.dump(ast.parse(path.read_text(encoding='utf-8')))}\n".encode()
-            )
+        for path in sources(name):
+            text = ast.dump(ast.parse(path.read_text(encoding="utf-8")))
+            found.update(f"{path.relative_to(PACKAGE)}\n{text}\n".encode())
     return found.hexdigest()

@@ -91,6 +91,8 @@ class Records:
     analyses: list[Analysis] = field(default_factory=list)
     status: list[dict[str, Any]] = field(default_factory=list)
     distances: dict[str, float] = field(default_factory=dict)  # of a set's first two languages
+    distance: str = ""  # what these are
+    departures: list[str] = field(default_factory=list)  # from the paper's protocol: notes under every table
     sizes: dict[str, dict[str, int]] = field(default_factory=dict)  # language -> sentences, tokens of train
     source: str = ""
     margin: float = 1.0
@@ -192,8 +194,11 @@ def read_counts(scores: Sequence[Score]) -> np.ndarray | None:
     """(seeds, examples, 3) counts of (right, predicted, gold) of the same test set; None where one is missing."""
     found = []
     for score in scores:
-        try:
-            found.append(np.loadtxt(score.counts, delimiter=",", skiprows=1, ndmin=2))
-        except OSError:
+        if not Path(score.counts).is_file():
             return None
+        with refusing(f"{score.counts}: damaged", "; remove its unit's folder and run the study again"):
+            table = np.loadtxt(score.counts, delimiter=",", skiprows=1, ndmin=2)
+            if table.shape[1] != 3:
+                raise ValueError(f"{table.shape[1]} columns, not 3")
+        found.append(table)
     return np.stack(found) if found and len({len(table) for table in found}) == 1 else None

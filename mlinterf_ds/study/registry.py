@@ -14,16 +14,20 @@ REQUIREMENTS = ["mlinterf_ds", "torch", "transformers>=5", "pandas"]
 
 
 def best(records: Records) -> Trained | None:
-    """The pair model with the best zero-shot scores, averaged over tasks and targets; without scores, the lowest perplexity."""
+    """The pair model with the best zero-shot scores, averaged over tasks and targets, of those that have all of their
+    set's: a model is not the better for a hard task that failed. Without scores, the lowest bits per character."""
     models = [m for m in records.models if m.kind == "pair" and not m.control]
-    scores: dict[tuple[str, str, int], list[float]] = {}
+    scores: dict[tuple[str, str, int], dict[tuple[str, str], float]] = {}
+    wanted: dict[str, set[tuple[str, str]]] = {}
     for s in records.scores:
         if s.kind == "pair" and not s.control and not s.within:
-            scores.setdefault((s.set, s.variant, s.seed), []).append(s.score)
+            scores.setdefault((s.set, s.variant, s.seed), {})[s.task, s.language] = s.score
+            wanted.setdefault(s.set, set()).add((s.task, s.language))
 
     def worth(model: Trained) -> tuple[float, float]:
-        mine = scores.get((model.set, model.variant, model.seed), [])
-        return statistics.fmean(mine) if mine else -1.0, -statistics.fmean(model.bits_per_character.values())
+        mine = scores.get((model.set, model.variant, model.seed), {})
+        whole = mine and mine.keys() == wanted[model.set]
+        return statistics.fmean(mine.values()) if whole else -1.0, -statistics.fmean(model.bits_per_character.values())
 
     return max(models, key=worth, default=None)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import shutil
 import signal
@@ -10,13 +11,14 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from mlinterf_ds import command
 from mlinterf_ds.data.files import read_json, write_json
+from mlinterf_ds.errors import UserError
 from mlinterf_ds.study.config import StudyConfig
 from mlinterf_ds.study.plan import Job
 from mlinterf_ds.study.worker import DONE, STARTED, finished, read_done
@@ -51,6 +53,20 @@ class Slot:
     process: subprocess.Popen[bytes] | None = None
     job: Job | None = None
     log: Any = field(default=None, repr=False)
+    begin: int = 0  # where this attempt's log starts: it is appended to
+
+
+@contextlib.contextmanager
+def alone(output: Path) -> Iterator[bool]:
+    """Hold a folder of a study or a job against other processes; whether it was free."""
+    output.mkdir(parents=True, exist_ok=True)
+    with (output / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
 
 
 def is_finished(job: Job, output: Path) -> bool:
@@ -58,10 +74,37 @@ def is_finished(job: Job, output: Path) -> bool:
     return all(finished(output / job.folder / unit.name) for unit in job.units)
 
 
+def last_known(job: Job, output: Path) -> Job:
+    """The job; if it was never started, the last of its name that was, by other code, settings or data."""
+    if (output / job.folder).is_dir():
+        return job
+    places = sorted((output / "jobs").glob(f"{job.name}-{'[0-9a-f]' * 10}"), key=lambda place: place.stat().st_mtime)
+    earlier = [replace(job, digest=place.name[-10:]) for place in places]
+    whole = [each for each in earlier if is_finished(each, output)]
+    return [job, *earlier, *whole][-1]
+
+
+def outcome_of(job: Job, output: Path, known: Mapping[str, Outcome]) -> Outcome:
+    """What became of a job that another process ran, by its folder; `known`: of the jobs it needs."""
+    folder = output / job.folder
+    record = _record(folder)
+    if is_finished(job, output):
+        return Outcome(job, "finished", seconds=float(record.get("seconds", 0.0)))
+    if lost := [need.name for need in job.needs if known[need.name].state in ("failed", "blocked")]:
+        return Outcome(job, "blocked", f"needs {', '.join(lost)}")
+    if reason := reasons(record) or error_of(folder / "launch.log"):
+        with alone(folder) as free:  # else it is tried again just now
+            if free:
+                return Outcome(job, "failed", reason)
+    return Outcome(job, "waiting")
+
+
 def write_job(job: Job, config: StudyConfig, output: Path, deepspeed_config: str, parent: str | None) -> Path:
-    """The job's folder with its job.json."""
+    """The job's folder with its job.json, and without the last attempt's reasons in its done.json."""
     folder = output / job.folder
     folder.mkdir(parents=True, exist_ok=True)
+    if (folder / DONE).is_file():
+        write_json(folder / DONE, {"units": read_done(folder)})
     places = [
         output / need.folder / need.units[0].name
         for need in job.needs
@@ -94,7 +137,12 @@ def launch_command(folder: Path, ranks: int) -> list[str]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     deepspeed = shutil.which("deepspeed", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}")
-    start = [deepspeed or "deepspeed", "--num_gpus", str(ranks), "--master_port", str(port)]
+    if deepspeed is None:
+        raise UserError(
+            f"no deepspeed beside {sys.executable} or on PATH: install the package's requirements, or activate the "
+            "environment that has them"
+        )
+    start = [deepspeed, "--num_gpus", str(ranks), "--master_port", str(port)]
     return [*start, str(SCRIPT), "--job", str(folder)]
 
 
@@ -113,7 +161,7 @@ def run(
         while True:
             for slot in places:
                 if slot.process is None and (job := _next(jobs, outcomes)):
-                    _start(slot, job, started_with(write(job), config.ranks), output)
+                    _start(slot, job, started_with(write(job), config.ranks), output, config.ranks)
                     outcomes[job.name].state = "running"
             if not any(slot.process for slot in places):
                 break
@@ -154,9 +202,11 @@ def _next(jobs: Sequence[Job], outcomes: dict[str, Outcome]) -> Job | None:
     return None
 
 
-def _start(slot: Slot, job: Job, words: list[str], output: Path) -> None:
-    slot.job, slot.log = job, (output / job.folder / "launch.log").open("ab")
-    threads = os.environ.get("OMP_NUM_THREADS", str(len(slot.cores)))
+def _start(slot: Slot, job: Job, words: list[str], output: Path, ranks: int) -> None:
+    folder = output / job.folder
+    slot.job, slot.log = job, (folder / "launch.log").open("ab")
+    slot.begin = slot.log.tell()
+    threads = os.environ.get("OMP_NUM_THREADS", str(max(1, len(slot.cores) // ranks)))
     slot.process = subprocess.Popen(
         words, stdout=slot.log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True,
         env=os.environ | {"OMP_NUM_THREADS": threads, STARTED: str(time.time())},
@@ -172,8 +222,8 @@ def _end(slot: Slot, outcomes: dict[str, Outcome], output: Path) -> Outcome:
     outcome.seconds = float(record.get("seconds", 0.0))
     outcome.state = "finished" if is_finished(slot.job, output) else "failed"
     if outcome.state == "failed":
-        reasons = [f"{name}: {facts['reason']}" for name, facts in record.get("units", {}).items() if "reason" in facts]
-        outcome.reason = "; ".join(reasons) or last_words(folder / "launch.log", slot.process.returncode)
+        said = error_of(folder / "launch.log", slot.begin)
+        outcome.reason = reasons(record) or said or f"exit status {slot.process.returncode}; see {folder}/launch.log"
     slot.process = slot.job = None
     return outcome
 
@@ -186,11 +236,17 @@ def _record(folder: Path) -> dict[str, Any]:
     return found
 
 
-def last_words(log: Path, status: int) -> str:
-    """Why a process failed: the last error of its log."""
-    lines = log.read_text(errors="replace").splitlines() if log.is_file() else []
+def reasons(record: dict[str, Any]) -> str:
+    """Why units of a job failed, by its done.json."""
+    units = record.get("units", {}).items()
+    return "; ".join(f"{name}: {facts['reason']}" for name, facts in units if "reason" in facts)
+
+
+def error_of(log: Path, begin: int = 0) -> str:
+    """The last error that a job's log tells of, from byte `begin` on."""
+    lines = log.read_bytes()[begin:].decode(errors="replace").splitlines() if log.is_file() else []
     errors = [line.strip() for line in lines if line.startswith("error:") or "Error" in line]
-    return (errors[-1] if errors else f"exit status {status}; see {log}")[:REASON]
+    return errors[-1][:REASON] if errors else ""
 
 
 def _stop(slots: Sequence[Slot]) -> None:

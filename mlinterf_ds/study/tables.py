@@ -17,10 +17,13 @@ NAMES = {
 }  # fmt: skip
 TITLES = {"ner": "NER (F1)", "pos": "POS (F1)", "qa": "QA (F1)", "nli": "NLI (accuracy)"}
 SIGNIFICANT = 0.05
+SYNTHETIC = "syn"  # how the names of synthetic languages start
+VOCABULARY = "one vocabulary for the study (the paper learns one for each model), so that perplexities compare"
 DEPARTURES = [
     "pre-norm Transformer (XLM is post-norm); adapters with GELU before the residual sum; routed ffn and attn share their norms",
-    "one vocabulary for the study (the paper learns one for each model), so that perplexities compare",
-    "paper's numbers in brackets, where its languages or its average apply: its models, data and sizes are not ours",
+    VOCABULARY,
+    "paper's numbers in brackets: its models, data and sizes are not ours; its average is over the languages shown, of which "
+    "it must have every one, but beside synthetic languages over its own",
 ]
 
 
@@ -48,9 +51,10 @@ class Cell:
         spread = "" if self.std is None else f" ± {self.std:.1f}"
         return self.text or ("" if self.mean is None else f"{self.mean:.1f}{spread}{self.mark}")
 
-    def shown(self, bold: Callable[[str], str]) -> str:
+    def shown(self, bold: Callable[[str], str], escaped: Callable[[str], str] = str) -> str:
         """`86.1 ± 0.4† [88.9]`, ours in bold if it is the best."""
-        ours = bold(self.ours) if self.best and self.ours else self.ours
+        ours = escaped(self.ours)
+        ours = bold(ours) if self.best and ours else ours
         return f"{ours} [{self.paper:.1f}]".strip() if self.paper is not None else ours
 
 
@@ -84,6 +88,8 @@ def all_tables(records: Records) -> list[Table]:
         main_table(records, 6, "NLI, zero-shot (accuracy)", [("nli", "accuracy")], within=False),
         main_table(records, 7, "QA in full (F1 and EM)", [("qa", "f1"), ("qa", "em")]),
     ]
+    for table in found:
+        table.notes += records.departures
     return [table for table in found if not table.empty]
 
 
@@ -102,6 +108,7 @@ def corpora(records: Records) -> Table:
         cells += [Cell(text="✓" if _tested(records, task, language) else "") for task in tasks]
         rows.append((language, cells))
     table.blocks = [("", rows)]
+    table.notes = [VOCABULARY]
     return table
 
 
@@ -173,21 +180,29 @@ def main_table(
             if any(cell.values for cell in cells):
                 rows.append((NAMES.get(row, f"+ {row.replace('_', ' ')}"), cells))
         table.blocks.append((f"{setting}{' language' if setting == paper.WITHIN else ''}", _best(rows)))
-    table.notes.append(
-        f"† differs from JointPair (paired bootstrap over examples and seeds, p < {SIGNIFICANT:g}); bold: best"
-    )
+    no_mark = "; EM has no mark: counts of each example are of the F1" if ("qa", "em") in columns else ""
+    table.notes.append(marked(NAMES["joint"]) + no_mark)
     table.notes += [f"{'/'.join(key[2:])}: {why}" for key, why in paper.MISPRINTS.items() if (*key[:2], key[4]) in at]
     if any(s.kind == "many" for s in records.scores):
         table.notes.append("XLM: ours is joint training over all languages of the study, at the larger size")
     return table
 
 
+def _known(task: str, metric: str, setting: str, row: str, here: Sequence[str]) -> float | None:
+    """The paper's average over these languages, None if it lacks one; over its own beside synthetic ones."""
+    if all(code.startswith(SYNTHETIC) for code in here):
+        return paper.SCORES.get((task, metric, setting, row, "avg"))
+    cells = [paper.SCORES.get((task, metric, setting, row, code)) for code in here]
+    known = [cell for cell in cells if cell is not None]
+    return statistics.fmean(known) if len(known) == len(cells) else None
+
+
 def _cell(records: Records, row: str, setting: str, task: str, metric: str, code: str, pairs: dict[str, str]) -> Cell:
-    known = paper.SCORES.get((task, metric, setting, row, code))
     if code == "avg":
         here = [c for c in pairs if any(s.task == task and s.language == c for s in records.scores)]
+        known = _known(task, metric, setting, row, here)
     else:
-        here = [code]
+        here, known = [code], paper.SCORES.get((task, metric, setting, row, code))
     found = [_scores(records, row, setting, task, language, pairs[language]) for language in here]
     if not found or not all(found):
         return Cell(paper=known)
@@ -220,6 +235,11 @@ def significance(ours: Sequence[Sequence[Score]], theirs: Sequence[Sequence[Scor
     return "†" if left and bootstrap_p(left, right) < SIGNIFICANT else ""
 
 
+def marked(other: str) -> str:
+    """The note on what bold type and † mean."""
+    return f"† differs from {other} (paired bootstrap over examples and seeds, p < {SIGNIFICANT:g}); bold: best"
+
+
 def _best(rows: list[tuple[str, list[Cell]]]) -> list[tuple[str, list[Cell]]]:
     """Mark the best of each column; floors don't compete, and where all are equal none is best."""
     floors = (NAMES["majority"], NAMES["unseen"])
@@ -245,19 +265,20 @@ def triples(records: Records) -> Table:
         for label, kind in (("JointPair", "pair"), ("JointTri", "triple")):
             cells = []
             for task, code, name in columns:
-                found = _joint(records, kind, pairs[code] if kind == "pair" else name, setting, task, code)
+                pair = _joint(records, "pair", pairs[code], setting, task, code)
+                found = pair if kind == "pair" else _joint(records, kind, name, setting, task, code)
                 known = dict(zip(("hi", "te"), paper.TRILINGUAL[task, setting][kind], strict=True)).get(code)
-                cells.append(Cell(found, known))
+                mark = "" if found is pair else significance([found], [pair])
+                cells.append(Cell(tuple(s.score for s in found), known, mark=mark))
             rows.append((label, cells))
         table.blocks.append((setting, _best(rows)))
-    table.notes = [f"{name}: {', '.join(codes)}" for name, codes in sets.items()]
+    table.notes = [*DEPARTURES, marked("JointPair"), *(f"{name}: {', '.join(codes)}" for name, codes in sets.items())]
     return table
 
 
-def _joint(records: Records, kind: str, group: str, setting: str, task: str, code: str) -> tuple[float, ...]:
+def _joint(records: Records, kind: str, group: str, setting: str, task: str, code: str) -> list[Score]:
     train = code if setting == paper.WITHIN else records.source
-    found = chosen(records, kind=kind, set=group, variant="joint", control="", task=task, language=code, train=train)
-    return tuple(s.score for s in found)
+    return chosen(records, kind=kind, set=group, variant="joint", control="", task=task, language=code, train=train)
 
 
 def sizes(records: Records) -> Table:
@@ -272,7 +293,8 @@ def sizes(records: Records) -> Table:
     table = Table(5, "Corpus size", head)
     limited = {m.languages[0]: m.set for m in records.models if m.kind == "mono" and "@" in m.set}
     for on_source, row_names in ((False, ("mono", "joint")), (True, ("joint",))):
-        rows = []
+        rows: list[tuple[str, list[Cell]]] = []
+        alone: dict[tuple[str, str, bool], list[Score]] = {}
         for row in row_names:
             cells = []
             for task, group, code in columns:
@@ -286,10 +308,13 @@ def sizes(records: Records) -> Table:
                         where = {"kind": "low" if low else "pair", "set": group if low else pairs[code]}
                     found = chosen(records, **where, variant=row, control="", task=task, language=on, train=on)
                     paper_value = None if known is None or first is None else known[first + place]
-                    cells.append(Cell(tuple(s.score for s in found), paper_value))
+                    other = alone.setdefault((task, group, low), found)  # the monolingual model, which comes first
+                    mark = significance([found], [other]) if other is not found else ""
+                    cells.append(Cell(tuple(s.score for s in found), paper_value, mark=mark))
             rows.append((NAMES[row], cells))
-        table.blocks.append((f"on {records.source}" if on_source else "on the partner", rows))
-    table.notes = [
+        table.blocks.append((f"on {records.source}" if on_source else "on the partner", _best(rows)))
+    table.notes = [*DEPARTURES, marked(NAMES["mono"])]
+    table.notes += [
         f"low: {limited.get(score.languages[1], name).replace('@', ' with ')} training sentences, with {score.languages[0]}"
         for name, score in lows.items()
     ]

@@ -32,9 +32,9 @@ def work(folder: Path) -> int:
     from mlinterf_ds import parallel
 
     job, first = read_json(folder / "job.json"), os.environ.get("RANK", "0") == "0"
-    started, units = float(os.environ.get(STARTED, time.time())), read_done(folder)
-    busy = 0.0
-    with only_here(folder) if first else contextlib.nullcontext():
+    started, busy = float(os.environ.get(STARTED, time.time())), 0.0
+    with only_here(folder, int(os.environ.get("RANK", "0"))):
+        units = read_done(folder)  # after waiting: it may be another process that wrote it
         with parallel.together(job["tensor"]) as layout:
             for unit in job["units"]:
                 if finished(folder / unit["name"]):
@@ -87,8 +87,11 @@ def read_done(folder: Path) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def only_here(folder: Path) -> Iterator[None]:
-    """Wait for another process that still works on the job: a study that was killed leaves its jobs running."""
-    with (folder / ".lock").open("w") as file:
+def only_here(folder: Path, rank: int = 0) -> Iterator[None]:
+    """Wait for another process that still works on the job: a study that was killed leaves its jobs running.
+
+    Each rank waits for its like, before any of them waits for the others in a process group, which has a time limit.
+    """
+    with (folder / (f".lock{rank}" if rank else ".lock")).open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

@@ -61,6 +61,14 @@ def test_the_opposite_fails() -> None:
     assert "partner_size_matters_little" in fails
 
 
+def test_nothing_collapses_where_joint_training_transfers_nothing() -> None:
+    """Joint zero-shot at 30.5 is within the margin of the floor of 30: ffn, far below, has lost no transfer."""
+    nothing = {"joint": (0.0, -39.5), "ffn": (0.0, -60.0), "attn": (0.0, -60.0)}
+    found = {each.name: each for each in all_findings(planted(shifts=nothing))}["ffn_collapses_zero_shot"]
+    assert (found.verdict, found.parts) == ("undecided", {})
+    assert "without pos syn-close, pos syn-far, where joint transfers nothing" in found.note
+
+
 def test_one_seed_decides_nothing_and_says_so() -> None:
     for found in all_findings(planted(seeds=1)):
         assert found.verdict == "undecided" and ("one seed" in found.note or found.name in UNASKED)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -13,8 +14,9 @@ from mlinterf_ds.config import load_config
 from mlinterf_ds.report.figures import perplexity_curves
 from mlinterf_ds.study.claims import all_findings
 from mlinterf_ds.study.config import StudyConfig
-from mlinterf_ds.study.page import figures, render
-from mlinterf_ds.study.tables import all_tables
+from mlinterf_ds.study.convergence import draw, spread
+from mlinterf_ds.study.page import figures, render, sortable
+from mlinterf_ds.study.tables import Cell, all_tables
 from tests.browser import CHROMIUM, browser
 from tests.study_records import planted
 
@@ -64,6 +66,42 @@ def test_captions_say_whose_figure_it_is(tmp_path: Path) -> None:
         "Interference": ["bars ner f1"],
         "Gradient conflict": ["bars ner f1: far, joint, seed 0"],
     }
+
+
+def test_figures_of_the_first_seed_there_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seeds need not come in order; a figure that is too large is named, not dropped."""
+    records = planted(seeds=2)
+    file = tmp_path / "bars.png"
+    file.write_bytes(b"png")
+    records.analyses = [replace(records.analyses[0], seed=seed, figures=[str(file)]) for seed in (3, 1)]
+    ((_, shown),) = figures(records)
+    assert [caption for caption, image in shown if image] == ["bars: far, joint, seed 3"]
+    monkeypatch.setattr("mlinterf_ds.study.page.LARGEST", 2)
+    ((_, shown),) = figures(records)
+    assert shown == [(f"bars: far, joint, seed 3 (0 kB, too large for this page: {file})", "")]
+
+
+def test_cells_of_text_are_sorted_too() -> None:
+    assert [sortable(cell) for cell in (Cell(text="12,345"), Cell((2.0,)), Cell())] == ["12345", "2.000000", ""]
+
+
+def test_convergence_is_drawn_over_the_seeds_of_both(tmp_path: Path) -> None:
+    records = planted(seeds=3)
+    records.models = [m for m in records.models if (m.variant, m.set, m.seed) != ("adpt", "far", 0)]
+    (drawn,) = draw(records, tmp_path)
+    assert [Path(path).name for path in drawn.figures] == ["convergence-close.png", "convergence-far.png"]
+    assert all(Path(path).stat().st_size > 5000 for path in drawn.figures)
+    records.analyses = [drawn]
+    ((heading, shown),) = figures(records)
+    assert "Convergence" in heading and [caption for caption, _ in shown] == ["convergence close", "convergence far"]
+    records.models = [m for m in records.models if m.variant != "meta_adpt"]
+    assert draw(records, tmp_path) == []
+
+
+def test_convergences_spread() -> None:
+    """At the steps that all seeds have, where all are finite."""
+    runs = [{0: 9.0, 5: 4.0, 10: 2.0}, {0: math.inf, 5: 6.0, 10: 3.0, 15: 1.0}]
+    assert spread(runs).tolist() == [[5, 10], [5.0, 2.5], [4.0, 2.0], [6.0, 3.0]]
 
 
 class Addresses(HTMLParser):

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import ast
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from mlinterf_ds.config import load_config
 from mlinterf_ds.errors import UserError
-from mlinterf_ds.study import cost, plan
+from mlinterf_ds.study import cost, main, plan
 from mlinterf_ds.study.config import StudyConfig
 from mlinterf_ds.study.corpora import Corpora
 
@@ -165,10 +167,60 @@ def test_a_changed_data_file_changes_the_fine_tunings_that_read_it(tmp_path: Pat
         found()
 
 
+def test_a_changed_text_is_another_corpus(tmp_path: Path) -> None:
+    """A corpus that was prepared from other text is not taken for this one's, whatever the file is called."""
+    recipe, file = tmp_path / "real.toml", tmp_path / "en.txt"
+    text = f'[corpus]\ntext = {{ en = "{file}", sw = "{file}" }}\n[[sets]]\nname = "p"\nlanguages = "en,sw"\n'
+    recipe.write_text(text)
+    roots = []
+    for words in ("one", "two", "one"):
+        file.write_text(words)
+        roots.append(Corpora(load_config([str(recipe)], [], StudyConfig), tmp_path).root)
+    assert roots[0] == roots[2] != roots[1]
+
+
+def test_a_changed_initial_model_changes_its_jobs(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    recipe, found = tmp_path / "init.toml", []
+    recipe.write_text(f'settings = ["init={tmp_path}/model", "train.steps=20"]')
+    for words in ("one", "two"):
+        (tmp_path / "model" / "weights").write_text(words)
+        plan._content.cache_clear()
+        found.append({job.digest for job in expanded("study_ci", str(recipe))})
+    assert not found[0] & found[1]
+    recipe.write_text(f'settings = ["init={tmp_path}/gone"]')
+    with pytest.raises(UserError, match=r"init=.*gone: no such folder"):
+        expanded("study_ci", str(recipe))
+
+
+# what a run is shown, sent and started by decides no number of it
+SHOWN = ("report", "tracking", "command.py", "launchers.py", "supervise.py", "pretrain_report.py", "__init__.py")
+ENTRIES = {"pretrain": ["pretrain.py"], "finetune": ["finetune.py"], "analyze": ["analyze.py", "analysis"]}
+
+
+@pytest.mark.parametrize("kind", ENTRIES)
+def test_the_code_hash_covers_all_that_a_job_imports(kind: str) -> None:
+    waiting = [path for name in ENTRIES[kind] for path in plan.sources(name)]
+    seen: set[Path] = set()
+    while waiting:
+        path = waiting.pop()
+        name = str(path.relative_to(plan.PACKAGE))
+        if path in seen or name.startswith(SHOWN):
+            continue
+        seen.add(path)
+        assert any(name == mine or name.startswith(f"{mine}/") for mine in plan.CODE[kind]), f"{kind}: {name}"
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("mlinterf_ds"):
+                base = plan.PACKAGE.joinpath(*node.module.split(".")[1:])
+                places = [base.with_suffix(".py"), base / "__init__.py"]
+                places += [base / f"{alias.name}.py" for alias in node.names]
+                waiting += [place for place in places if place.is_file()]
+
+
 def test_code_hash_ignores_comments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in plan.CODE["pretrain"]:
         place = tmp_path / name
-        (place if not name.endswith(".py") else tmp_path).mkdir(exist_ok=True)
+        (place if not name.endswith(".py") else place.parent).mkdir(exist_ok=True)
         (place / "a.py" if not name.endswith(".py") else place).write_text("x = 1\n")
     monkeypatch.setattr(plan, "PACKAGE", tmp_path)
     found = []
@@ -178,6 +230,21 @@ def test_code_hash_ignores_comments(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         found.append(plan.code("pretrain"))
     plan.code.cache_clear()
     assert found[0] == found[1] != found[2]
+
+
+def test_distances_are_measured_where_the_recipe_gives_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = {"en": ["ab ab"], "fr": ["ab ac"], "hi": ["xyz"]}
+    monkeypatch.setattr("mlinterf_ds.study.main.Corpus.open", lambda folder: None)
+    monkeypatch.setattr("mlinterf_ds.analysis.distance.sentences", lambda corpus, code, most: texts[code])
+    prepared: Any = SimpleNamespace(of=lambda limits: ("folder", "hash"))
+    recipe, pair = tmp_path / "real.toml", '[[sets]]\nname = "{0}"\nlanguages = "en,{0}"\n'
+    text = f'[corpus]\nfolder = "prepared"\n{pair.format("fr")}{pair.format("hi")}'
+    recipe.write_text(text)
+    found, what = main.distances(load_config([str(recipe)], [], StudyConfig), prepared)
+    assert 0 < found["fr"] < found["hi"] == pytest.approx(1) and "characters" in what
+    recipe.write_text(f"{text}distance = 3\n")
+    found, what = main.distances(load_config([str(recipe)], [], StudyConfig), prepared)
+    assert found == {"hi": 3.0} and "recipe" in what
 
 
 # --- mistakes ----------------------------------------------------------------------------------------------------------
@@ -194,6 +261,8 @@ def test_code_hash_ignores_comments(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         ('[[sets]]\nname = "a"\nlanguages = "en,sw"\n[[tasks]]\ntask = "ner"\nlr = 3', "unknown key"),
         ('settings = ["train.stepz=3"]\n[[sets]]\nname = "a"\nlanguages = "syn,syn-far"', "did you mean train.steps"),
         ('[corpus]\nfolder = "corpora/x"\n[[sets]]\nname = "a"\nkind = "low"\nlanguages = "en,sw"\nlimits = { sw = 9 }', "can't be subsampled"),
+        ('[[sets]]\nname = "a"\nlanguages = "en,sw"\n[[analyses]]\nanalysis = "prune"\n[[analyses]]\nanalysis = "prune"', "analyses: 'prune' is there twice"),
+        ('[[sets]]\nname = "a"\nkind = "low"\nlanguages = "en,sw"\nlimits = { sw = 9 }\n[[sets]]\nname = "b"\nkind = "low"\nlanguages = "en,sw"\nlimits = { sw = 8 }', "limited to 9 and to 8"),
         ('[corpus]\ntext = { en = "en.txt" }\n[[sets]]\nname = "a"\nlanguages = "en,sw"', "corpus.text has no sw"),
     ],
 )  # fmt: skip

@@ -28,3 +28,13 @@ def test_without_scores_the_lowest_bits_per_character() -> None:
 
 def test_nothing_to_register() -> None:
     assert best(Records()) is None
+
+
+def test_a_model_whose_hard_task_failed_is_not_the_best() -> None:
+    """QA is hard for all; ffn, which has no score of it, would have the best average."""
+    records = planted(seeds=1)
+    zero_shot = [s for s in records.scores if s.kind == "pair" and not s.control and not s.within]
+    records.scores = [replace(s, score=90.0) if s.variant == "ffn" and s in zero_shot else s for s in records.scores]
+    records.scores += [replace(s, task="qa", score=5.0) for s in zero_shot if s.variant != "ffn"]
+    found = best(records)
+    assert found is not None and found.variant == "meta_adpt"

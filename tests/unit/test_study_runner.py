@@ -6,17 +6,19 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
 import types
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from mlinterf_ds.errors import UserError
-from mlinterf_ds.study import worker
+from mlinterf_ds.study import runner, worker
 from mlinterf_ds.study.records import Records
 from tests import fake_launcher
 
@@ -93,6 +95,66 @@ def test_a_failed_job_is_isolated_and_tried_again(
     assert tables(tmp_path) == wanted
 
 
+def test_a_killed_retry_does_not_give_the_last_attempts_reason(tmp_path: Path) -> None:
+    """done.json and the log tell of an earlier failure; this attempt dies without a word."""
+    from mlinterf_ds.config import load_config
+    from mlinterf_ds.study.config import StudyConfig
+    from mlinterf_ds.study.grid import Model
+    from mlinterf_ds.study.plan import Job, Unit
+
+    config = load_config(["study_ci"], ["parallel=1"], StudyConfig)
+    units = (Unit("a", (), {}), Unit("b", (), {}))
+    job = Job("pretrain.x", "pretrain", Model("s", "pair", ("en", "sw"), "joint", 0), units, (), "0" * 64)
+    folder = tmp_path / job.folder
+    folder.mkdir(parents=True)
+    before = {"a": {"state": "finished", "seconds": 1.0}, "b": {"state": "failed", "reason": "of yesterday"}}
+    (folder / "done.json").write_text(json.dumps({"units": before, "seconds": 9.0}))
+    (folder / "launch.log").write_text("error: of yesterday\n")
+    script = "import os; os.kill(os.getpid(), 9)"
+
+    def write(job: Job) -> Path:
+        return runner.write_job(job, config, tmp_path, "zero1.json", None)
+
+    (found,) = runner.run([job], config, tmp_path, write, print, lambda *_: [sys.executable, "-c", script])
+    assert found.state == "failed" and found.reason.startswith("exit status -9") and "yesterday" not in found.reason
+    assert list(json.loads((folder / "done.json").read_text())["units"]) == ["a"]  # what is finished stays
+
+
+def test_threads_are_shared_out_to_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    given: list[str] = []
+
+    class Started:
+        def __init__(self, words: list[str], env: dict[str, str], **_: object) -> None:
+            given.append(env["OMP_NUM_THREADS"])
+            self.pid = os.getpid()
+
+    monkeypatch.setattr(runner.subprocess, "Popen", Started)
+    monkeypatch.setattr(runner.os, "sched_setaffinity", lambda *_: None)
+    job = types.SimpleNamespace(folder="job")
+    (tmp_path / "job").mkdir()
+    for ranks in (1, 2, 16):
+        slot = runner.Slot(list(range(8)))
+        runner._start(slot, job, [], tmp_path, ranks)  # type: ignore[arg-type]
+        slot.log.close()
+    assert given == ["8", "4", "1"]
+
+
+def test_without_the_launcher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner.shutil, "which", lambda *_, **__: None)
+    with pytest.raises(UserError, match="no deepspeed beside"):
+        runner.launch_command(tmp_path, 1)
+
+
+def test_two_studies_don_t_share_a_folder(tmp_path: Path) -> None:
+    with runner.alone(tmp_path) as free:
+        assert free
+        with pytest.raises(UserError, match="another study works on"):
+            fake_launcher.study(str(tmp_path))
+    with runner.alone(tmp_path) as free:
+        assert free
+
+
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
 def test_a_study_that_is_killed_ends_with_the_same_tables(how: signal.Signals, whole: Path, tmp_path: Path) -> None:
     words = [sys.executable, fake_launcher.__file__, "study", str(tmp_path), "seeds=0,1"]
@@ -118,6 +180,26 @@ def test_a_job_waits_for_another_process_that_works_on_it(tmp_path: Path) -> Non
     assert process.stdout is not None and process.stdout.readline() == b"in\n"
     with worker.only_here(tmp_path):
         assert process.wait(10) == 0 or process.poll() is not None
+
+
+def test_every_rank_waits_for_its_like(one_rank: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what another process finished meanwhile is known."""
+    (tmp_path / "job.json").write_text(json.dumps({"kind": "finetune", "tensor": 1, "units": []}))
+    held: list[int] = []
+
+    @contextlib.contextmanager
+    def waiting(folder: Path, rank: int) -> Iterator[None]:
+        held.append(rank)
+        read.clear()  # what was read before the wait doesn't count
+        yield
+
+    read: list[Path] = []
+    monkeypatch.setattr(worker, "only_here", waiting)
+    monkeypatch.setattr(worker, "read_done", lambda folder: read.append(folder) or {})
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        assert worker.work(tmp_path) == 0 and read
+    assert held == [0, 1]
 
 
 def test_only_a_whole_summary_is_a_finished_unit(tmp_path: Path) -> None:
@@ -193,6 +275,8 @@ def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder.mkdir()
     (folder / "sbatch").write_text(SBATCH)
     (folder / "sbatch").chmod(0o755)
+    (folder / "squeue").write_text('#!/bin/bash\ncat "$SBATCH_LOG.queue"\n')
+    (folder / "squeue").chmod(0o755)
     monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setenv("SBATCH_LOG", str(tmp_path / "log"))
     return tmp_path / "log"
@@ -237,6 +321,65 @@ def test_slurm_submits_only_what_is_not_finished(slurm: Path, tmp_path: Path) ->
     ids = json.loads((out / "slurm.json").read_text())
     assert list(ids) == ["finetune.adpt.close.seed0", "report"]
     assert "afterok" not in slurm.read_text()
+
+
+def test_slurm_keeps_what_is_queued(slurm: Path, tmp_path: Path) -> None:
+    """A second submission finds the first one's jobs, but for one that has left the queue without results."""
+    out = tmp_path / "study"
+    assert submit(out, "ranks=2") == 0
+    first = json.loads((out / "slurm.json").read_text())
+    scripts = [Path(line.split()[-1]).read_text() for line in slurm.read_text().splitlines()]
+    assert all("#SBATCH --cpus-per-task=2\n" in script for script in scripts)
+    gone = "finetune.joint.close.seed0"
+    slurm.with_name("log.queue").write_text("\n".join(n for name, n in first.items() if name != gone))
+    (out / "slurm.json").unlink()  # as after an error midway
+    assert submit(out, "ranks=2") == 0
+    second = json.loads((out / "slurm.json").read_text())
+    assert {name for name in first if first[name] != second[name]} == {gone, "report"}
+    assert len(slurm.read_text().splitlines()) == len(first) + 2
+
+
+def test_a_report_alone_tells_of_failed_jobs(whole: Path, tmp_path: Path) -> None:
+    """As the report that Slurm starts does: what failed and what it held up, by the jobs' folders."""
+    (tmp_path / "broken").write_text("pretrain.adpt.close.seed0")
+    assert fake_launcher.study(str(tmp_path)) == 1
+    (job,) = tmp_path.glob("jobs/pretrain.adpt.close.seed0-*")
+    assert fake_launcher.study(str(tmp_path), report=True) == 1
+    rows = {row["job"]: row for row in Records.load(tmp_path / "records.json").status}
+    assert rows["pretrain.adpt.close.seed0"]["state"] == "failed"
+    assert "planted mistake" in rows["pretrain.adpt.close.seed0"]["reason"]
+    assert rows["finetune.adpt.close.seed0"]["state"] == "blocked"
+    with runner.alone(job):  # it is tried again at this moment
+        assert fake_launcher.study(str(tmp_path), report=True) == 0
+    states = {row["job"]: row["state"] for row in Records.load(tmp_path / "records.json").status}
+    assert states["pretrain.adpt.close.seed0"] == states["finetune.adpt.close.seed0"] == "waiting"
+
+
+def test_a_report_after_an_edit_shows_what_there_is_and_says_so(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlinterf_ds.study import plan
+
+    shutil.copytree(whole, tmp_path / "study")
+    monkeypatch.setattr(plan, "code", lambda kind: "edited")
+    assert fake_launcher.study(str(tmp_path / "study"), "seeds=0,1", report=True) == 0
+    after, note = tables(tmp_path / "study"), "16 of 16 jobs come from earlier code, settings or data"
+    assert note in after["table2.md"]
+    without = {name: [line for line in text.splitlines() if note not in line] for name, text in after.items()}
+    assert without == {name: text.splitlines() for name, text in tables(whole).items()}
+
+
+def test_a_report_alone_reaches_the_studys_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mlinterf_ds.study.main import Study
+
+    assert fake_launcher.study(str(tmp_path)) == 0
+    opened: list[str | None] = []
+    monkeypatch.setattr(Study, "_open_tracker", lambda self: opened.append("run") or None)
+    assert fake_launcher.study(str(tmp_path), report=True) == 0 and opened == ["run"]
+    with runner.alone(tmp_path):  # the study goes on: its own process writes to the run
+        assert fake_launcher.study(str(tmp_path), report=True) == 0 and opened == ["run"]
+    (tmp_path / "study.json").unlink()
+    assert fake_launcher.study(str(tmp_path), report=True) == 0 and opened == ["run"]
 
 
 def test_without_sbatch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

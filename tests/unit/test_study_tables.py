@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import statistics
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from pydantic import TypeAdapter
 
 from mlinterf_ds.errors import UserError
 from mlinterf_ds.study import forms, paper
-from mlinterf_ds.study.records import Records
-from mlinterf_ds.study.tables import Table, all_tables
+from mlinterf_ds.study.records import Records, read_counts
+from mlinterf_ds.study.tables import Cell, Table, all_tables
 from tests.study_records import planted
 
 
@@ -93,6 +95,21 @@ def test_means_deviations_and_the_papers_average(records: Records, tables: dict[
     assert ("within language", "never saw it", "POS F1 avg") not in found
 
 
+@pytest.mark.parametrize(
+    "names, wanted",
+    [({"syn-close": "hi", "syn-far": "te"}, (97.0 + 94.5) / 2), ({"syn-close": "hi", "syn-far": "sw"}, None)],
+)
+def test_the_papers_average_is_over_the_languages_shown(names: dict[str, str], wanted: float | None) -> None:
+    """Of POS it has hi and te, but not sw."""
+    text = json.dumps(asdict(planted(seeds=1)))
+    for ours, real in names.items():
+        text = text.replace(f'"{ours}"', f'"{real}"')
+    records = TypeAdapter(Records).validate_json(text)
+    (table,) = [table for table in all_tables(records) if table.number == 2]
+    found = rows(table)["within language", "Mono", "POS F1 avg"]["paper"]
+    assert (float(found) if found else None) == wanted
+
+
 def test_where_all_are_equal_none_is_bold() -> None:
     records = planted(seeds=1)
     records.scores = [replace(s, score=0.0) for s in records.scores]
@@ -138,6 +155,16 @@ def test_significance_from_counts_of_examples(records: Records, tmp_path: Path) 
         )
         with_counts.append(replace(s, counts=str(path)))
     table = all_tables(replace(records, scores=with_counts))[1]
+    found = {t.number: t for t in all_tables(replace(records, scores=with_counts))}
+    third, size = rows(found[4]), rows(found[5])
+    assert {line["mark"] for line in [*third.values(), *size.values()]} == {""}  # all joint: the same counts
+    better = [replace(s, counts=str(tmp_path / "attn.csv")) if s.kind in ("triple", "mono") else s for s in with_counts]
+    found = {t.number: t for t in all_tables(replace(records, scores=better))}
+    third, size = rows(found[4]), rows(found[5])
+    assert third["zero-shot", "JointTri", "POS syn-far"]["mark"] == "†"
+    assert size["on the partner", "JointPair", "POS syn-far (low)"]["mark"] == "†"
+    assert size["on the partner", "JointPair", "POS syn-far (low)"]["best"] == "1"
+    assert not size["on syn", "JointPair", "POS syn-far"]["mark"]
     marks = {key[1]: line["mark"] for key, line in rows(table).items() if key[::2] == ("zero-shot", "POS F1 avg")}
     assert (marks["+ attn"], marks["+ ffn"], marks["JointPair"]) == ("†", "", "")
 
@@ -148,6 +175,27 @@ def test_latex_is_balanced_and_escaped(tables: dict[int, Table]) -> None:
     widths = {line.count("&") for line in text.splitlines() if line.endswith(r"\\") and "multicolumn" not in line}
     assert widths == {len(tables[2].head)}
     assert r"\textbf{76." in text
+
+
+def test_latex_escapes_every_special_character() -> None:
+    text = forms.latex(Table(9, r"a<b>c{d}$^~\%&#_", ["x"], [("", [("±†✓", [Cell((1.0,), best=True, mark="†")])])]))
+    assert r"a$<$b$>$c\{d\}\$\textasciicircum{}\textasciitilde{}\textbackslash{}\%\&\#\_" in text
+    assert r"$\pm$$^\dagger$$\checkmark$ & \textbf{1.0$^\dagger$}" in text
+
+
+def test_departures_stand_under_every_table(records: Records) -> None:
+    said = all_tables(replace(records, departures=["text is small"]))
+    assert [table.number for table in said if "text is small" in table.notes] == [1, 2, 4, 5]
+    assert all(any("one vocabulary" in note for note in table.notes) for table in said)
+
+
+def test_damaged_counts_are_named(records: Records, tmp_path: Path) -> None:
+    path = tmp_path / "counts.csv"
+    for text in ("r,p,g\n1,x,1\n", "r,p\n1,1\n"):
+        path.write_text(text)
+        with pytest.raises(UserError, match=r"counts\.csv: damaged"):
+            read_counts([replace(records.scores[0], counts=str(path))])
+    assert read_counts([replace(records.scores[0], counts=str(tmp_path / "gone"))]) is None
 
 
 def test_records_survive_the_disk(records: Records, tmp_path: Path) -> None:
