@@ -50,14 +50,24 @@ def _panel(axes: Axes, language: str, rows: dict[str, Runs]) -> None:
     figures._frame(axes, language, points, [])
     for index, (row, (steps, mean, low, high)) in enumerate(curves.items()):
         look = figures._look(index)
-        axes.plot(steps, mean, **look, label=f"{row} ({len(rows[row])} seeds)", linewidth=1.5, markersize=4)
+        axes.plot(
+            steps,
+            mean,
+            **look,
+            label=f"{row}, {len(rows[row])} seed{'s' * (len(rows[row]) > 1)}",
+            linewidth=1.5,
+            markersize=4,
+        )
         axes.fill_between(steps, low, high, color=look["color"], alpha=0.2, linewidth=0)
     axes.legend(fontsize=8, frameon=False)
 
 
 def spread(runs: Runs) -> np.ndarray:
-    """(4, steps): the steps that all seeds were evaluated at; mean, lowest and highest perplexity there."""
-    common = sorted(set.intersection(*(set(run) for run in runs)))
+    """(4, steps): the steps that all seeds were evaluated at; mean, lowest and highest perplexity there.
+
+    Without step 0: beside an untrained model's perplexity all others look alike.
+    """
+    common = sorted(set.intersection(*(set(run) for run in runs)) - {0})
     steps = [step for step in common if all(math.isfinite(run[step]) for run in runs)]
     values = np.array([[run[step] for run in runs] for step in steps]).reshape(len(steps), len(runs))
     return np.stack([np.array(steps, dtype=float), values.mean(1), values.min(1), values.max(1)])

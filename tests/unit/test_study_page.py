@@ -99,8 +99,8 @@ def test_convergence_is_drawn_over_the_seeds_of_both(tmp_path: Path) -> None:
 
 
 def test_convergences_spread() -> None:
-    """At the steps that all seeds have, where all are finite."""
-    runs = [{0: 9.0, 5: 4.0, 10: 2.0}, {0: math.inf, 5: 6.0, 10: 3.0, 15: 1.0}]
+    """At the steps that all seeds have, where all are finite, after the first."""
+    runs = [{0: 9.0, 5: 4.0, 10: 2.0, 15: 1.0}, {0: 9.0, 5: 6.0, 10: 3.0, 15: math.inf, 20: 1.0}]
     assert spread(runs).tolist() == [[5, 10], [5.0, 2.5], [4.0, 2.0], [6.0, 3.0]]
 
 
