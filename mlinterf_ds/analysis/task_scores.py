@@ -72,7 +72,8 @@ def read_scores(place: str) -> Scores:
 def compare_scores(
     found: Sequence[Scores], languages: Sequence[str], larger: Sequence[str] = ()
 ) -> tuple[list[Comparison], dict[tuple[str, str], tuple[float, ...]]]:
-    """Within-language scores, joint against mono, paired by the seeds of pretraining and fine-tuning.
+    """Within-language scores, joint against mono, paired by the seeds of pretraining and, for each, of fine-tuning (the first
+    ones that both have, as many as all pretraining seeds have).
 
     Also the mean scores of models in the folders `larger`, by (metric, language). UserError if test sets differ, a model was
     fine-tuned twice, or two fine-tunings have no seed in common.
@@ -109,10 +110,16 @@ def _paired(metric: str, language: str, groups: dict[Group, dict[int, Scores]]) 
         if len(group[0]) == 1 or not common:
             continue
         pairs = [(alone[seed].scores[language], seeds[seed].scores[language]) for seed in common]
-        tuned = sorted(set.intersection(*(set(side) for pair in pairs for side in pair)))
-        if not tuned:
+        tuned = [
+            sorted(mono.keys() & joint.keys()) for mono, joint in pairs
+        ]  # a study tunes each model with a seed of its own
+        if not all(tuned):
             raise UserError(f"{metric} in {language}: the fine-tunings have none of finetune.seeds in common")
-        mono, joint = (np.array([[pair[side][seed] for seed in tuned] for pair in pairs]) for side in (0, 1))
+        count = min(map(len, tuned))
+        mono, joint = (
+            np.array([[pair[side][seed] for seed in own[:count]] for pair, own in zip(pairs, tuned, strict=True)])
+            for side in (0, 1)
+        )
         yield Comparison.of(metric, language, group, common, mono, joint)
 
 

@@ -198,6 +198,22 @@ def test_scores_are_paired_by_both_seeds(tmp_path: Path) -> None:
     assert larger == {("ner f1", "sw"): (75.0,)}
 
 
+def test_each_pretraining_seed_may_be_tuned_with_a_seed_of_its_own(tmp_path: Path) -> None:
+    """As a study does it."""
+    places = [
+        finetuning(tmp_path, name, seed, "sw", {"sw": [score + 3 * seed]}, seeds=[seed])
+        for name, score in (("sw", 50.0), ("en-sw", 49.0))
+        for seed in (0, 1, 2)
+    ]
+    found = [task_scores.read_scores(place) for place in places]
+    ((row,), _) = task_scores.compare_scores(found, ["sw"])
+    assert (row.seeds, row.rows, row.mono, row.joint) == ((0, 1, 2), 1, (50.0, 53.0, 56.0), (49.0, 52.0, 55.0))
+    assert row.difference == row.low == row.high == 1.0
+    other = finetuning(tmp_path / "other", "en-sw", 0, "sw", {"sw": [49.0]}, seeds=[1])
+    with pytest.raises(UserError, match=r"ner f1 in sw.*none of finetune\.seeds in common"):
+        task_scores.compare_scores([found[0], task_scores.read_scores(other)], ["sw"])
+
+
 def test_transfer_by_hand(tmp_path: Path) -> None:
     places = [
         finetuning(tmp_path, "en-sw", 0, "en", {"en": [80.0, 90.0], "sw": [40.0, 50.0]}),
