@@ -24,11 +24,12 @@ from pathlib import Path
 from mlinterf_ds.engine.reshard import reshard
 
 ROOT = Path(__file__).resolve().parents[2]
-RANKS, STEPS = 2, 30
-SETTINGS = [f"train.steps={STEPS}", "train.epoch_steps=10", "train.save_steps=2", "train.batch=8", "train.warmup=2"]
+RANKS, STEPS = 2, 60
+SETTINGS = [f"train.steps={STEPS}", "train.epoch_steps=20", "train.save_steps=2", "train.batch=8", "train.warmup=2"]
 SETTINGS += ["model.width=32", "model.ffn=64", "model.dropout=0.1", "data.eval_rows=8", "data.synthetic_sentences=600"]
 SETTINGS += ["tracking.enabled=false", "parallel.timeout=2"]
 MARK = "KILL_MANY"
+REACH = 0.6  # of a whole run's time: an attempt that goes on from a checkpoint is shorter, and most should be killed
 
 
 def start(folder: Path, output: str, restarts: int) -> subprocess.Popen[str]:
@@ -80,7 +81,7 @@ def outcome(folder: Path, output: str) -> dict[str, object]:
 
 
 def killed(folder: Path, output: str, kills: int, seconds: float, draw: random.Random) -> tuple[int, int]:
-    """Run with up to `kills` kills, each at a random moment of its attempt; (kills done, exit code)."""
+    """Run with up to `kills` kills, each at a random moment of an attempt's first `seconds`; (kills done, exit code)."""
     job = start(folder, output, kills)
     done = 0
     while done < kills and job.poll() is None:
@@ -100,7 +101,7 @@ def killed(folder: Path, output: str, kills: int, seconds: float, draw: random.R
 def main(words: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=5)
-    parser.add_argument("--per-run", type=int, default=5)
+    parser.add_argument("--per-run", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(words)
     folder, draw = Path(tempfile.mkdtemp(prefix="kill-many-")), random.Random(options.seed)
@@ -111,6 +112,7 @@ def main(words: list[str] | None = None) -> int:
     assert alone.wait(timeout=600) == 0, (folder / "alone.log").read_text()[-3000:]
     seconds, wanted = time.monotonic() - began, outcome(folder, "alone")
     print(f"left alone: {seconds:.0f} s", flush=True)
+    seconds *= REACH
     total = differing = number = 0
     while total < options.kills:
         output, number = f"run-{number}", number + 1
