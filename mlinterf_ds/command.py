@@ -110,7 +110,7 @@ def noted(log: Path) -> Iterator[None]:
     """A failure inside is written to the rank's log; the first of the job's also to `failed` beside it, for all to tell."""
     try:
         yield
-    except Exception as error:
+    except Exception as error:  # whatever it is: it is raised again
         with contextlib.suppress(OSError):  # a full disk, say: the failure itself must come through
             with log.open("a") as file:
                 traceback.print_exception(error, file=file)

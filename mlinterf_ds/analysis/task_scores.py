@@ -110,9 +110,8 @@ def _paired(metric: str, language: str, groups: dict[Group, dict[int, Scores]]) 
         if len(group[0]) == 1 or not common:
             continue
         pairs = [(alone[seed].scores[language], seeds[seed].scores[language]) for seed in common]
-        tuned = [
-            sorted(mono.keys() & joint.keys()) for mono, joint in pairs
-        ]  # a study tunes each model with a seed of its own
+        # of each pretraining seed: a study tunes each model with a seed of its own
+        tuned = [sorted(mono.keys() & joint.keys()) for mono, joint in pairs]
         if not all(tuned):
             raise UserError(f"{metric} in {language}: the fine-tunings have none of finetune.seeds in common")
         count = min(map(len, tuned))

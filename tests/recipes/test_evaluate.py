@@ -69,6 +69,21 @@ def test_pseudo_perplexity_and_fill_by_hand(ground: Path) -> None:
     assert 10 < found["perplexity"] < 500
 
 
+def cut(ground: str) -> tuple[dict[str, Any], str]:
+    from mlinterf_ds import parallel
+    from mlinterf_ds.evaluate import Model, _shown, score
+
+    model = Model(f"{ground}/model", parallel.relayout(1), "fp32")
+    found = score(model, "as", Path(ground) / "long", 2)
+    return found, _shown({"as": found})
+
+
+def test_sentences_longer_than_a_row_are_counted_and_said(ground: Path) -> None:
+    (ground / "long").write_text(" ".join(["bak den"] * 200) + "\nbak den\n")
+    ((found, shown),) = pool(1).run(cut, str(ground))
+    assert found["pseudo_perplexity_sentences_cut"] == 1 and "the beginning of 1 sentences of as" in shown
+
+
 @pytest.mark.parametrize("tensor", [1, 2])
 def test_two_ranks_equal_one(ground: Path, tensor: int) -> None:
     (wanted,) = pool(1).run(scored, str(ground), 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -139,6 +140,11 @@ def test_the_grid_is_searched_by_the_dev_set_and_resumed(ground: Path, tmp_path:
     assert json.loads((out / "summary.json").read_text()) == summary
     with pytest.raises(AssertionError, match="finetune.epochs is 4, was 6"):
         pool(1).run(run_main, [*arguments, "--set", "resume=auto", "--set", "finetune.epochs=4"])
+    other = tmp_path / "other"  # of the same step
+    shutil.copytree(ground / "model", other)
+    rewrite(next(other.glob("checkpoints/step-*")), "another run")
+    with pytest.raises(AssertionError, match="pretrained weights is"):
+        pool(1).run(run_main, [*arguments, "--set", "resume=auto", "--set", f"checkpoint={other}"])
 
 
 @pytest.mark.parametrize("task, tensor", [("ner", 1), ("qa", 2)])
@@ -188,13 +194,21 @@ def test_as_a_command_under_mlflow(ground: Path, tmp_path: Path) -> None:
     assert {"ner/test/f1/te", "ner/test/f1/as"} <= found[0].data.metrics.keys() and found[0].info.status == "FINISHED"
     again = subprocess.run([*script, *arguments], env=environment, cwd=tmp_path, capture_output=True, text=True)
     assert again.returncode == 2 and "Traceback" not in again.stderr and "resume=auto" in again.stderr
+    # perplexity on any text is a run of its own there
+    (tmp_path / "text").write_text("bak den\n" * 20)
+    words = [sys.executable, str(ROOT / "launch" / "evaluate.py"), "--checkpoint", str(model), "--text", "te=text"]
+    done = subprocess.run([*words, "--sentences", "2"], env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (scored,) = client.search_runs(["1"], "attributes.run_name = 'evaluate'")
+    assert scored.data.tags["mlflow.parentRunId"] == parent and "evaluate/perplexity/te" in scored.data.metrics
 
 
 def rewrite(checkpoint: Path, run_id: str) -> None:
-    """Give a checkpoint a pretraining run in MLflow."""
+    """Give a checkpoint a pretraining run in MLflow, that was tracked."""
     import hashlib
 
     saved = json.loads((checkpoint / "run.json").read_text()) | {"run_id": run_id}
+    saved["config"]["tracking"]["enabled"] = True
     text = json.dumps(saved).encode()
     (checkpoint / "run.json").write_bytes(text)
     complete = json.loads((checkpoint / "complete.json").read_text())
