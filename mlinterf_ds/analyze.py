@@ -47,18 +47,21 @@ def run(config: AnalyzeConfig, deepspeed_json: dict[str, Any]) -> dict[str, Any]
         layout = parallel.start(config.parallel.tensor)
     try:
         output = Path(config.output or from_first(f"runs/{config.name}-{time.strftime('%Y%m%d-%H%M%S')}"))
+        log = output / "log" / f"rank-{layout.rank}.log"
+        if layout.rank == 0:
+            log.with_name("failed").unlink(missing_ok=True)  # of an earlier attempt
         if from_first((output / "summary.json").is_file()):
             raise UserError(f"{output} holds an analysis: choose another output")
         precision, why = choose_precision(config.train.precision, deepspeed_json)
         pretrained = Pretrained.open(config.checkpoint) if config.checkpoint else None
         corpus, languages = material(config, pretrained, layout.rank == 0)
-        command.quiet(output / "log" / f"rank-{layout.rank}.log")
+        command.quiet(log)
         tracker = Tracker.off()
         if layout.rank == 0:
             where = f" of {pretrained.path} ({pretrained.variant})" if pretrained else ""
             print(f"{config.analysis}{where}, {precision} ({why}); output {output}", flush=True)
             tracker = open_tracker(config, pretrained, output)
-        with tracker:
+        with command.noted(log), tracker:
             device = torch.device(_accelerator().current_device_name())
             job = AnalysisJob(
                 config, pretrained, corpus, languages, layout, device, deepspeed_json, precision, output, tracker.log

@@ -105,12 +105,20 @@ def remove_stale_locks() -> list[Path]:
     return stale
 
 
+class PeerFailed(Exception):
+    """This rank failed because another did: that one's reason is told, the trace of what came of it is in this rank's log."""
+
+
 @contextlib.contextmanager
 def noted(log: Path) -> Iterator[None]:
-    """A failure inside is written to the rank's log; the first of the job's also to `failed` beside it, for all to tell."""
+    """A failure inside is written to the rank's log; the first of the job's also to `failed` beside it, for all to tell.
+
+    Most ranks fail because another did: what such a rank raises becomes PeerFailed. A mistake of the user's stays one.
+    """
     try:
         yield
     except Exception as error:  # whatever it is: it is raised again
+        first = ""
         with contextlib.suppress(OSError):  # a full disk, say: the failure itself must come through
             with log.open("a") as file:
                 traceback.print_exception(error, file=file)
@@ -118,9 +126,10 @@ def noted(log: Path) -> Iterator[None]:
             try:
                 with log.with_name("failed").open("x") as file:
                     file.write(f"{rank} failed first: {type(error).__name__}: {str(error)[:300]}; its log: {log}")
-            except FileExistsError:  # most ranks fail because another did
-                if first := log.with_name("failed").read_text():
-                    error.add_note(first)
+            except FileExistsError:
+                first = log.with_name("failed").read_text()
+        if first and not isinstance(error, UserError):
+            raise PeerFailed(f"{type(error).__name__}: {error}; {first}") from error
         raise
 
 
@@ -193,9 +202,13 @@ def main(run: Callable[[Sequence[str]], int], arguments: Sequence[str] | None = 
         print("\ninterrupted", file=sys.stderr, flush=True)
         status = 130
     except Exception as error:  # a bug of ours: the trace for the report, the reason last for the user
-        traceback.print_exc()
+        if isinstance(error, PeerFailed):
+            said = str(error)
+        else:
+            traceback.print_exc()
+            said = f"{type(error).__name__}: {error}"
         hints = "".join(f"; {note}" for note in getattr(error, "__notes__", []))
-        print(f"\nerror: rank {rank} failed: {type(error).__name__}: {error}{hints}", file=sys.stderr, flush=True)
+        print(f"\nerror: rank {rank} failed: {said}{hints}", file=sys.stderr, flush=True)
         status = 1
     if status:
         sys.stdout.flush()

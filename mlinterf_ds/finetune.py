@@ -63,14 +63,18 @@ def run(config: FinetuneConfig, options: Options, deepspeed_json: dict[str, Any]
         layout = parallel.start(config.parallel.tensor, timeout=config.parallel.timeout)
     try:
         output = Path(config.output or from_first(f"runs/{config.name}-{time.strftime('%Y%m%d-%H%M%S')}"))
+        log = output / "log" / f"rank-{layout.rank}.log"
+        if first:
+            log.with_name("failed").unlink(missing_ok=True)  # of an earlier attempt
         if from_first(not config.resume and (output / "job.json").is_file()):
             raise UserError(f"{output} holds a fine-tuning: continue with --set resume=auto, or choose another output")
         precision, why = choose_precision(config.train.precision, deepspeed_json)
         job, sets = prepare(config, options, deepspeed_json, precision, layout)
-        command.quiet(output / "log" / f"rank-{layout.rank}.log")
+        command.quiet(log)
         if first:
             print(_greeting(job, sets, f"{precision} ({why})", output), flush=True)
-        return Study(job, sets, options, output).run()
+        with command.noted(log):
+            return Study(job, sets, options, output).run()
     finally:
         parallel.stop()
 

@@ -48,9 +48,10 @@ def run(config: RunConfig, deepspeed_json: dict[str, Any]) -> dict[str, Any]:
     rows_per_rank(config, layout.data)  # refused before anything is built
     log = output / "log" / f"rank-{layout.rank}.log"
     command.quiet(log)
-    corpus = open_corpus(config, first)
-    with command.noted(log), command.hushed(log):
-        job = Job(config, deepspeed_json, precision, layout, corpus, output)
+    with command.noted(log):
+        corpus = open_corpus(config, first)
+        with command.hushed(log):
+            job = Job(config, deepspeed_json, precision, layout, corpus, output)
     if first:
         stage, languages = job.engine.stage, ", ".join(job.languages)
         print(

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from mlinterf_ds import command
+from mlinterf_ds.errors import UserError
 from mlinterf_ds.launchers import rendezvous
 
 
@@ -75,12 +76,17 @@ def test_a_rank_that_is_told_to_end_inside_a_collective_says_the_way_on() -> Non
 
 
 def test_the_first_failure_is_told_by_all(tmp_path: Path) -> None:
-    for rank, error in ((3, KeyError("a word")), (0, RuntimeError("a peer is gone"))):
-        with pytest.raises(type(error)), command.noted(tmp_path / f"rank-{rank}.log"):
-            raise error
-        assert repr(error)[:8] in (tmp_path / f"rank-{rank}.log").read_text()
-        first = f"rank 3 failed first: KeyError: 'a word'; its log: {tmp_path}/rank-3.log"
-        assert getattr(error, "__notes__", []) == ([] if rank == 3 else [first])
+    logs = [tmp_path / f"rank-{rank}.log" for rank in range(4)]
+    first = f"rank 3 failed first: KeyError: 'a word'; its log: {logs[3]}"
+    with pytest.raises(KeyError), command.noted(logs[3]):
+        raise KeyError("a word")
+    with pytest.raises(command.PeerFailed) as told, command.noted(logs[0]):
+        raise RuntimeError("a peer is gone")
+    assert str(told.value) == f"RuntimeError: a peer is gone; {first}"
+    with pytest.raises(UserError, match=r"^use a file$"), command.noted(logs[1]):
+        raise UserError("use a file")  # found by all ranks: said as one rank alone would say it
+    for rank, error in ((3, "KeyError: 'a word'"), (0, "RuntimeError: a peer is gone"), (1, "UserError: use a file")):
+        assert logs[rank].read_text().startswith("Traceback") and error in logs[rank].read_text()
 
 
 @pytest.mark.parametrize(
@@ -88,12 +94,13 @@ def test_the_first_failure_is_told_by_all(tmp_path: Path) -> None:
     [
         ("UserError('use a file')", 2, "error: use a file"),
         ("RuntimeError('broken')", 1, "error: rank 3 failed: RuntimeError: broken"),
+        ("PeerFailed('gone; rank 1 failed first')", 1, "error: rank 3 failed: gone; rank 1 failed first"),
         ("KeyboardInterrupt", 130, "interrupted"),
     ],
 )
 def test_how_a_launcher_ends(raised: str, status: int, said: str) -> None:
     code = (
-        "from mlinterf_ds.command import main\nfrom mlinterf_ds.errors import UserError\n"
+        "from mlinterf_ds.command import PeerFailed, main\nfrom mlinterf_ds.errors import UserError\n"
         f"def run(_):\n    raise {raised}\nmain(run, [])"
     )
     done = subprocess.run(
@@ -101,7 +108,7 @@ def test_how_a_launcher_ends(raised: str, status: int, said: str) -> None:
     )
     assert done.returncode == status
     assert done.stderr.strip().splitlines()[-1] == said, "the reason comes last"
-    assert ("Traceback" in done.stderr) == (status == 1)
+    assert ("Traceback" in done.stderr) == ("broken" in raised), "only where nothing else tells the reason"
 
 
 def test_two_jobs_on_one_machine_meet_in_different_places(monkeypatch) -> None:
