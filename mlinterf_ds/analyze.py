@@ -25,7 +25,8 @@ from mlinterf_ds.data.files import write_json
 from mlinterf_ds.engine.precision import choose_precision, read_json
 from mlinterf_ds.errors import UserError
 from mlinterf_ds.pretrain import open_corpus
-from mlinterf_ds.pretrained import Pretrained, from_first
+from mlinterf_ds.pretrained import Pretrained
+from mlinterf_ds.ranks import agreed, from_first
 from mlinterf_ds.tracking import Tracker, environment_facts
 
 MODULES = {"conflict": "conflict", "prune": "pruning", "interference": "interference"}  # in mlinterf_ds/analysis
@@ -44,18 +45,18 @@ def run(config: AnalyzeConfig, deepspeed_json: dict[str, Any]) -> dict[str, Any]
     if os.environ.get("LOCAL_RANK", "0") == "0":
         command.remove_stale_locks()
     with command.hushed():
-        layout = parallel.start(config.parallel.tensor)
+        layout = parallel.start(config.parallel.tensor, timeout=config.parallel.timeout)
     try:
         output = Path(config.output or from_first(f"runs/{config.name}-{time.strftime('%Y%m%d-%H%M%S')}"))
         log = output / "log" / f"rank-{layout.rank}.log"
-        if layout.rank == 0:
-            log.with_name("failed").unlink(missing_ok=True)  # of an earlier attempt
+        agreed(lambda: command.forget(log))
         if from_first((output / "summary.json").is_file()):
             raise UserError(f"{output} holds an analysis: choose another output")
         precision, why = choose_precision(config.train.precision, deepspeed_json)
-        pretrained = Pretrained.open(config.checkpoint) if config.checkpoint else None
-        corpus, languages = material(config, pretrained, layout.rank == 0)
         command.quiet(log)
+        with command.noted(log):
+            pretrained = Pretrained.open(config.checkpoint) if config.checkpoint else None
+            corpus, languages = material(config, pretrained)
         tracker = Tracker.off()
         if layout.rank == 0:
             where = f" of {pretrained.path} ({pretrained.variant})" if pretrained else ""
@@ -80,9 +81,7 @@ def _accelerator() -> Any:
     return get_accelerator()
 
 
-def material(
-    config: AnalyzeConfig, pretrained: Pretrained | None, first: bool
-) -> tuple[Corpus | None, tuple[str, ...]]:
+def material(config: AnalyzeConfig, pretrained: Pretrained | None) -> tuple[Corpus | None, tuple[str, ...]]:
     """The corpus and the languages to analyse; (None, those named) without a checkpoint."""
     if pretrained is None:
         return None, tuple(config.languages or ())
@@ -96,7 +95,7 @@ def material(
     data = pretrained.saved["config"]["data"]
     trained_on = {"corpus": place, "languages": pretrained.languages, "data": data}
     try:
-        corpus = open_corpus(RunConfig.model_validate(trained_on), first)
+        corpus = open_corpus(RunConfig.model_validate(trained_on))
     except UserError as error:
         remedy = "" if config.corpus else f" (the corpus that {pretrained.path} names; --set corpus= names another)"
         raise UserError(f"{error}{remedy}") from None

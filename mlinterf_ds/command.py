@@ -47,11 +47,29 @@ def configuration(arguments: argparse.Namespace, default_recipe: str = "tiny") -
     return load_config([*(arguments.recipe or [default_recipe])], arguments.set)
 
 
+@contextlib.contextmanager
+def writing(output: Path) -> Iterator[None]:
+    """A folder that cannot be written is a user's mistake."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"output={output}: cannot write there ({error.strerror}): name another folder, --set output=FOLDER"
+        ) from None
+
+
+def forget(log: Path) -> None:
+    """Remove what `noted` wrote in an earlier attempt, beside a rank's log."""
+    with writing(log.parent.parent):
+        log.with_name("failed").unlink(missing_ok=True)
+
+
 def quiet(log: Path) -> None:
     """Send third-party start-up chatter (loggers, warnings) to a file; our own messages stay on screen."""
     import deepspeed  # noqa: F401  (its logger takes a handler when imported)
 
-    log.parent.mkdir(parents=True, exist_ok=True)
+    with writing(log.parent.parent):
+        log.parent.mkdir(parents=True, exist_ok=True)
     handler = logging.FileHandler(log, delay=True)
     handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
     logging.captureWarnings(True)
@@ -123,11 +141,14 @@ def noted(log: Path) -> Iterator[None]:
             with log.open("a") as file:
                 traceback.print_exception(error, file=file)
             rank = log.stem.replace("-", " ")
+            told = log.with_name("failed")
             try:
-                with log.with_name("failed").open("x") as file:
+                with told.open("x") as file:
                     file.write(f"{rank} failed first: {type(error).__name__}: {str(error)[:300]}; its log: {log}")
             except FileExistsError:
-                first = log.with_name("failed").read_text()
+                deadline = time.monotonic() + 2  # it is being written now, if it is empty
+                while not (first := told.read_text()) and time.monotonic() < deadline:
+                    time.sleep(0.05)
         if first and not isinstance(error, UserError):
             raise PeerFailed(f"{type(error).__name__}: {error}; {first}") from error
         raise

@@ -6,6 +6,7 @@ and impossible combinations raise `UserError` with the key, the value and the re
 
 from __future__ import annotations
 
+import os
 import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar, get_args
@@ -151,7 +152,7 @@ class TrainConfig(Section):
     precision: Precision = Field(
         "auto", description="auto: fp16 on CUDA, bf16 on a CPU with bf16 arithmetic, else fp32"
     )
-    max_hours: float | None = Field(None, gt=0, description="stop (resumable) after this many hours")
+    max_hours: float | None = Field(None, gt=0, description="stop (resumable) this many hours after the start")
     lr: float = Field(1e-3, gt=0, description="peak learning rate")
     schedule: Literal["inverse_sqrt", "constant"] = Field(
         "inverse_sqrt", description="after warm-up: lr * sqrt(warmup / step), or lr"
@@ -303,6 +304,8 @@ class RunConfig(Section):
                 f"treatment=pcgrad compares languages inside a step: set data.mixed=true (now {self.data.mixed}) and "
                 f"variant=joint or share_adpt (now {self.variant})"
             )
+        if self.resume == "auto" and not self.output:
+            raise ValueError("resume=auto needs to know where: --set output=FOLDER")
         if self.restarts and not self.output:
             raise ValueError(
                 f"restarts={self.restarts} needs output=FOLDER: where the checkpoints to go on from will be"
@@ -341,9 +344,10 @@ def load_config(
 
 def _read_recipe(path: Path) -> dict[str, Any]:
     shipped = Path(__file__).resolve().parents[1] / "launch" / "recipes" / f"{path}.toml"
-    if not path.is_file() and len(path.parts) == 1 and shipped.is_file():
-        path = shipped  # `--recipe small` names a shipped recipe
-    if not path.is_file():
+    given = os.path.isfile(path)  # unlike Path's, no error for a name that is too long
+    if not given and len(path.parts) == 1 and os.path.isfile(shipped):
+        path, given = shipped, True  # `--recipe small` names a shipped recipe
+    if not given:
         known = ", ".join(sorted(file.stem for file in shipped.parent.glob("*.toml")))
         raise UserError(f"--recipe {path}: no such file; give a TOML file or one of the shipped recipes: {known}")
     with refusing(f"{path}: not a TOML file"):

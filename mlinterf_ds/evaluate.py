@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,19 +46,26 @@ def main(arguments: Sequence[str]) -> int:
         "--text", action="append", default=[], metavar="LANG=FILE", help="one sentence a line; repeatable"
     )
     parser.add_argument(
-        "--sentences", type=int, default=100, help="scored for pseudo-perplexity (default 100; 0: none)"
+        "--sentences", type=number(0), default=100, help="scored for pseudo-perplexity (default 100; 0: none)"
     )
     parser.add_argument("--fill", metavar="TEXT", help=f"predict every {BLANK} of this text")
     parser.add_argument("--language", help="of --fill")
-    parser.add_argument("--top", type=int, default=5, help="candidates shown for a mask (default 5)")
-    parser.add_argument("--precision", default="auto", choices=("auto", *DTYPES), help="default: as in training")
-    parser.add_argument("--tensor", type=int, default=1, help="ranks that share the model (tensor parallel)")
+    parser.add_argument("--top", type=number(1), default=5, help="candidates shown for a mask (default 5)")
+    parser.add_argument(
+        "--precision",
+        default="auto",
+        choices=("auto", *DTYPES),
+        help="of weights and arithmetic (default: the fastest that this device has)",
+    )
+    parser.add_argument("--tensor", type=number(1), default=1, help="ranks that share the model (tensor parallel)")
     parser.add_argument("--out", type=Path, help="write the results to this JSON file too")
     parser.add_argument("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if bool(options.text) == bool(options.fill):
         raise UserError('give either --text LANG=FILE (repeatable) or --fill "... <mask> ..." with --language')
     texts = parse(options.text, "text") if options.text else {}
+    if options.out and not options.out.parent.is_dir():
+        raise UserError(f"--out {options.out}: there is no folder {options.out.parent}")
     with command.hushed():
         layout = parallel.start(options.tensor)
     try:
@@ -76,6 +83,17 @@ def main(arguments: Sequence[str]) -> int:
         return 0
     finally:
         parallel.stop()
+
+
+def number(least: int) -> Callable[[str], int]:
+    """An argument's type: a whole number, `least` or more."""
+
+    def read(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number, {least} or more")
+        return int(text)
+
+    return read
 
 
 class Model:

@@ -23,11 +23,12 @@ from mlinterf_ds import command, parallel
 from mlinterf_ds.config import load_config
 from mlinterf_ds.data.files import write_json
 from mlinterf_ds.engine.precision import choose_precision, read_json
-from mlinterf_ds.errors import UserError
+from mlinterf_ds.errors import UserError, refusing
 from mlinterf_ds.finetune_config import FinetuneConfig
 from mlinterf_ds.finetune_report import show, summarise, table
 from mlinterf_ds.finetune_run import Finetuning, Job, Point, Stopped
-from mlinterf_ds.pretrained import Pretrained, from_first
+from mlinterf_ds.pretrained import Pretrained
+from mlinterf_ds.ranks import agreed, from_first
 from mlinterf_ds.tasks import TASKS, Limits
 from mlinterf_ds.tasks.files import write_text
 from mlinterf_ds.tasks.sources import SPLITS, Sets, load, parse
@@ -64,16 +65,15 @@ def run(config: FinetuneConfig, options: Options, deepspeed_json: dict[str, Any]
     try:
         output = Path(config.output or from_first(f"runs/{config.name}-{time.strftime('%Y%m%d-%H%M%S')}"))
         log = output / "log" / f"rank-{layout.rank}.log"
-        if first:
-            log.with_name("failed").unlink(missing_ok=True)  # of an earlier attempt
+        agreed(lambda: command.forget(log))
         if from_first(not config.resume and (output / "job.json").is_file()):
             raise UserError(f"{output} holds a fine-tuning: continue with --set resume=auto, or choose another output")
         precision, why = choose_precision(config.train.precision, deepspeed_json)
-        job, sets = prepare(config, options, deepspeed_json, precision, layout)
         command.quiet(log)
-        if first:
-            print(_greeting(job, sets, f"{precision} ({why})", output), flush=True)
         with command.noted(log):
+            job, sets = prepare(config, options, deepspeed_json, precision, layout)
+            if first:
+                print(_greeting(job, sets, f"{precision} ({why})", output), flush=True)
             return Study(job, sets, options, output).run()
     finally:
         parallel.stop()
@@ -91,6 +91,7 @@ def prepare(
                 f"finetune.micro_batch={settings.micro_batch}"
             )
     pretrained = Pretrained.open(config.checkpoint)
+    pretrained.check(layout.tensor)
     length = settings.max_length or pretrained.positions
     if length > pretrained.positions:
         raise UserError(f"finetune.max_length={length}: the model has {pretrained.positions} positions")
@@ -255,8 +256,10 @@ class Study:
         text = from_first(path.read_text() if self.job.config.resume and path.is_file() else "")
         if not text:
             return None
-        saved, ours = json.loads(text), json.loads(json.dumps(self._identity()))
-        theirs = saved["identity"]
+        ours = json.loads(json.dumps(self._identity()))
+        with refusing(f"{path}: not what a fine-tuning writes", "; choose another output"):
+            saved = json.loads(text)
+            theirs, run_id = dict(saved["identity"]), saved["run_id"]
         differ = [
             f"{key} is {ours.get(key)}, was {theirs.get(key)}"
             for key in ours | theirs
@@ -266,7 +269,7 @@ class Study:
             raise UserError(
                 f"cannot resume {self.output} with other settings: {'; '.join(differ)}. Choose another output"
             )
-        return saved["run_id"]
+        return run_id
 
     def _open_tracker(self, run_id: str | None) -> None:
         job = self.job
@@ -280,7 +283,7 @@ class Study:
             | {"task": job.task.name, "variant": job.pretrained.saved["config"]["variant"]}
             | job.config.tracking.tags,
             run_id=run_id,
-            parent_id=job.pretrained.run_id,
+            parent_id=job.config.tracking.parent or job.pretrained.run_id,
         )
         record = {"identity": self._identity(), "run_id": self.tracker.run_id, "config": job.config.model_dump()}
         write_json(self.output / "job.json", record)

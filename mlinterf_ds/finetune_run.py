@@ -18,11 +18,13 @@ from mlinterf_ds.config import RunConfig
 from mlinterf_ds.data.files import write_json
 from mlinterf_ds.engine import checkpoint
 from mlinterf_ds.engine.engine import SHARED, Engine
+from mlinterf_ds.engine.source import Source
 from mlinterf_ds.engine.space import Space, Vector
-from mlinterf_ds.errors import UserError
+from mlinterf_ds.errors import UserError, refusing
 from mlinterf_ds.finetune_config import FinetuneConfig
 from mlinterf_ds.parallel import Layout
-from mlinterf_ds.pretrained import Pretrained, asked_to_stop, from_first
+from mlinterf_ds.pretrained import Pretrained, asked_to_stop
+from mlinterf_ds.ranks import from_first
 from mlinterf_ds.tasks import Limits, Row, Task
 from mlinterf_ds.tasks.batches import TrainBatches, evaluation_batches
 from mlinterf_ds.tasks.heads import CLASSIFIER, TaskModel
@@ -172,7 +174,7 @@ class Finetuning:
             seed=self.point.seed,
         )
         names = {name for name, _ in model.named_parameters() if not name.startswith("classifier.")}
-        known = checkpoint.Source(pretrained.path).addresses
+        known = Source(pretrained.path).addresses
         if missing := sorted(names - known.keys()):
             raise UserError(f"{pretrained.path}: has no parameter {missing[0]} ({len(missing)} in all)")
         engine = TaskEngine(model, run, job, self.point, self.steps)
@@ -184,7 +186,10 @@ class Finetuning:
     def train(self, signals: Signals) -> Progress:
         """Train to the end (from the newest checkpoint, if there is one); `Stopped` if asked to end before."""
         if self.result.is_file():
-            self.progress = Progress(**json.loads(self.result.read_text()))
+            with refusing(
+                f"{self.result}: not what a fine-tuning writes", "; remove it, and the run goes on from its checkpoint"
+            ):
+                self.progress = Progress(**json.loads(self.result.read_text()))
             return self.progress
         engine = self.engine
         self._resume()

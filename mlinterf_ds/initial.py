@@ -16,6 +16,7 @@ from mlinterf_ds.engine.space import Segment
 from mlinterf_ds.errors import UserError
 from mlinterf_ds.export import folder
 from mlinterf_ds.export.folder import VOCABULARY, Folder
+from mlinterf_ds.ranks import agreed
 
 
 def weights(place: str, model: ModelConfig, tokenizer: Tokenizer) -> WithLanguages:
@@ -25,12 +26,12 @@ def weights(place: str, model: ModelConfig, tokenizer: Tokenizer) -> WithLanguag
     """
     source: Source | Folder
     if folder.is_folder(Path(place)):
-        checkpoint.agreed(lambda: folder.verify(Path(place)))
+        agreed(lambda: folder.verify(Path(place)))
         source = Folder(Path(place))
         path, heads, activation, pieces = source.path, source.heads, source.adapter_activation, source.pieces
     else:
         path = checkpoint.find(place, "best")
-        saved = checkpoint.agreed(lambda: checkpoint.verify(path))
+        saved = agreed(lambda: checkpoint.verify(path))
         shape = ModelConfig(**saved.get("pretrained", saved["config"])["model"])  # a fine-tuned one's is its encoder's
         heads, activation, pieces = shape.heads, shape.adapter_activation, Tokenizer(path / "tokenizer.model").pieces
         source = Source(path)

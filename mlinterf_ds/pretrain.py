@@ -18,6 +18,7 @@ from mlinterf_ds.engine.precision import choose_precision, read_json, rows_per_r
 from mlinterf_ds.errors import UserError
 from mlinterf_ds.launchers import local_world
 from mlinterf_ds.pretrain_job import Job
+from mlinterf_ds.ranks import agreed, from_first
 from mlinterf_ds.supervise import resuming
 
 
@@ -37,19 +38,17 @@ def run(config: RunConfig, deepspeed_json: dict[str, Any]) -> dict[str, Any]:
         command.remove_stale_locks()
     with command.hushed():
         layout = parallel.start(config.parallel.tensor, timeout=config.parallel.timeout)
-    output = Path(config.output or f"runs/{config.name}-{time.strftime('%Y%m%d-%H%M%S')}")
-    if first:
-        (output / "log" / "failed").unlink(missing_ok=True)  # of an earlier attempt
-    output = Path(_from_first(output))
+    output = Path(config.output or from_first(f"runs/{config.name}-{time.strftime('%Y%m%d-%H%M%S')}"))
+    log = output / "log" / f"rank-{layout.rank}.log"
+    agreed(lambda: command.forget(log))
     again = f"go on with --set output={output} --set resume=auto"
     if not config.resume and any((output / "checkpoints").glob("step-*")):
         raise UserError(f"{output} holds checkpoints: continue with --set resume=auto, or choose another output")
     precision, why = choose_precision(config.train.precision, deepspeed_json)
     rows_per_rank(config, layout.data)  # refused before anything is built
-    log = output / "log" / f"rank-{layout.rank}.log"
     command.quiet(log)
     with command.noted(log):
-        corpus = open_corpus(config, first)
+        corpus = open_corpus(config)
         with command.hushed(log):
             job = Job(config, deepspeed_json, precision, layout, corpus, output)
     if first:
@@ -74,27 +73,14 @@ def run(config: RunConfig, deepspeed_json: dict[str, Any]) -> dict[str, Any]:
         parallel.stop()
 
 
-def _from_first(value: Any) -> Any:
-    box = [value]
-    dist.broadcast_object_list(box)
-    return box[0]
-
-
-def open_corpus(config: RunConfig, first: bool) -> Corpus:
+def open_corpus(config: RunConfig) -> Corpus:
     """The prepared corpus of the run; the embedded synthetic one is prepared on first use."""
     languages = config.languages
     folder = Path(config.corpus)
     if config.corpus == "synthetic":
         languages = languages or embedded.LANGUAGES
         folder = embedded.folder_of(languages, config.data)
-        problem = None
-        if first:
-            try:
-                embedded.prepare_synthetic(languages, config.data)
-            except UserError as error:
-                problem = str(error)
-        if problem := _from_first(problem):
-            raise UserError(problem)
+        agreed(lambda: embedded.prepare_synthetic(languages, config.data))
     corpus = Corpus.open(folder, languages)
     _verify(corpus)
     return corpus

@@ -29,6 +29,7 @@ from mlinterf_ds.engine.pcgrad import pcgrad_step
 from mlinterf_ds.engine.precision import DTYPES
 from mlinterf_ds.engine.throughput import flops_per_row, peak_flops, peak_memory
 from mlinterf_ds.errors import UserError
+from mlinterf_ds.ranks import agreed
 from mlinterf_ds.report.figures import perplexity_curves
 from mlinterf_ds.report.losses import LossTable
 from mlinterf_ds.tracking import Tracker, environment_facts
@@ -155,18 +156,20 @@ class Job:
                 self.resumed = f"starts from the weights of {config.init}{grown}"
             return
         path = checkpoint.find(self.output if config.resume == "auto" else config.resume)
-        self._compare(path)
-        state = checkpoint.load(path, self.engine)
+        saved = agreed(lambda: checkpoint.verify(path))
+        self._compare(path, saved)
+        state = checkpoint.load(path, self.engine, state=saved)
         self.history = {language: [tuple(p) for p in points] for language, points in state["history"].items()}
         self.best, self.seconds, self.run_id = state["best"], state["seconds"], state["run_id"]
         self.old_pieces = state.get("old_pieces")
         if self.meta and not self.meta.radius.fixed:
             self.meta.radius.radius = state["radius"]
+        if self.first and path.parent.parent == self.output and self._mean_loss() == self.best < math.inf:
+            checkpoint.mark_best(self.output, path)  # it may have been killed between the two
         self.resumed = f"resumed from {path} at step {self.engine.step}"
 
-    def _compare(self, path: Path) -> None:
+    def _compare(self, path: Path, saved: dict[str, Any]) -> None:
         """Refuse to continue another run: every key that decides data, model or step must be as it was."""
-        saved = checkpoint.verify(path)
         differ = []
         ours = _flatten(self.config.model_dump())
         theirs = _flatten(load_config().model_dump()) | _flatten(saved["config"])  # a key that is newer had its default
@@ -182,8 +185,10 @@ class Job:
                 "Set these back, or start a new run from its weights with --set init="
             )
 
-    def save(self) -> Path:
-        """A checkpoint of this step."""
+    def save(self) -> None:
+        """A checkpoint of this step; the run's best, if this step was evaluated and none was better."""
+        best = self._mean_loss() < self.best
+        self.best = min(self.best, self._mean_loss())
         state = {
             "config": self.config.model_dump(),
             "languages": list(self.languages),
@@ -199,7 +204,9 @@ class Job:
         files = {"tokenizer.model": self.corpus.folder / "tokenizer.model"}
         if self.losses:
             self.losses.flush()  # a run that goes on from here finds every step before it
-        return checkpoint.save(self.output, self.engine, state, files, self.config.train.keep)
+        path = checkpoint.save(self.output, self.engine, state, files, self.config.train.keep)
+        if best and self.first:
+            checkpoint.mark_best(self.output, path)
 
     # -- training ------------------------------------------------------------------------------------------------
 
@@ -256,10 +263,9 @@ class Job:
             if step % config.train.epoch_steps == 0 or step == config.train.steps:
                 self.evaluate()
             if step % (config.train.save_steps or config.train.epoch_steps) == 0 or step == config.train.steps:
-                path, saved = self.save(), step
-                if self.first and self._is_best():
-                    checkpoint.mark_best(self.output, path)
-            stopped = self._stop_reason(signals)
+                saved = step
+                self.save()
+            stopped = self._stop_reason(signals, self.seconds - before)
             if stopped:
                 break
         bar.close()
@@ -274,10 +280,10 @@ class Job:
         if self.conflict and self.conflict.due:
             self.tracker.log(self.conflict.measure(), self.engine.step)
 
-    def _stop_reason(self, signals: command.Signals) -> str:
-        """Why all ranks stop now ('' to go on); a signal on any rank counts."""
+    def _stop_reason(self, signals: command.Signals, seconds: float) -> str:
+        """Why all ranks stop now, `seconds` after they began ('' to go on); a signal on any rank counts."""
         hours = self.config.train.max_hours
-        late = hours is not None and self.seconds > hours * 3600
+        late = hours is not None and seconds > hours * 3600
         flags = torch.tensor([float(late), float(signals.received is not None)], device=self.engine.device)
         if self.layout.world > 1:
             dist.all_reduce(flags, op=dist.ReduceOp.MAX)
@@ -309,12 +315,11 @@ class Job:
             perplexity_curves(self.history, path, title=title, baselines=baselines)
             self.tracker.artifact(path)
 
-    def _is_best(self) -> bool:
-        mean = sum(math.log(points[-1][1]) for points in self.history.values()) / len(self.history)
-        if mean < self.best:
-            self.best = mean
-            return True
-        return False
+    def _mean_loss(self) -> float:
+        """Of this step's evaluation: nats, the mean over the languages; infinite if it was not evaluated."""
+        if any(not points or points[-1][0] != self.engine.step for points in self.history.values()):
+            return math.inf
+        return sum(math.log(points[-1][1]) for points in self.history.values()) / len(self.history)
 
     # -- records -------------------------------------------------------------------------------------------------
 

@@ -17,6 +17,7 @@ from mlinterf_ds.engine import checkpoint
 from mlinterf_ds.engine.source import Source
 from mlinterf_ds.engine.space import Segment
 from mlinterf_ds.errors import UserError
+from mlinterf_ds.ranks import agreed
 
 if TYPE_CHECKING:  # reading a checkpoint needs neither DeepSpeed nor megatron
     from mlinterf_ds.model.encoder import Encoder
@@ -33,8 +34,7 @@ class Pretrained:
     @classmethod
     def open(cls, place: str) -> Pretrained:
         """The best checkpoint of a run's output folder, or the checkpoint of that folder."""
-        path = checkpoint.find(place, "best")
-        saved = checkpoint.verify(path)
+        path, saved = agreed(lambda: _verified(place))
         if "task" in saved.get("config", {}):
             raise UserError(
                 f"{path}: a checkpoint of a fine-tuning: set checkpoint to a pretraining run's output folder"
@@ -75,6 +75,14 @@ class Pretrained:
         changed = {} if dropout is None else {"dropout": dropout, "attention_dropout": dropout}
         return ModelConfig(**(self.saved["config"]["model"] | changed))
 
+    def check(self, tensor: int) -> None:
+        """UserError unless the model can be cut for this many tensor-parallel ranks."""
+        shape = self.shape()
+        adapter = shape.adapter_width if self.variant.endswith("adpt") else 0
+        for key, value in (("heads", shape.heads), ("ffn", shape.ffn), ("adapter", adapter)):
+            if value % tensor:
+                raise UserError(f"{self.path}: model.{key}={value} is not divisible by {tensor} tensor-parallel ranks")
+
     def tokenizer(self) -> Tokenizer:
         return Tokenizer(self.path / "tokenizer.model")
 
@@ -83,10 +91,7 @@ class Pretrained:
         from mlinterf_ds.model.encoder import Encoder, partition_dim
 
         shape, tensor = self.shape(dropout=0.0), layout.tensor
-        adapter = shape.adapter_width if self.variant.endswith("adpt") else 0
-        for key, value in (("heads", shape.heads), ("ffn", shape.ffn), ("adapter", adapter)):
-            if value % tensor:
-                raise UserError(f"{self.path}: model.{key}={value} is not divisible by {tensor} tensor-parallel ranks")
+        self.check(tensor)
         model = Encoder(
             shape,
             variant=self.variant,
@@ -103,16 +108,14 @@ class Pretrained:
         return model.to(device, dtype).eval()
 
 
+def _verified(place: str) -> tuple[Path, dict[str, Any]]:
+    path = checkpoint.find(place, "best")
+    return path, checkpoint.verify(path)
+
+
 def asked_to_stop(signals: Signals, layout: Layout, device: torch.device) -> str:
     """Which signal asked any rank to end ('' if none did); all ranks agree."""
     flag = torch.tensor(float(signals.received is not None), device=device)
     if layout.world > 1:
         dist.all_reduce(flag, op=dist.ReduceOp.MAX)
     return (signals.received or "a signal to another rank") if flag else ""
-
-
-def from_first(value: Any) -> Any:
-    """Rank 0's value, on every rank."""
-    box = [value]
-    dist.broadcast_object_list(box)
-    return box[0]

@@ -97,6 +97,8 @@ class Supervisor:
         else:  # one host: a file, so that nothing listens to the network
             meeting = {ADDRESS: f"{self.address}-{place}"}
         self.child = subprocess.Popen(line, env=os.environ | meeting | {ATTEMPT: str(attempt)})
+        if self._all_have("asked"):  # while it was started
+            self.child.send_signal(signal.SIGTERM)
         told = False
         while not self._all_have(f"{place}/failed"):
             status = self.child.poll()

@@ -17,7 +17,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-TIMEOUT = 180.0  # seconds
+TIMEOUT = 400.0  # seconds; a test may take 600
 
 
 def _serve(rank: int, world: int, address: str, pipe: Connection) -> None:

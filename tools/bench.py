@@ -4,6 +4,7 @@ python tools/bench.py step        our step against transformers' XLM-RoBERTa and
 python tools/bench.py meta        a meta step in plain steps: central, one-sided, by number of languages; memory
 python tools/bench.py languages   a step with 100 languages in the model against 2, on two ranks
 python tools/bench.py conflict    the projected gradients' similarities of 32 languages beside the gradients themselves
+python tools/bench.py plan        steps of eleven shapes and variants in those of one, measured and as tools/plan.py has them
 """
 
 from __future__ import annotations
@@ -343,6 +344,53 @@ def bench_conflict(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def bench_plan(options: argparse.Namespace) -> dict[str, Any]:
+    """What one rank's arithmetic takes; traffic is held exactly by tests/parity/test_plan.py."""
+    from mlinterf_ds.engine import plan
+    from mlinterf_ds.engine.meta_step import MetaStep
+
+    base = ["model.width=256", "model.ffn=1024", "model.heads=4", "model.layers=4", "meta.check_every=0"]
+    changed = {
+        "joint": [],
+        "twice the width": ["model.width=512", "model.ffn=2048", "model.heads=8"],
+        "twice the layers": ["model.layers=8"],
+        "rows of four times the length": [f"data.sequence_length={4 * options.length}", f"train.batch={options.rows // 4}"],
+        "recomputed": ["model.recompute=true"],
+        "in four micro-batches": [f"train.micro_batch={options.rows // 4}"],
+        "adpt": ["variant=adpt"],
+        "meta_adpt": ["variant=meta_adpt"],
+        "meta_adpt, one-sided": ["variant=meta_adpt", "meta.difference=one_sided"],
+        "meta_adpt, direct term": ["variant=meta_adpt", "meta.terms=direct"],
+        "meta_ffn": ["variant=meta_ffn"],
+    }  # fmt: skip
+    flops, work = {}, {}
+    for name, own in changed.items():
+        engine, train, validation = build(
+            options, CODES[:4], "tiny", ["variant=joint", *shapes(options), *base, *own], "zero1"
+        )
+        batches = train(0)
+        flops[name] = plan.step_flops(engine.config, options.vocabulary)
+        if engine.config.variant.startswith("meta_"):
+            meta, held = MetaStep(engine, engine.config.meta), validation(0)
+            work[name] = lambda meta=meta, batches=batches, held=held: meta.step(batches, held)
+        else:
+            work[name] = lambda engine=engine, batches=batches: engine.train_step(batches)
+    seconds = interleaved(work, options.rounds)
+    planned = {name: count / flops["joint"] for name, count in flops.items()}
+    return {
+        "measured": {name: ratio(found, seconds["joint"]) for name, found in seconds.items()},
+        "planned": planned,
+        "planned in measured": {
+            name: planned[name] / ratio(found, seconds["joint"])["median"] for name, found in seconds.items()
+        },
+    }
+
+
+MODES = {
+    "step": bench_step, "meta": bench_meta, "languages": bench_languages, "conflict": bench_conflict, "plan": bench_plan
+}  # fmt: skip
+
+
 def show(tree: dict[str, Any], indent: int = 0) -> None:
     for name, value in tree.items():
         if isinstance(value, dict) and set(value) == {"median", "least", "most"}:
@@ -356,7 +404,7 @@ def show(tree: dict[str, Any], indent: int = 0) -> None:
 
 def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     found = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    found.add_argument("mode", choices=["step", "meta", "languages", "conflict"], nargs="?", default="step")
+    found.add_argument("mode", choices=[*MODES], nargs="?", default="step")
     found.add_argument(
         "--rows", type=int, help="rows of a batch (default: step 16, meta 32 and as many validation rows, conflict 64)"
     )
@@ -392,16 +440,22 @@ def main(words: Sequence[str] | None = None) -> dict[str, Any]:
         host = get_accelerator().device_name() == "cpu"
         if host and options.precision == "bf16" and not bf16_arithmetic():
             print("warning: this processor emulates bf16, some 100 times slower than fp32", file=sys.stderr)
-    modes = {"step": bench_step, "meta": bench_meta, "languages": bench_languages, "conflict": bench_conflict}
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
     machine = {"device": device, "threads": options.threads}
     facts = machine | {"torch": torch.__version__, "precision": options.precision, "rounds": options.rounds}
-    result = {"mode": options.mode, **facts, **modes[options.mode](options)}
+    result = {"mode": options.mode, **facts, **MODES[options.mode](options)}
     show(result)
     if options.json:
         options.json.write_text(json.dumps(result, indent=1) + "\n")
     return result
 
 
+def command(words: Sequence[str]) -> int:
+    main(words)
+    return 0
+
+
 if __name__ == "__main__":
-    main()
+    from mlinterf_ds.command import main as guarded
+
+    guarded(command, sys.argv[1:])

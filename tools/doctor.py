@@ -253,12 +253,14 @@ def remote(host: str, options: argparse.Namespace) -> list[Check]:
     words = ["env", *(f"{name}={value}" for name, value in forwarded.items()), *command]
     try:
         done = subprocess.run(
-            [*SSH, *shlex.split(options.ssh_args), host, f"cd {shlex.quote(str(Path.cwd()))} && {shlex.join(words)}"],
+            [*SSH, *options.ssh_args, host, f"cd {shlex.quote(str(Path.cwd()))} && {shlex.join(words)}"],
             capture_output=True, text=True, timeout=180,
         )  # fmt: skip
         return [Check(**row | {"host": host}) for row in json.loads(done.stdout)]
     except subprocess.TimeoutExpired:
         return [Check("ssh", "FAIL", "no answer within 180 s", f"does `ssh {host} true` end?", host)]
+    except OSError as error:
+        return [Check("ssh", "FAIL", f"ssh: {error.strerror}", "install an ssh client here", host)]
     except ValueError:
         reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
         remedy = f"`ssh {host}` must work without a password, and this Python and folder must be there too"
@@ -269,12 +271,19 @@ def reachable(hosts: Sequence[str], options: argparse.Namespace) -> list[Check]:
     """Every other host reaches the first at the rendezvous, and at a port of the system's choice: ranks talk on those."""
 
     def ssh(host: str, code: str, *words: str) -> list[str]:
-        return [*SSH, *shlex.split(options.ssh_args), host, shlex.join([sys.executable, "-c", code, *words])]
+        return [*SSH, *options.ssh_args, host, shlex.join([sys.executable, "-c", code, *words])]
 
     address, port = options.master_addr, str(options.master_port)
-    server = subprocess.Popen(
-        ssh(hosts[0], LISTEN, port), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    try:
+        server = subprocess.Popen(
+            ssh(hosts[0], LISTEN, port),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    except OSError:
+        return []  # no ssh here: said of every host already
     assert server.stdout  # for mypy
 
     def connect(host: str) -> Check:
@@ -333,10 +342,17 @@ def port_number(word: str) -> int:
     return int(word)
 
 
+def ssh_words(text: str) -> list[str]:
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: {error}") from None
+
+
 def arguments(words: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hostfile", type=Path, help="check every host of this DeepSpeed hostfile, by ssh")
-    parser.add_argument("--ssh-args", default="", help="more arguments for ssh, e.g. '-p 2222 -i key'")
+    parser.add_argument("--ssh-args", type=ssh_words, default=[], help="more arguments for ssh, e.g. '-p 2222 -i key'")
     parser.add_argument("--master_addr", default=os.environ.get("MASTER_ADDR"), help="where the ranks will meet")
     parser.add_argument("--master_port", type=port_number, default=os.environ.get("MASTER_PORT", "29500"))
     parser.add_argument("--output", type=Path, default=Path("runs"), help="where runs will be written (disk space)")

@@ -175,13 +175,21 @@ def main(words: Sequence[str]) -> int:
     ranks = options.nodes * options.gpus
     plans = layouts(options, config, ranks, options.languages)
     if not plans:
-        raise UserError(f"train.batch={config.train.batch} cannot be divided over {ranks} GPUs: change one of them")
+        micro = (
+            f", in micro-batches of train.micro_batch={config.train.micro_batch}" if config.train.micro_batch else ""
+        )
+        raise UserError(
+            f"train.batch={config.train.batch} cannot be divided over {ranks} GPUs{micro}: change one of them"
+        )
     show(options, config, plans)
-    if options.json:
-        rows: list[dict[str, Any]] = [asdict(found) | {"gib": found.gib} for found in plans]
-        options.json.write_text(json.dumps(rows, indent=1) + "\n")
-    if options.figures:
-        figures(options, config, options.figures)
+    try:
+        if options.json:
+            rows: list[dict[str, Any]] = [asdict(found) | {"gib": found.gib} for found in plans]
+            options.json.write_text(json.dumps(rows, indent=1) + "\n")
+        if options.figures:
+            figures(options, config, options.figures)
+    except OSError as error:
+        raise UserError(f"{error.filename}: cannot be written ({error.strerror})") from None
     return 0
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -111,5 +112,12 @@ def main(words: Sequence[str] | None = None) -> dict[str, Any]:
     return summary
 
 
+def command(words: Sequence[str]) -> int:
+    main(words)
+    return 0
+
+
 if __name__ == "__main__":
-    main()
+    from mlinterf_ds.command import main as guarded
+
+    guarded(command, sys.argv[1:])

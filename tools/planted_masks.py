@@ -23,7 +23,9 @@ from typing import Any
 
 import numpy as np
 
+from mlinterf_ds.command import main as guarded
 from mlinterf_ds.data.synthetic import distance
+from mlinterf_ds.errors import UserError
 from mlinterf_ds.tasks.metrics import rank_correlation, transfer_correlation
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -39,13 +41,13 @@ PRUNE = ("analysis=prune", "prune.steps=200", "prune.sequences=64")
 RESAMPLES = 10_000
 
 
-def main() -> int:
+def main(words: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder of the models, analyses and planted.json")
-    parser.add_argument("--seeds", type=int, default=5, help="models (default 5)")
+    parser.add_argument("--seeds", type=int, default=5, choices=range(1, 1000), metavar="N", help="models (default 5)")
     parser.add_argument("--pretrain", action="append", default=[], metavar="KEY=VALUE", help="for the pretraining runs")
     parser.add_argument("--prune", action="append", default=[], metavar="KEY=VALUE", help="for the analyses")
-    options = parser.parse_args()
+    options = parser.parse_args(words)
     for seed in range(options.seeds):
         model, analysis = options.out / f"model-{seed}", options.out / f"masks-{seed}"
         if not (model / "summary.json").is_file():
@@ -63,7 +65,8 @@ def launch(program: str, settings: Sequence[str], more: Sequence[str]) -> None:
     flags = [word for setting in (*settings, "tracking.enabled=false") for word in ("--set", setting)]
     config = ROOT / "ds_configs" / "zero1.json"
     command = [sys.executable, str(ROOT / "launch" / program), "--deepspeed_config", str(config), *more, *flags]
-    subprocess.run(command, check=True)
+    if subprocess.run(command).returncode:
+        raise UserError(f"launch/{program} failed: its reason stands above")
 
 
 Similarities = dict[tuple[str, str, str], dict[str, float]]  # (component, left, right) -> measure -> value
@@ -114,4 +117,4 @@ def below(within: np.ndarray, between: np.ndarray) -> float:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    guarded(main, sys.argv[1:])

@@ -13,6 +13,15 @@ if [ -n "${OMPI_COMM_WORLD_LOCAL_SIZE:-}" ]; then export LOCAL_WORLD_SIZE=$OMPI_
 : "${MASTER_ADDR:?export the first host}" "${MASTER_PORT:?export a free port}"
 export MLINTERF_DS_RENDEZVOUS=env:// # explicit: this shell, not the launcher, is the parent of the rank
 
+child=''
+asked=''
+forward() {
+    asked=$1
+    if [ -n "$child" ]; then kill -"$1" "$child" 2> /dev/null; fi
+}
+trap 'forward TERM' TERM
+trap 'forward INT' INT
+
 mkdir -p "$logs"
 log=$logs/rank-$RANK.log
 if [ "$RANK" = 0 ]; then
@@ -21,14 +30,13 @@ else
     "$@" >> "$log" 2>&1 &
 fi
 child=$!
-trap 'kill -TERM $child 2> /dev/null' TERM
-trap 'kill -INT $child 2> /dev/null' INT
+if [ -n "$asked" ]; then forward "$asked"; fi # it came while the rank was started
 wait $child
-status=$?
 while kill -0 $child 2> /dev/null; do # a signal ends `wait`, not the rank, which saves now
     wait $child
-    status=$?
 done
+wait $child # the rank's own status, whatever ended the last `wait`
+status=$?
 if [ $status -ne 0 ]; then
     sleep 0.2 # the rest of its log
     echo "$(date +%s.%N) $RANK $status" >> "$logs/failed"

@@ -134,7 +134,10 @@ def _shown(summary: Mapping[str, Any]) -> str:
 
 def _draw_runs(job: AnalysisJob) -> dict[str, Any]:
     """Figure 3 from the conflict.csv of several runs."""
-    runs = {Path(place).name or place: read_curves(Path(place) / "conflict.csv") for place in job.config.conflict.runs}
+    places = [str(place) for place in job.config.conflict.runs]
+    short = [Path(place).name or place for place in places]
+    names = short if len(set(short)) == len(short) else places
+    runs = {name: read_curves(Path(place) / "conflict.csv") for name, place in zip(names, places, strict=True)}
     summary: dict[str, Any] = {"analysis": "conflict", "runs": {}}
     for name, curves in runs.items():
         last = {f"{left}-{right}": points[-1] for (left, right), points in curves.items()}

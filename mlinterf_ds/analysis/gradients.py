@@ -56,7 +56,7 @@ class Draws:
         engine: Engine,
     ):
         self.languages = tuple(languages)
-        self._known, self._length = list(known), length
+        self._known = list(known)
         self._windows = {}
         for code in self.languages:
             tokens = corpus.tokens(code, "train")

@@ -32,7 +32,7 @@ from mlinterf_ds.data.corpus import Corpus
 from mlinterf_ds.data.stream import EvaluationSet
 from mlinterf_ds.errors import UserError
 from mlinterf_ds.evaluate import ROWS, Model
-from mlinterf_ds.pretrained import from_first
+from mlinterf_ds.ranks import from_first
 from mlinterf_ds.tasks.metrics import rank_correlation
 
 

@@ -70,6 +70,7 @@ class AnalysisJob:
                 f"{rows} rows cannot be shared by {self.layout.data} data-parallel ranks: take a multiple of them"
             )
         pretrained = self.model
+        pretrained.check(self.layout.tensor)
         shape = pretrained.shape(dropout=0.0)
         train = {"batch": rows, "micro_batch": micro_batch}
         run = RunConfig.model_validate(

@@ -15,7 +15,7 @@ from mlinterf_ds.data.corpus import Corpus
 from mlinterf_ds.data.files import read_json
 from mlinterf_ds.data.stream import TrainStream
 from mlinterf_ds.engine import checkpoint
-from mlinterf_ds.errors import UserError
+from mlinterf_ds.errors import UserError, refusing
 from mlinterf_ds.pretrained import Pretrained
 
 Group = tuple[tuple[str, ...], str]  # languages of a model, variant
@@ -47,7 +47,9 @@ class Run:
         if language and found.languages != (language,):
             raise UserError(f"{place}: that run's languages are {', '.join(found.languages)}, not {language} alone")
         summary = Path(folder) / "summary.json"
-        if not Path(folder).name.startswith("step-") and not (summary.is_file() and read_json(summary)["finished"]):
+        with refusing(f"{summary}: not what a pretraining run writes"):
+            finished = summary.is_file() and read_json(summary)["finished"]
+        if not Path(folder).name.startswith("step-") and not finished:
             raise UserError(f"{folder}: the run has not finished: go on with --set output={folder} --set resume=auto")
         return found
 

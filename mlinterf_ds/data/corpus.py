@@ -16,7 +16,7 @@ from mlinterf_ds.errors import UserError, refusing
 MANIFEST = "manifest.json"
 FORMAT, VERSION = "mlinterf_ds corpus", 1
 _DTYPES: dict[str, np.dtype] = {"uint16": np.dtype(np.uint16), "int32": np.dtype(np.int32)}
-LANGUAGE = re.compile(r"[a-z][a-z0-9_-]*")
+LANGUAGE = re.compile(r"(?!shared$)[a-z][a-z0-9_-]*")  # "shared" are the parameters of all languages
 SPLITS = ("train", "meta", "valid", "test")
 COUNTS = ("sentences", "words", "characters", "tokens")
 AGAIN = "; copy the corpus again, or prepare it again in another folder"

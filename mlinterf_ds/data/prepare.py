@@ -134,7 +134,8 @@ def _checked_sources(sources: Mapping[str, Sequence[str | Path]]) -> dict[str, l
         if not LANGUAGE.fullmatch(code):
             hint = f"write {code.lower()!r}" if LANGUAGE.fullmatch(code.lower()) else "for example 'en' or 'zh-hant'"
             raise UserError(
-                f"language {code!r}: a code is a lower-case letter, then lower-case letters, digits, - or _; {hint}"
+                f"language {code!r}: a code is a lower-case letter, then lower-case letters, digits, - or _, and not "
+                f"'shared'; {hint}"
             )
     found = {code: [source for x in of for source in find_sources(x)] for code, of in sources.items()}
     if empty := [code for code, of in found.items() if not of]:

@@ -30,6 +30,7 @@ from torch import Tensor
 from mlinterf_ds.engine.source import Source, Weights
 from mlinterf_ds.engine.space import FlatSpace
 from mlinterf_ds.errors import UserError, refusing
+from mlinterf_ds.ranks import agreed
 
 if TYPE_CHECKING:  # reading a checkpoint needs neither DeepSpeed nor megatron
     from mlinterf_ds.engine.engine import Engine
@@ -208,12 +209,15 @@ def _fallback(path: Path) -> str:
     return f"; the one before it is {earlier[-1]}: --set resume={earlier[-1]}" if earlier else ""
 
 
-def load(path: Path, engine: Engine, *, moments: bool = True, missing: bool = False) -> dict[str, Any]:
-    """Fill the engine's masters (and moments, counters) from a checkpoint, then the working weights.
+def load(
+    path: Path, engine: Engine, *, moments: bool = True, missing: bool = False, state: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """Fill the engine's masters (and moments, counters) from a checkpoint, then the working weights; its `state`.
 
     missing=True leaves parameters that the checkpoint does not have as they were initialised (a classifier).
+    state: what `verify` said of the checkpoint, if it was asked just now: every file is read for it.
     """
-    state = agreed(lambda: verify(path))
+    state = state or agreed(lambda: verify(path))
     source = Source(path)
     fill(engine, source, ("master", *MOMENTS) if moments else ("master",), missing)
     if moments:
@@ -225,20 +229,6 @@ def load(path: Path, engine: Engine, *, moments: bool = True, missing: bool = Fa
         engine.scale.load(state["loss_scale"])
         engine.spikes.seen = state.get("losses", {})  # older ones have none
     return state
-
-
-def agreed(find: Callable[[], Found]) -> Found:
-    """What rank 0 finds, or the mistake that it finds, on every rank."""
-    box: list[Any] = [None, None]
-    if dist.get_rank() == 0:
-        try:
-            box[0] = find()
-        except UserError as error:
-            box[1] = str(error)
-    dist.broadcast_object_list(box)
-    if box[1]:
-        raise UserError(box[1])
-    return box[0]
 
 
 def fill(engine: Engine, source: Weights, kinds: Sequence[str] = ("master",), missing: bool = False) -> None:

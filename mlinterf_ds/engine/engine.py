@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -150,28 +150,19 @@ class Engine:
         through_deepspeed = self.stage > 0 and self.spaces[SHARED] in spaces
         if not self.model.training:  # it visits every module: of 100 languages, a tenth of a small step
             self.model.train()
-        with self._only(spaces):
-            for number, batch in enumerate(batches):
-                batch = batch.to(self.device)
-                if through_deepspeed:
-                    self.deepspeed.set_gradient_accumulation_boundary(number == len(batches) - 1)
-                    loss, nll = self.deepspeed(batch)
-                    self.deepspeed.backward(loss * (self.scale.value * self.layout.data), scale_wrt_gas=False)
-                else:
-                    loss, nll = self.model(batch)
-                    (loss * (self.scale.value * self.layout.data)).backward()
-                sums += language_sums(nll, batch.languages, step_languages)
-        return sums
-
-    @contextlib.contextmanager
-    def _only(self, spaces: Sequence[Space]) -> Iterator[None]:
         for space in self.spaces.values():
-            if space in spaces:
-                space.require_grad(True)
-        off = [space for space in self.spaces.values() if space not in spaces]
-        for space in off:
-            space.require_grad(False)
-        yield
+            space.require_grad(space in spaces)
+        for number, batch in enumerate(batches):
+            batch = batch.to(self.device)
+            if through_deepspeed:
+                self.deepspeed.set_gradient_accumulation_boundary(number == len(batches) - 1)
+                loss, nll = self.deepspeed(batch)
+                self.deepspeed.backward(loss * (self.scale.value * self.layout.data), scale_wrt_gas=False)
+            else:
+                loss, nll = self.model(batch)
+                (loss * (self.scale.value * self.layout.data)).backward()
+            sums += language_sums(nll, batch.languages, step_languages)
+        return sums
 
     def _reduce(self, spaces: Sequence[Space], gradients: Sequence[Vector], sums: Tensor) -> tuple[float, Tensor]:
         """(global gradient norm, (languages, 2) global sums), one collective."""

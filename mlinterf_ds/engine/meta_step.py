@@ -52,7 +52,11 @@ class WholeSpace:
         return self.space.displaced(offset, scale)
 
     def dot(self, left: Vector, right: Vector) -> float:
-        total = self.space.dot(left, right)
+        from deepspeed.accelerator import get_accelerator
+
+        total = self.space.dot(left, right).to(
+            get_accelerator().current_device_name()
+        )  # from an offloaded master's host
         dist.all_reduce(total)
         return total.item()
 
@@ -106,7 +110,7 @@ class _Run:
         facts: dict[str, float],
     ):
         self.owner, self.engine, self.config = owner, owner.engine, owner.config
-        self.batches, self.validation_batches, self.lr, self.facts = batches, validation, lr, facts
+        self.batches, self.lr, self.facts = batches, lr, facts
         self.theta = WholeSpace(self.engine.spaces[SHARED])
         self.phi = WholeSpace(self.engine.spaces[language])
         self.train = self._gradients(batches, "loss")

@@ -61,6 +61,7 @@ class LossScale:
     """
 
     def __init__(self, enabled: bool, fp16: Mapping[str, Any]):
+        fp16 = {key: value for key, value in fp16.items() if value != "auto"}
         static = float(fp16.get("loss_scale", 0))
         self.dynamic = enabled and static == 0
         self.value = 1.0 if not enabled else static or 2.0 ** int(fp16.get("initial_scale_power", 16))

@@ -11,6 +11,8 @@ import torch
 from mlinterf_ds.config import RunConfig
 from mlinterf_ds.errors import UserError, refusing
 
+# What the loss scale reads of DeepSpeed's JSON, with the least value of each.
+FP16 = {"loss_scale": 0, "initial_scale_power": 0, "loss_scale_window": 1, "hysteresis": 1, "min_loss_scale": 1e-6}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -27,6 +29,10 @@ def read_json(path: str | Path) -> dict[str, Any]:
     for section in ("fp16", "bf16", "zero_optimization", "data_types"):
         if not isinstance(found.get(section, {}), dict):
             raise UserError(f"{path}: {section} must be an object in braces, found {found[section]!r}")
+    for key, least in FP16.items():
+        value = found.get("fp16", {}).get(key, "auto")
+        if value != "auto" and (type(value) not in (int, float) or not value >= least):
+            raise UserError(f'{path}: fp16.{key}={value!r}: expected a number, {least:g} or more, or "auto"')
     for section in ("optimizer", "scheduler"):
         if section in found:
             raise UserError(

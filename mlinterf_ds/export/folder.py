@@ -1,4 +1,4 @@
-"""A `transformers` model folder as a source of weights, with the interface of `mlinterf_ds.engine.checkpoint.Source`.
+"""A `transformers` model folder as a source of weights, a `mlinterf_ds.engine.source.Weights`.
 
 Read are folders that `mlinterf_ds.export.hf` wrote, or that transformers' `save_pretrained` made of one, and any
 XLM-RoBERTa-XL; by safetensors and json alone.

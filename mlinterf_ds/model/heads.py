@@ -26,11 +26,11 @@ class MaskedHead(nn.Module):
 
     excluded: Tensor  # (columns,) -inf where the vocabulary is padding, else 0
 
-    def __init__(self, width: int, vocabulary: int, eps: float = 1e-5):
+    def __init__(self, width: int, vocabulary: int):
         super().__init__()
         self.group = parallel_state.get_tensor_model_parallel_group()
         self.dense = nn.Linear(width, width)
-        self.norm = nn.LayerNorm(width, eps=eps)
+        self.norm = nn.LayerNorm(width)
         columns = padded(vocabulary) // self.group.size()
         self.bias = nn.Parameter(torch.zeros(columns))
         set_tensor_model_parallel_attributes(self.bias, is_parallel=True, dim=0, stride=1)

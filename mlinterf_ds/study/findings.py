@@ -117,7 +117,15 @@ def markdown(findings: Sequence[Finding], confidence: float) -> str:
         lines.append(
             f"| {found.claim} | **{found.verdict}** | {' | '.join(numbers)} | {len(found.effect.values)} | {note} |"
         )
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, "", caution(len(findings), confidence)]) + "\n"
+
+
+def caution(count: int, confidence: float) -> str:
+    """What a reader of many intervals must know."""
+    return (
+        f"The intervals are not corrected for there being {count} of them: of effects that are zero, "
+        f"{1 - confidence:.0%} are still told apart from it."
+    )
 
 
 def interval(found: Finding) -> tuple[str, str, str]:

@@ -15,7 +15,7 @@ from markupsafe import Markup
 from mlinterf_ds.study import paper
 from mlinterf_ds.study.config import StudyConfig
 from mlinterf_ds.study.convergence import CONVERGENCE
-from mlinterf_ds.study.findings import Finding, interval
+from mlinterf_ds.study.findings import Finding, caution, interval
 from mlinterf_ds.study.records import Records, Score
 from mlinterf_ds.study.tables import NAMES, TITLES, Cell, Table
 
@@ -50,6 +50,7 @@ def render(
         tables=tables,
         findings=findings,
         counts=counts,
+        caution=caution(len(findings), records.confidence),
         states=states,
         facts=facts,
         figures=figures(records),

@@ -1,7 +1,7 @@
 """The paper's own numbers (Wang, Lipton and Tsvetkov 2020, tables 1 to 7), to stand beside ours.
 
 Rows are in the order of `ROWS`, which names ours: `xlm` is the paper's XLM-100, a joint model of 100 languages and 827M
-parameters. Two numbers are misprints and are given as `None`, with the reason in `MISPRINTS`.
+parameters. Two numbers are misprints and left out; `MISPRINTS` has the reasons.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from mlinterf_ds.analyze_config import AnalyzeConfig
 from mlinterf_ds.config import RunConfig, load_config
 from mlinterf_ds.data.files import read_json
 from mlinterf_ds.engine.throughput import flops_per_row
-from mlinterf_ds.errors import UserError
+from mlinterf_ds.errors import UserError, refusing
 from mlinterf_ds.finetune_config import FinetuneConfig
 from mlinterf_ds.study.config import SYNTHETIC, StudyConfig, TaskSection
 from mlinterf_ds.study.corpora import Corpora, sha256
@@ -31,6 +31,7 @@ PACKAGE = Path(__file__).resolve().parents[1]
 SHARED_CODE = [
     "errors.py",
     "config.py",
+    "ranks.py",
     "parallel.py",
     "data",
     "model",
@@ -92,7 +93,8 @@ class Job:
 def expand(config: StudyConfig, corpora: Corpora, deepspeed_config: str) -> list[Job]:
     """All jobs, each after those it needs; none twice. UserError for a setting that a recipe would refuse."""
     found: list[Job] = []
-    deepspeed = read_json(Path(deepspeed_config))
+    with refusing(f"--deepspeed_config {deepspeed_config}: not JSON"):
+        deepspeed = read_json(Path(deepspeed_config))
     for model in models(config):
         unit, run = _pretraining(config, model, corpora)
         pretrain = _job("pretrain", model, [unit], (), deepspeed, config.ranks)

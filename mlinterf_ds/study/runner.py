@@ -59,8 +59,10 @@ class Slot:
 @contextlib.contextmanager
 def alone(output: Path) -> Iterator[bool]:
     """Hold a folder of a study or a job against other processes; whether it was free."""
-    output.mkdir(parents=True, exist_ok=True)
-    with (output / ".lock").open("w") as file:
+    with command.writing(output):
+        output.mkdir(parents=True, exist_ok=True)
+        file = (output / ".lock").open("w")
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

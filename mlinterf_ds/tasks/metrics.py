@@ -116,8 +116,9 @@ def _overlap(ours: list[str], theirs: list[str]) -> float:
 
 
 # --- uncertainty -----------------------------------------------------------------------------------------------------
-def wilson(right: float, total: int, z: float = 1.959964) -> tuple[float, float]:
+def wilson(right: float, total: int) -> tuple[float, float]:
     """95% interval (percent) of a share of `right` out of `total` (Wilson, 1927)."""
+    z = 1.959964  # the normal distribution's 97.5% point
     share, spread = right / total, z * z / total
     centre = (share + spread / 2) / (1 + spread)
     half = z / (1 + spread) * math.sqrt(share * (1 - share) / total + spread / (4 * total))

@@ -11,7 +11,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-ADDRESSES = {"mlint-a": "10.77.0.1", "mlint-b": "10.77.0.2"}
+FIRST, SECOND = (f"mlint-{os.getpid()}-{letter}" for letter in "ab")  # another run of the tests has its own
+ADDRESSES = {FIRST: "10.77.0.1", SECOND: "10.77.0.2"}
 CABLE = "net0"  # the same name at both ends, so that one GLOO_SOCKET_IFNAME serves both
 SSHD = """
 Port 22
@@ -33,8 +34,8 @@ def why_not() -> str:
     missing = [name for name in ("ip", "sshd", "ssh", "ssh-keygen", "pdsh") if not _which(name)]
     if missing:
         return f"not installed: {', '.join(missing)} (Debian: iproute2 openssh-server openssh-client pdsh)"
-    tried = subprocess.run(["ip", "netns", "add", "mlint-try"], capture_output=True, text=True)
-    subprocess.run(["ip", "netns", "del", "mlint-try"], capture_output=True)
+    tried = subprocess.run(["ip", "netns", "add", f"mlint-{os.getpid()}-try"], capture_output=True, text=True)
+    subprocess.run(["ip", "netns", "del", f"mlint-{os.getpid()}-try"], capture_output=True)
     return f"no network namespaces here: {tried.stderr.strip()}" if tried.returncode else ""
 
 
@@ -72,8 +73,7 @@ def two_hosts(folder: Path) -> Iterator[str]:
     try:
         for host in ADDRESSES:
             ip("netns", "add", host)
-        first, second = ADDRESSES
-        ip("link", "add", CABLE, "netns", first, "type", "veth", "peer", "name", CABLE, "netns", second)
+        ip("link", "add", CABLE, "netns", FIRST, "type", "veth", "peer", "name", CABLE, "netns", SECOND)
         for host, address in ADDRESSES.items():
             ip("-n", host, "addr", "add", f"{address}/24", "dev", CABLE)
             for device in (CABLE, "lo"):
@@ -81,7 +81,7 @@ def two_hosts(folder: Path) -> Iterator[str]:
             sshd = inside(host, str(_which("sshd")), "-D", "-e", "-f", str(folder / "sshd_config"))
             daemons.append(subprocess.Popen(sshd, stderr=(folder / f"sshd-{host}.log").open("w")))
         options = f"-i {folder}/key -o StrictHostKeyChecking=no -o UserKnownHostsFile=/dev/null -o LogLevel=ERROR"
-        _await_ssh(first, options)
+        _await_ssh(options)
         yield options
     finally:
         for host in ADDRESSES:
@@ -94,10 +94,10 @@ def two_hosts(folder: Path) -> Iterator[str]:
             daemon.wait()
 
 
-def _await_ssh(first: str, options: str) -> None:
+def _await_ssh(options: str) -> None:
     for address in ADDRESSES.values():
         deadline = time.monotonic() + 30
-        line = inside(first, "ssh", *options.split(), "-o", "ConnectTimeout=5", address, "true")
+        line = inside(FIRST, "ssh", *options.split(), "-o", "ConnectTimeout=5", address, "true")
         while subprocess.run(line, capture_output=True).returncode:
             assert time.monotonic() < deadline, f"no ssh to {address}"
             time.sleep(0.5)

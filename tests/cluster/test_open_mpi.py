@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -59,5 +60,23 @@ def test_a_signal_reaches_the_rank_which_ends_well(tmp_path: Path) -> None:
     log = tmp_path / "rank-1.log"
     while not (log.exists() and "ready" in log.read_text()):
         assert job.poll() is None
+        time.sleep(0.02)
     job.terminate()
     assert job.wait(timeout=30) == 0 and "saved" in log.read_text() and not (tmp_path / "failed").exists()
+
+
+def test_a_signal_while_the_rank_is_started_reaches_it(tmp_path: Path) -> None:
+    """The folder of its log is a slow one: mkdir waits, and the signal comes meanwhile."""
+    (tmp_path / "mkdir").write_text(
+        '#!/bin/sh\ntouch "$2.waits"; while [ ! -e "$2.go" ]; do sleep 0.05; done; /bin/mkdir "$@"\n'
+    )
+    (tmp_path / "mkdir").chmod(0o755)
+    logs, rank = tmp_path / "logs", ROOT / "launch" / "cluster" / "rank.sh"
+    environment = os.environ | RANK | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    job = subprocess.Popen(["bash", str(rank), str(logs), "sleep", "60"], env=environment)
+    while not (tmp_path / "logs.waits").exists():
+        assert job.poll() is None
+        time.sleep(0.02)
+    job.terminate()
+    (tmp_path / "logs.go").touch()
+    assert job.wait(timeout=30) == 143

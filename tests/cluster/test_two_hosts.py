@@ -26,8 +26,8 @@ def line(*more: str) -> list[str]:
     """launch/cluster/README.md's command, run on the first host."""
     flags = [word for setting in (*SETTINGS, *more) for word in ("--set", setting)]
     launcher = [str(Path(sys.executable).with_name("deepspeed")), "--hostfile", "hostfile", "--no_ssh_check"]
-    launcher += ["--master_addr", hosts.ADDRESSES["mlint-a"], "--master_port", "29611"]
-    return hosts.inside("mlint-a", *launcher, str(ROOT / "launch/pretrain.py"),
+    launcher += ["--master_addr", hosts.ADDRESSES[hosts.FIRST], "--master_port", "29611"]
+    return hosts.inside(hosts.FIRST, *launcher, str(ROOT / "launch/pretrain.py"),
                         "--deepspeed_config", str(ROOT / "ds_configs/zero1.json"), *flags)  # fmt: skip
 
 
@@ -57,14 +57,16 @@ def test_two_hosts_train_lose_one_and_go_on(ground) -> None:
         while newest(folder) < 20:
             assert job.poll() is None and time.monotonic() < deadline, log.read_text()[-3000:]
             time.sleep(0.2)
-        assert len([pid for pid in hosts.processes("mlint-b") if b"pretrain.py" in cmdline(pid)]) >= 2, "ranks on both"
-        hosts.cable("mlint-b", "down")
+        assert len([pid for pid in hosts.processes(hosts.SECOND) if b"pretrain.py" in cmdline(pid)]) >= 2, (
+            "ranks on both"
+        )
+        hosts.cable(hosts.SECOND, "down")
         cut = time.monotonic()
         status = job.wait(timeout=BOUND + 60)
         assert status != 0 and time.monotonic() - cut < BOUND
     finally:
         job.kill()
-        hosts.cable("mlint-b", "up")
+        hosts.cable(hosts.SECOND, "up")
     said = log.read_text()
     assert "2 x 2 ranks (data x tensor), ZeRO 1" in said
     reasons = [text for text in said.splitlines() if "error: rank" in text]

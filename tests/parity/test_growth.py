@@ -11,7 +11,6 @@ import torch
 from mlinterf_ds.config import load_config
 from mlinterf_ds.data.corpus import Corpus
 from mlinterf_ds.data.prepare import prepare
-from mlinterf_ds.engine import checkpoint
 from mlinterf_ds.engine.space import Segment
 from mlinterf_ds.errors import UserError
 from mlinterf_ds.initial import weights as initial_weights
@@ -67,10 +66,7 @@ def test_vocabularies_that_cannot_be_extended_so(ground: Path) -> None:
 
 
 @pytest.mark.parametrize("tensor", [1, 2])
-def test_new_rows_start_at_the_mean_and_old_ones_as_saved(
-    ground: Path, tensor: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(checkpoint, "agreed", lambda find: find())  # one process, no ranks
+def test_new_rows_start_at_the_mean_and_old_ones_as_saved(ground: Path, tensor: int) -> None:
     found = initial_weights(
         str(ground / "first"), load_config(["tiny"], SETTINGS).model, Corpus.open(ground / "new").tokenizer
     )
@@ -134,8 +130,7 @@ def test_not_frozen_all_that_is_shared_trains_and_old_modules_stay(ground: Path)
         assert kept == ("language_" in name), name
 
 
-def test_what_cannot_be_done_is_refused(ground: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoint, "agreed", lambda find: find())
+def test_what_cannot_be_done_is_refused(ground: Path) -> None:
     for settings, words in (
         (["variant=meta_adpt"], "variant=ffn, attn or adpt"),
         (["variant=joint"], "variant=ffn, attn or adpt"),

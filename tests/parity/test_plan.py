@@ -89,6 +89,32 @@ def test_an_absent_language_costs_its_share_of_memory_and_nothing_else() -> None
     assert plan.data_parallel_volume(config, few, layout) == plan.data_parallel_volume(config, many, layout)
 
 
+@pytest.mark.parametrize(
+    "extra",
+    [
+        ["variant=joint"],
+        ["variant=joint", "train.micro_batch=4"],
+        ["variant=ffn", "model.head_width=48"],
+        ["variant=adpt", "data.sequence_length=128"],
+        ["variant=joint", "model.recompute=true"],
+        ["variant=meta_adpt"],
+        ["variant=meta_adpt", "model.recompute=true"],
+        ["variant=meta_adpt", "meta.difference=one_sided"],
+        ["variant=meta_adpt", "meta.terms=direct"],
+        ["variant=meta_adpt", "meta.every=2"],
+        ["variant=meta_ffn"],
+    ],
+    ids=" ".join,
+)
+def test_flops_of_a_step(extra: list[str]) -> None:
+    """What torch counts; the plan rounds passes that want one language's gradients to two thirds."""
+    config = load_config([], [*bodies.TINY, *SHAPE, *extra])
+    counted = pool(1).run(plan_bodies.flops, [*SHAPE, *extra], bodies.LANGUAGES)[0]
+    planned = plan.step_flops(config, VOCABULARY)
+    print(f"{planned / 1e9:.3f} planned, {counted / 1e9:.3f} counted GFLOP, ratio {planned / counted:.3f}")
+    assert planned == pytest.approx(counted, rel=0.1)
+
+
 def test_passes_of_a_meta_step() -> None:
     def passes(*settings: str) -> dict[str, float]:
         return plan.passes(load_config([], ["variant=meta_adpt", *settings]))

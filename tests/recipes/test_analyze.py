@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -155,6 +156,13 @@ def test_figure_3_of_several_runs(folder: Path) -> None:
     rows = table(folder / "runs/figure/training.csv")
     assert {row["run"] for row in rows} == {"measured", "resumed"} and len(rows) == 2 * 3 * 4
     assert (folder / "runs/figure/training.png").stat().st_size > 1000
+    shutil.copytree(folder / "runs/measured", folder / "runs/again/measured")
+    settings = ["conflict.runs=runs/measured, runs/again/measured", "output=runs/figure-2", "tracking.enabled=false"]
+    assert pool(1).run(call, "analyze", str(folder), settings) == [""]
+    assert {row["run"] for row in table(folder / "runs/figure-2/training.csv")} == {
+        "runs/measured",
+        "runs/again/measured",
+    }
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from mlinterf_ds.errors import UserError
 from tests.parity import finetune_bodies as bodies
 from tests.ranks import pool
 
@@ -99,6 +100,29 @@ def test_the_command_writes_what_it_shows(ground: Path, tmp_path: Path) -> None:
     found = json.loads((tmp_path / "out.json").read_text())
     assert set(found) == {"te", "as"} and found["te"]["pseudo_perplexity_tokens"] > 2
     assert found["te"]["perplexity"] != found["as"]["perplexity"]  # each has its own adapters
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["--tensor", "0"], "--tensor: '0': expected a whole number, 1 or more"),
+        (["--sentences", "-5"], "--sentences: '-5': expected a whole number, 0 or more"),
+        (["--top", "x"], "--top: 'x': expected a whole number, 1 or more"),
+    ],
+)
+def test_numbers_that_mean_nothing(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    from mlinterf_ds.evaluate import main
+
+    with pytest.raises(SystemExit):
+        main(["--checkpoint", "x", "--text", "as=x", *words])
+    assert said in capsys.readouterr().err
+
+
+def test_results_that_could_not_be_written_are_not_computed(tmp_path: Path) -> None:
+    from mlinterf_ds.evaluate import main
+
+    with pytest.raises(UserError, match=r"--out .*no/x: there is no folder .*no"):
+        main(["--checkpoint", "x", "--text", "as=x", "--out", str(tmp_path / "no/x")])
 
 
 def test_scores_are_recorded_under_the_pretraining_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

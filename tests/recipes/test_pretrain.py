@@ -1,11 +1,13 @@
 """The main job through the real launcher, as a user starts it."""
 
+import contextlib
 import json
+import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -85,15 +87,18 @@ def test_a_run_stopped_by_the_scheduler_resumes_to_the_same_end(folder: Path, de
     )  # fmt: skip
     seen = ""
     assert process.stdout is not None
-    deadline = time.monotonic() + 300
-    while "step 0: validation" not in seen and time.monotonic() < deadline:
-        seen += process.stdout.read(64)
-    ranks = subprocess.run(
-        ["pgrep", "-g", str(process.pid), "-f", "pretrain.py --local_rank"], capture_output=True, text=True
-    )
-    for pid in ranks.stdout.split():
-        os.kill(int(pid), signal.SIGTERM)
-    seen += process.communicate(timeout=300)[0]
+    try:
+        while "step 0: validation" not in seen and (more := process.stdout.read(64)):
+            seen += more
+        ranks = subprocess.run(
+            ["pgrep", "-g", str(process.pid), "-f", "pretrain.py --local_rank"], capture_output=True, text=True
+        )
+        for pid in ranks.stdout.split():
+            os.kill(int(pid), signal.SIGTERM)
+        seen += process.communicate(timeout=300)[0]
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
     assert "go on with --set output=runs/stopped --set resume=auto" in seen, seen[-3000:]
     assert json.loads((folder / "runs/stopped/summary.json").read_text())["finished"] is False
     done = run(folder, *settings, "resume=auto", ranks=2)
@@ -102,6 +107,65 @@ def test_a_run_stopped_by_the_scheduler_resumes_to_the_same_end(folder: Path, de
     assert ended["valid_perplexity"] == whole["valid_perplexity"]
     ended, whole = ((folder / f"runs/{name}/train.csv").read_text() for name in ("stopped", "default"))
     assert ended == whole and whole.count("\n") == 7, "every step's loss once"
+
+
+def scripted(folder: str, output: str, settings: list[str], losses: dict[int, float]) -> dict[int, dict]:
+    """On a rank of the pool: pretrain with these validation losses, by step; every checkpoint's run.json by its step."""
+    from unittest import mock
+
+    from mlinterf_ds import parallel, pretrain
+    from mlinterf_ds.engine.engine import Engine
+
+    os.chdir(folder)
+    settings = [*SHORT, "tracking.enabled=false", "train.keep=9", f"output={output}", *settings]
+    flags = [word for setting in settings for word in ("--set", setting)]
+    with (
+        mock.patch.object(parallel, "stop"),  # the pool goes on
+        mock.patch.object(Engine, "evaluate", lambda self, _: losses[self.step]),
+    ):
+        pretrain.main(["--deepspeed_config", str(ROOT / "ds_configs/zero1.json"), *flags])
+    saved = Path(folder, output, "checkpoints").glob("step-*")
+    return {int(path.name[5:]): json.loads((path / "run.json").read_text()) for path in saved}
+
+
+def test_the_best_checkpoint_is_the_one_whose_own_evaluation_was_best(folder: Path, default) -> None:
+    settings = ["train.epoch_steps=2", "train.save_steps=1"]
+    losses = {0: 6.0, 2: 5.0, 4: 3.0, 6: 4.0}
+    place = folder / "runs/best/checkpoints"
+    (saved,) = pool(1).run(scripted, str(folder), "runs/best", settings, losses)
+    known = {1: math.inf, 2: 5.0, 3: 5.0, 4: 3.0, 5: 3.0, 6: 3.0}
+    assert {step: state["best"] for step, state in saved.items()} == pytest.approx(known), (
+        "a checkpoint knows of itself"
+    )
+    assert (place / "best").read_text() == "step-00000004"
+    # as if killed between the best checkpoint and its mark: the resumed run marks it, and no worse one after it
+    for step in (5, 6):
+        shutil.rmtree(place / f"step-{step:08d}")
+    (place / "best").write_text("step-00000002")
+    (saved,) = pool(1).run(scripted, str(folder), "runs/best", [*settings, "resume=auto"], losses)
+    assert saved[6]["best"] == pytest.approx(3) and (place / "best").read_text() == "step-00000004"
+
+
+def test_max_hours_are_those_of_a_start(folder: Path, default) -> None:
+    """A run that they stopped, or that has run for longer before, goes on for as long again."""
+    losses = {step: 5.0 - step / 10 for step in range(7)}
+    (saved,) = pool(1).run(scripted, str(folder), "runs/hours", ["train.max_hours=1e-9"], losses)
+    assert max(saved) == 1, "not one second: it ends with its first step"
+    state = folder / "runs/hours/checkpoints/step-00000001/run.json"
+    altered(state, saved[1] | {"seconds": 2 * 3600.0})
+    (saved,) = pool(1).run(scripted, str(folder), "runs/hours", ["train.max_hours=1", "resume=auto"], losses)
+    assert max(saved) == 6 and saved[6]["seconds"] > 7200
+
+
+def altered(state: Path, told: dict) -> None:
+    """Write another run.json, with its digest."""
+    from mlinterf_ds.engine.checkpoint import digests
+
+    state.write_text(json.dumps(told))
+    complete = state.with_name("complete.json")
+    listed = json.loads(complete.read_text())
+    listed["files"] |= digests([state])
+    complete.write_text(json.dumps(listed))
 
 
 def refusal(folder: str, settings: list[str]) -> str:
@@ -126,6 +190,9 @@ def refusal(folder: str, settings: list[str]) -> str:
     [
         (["output=runs/default"], 1, ["runs/default holds checkpoints", "resume=auto"]),
         (["output=runs/default", "resume=auto", "model.width=64"], 1, ["model.width is 64, was 32", "init="]),
+        (["resume=auto"], 1, ["resume=auto", "output=FOLDER"]),
+        (["output=mlflow.db"], 2, ["output=mlflow.db: cannot write there (Not a directory)"]),
+        (["output=mlflow.db/below"], 1, ["output=mlflow.db/below: cannot write there"]),
         (["corpus=nowhere"], 1, ["nowhere", "prepare_corpus.py"]),
         (["languages=syn,klingon"], 1, ["klingon"]),
         (["parallel.tensor=2"], 1, ["parallel.tensor=2", "1 ranks"]),

@@ -17,6 +17,7 @@ from mlinterf_ds.study import runner
 from mlinterf_ds.study.records import Records
 
 ROOT = Path(__file__).resolve().parents[2]
+pytestmark = pytest.mark.timeout(1800)  # the first test waits for the whole study
 
 
 def command(*more: str) -> list[str]:
@@ -34,10 +35,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     saved = "study/jobs/pretrain.*/*/checkpoints/step-*/complete.json"
     while time.monotonic() < deadline and first.poll() is None and not list(folder.glob(saved)):
         time.sleep(0.02)
+    assert first.poll() is None, "it must be killed before it ends"
     first.send_signal(signal.SIGKILL)
     first.wait()
     kill_jobs(folder)
-    again = subprocess.run(command(), cwd=folder, env=environment(folder), capture_output=True, text=True, timeout=500)
+    again = subprocess.run(command(), cwd=folder, env=environment(folder), capture_output=True, text=True, timeout=1200)
     (folder / "again.log").write_text(again.stdout)
     assert again.returncode == 0, again.stdout[-2000:] + again.stderr[-2000:]
     return folder
@@ -131,7 +133,7 @@ def test_the_best_model_is_registered_and_fills_masks(folder: Path, monkeypatch:
     import pandas
 
     uri = f"sqlite:///{folder}/mlflow.db"
-    mlflow.set_tracking_uri(uri)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     monkeypatch.chdir(folder)  # where the artifacts are
     client = mlflow.MlflowClient(uri)
     version = max(client.search_model_versions("name='study_ci'"), key=lambda found: int(found.version))

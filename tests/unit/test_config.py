@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from mlinterf_ds.config import describe, fields, load_config
+from mlinterf_ds.engine.optimizer import LossScale
 from mlinterf_ds.engine.precision import choose_precision, read_json, resolve
 from mlinterf_ds.errors import UserError
 
@@ -110,6 +111,14 @@ def test_contradictions_between_json_and_run_are_errors(tmp_path: Path) -> None:
         read_json(tmp_path / "j.json")
     with pytest.raises(UserError, match="ds_configs"):
         read_json(tmp_path / "none.json")
+    for key, value in [("initial_scale_power", '"x"'), ("loss_scale_window", "0"), ("loss_scale", "true")]:
+        (tmp_path / "f.json").write_text(f'{{"fp16": {{"{key}": {value}}}}}')
+        with pytest.raises(UserError, match=rf"f\.json: fp16\.{key}=.*expected a number"):
+            read_json(tmp_path / "f.json")
+    (tmp_path / "f.json").write_text('{"fp16": {"loss_scale": "auto", "initial_scale_power": 8}}')
+    assert LossScale(True, read_json(tmp_path / "f.json")["fp16"]).value == 256
+    with pytest.raises(UserError, match="no such file"):
+        load_config(["x" * 300])
 
 
 def test_a_precision_the_device_lacks_is_refused() -> None:

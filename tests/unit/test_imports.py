@@ -7,7 +7,7 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[2] / "mlinterf_ds"
 LAYERS = {
-    "errors": 0, "config": 1, "launchers": 1, "command": 2, "parallel": 2, "supervise": 6,
+    "errors": 0, "config": 1, "launchers": 1, "ranks": 1, "command": 2, "parallel": 2, "supervise": 6,
     "data": 3, "model": 3, "meta": 3, "tracking": 3,
     "engine": 4, "tasks": 4,
     "report": 5, "export": 5,

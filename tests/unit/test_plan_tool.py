@@ -55,6 +55,16 @@ def test_mistakes(words: list[str], said: str) -> None:
     assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr
 
 
+def test_a_batch_that_micro_batches_do_not_divide() -> None:
+    done = run("--set", "train.micro_batch=5")
+    assert done.returncode == 2 and "in micro-batches of train.micro_batch=5" in done.stderr
+
+
+def test_a_table_that_cannot_be_written(tmp_path: Path) -> None:
+    done = run("--json", str(tmp_path / "no" / "x.json"))
+    assert done.returncode == 2 and "x.json: cannot be written (No such file or directory)" in done.stderr
+
+
 def test_what_fits_nowhere_says_what_to_change() -> None:
     words = ["--recipe", "large", "--set", "train.micro_batch=2048", "--set", "train.batch=16384", "--gpu", "a10"]
     assert "nothing fits a10: more nodes, model.recompute=true" in run(*words).stdout

@@ -85,6 +85,7 @@ def test_the_report_of_findings_names_all_of_them() -> None:
     found = all_findings(records)
     text = markdown(found, records.confidence)
     assert len(found) >= 20 and all(each.claim in text for each in found) and "95% interval" in text
+    assert f"not corrected for there being {len(found)} of them" in text and "5% are still told apart" in text
 
 
 def test_controls_are_compared_by_their_own_rows() -> None:

@@ -160,7 +160,8 @@ def test_a_study_that_is_killed_ends_with_the_same_tables(how: signal.Signals, w
     words = [sys.executable, fake_launcher.__file__, "study", str(tmp_path), "seeds=0,1"]
     process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and len(list(tmp_path.glob("jobs/*/done.json"))) < 3:
+    while len(list(tmp_path.glob("jobs/*/done.json"))) < 3:
+        assert time.monotonic() < deadline
         time.sleep(0.02)
     process.send_signal(how)
     process.wait(60)

@@ -96,15 +96,13 @@ def test_off_does_nothing(workplace: Path) -> None:
 
 def test_start_costs_nothing_and_leaving_without_a_word_is_a_failure() -> None:
     code = (
-        "loaded = 'mlflow.entities' in sys.modules; tracker.log({'a': 1.0}, 1); print(time.perf_counter() - began, loaded)"
+        "tracker.log({'a': 1.0}, 1); print(time.perf_counter() - began)"
         "\nwhile tracker.run_id.startswith('pending'): time.sleep(0.1)"
         "\nsys.exit(3)"
     )
     process = job(code, "one")
     output, errors = process.communicate(timeout=120)
-    seconds, loaded = output.split()
-    assert loaded == "False", "MLflow is imported in the background"
-    assert float(seconds) < 2.0
+    assert float(output) < 2.0, "MLflow, which takes longer, is imported in the background"
     assert errors == "", "MLflow's start-up chatter is not shown"
     run = only_run()
     assert process.returncode == 3 and run.info.status == "FAILED" and run.data.metrics == {"a": 1.0}

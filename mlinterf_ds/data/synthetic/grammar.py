@@ -2,7 +2,7 @@
 
 A meaning is a tree of concept numbers. It is sampled without looking at any language, by random choices from the tables
 below, and `synthetic_sentence` turns it into a sentence of a language. Given a language, sentences differ only through
-these choices, so the choices' probabilities are the entropy of the text (`synthetic_entropy`).
+these choices, so the choices' probabilities are the entropy of the text (`entropy.py`).
 """
 
 import random
@@ -84,7 +84,7 @@ class Table(Generic[T]):
 
 
 class Draw:
-    """Random choices out of a row of uniform numbers. Subclasses weigh or force them (`synthetic_entropy`)."""
+    """Random choices out of a row of uniform numbers. Subclasses weigh or force them (`entropy.py`)."""
 
     def __init__(self, uniforms: Sequence[float]) -> None:
         self._next: Callable[[], float] = iter(uniforms).__next__
