@@ -6,6 +6,8 @@
 
 Assumptions: matrix products at --mfu of the data sheet's peak; collectives as rings at full speed of the links, none of
 them hidden behind arithmetic; flash attention; a tenth of the memory left to the driver and to fragmentation.
+Held against what runs do: memory within 10%, traffic exactly, arithmetic within 10% of torch's count
+(tests/parity/test_plan.py); `tools/bench.py plan` shows planned and measured steps side by side on this machine.
 """
 
 from __future__ import annotations

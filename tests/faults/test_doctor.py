@@ -161,10 +161,21 @@ def test_hosts_that_do_not_reach_the_rendezvous(monkeypatch, tmp_path: Path) -> 
     assert "firewalls" in walled.remedy
 
 
+def test_no_ssh_here(monkeypatch, tmp_path: Path, capsys) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    (tmp_path / "hostfile").write_text("one slots=2\ntwo slots=2\n")
+    assert doctor.main(["--hostfile", str(tmp_path / "hostfile"), "--master_addr", "one"]) == 1
+    said = capsys.readouterr().out
+    assert said.count("No such file or directory -- install an ssh client here") == 2
+
+
 def test_arguments_that_mean_nothing(monkeypatch, tmp_path: Path, capsys) -> None:
     (tmp_path / "hostfile").write_text("# node-1 slots=8\n\n")
     with pytest.raises(SystemExit, match="no host in it; expected `host slots=N`"):
         doctor.main(["--hostfile", str(tmp_path / "hostfile")])
+    with pytest.raises(SystemExit):
+        doctor.main(["--ssh-args", "-o 'x"])
+    assert "argument --ssh-args: \"-o 'x\": No closing quotation" in capsys.readouterr().err
     monkeypatch.setenv("MASTER_PORT", "a few")
     with pytest.raises(SystemExit):
         doctor.main([])
