@@ -74,7 +74,7 @@ def run(config: FinetuneConfig, options: Options, deepspeed_json: dict[str, Any]
             job, sets = prepare(config, options, deepspeed_json, precision, layout)
             if first:
                 print(_greeting(job, sets, f"{precision} ({why})", output), flush=True)
-            return Study(job, sets, options, output).run()
+            return Search(job, sets, options, output).run()
     finally:
         parallel.stop()
 
@@ -147,7 +147,7 @@ def _greeting(job: Job, sets: Sets, precision: str, output: Path) -> str:
     return "\n".join([*lines, "examples: " + "; ".join(counts), *(f"note: {note}" for note in sets.notes)])
 
 
-class Study:
+class Search:
     """All fine-tunings of one command: the grid with the first seed, then its best point with every other seed."""
 
     def __init__(self, job: Job, sets: Sets, options: Options, output: Path):
@@ -283,7 +283,7 @@ class Study:
             | {"task": job.task.name, "variant": job.pretrained.saved["config"]["variant"]}
             | job.config.tracking.tags,
             run_id=run_id,
-            parent_id=job.config.tracking.parent or job.pretrained.run_id,
+            parent_id=job.pretrained.run_id or job.config.tracking.parent,
         )
         record = {"identity": self._identity(), "run_id": self.tracker.run_id, "config": job.config.model_dump()}
         write_json(self.output / "job.json", record)
