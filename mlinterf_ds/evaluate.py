@@ -24,7 +24,7 @@ from mlinterf_ds.data.files import write_json
 from mlinterf_ds.data.masking import Batch
 from mlinterf_ds.data.stream import EvaluationSet
 from mlinterf_ds.data.text import normalise
-from mlinterf_ds.data.tokenizer import BOS, EOS, MASK, Tokenizer
+from mlinterf_ds.data.tokenizer import BOS, EOS, MASK, UNK, Tokenizer
 from mlinterf_ds.engine.precision import DTYPES, choose_precision
 from mlinterf_ds.errors import UserError
 from mlinterf_ds.pretrained import Pretrained
@@ -34,6 +34,7 @@ from mlinterf_ds.tracking import Tracker, environment_facts
 
 BLANK = "<mask>"
 ROWS = 64  # evaluated at once
+UNKNOWN = 0.02  # share of <unk> among the pieces from which on it is told
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -135,6 +136,8 @@ class Text:
     def __init__(self, path: Path, language: str, tokenizer: Tokenizer):
         self.languages, self.vocabulary_size = [language], tokenizer.size
         self.lines = [line for line in map(normalise, read_text(path).split("\n")) if line]
+        if not self.lines:
+            raise UserError(f"{path}: no sentence in it; expected one a line")
         self.encoded = [tokenizer.encode(line) for line in self.lines]
         self.flat = np.array([piece for ids in self.encoded for piece in (*ids, EOS)], dtype=np.int64)
 
@@ -166,6 +169,7 @@ def score(model: Model, language: str, path: Path, sentences: int) -> dict[str, 
         "perplexity": math.exp(nll),
         "bits_per_character": rows.bits_per_character(nll),
         "sentences": len(text.lines),
+        "unknown": float(np.mean(text.flat == UNK)),
     }
     if sentences:
         sums = np.zeros(2)
@@ -220,8 +224,10 @@ def fill(model: Model, text: str, language: str | None, top: int) -> list[list[d
     number = model.index(language)
     ids: list[int] = [BOS]
     for index, part in enumerate(text.split(BLANK)):
-        ids += [MASK] * (index > 0) + model.tokenizer.encode(part)
+        ids += [MASK, *model.tokenizer.encode_rest(part)] if index else model.tokenizer.encode(part)
     ids.append(EOS)
+    if len(ids) > model.length:
+        raise UserError(f"--fill: {len(ids)} pieces, the model reads {model.length} at once: shorten the text")
     tokens = torch.tensor([ids], device=model.device)
     hidden = model.encoder.hidden(tokens, torch.tensor([number]), (number,))
     chances = model.encoder.logits(hidden)[0].softmax(-1).cpu()
@@ -245,6 +251,11 @@ def _shown(results: Any) -> str:
         lines.append(
             f"{language:<12}{found['perplexity']:>12.2f}{found['bits_per_character']:>16.3f}{pseudo:>19}{found['sentences']:>11}"
         )
+        if found["unknown"] >= UNKNOWN:
+            lines.append(
+                f"note: {found['unknown']:.0%} of the pieces of {language} are <unk>, not in the vocabulary: its figures "
+                "say little"
+            )
         if cut := found.get("pseudo_perplexity_sentences_cut"):
             lines.append(
                 f"note: pseudo-perplexity reads only the beginning of {cut} sentences of {language}: longer than a row"

@@ -19,9 +19,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from mlinterf_ds import command, parallel
 from mlinterf_ds.config import load_config
 from mlinterf_ds.data.files import write_json
+from mlinterf_ds.data.tokenizer import UNK
 from mlinterf_ds.engine.precision import choose_precision, read_json
 from mlinterf_ds.errors import UserError, refusing
 from mlinterf_ds.finetune_config import FinetuneConfig
@@ -34,6 +37,7 @@ from mlinterf_ds.tasks.files import write_text
 from mlinterf_ds.tasks.sources import SPLITS, Sets, load, parse
 from mlinterf_ds.tracking import Tracker, environment_facts
 
+UNKNOWN = 0.02  # share of <unk> among the pieces from which on it is told
 Options = dict[str, dict[str, str]]  # split -> language -> file, 'synthetic' or 'split'
 FREE_TO_CHANGE = {"name", "output", "resume", "checkpoint", "train", "parallel", "tracking"} | {
     f"finetune.{key}" for key in ("eval_batch", "micro_batch", "keep")
@@ -112,6 +116,9 @@ def prepare(
     for split in SPLITS:
         for language, found in sets.of(split).items():
             rows[split][language], notes = task.rows(found, tokenizer, labels, limits)
+            share = np.mean([token == UNK for row in rows[split][language] for token in row.tokens])
+            if share >= UNKNOWN:
+                notes = [*notes, f"{share:.0%} of the pieces are <unk>, not in the vocabulary"]
             sets.notes += [f"{split} {language}: {note}" for note in notes]
     examples = {split: sets.of(split) for split in SPLITS}
     job = Job(config, deepspeed_json, precision, layout, pretrained, task, labels, limits, examples, rows, modules)
@@ -121,6 +128,11 @@ def prepare(
 def serving(config: FinetuneConfig, pretrained: Pretrained, options: Options, split: str, language: str) -> int:
     """The index of the language whose modules read this language's rows."""
     settings, known = config.finetune, pretrained.languages
+    if settings.unseen and settings.unseen not in known:
+        raise UserError(
+            f"finetune.unseen={settings.unseen}: the model at {pretrained.path} has no modules for it, it knows "
+            f"{', '.join(known)}; choose one of them"
+        )
     if split != "train" and settings.route == "source":  # what chooses the epoch is what is tested
         if len(options["train"]) > 1:
             raise UserError(

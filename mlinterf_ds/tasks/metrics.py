@@ -98,14 +98,20 @@ def normalise_answer(text: str) -> str:
     return " ".join(ARTICLES.sub(" ", text.lower().translate(PUNCTUATION)).split())
 
 
+def normalised_answers(answers: Sequence[str]) -> list[str]:
+    """Those of which something is left ("the" is nothing), or nothing alone: SQuAD 2.0's rule; 1.1's has no such case."""
+    return [found for answer in answers if (found := normalise_answer(answer))] or [""]
+
+
 def exact_match(prediction: str, answers: Sequence[str]) -> float:
     """1 if the prediction is one of the answers after normalisation, else 0."""
-    return float(any(normalise_answer(prediction) == normalise_answer(answer) for answer in answers))
+    return float(normalise_answer(prediction) in normalised_answers(answers))
 
 
 def answer_f1(prediction: str, answers: Sequence[str]) -> float:
     """The best word overlap (F1, 0 to 1) with one of the answers; with no words on a side, 1 only if both have none."""
-    return max(_overlap(normalise_answer(prediction).split(), normalise_answer(answer).split()) for answer in answers)
+    ours = normalise_answer(prediction).split()
+    return max(_overlap(ours, answer.split()) for answer in normalised_answers(answers))
 
 
 def _overlap(ours: list[str], theirs: list[str]) -> float:

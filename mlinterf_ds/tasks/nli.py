@@ -37,9 +37,17 @@ class Pair:
     column: int | None = 2  # of the label in a TSV; None: JSON
     header: str = ""  # the file's, if it has one
 
+    @property
+    def spelt(self) -> str:
+        """The label as the file has it."""
+        if not self.raw:
+            return self.label
+        body = self.raw.rstrip("\r")
+        return str(json.loads(body)["gold_label"]) if self.column is None else body.split("\t")[self.column]
+
     def relabelled(self, label: str) -> str:
         """The line of the file with another label."""
-        if label == self.label and self.raw:
+        if self.raw and label == self.spelt:
             return self.raw
         body = self.raw.rstrip("\r")
         end = self.raw[len(body) :]
@@ -119,7 +127,10 @@ class Nli:
 
     def write(self, examples: Sequence[Pair], predictions: Sequence[str], path: Path) -> None:
         lines = [examples[0].header] if examples[0].header else []
-        lines += [pair.relabelled(label) for pair, label in zip(examples, predictions, strict=True)]
+        spelt = {
+            ALIASES[pair.spelt]: pair.spelt for pair in examples if pair.spelt in ALIASES
+        }  # no label shows its gold
+        lines += [pair.relabelled(spelt.get(label, label)) for pair, label in zip(examples, predictions, strict=True)]
         write_text(path, "\n".join(lines) + "\n")
 
     def suffix(self, examples: Sequence[Pair]) -> str:

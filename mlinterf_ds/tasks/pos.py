@@ -73,7 +73,7 @@ class Pos:
     kind: Kind = "labels"
 
     def read(self, path: Path, language: str) -> list[Sentence]:
-        return read_conllu(path) if path.suffix == ".conllu" else tagging.read_columns(path, check_tag, 2)
+        return read_conllu(path) if path.suffix.lower() == ".conllu" else tagging.read_columns(path, check_tag, 2)
 
     def synthetic(self, language: str, count: int, seed: int, split: str) -> list[Sentence]:
         from mlinterf_ds.data.synthetic import annotated

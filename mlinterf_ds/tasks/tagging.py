@@ -65,6 +65,9 @@ def read_blocks(path: Path, parse: Callable[[list[str], int], Found], column: in
     Sentences keep every line, so that a file is written back byte for byte.
     """
     lines = read_text(path).split("\n")
+    for number, line in enumerate(lines, 1):
+        if "\r" in line.rstrip("\r"):
+            raise bad(path, number, "a carriage return inside the line; lines end with a newline, or both")
     sentences: list[Sentence] = []
     pending: list[str] = []
     for first, end, after in _blocks(lines):
@@ -120,6 +123,8 @@ def read_columns(path: Path, check: Callable[[str], str], width: int = 0) -> lis
                 columns = [" ".join(columns[:-1]), columns[-1]]
             if len(columns) != width or not columns[0]:
                 message = f"{len(columns)} columns, expected {width} (a word, ..., its tag) separated by {'a tab' if tabs else 'spaces'}"
+                if len(columns) == 10:
+                    message += "; CoNLL-U is read from files that end in .conllu"
                 raise bad(path, number + index, message if columns[0] else "the word is missing before its tag")
             tag = columns[-1].strip()
             if why := check(tag):
@@ -238,7 +243,7 @@ def constant(sentences: Sequence[Sentence], tag: str) -> list[list[str]]:
     return [[tag] * len(sentence.words) for sentence in sentences]
 
 
-WIKIANN = re.compile(r"([a-z]{2,3}(?:-[a-z]+)*:).")  # a wiki's code, and a word
+WIKIANN = re.compile(r"((?:[a-z]{2,3}(?:-[a-z]+)*|simple):).")  # a wiki's code, and a word
 
 
 def strip_language_prefix(sentences: list[Sentence]) -> list[Sentence]:
@@ -253,7 +258,9 @@ def strip_language_prefix(sentences: list[Sentence]) -> list[Sentence]:
         return sentences
     for sentence in sentences:
         for index, word in enumerate(sentence.words):
-            if not word.startswith(prefix) or word == prefix:
+            if word == prefix:
+                raise UserError(f"{sentence.place(index)}: no word after the prefix {prefix!r}")
+            if not word.startswith(prefix):
                 raise UserError(
                     f"{sentence.place(index)}: {word!r} lacks the prefix {prefix!r} that most words here have"
                 )

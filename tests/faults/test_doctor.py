@@ -175,7 +175,7 @@ def test_arguments_that_mean_nothing(monkeypatch, tmp_path: Path, capsys) -> Non
         doctor.main(["--hostfile", str(tmp_path / "hostfile")])
     with pytest.raises(SystemExit):
         doctor.main(["--ssh-args", "-o 'x"])
-    assert "argument --ssh-args: \"-o 'x\": No closing quotation" in capsys.readouterr().err
+    assert 'argument --ssh-args: "-o \'x": No closing quotation' in capsys.readouterr().err
     monkeypatch.setenv("MASTER_PORT", "a few")
     with pytest.raises(SystemExit):
         doctor.main([])

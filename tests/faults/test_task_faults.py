@@ -47,7 +47,7 @@ def refused(
     [
         (["finetune.max_length=32"], ["finetune.max_length=32", "24 positions"]),
         (["finetune.batch=6", "finetune.micro_batch=4"], ["finetune.batch=6", "micro_batch=4"]),
-        (["finetune.unseen=xx", "finetune.limit=4"], []),
+        (["finetune.unseen=xx", "finetune.limit=4"], ["finetune.unseen=xx", "it knows te, as"]),
         (["checkpoint=/nowhere"], ["/nowhere", "no checkpoint here"]),
     ],
 )

@@ -130,6 +130,20 @@ def test_pairs_of_one_language_and_no_label(tmp_path: Path) -> None:
     assert task.score(pairs, ["neutral", "neutral"]) == {"accuracy": 100.0}
 
 
+def test_predictions_do_not_show_the_gold_by_their_spelling(tmp_path: Path) -> None:
+    task = TASKS["nli"]
+    text = "premise\thypo\tlabel\nA.\tB.\tcontradictory\nC.\tD.\tneutral\n"
+    task.write(task.read(put(tmp_path, "f.tsv", text), "sw"), ["contradiction"] * 2, tmp_path / "out.tsv")
+    assert (tmp_path / "out.tsv").read_text() == text.replace("neutral", "contradictory")
+
+
+def test_a_treebank_by_its_suffix(tmp_path: Path) -> None:
+    upper, lower = (TASKS["pos"].read(put(tmp_path, name, CONLLU), "en") for name in ("f.CONLLU", "g.conllu"))
+    assert [s.words for s in upper] == [s.words for s in lower]
+    with pytest.raises(UserError, match=r"10 columns, expected 2.*files that end in \.conllu"):
+        TASKS["pos"].read(put(tmp_path, "f.tsv", CONLLU[CONLLU.index("1\t") :]), "en")
+
+
 def test_a_first_line_may_be_blank(tmp_path: Path) -> None:
     pair = {"sentence1": "a", "sentence2": "b", "gold_label": "neutral"}
     for name, text in (("f.jsonl", json.dumps(pair)), ("f.tsv", "a\tb\tneutral")):
@@ -137,7 +151,7 @@ def test_a_first_line_may_be_blank(tmp_path: Path) -> None:
         assert (found.premise, found.hypothesis, found.label) == ("a", "b", "neutral")
 
 
-@pytest.mark.parametrize("prefix", ["en", "arz", "zh-yue", "zh-min-nan"])
+@pytest.mark.parametrize("prefix", ["en", "arz", "zh-yue", "zh-min-nan", "simple"])
 def test_the_wiki_before_every_word_is_not_read(prefix: str, tmp_path: Path) -> None:
     (sentence,) = TASKS["ner"].read(put(tmp_path, "f", f"{prefix}:Ann\tB-PER\n{prefix}::\tO\n"), "en")
     assert sentence.words == ("Ann", ":")
@@ -185,6 +199,9 @@ def test_questions_are_read_by_name(tmp_path: Path) -> None:
         ("ner", "Ann\tB-PER\n\nhi\n", ["line 3", "1 columns, expected 2"]),
         ("ner", "hi O\nAnn B-PER O\n", ["line 2", "3 columns, expected 2"]),
         ("ner", "en:hi\tO\nen:ho\tO\nho\tO\n", ["line 3", "lacks the prefix 'en:'"]),
+        ("ner", "en:hi\tO\nen:ho\tO\nen:\tO\n", ["line 3", "no word after the prefix 'en:'"]),
+        ("ner", "a O\nb O\rc O\n", ["line 2", "carriage return"]),
+        ("pos", CONLLU.replace("\tINTJ", "\r\tINTJ"), ["carriage return"]),
         ("ner", "Ann\tB-PER\n\tO\n", ["line 2", "word is missing"]),
         ("ner", "Ann\tB-PER\nhi\tX-LOC\n", ["line 2", "'X-LOC'", "expected O or B-"]),
         ("ner", " \n\n", ["empty"]),

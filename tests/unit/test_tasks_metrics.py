@@ -71,6 +71,8 @@ def test_pos_f1_is_what_seqeval_makes_of_bare_tags() -> None:
         ("", [""], 1, 1),
         ("x", [""], 0, 0),
         ("the", [""], 1, 1),
+        ("", ["A", "Vitamin A"], 0, 0),  # an answer of which nothing is left is none, as in SQuAD 2.0's script
+        ("", ["the"], 1, 1),
         ("Paris", ["London", "in Paris"], 0, 2 / 3),
     ],
 )
