@@ -7,6 +7,7 @@ import contextlib
 import faulthandler
 import logging
 import os
+import re
 import signal
 import sys
 import threading
@@ -123,6 +124,12 @@ def remove_stale_locks() -> list[Path]:
     return stale
 
 
+# What gloo and NCCL say on a rank whose neighbour, or the network to it, is gone.
+LOST = re.compile(
+    r"gloo/transport|Connection (closed|reset) by peer|Broken pipe|Timed out waiting|remote process exited|Watchdog"
+)
+
+
 class PeerFailed(Exception):
     """This rank failed because another did: that one's reason is told, the trace of what came of it is in this rank's log."""
 
@@ -131,7 +138,8 @@ class PeerFailed(Exception):
 def noted(log: Path) -> Iterator[None]:
     """A failure inside is written to the rank's log; the first of the job's also to `failed` beside it, for all to tell.
 
-    Most ranks fail because another did: what such a rank raises becomes PeerFailed. A mistake of the user's stays one.
+    Most ranks fail because another did, which may have been killed and told nothing: what such a rank raises becomes
+    PeerFailed. A mistake of the user's stays one.
     """
     try:
         yield
@@ -149,8 +157,11 @@ def noted(log: Path) -> Iterator[None]:
                 deadline = time.monotonic() + 2  # it is being written now, if it is empty
                 while not (first := told.read_text()) and time.monotonic() < deadline:
                     time.sleep(0.05)
+        said = f"{type(error).__name__}: {error}".partition(". This is typically caused")[0]
         if first and not isinstance(error, UserError):
-            raise PeerFailed(f"{type(error).__name__}: {error}; {first}") from error
+            raise PeerFailed(f"{said}; {first}") from error
+        if isinstance(error, RuntimeError) and LOST.search(said):
+            raise PeerFailed(f"another rank, or the network to it, was lost ({said}); its log: {log}") from error
         raise
 
 

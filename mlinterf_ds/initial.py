@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -18,30 +19,37 @@ from mlinterf_ds.export import folder
 from mlinterf_ds.export.folder import VOCABULARY, Folder
 from mlinterf_ds.ranks import agreed
 
+LANGUAGE_ROWS = "embeddings.language.weight"
 
-def weights(place: str, model: ModelConfig, tokenizer: Tokenizer) -> WithLanguages:
-    """The weights at `place` for a run with this shape and vocabulary; the ranks call it together.
 
-    Raises UserError where the weights would load and mean something else: other heads, activation or pieces.
+def weights(place: str, model: ModelConfig, tokenizer: Tokenizer, languages: Sequence[str]) -> WithLanguages:
+    """The weights at `place` for a run with this shape, vocabulary and languages; the ranks call it together.
+
+    Raises UserError where the weights would load and mean something else: other heads, activation or pieces, language
+    embeddings that the run has not.
     """
     source: Source | Folder
     if folder.is_folder(Path(place)):
         agreed(lambda: folder.verify(Path(place)))
         source = Folder(Path(place))
         path, heads, activation, pieces = source.path, source.heads, source.adapter_activation, source.pieces
+        theirs = source.config.get("languages") or []
     else:
         path = checkpoint.find(place, "best")
         saved = agreed(lambda: checkpoint.verify(path))
         shape = ModelConfig(**saved.get("pretrained", saved["config"])["model"])  # a fine-tuned one's is its encoder's
         heads, activation, pieces = shape.heads, shape.adapter_activation, Tokenizer(path / "tokenizer.model").pieces
-        source = Source(path)
+        source, theirs = Source(path), saved["languages"]
+    if source.has(LANGUAGE_ROWS) and not model.language_embeddings:
+        raise UserError(f"init={place}: its model has language embeddings: set model.language_embeddings=true")
     if heads != model.heads:
         raise UserError(f"init={place}: its model has {heads} attention heads, model.heads={model.heads}")
     wanted = model.adapter_activation
     if activation not in (None, wanted):
         raise UserError(f"init={place}: its adapters use {activation}, model.adapter_activation={wanted}")
     _check_vocabulary(path, pieces, tokenizer)
-    return WithLanguages(source, len(pieces), tokenizer.size)
+    rows = [theirs.index(language) if language in theirs else None for language in languages]
+    return WithLanguages(source, len(pieces), tokenizer.size, rows)
 
 
 def _check_vocabulary(path: Path, theirs: list[str], tokenizer: Tokenizer) -> None:
@@ -67,11 +75,13 @@ class WithLanguages:
 
     Where `source` shares a module (feed-forward, attention, adapter), every language starts from that one. Where it has no
     adapter, a new one starts as the identity: its up projection is zero, the rest as initialised. New pieces start at the
-    mean of the old ordinary ones, in the embedding and in the output bias.
+    mean of the old ordinary ones, in the embedding and in the output bias; new languages at the mean of the old ones'
+    embeddings, or at zero where there are none.
     """
 
-    def __init__(self, source: Source | Folder, pieces: int, wanted: int):
+    def __init__(self, source: Source | Folder, pieces: int, wanted: int, rows: Sequence[int | None]):
         self.source, self.old, self.new = source, pieces, wanted - pieces  # pieces of the vocabulary
+        self.rows = rows  # of each language in the source's language embeddings; None: it is new
 
     def has(self, name: str) -> bool:
         """False only for what a new adapter is initialised with."""
@@ -85,6 +95,12 @@ class WithLanguages:
             rows = wanted.shape[0] * tensor  # padding included
             grown = torch.cat([old, mean.expand(rows - self.old, *old.shape[1:])])
             return sliced(grown, wanted, tensor, tensor_rank, self.source.path)
+        if wanted.name == LANGUAGE_ROWS:
+            width = wanted.shape[1]
+            old = self.source.whole(found) if self.source.has(found) else torch.zeros(0, width)
+            mean = old.mean(0) if len(old) else torch.zeros(width)
+            whole = torch.stack([mean if row is None or not len(old) else old[row] for row in self.rows])
+            return sliced(whole, wanted, tensor, tensor_rank, self.source.path)
         if ".adapter." in wanted.name and not self.source.has(found):
             return torch.zeros(wanted.length)
         return self.source.read(Segment(**vars(wanted) | {"name": found}), kind, tensor, tensor_rank)

@@ -149,7 +149,7 @@ class Job:
         begun = any((self.output / "checkpoints").glob("step-*"))  # else it was stopped before its first checkpoint
         if not config.resume or (config.resume == "auto" and not begun):
             if config.init:
-                source = initial.weights(config.init, config.model, self.corpus.tokenizer)
+                source = initial.weights(config.init, config.model, self.corpus.tokenizer, self.languages)
                 checkpoint.fill(self.engine, source, missing=True)
                 self.old_pieces = source.old if source.new else None
                 grown = f"; {source.new} new pieces start at the mean of its {source.old}" if source.new else ""

@@ -20,6 +20,12 @@ def from_first(value: Any) -> Any:
     return box[0]
 
 
+def together() -> None:
+    """Wait until all ranks are here."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
 def agreed(find: Callable[[], Found]) -> Found:
     """What rank 0 finds, or the mistake that it finds, on every rank."""
     found: Any = None

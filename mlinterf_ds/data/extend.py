@@ -14,11 +14,13 @@ from mlinterf_ds.errors import UserError
 
 
 def extend(old: Tokenizer, counts: Mapping[str, int], size: int, out: Path) -> Tokenizer:
-    """`old` and after it the pieces learned from words (and how often each occurs) that it lacks, `size` in all.
+    """`old` and after it the pieces learned from words (and how often each occurs) that it lacks, `size` in all: their
+    characters, then what joins them.
 
     SentencePiece joins first what scores best, and scores fall with the ids: text is cut by the old pieces as before, and
     what is left joined further by the new ones. So old text may be cut differently where a new piece spans several old
-    ones. UserError if `size` is not larger than the old vocabulary, or larger than the text allows.
+    ones. UserError if `size` is not larger than the old vocabulary by all
+    new characters, or larger than the text allows.
     """
     if size <= old.size:
         raise UserError(f"--vocab-size {size}: must be more than the {old.size} pieces of {old.path}")
@@ -28,6 +30,14 @@ def extend(old: Tokenizer, counts: Mapping[str, int], size: int, out: Path) -> T
         raise UserError(
             f"--vocab-size {size}: the new text has {len(pieces)} pieces that {old.path} lacks; ask for "
             f"{old.size + len(pieces)} or fewer, or give more text"
+        )
+    pieces.sort(
+        key=lambda piece: len(piece) > 1
+    )  # single characters, listed last: without them their words are unknown
+    if (characters := sum(len(piece) == 1 for piece in pieces)) > size - old.size:
+        raise UserError(
+            f"--vocab-size {size}: the new text has {characters} characters that {old.path} lacks; ask for "
+            f"{old.size + characters} or more"
         )
     model = ModelProto.FromString(old.path.read_bytes())
     score = min(piece.score for piece in model.pieces)

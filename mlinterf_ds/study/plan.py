@@ -8,6 +8,7 @@ folder that is complete is the answer, whichever study asked first, and a change
 from __future__ import annotations
 
 import ast
+import contextlib
 import functools
 import hashlib
 import json
@@ -112,12 +113,29 @@ def expand(config: StudyConfig, corpora: Corpora, deepspeed_config: str) -> list
     return found
 
 
+@contextlib.contextmanager
+def _naming(where: str, settings: Sequence[str]) -> Iterator[None]:
+    """A mistake in a study's settings is told as one of the study's recipe, not of a command line that nobody typed."""
+    try:
+        yield
+    except UserError as error:
+        said = str(error)
+        if any(f"--set {setting}" in said for setting in settings):
+            said = f"in the study's {where}: {said.replace('--set ', '')}"
+        raise UserError(said) from None
+
+
 # --- units -------------------------------------------------------------------------------------------------------------
 def _pretraining(config: StudyConfig, model: Model, corpora: Corpora) -> tuple[Unit, RunConfig]:
     folder, manifest = corpora.of(dict(model.limits))
     settings = [*config.settings, *model.settings, f"variant={model.variant}", f"train.seed={model.seed}"]
     settings += [f"languages={','.join(model.languages)}", f"corpus={folder}"]
-    run = load_config([*config.recipes], settings, RunConfig)
+    with _naming("settings", config.settings):
+        run = load_config([*config.recipes], settings, RunConfig)
+    if config.ranks % run.parallel.tensor:
+        raise UserError(
+            f"ranks={config.ranks} is not a multiple of parallel.tensor={run.parallel.tensor}: change one of them"
+        )
     length, rows = run.data.sequence_length, run.train.steps * run.train.batch
     facts = model.facts | {
         "tokens": rows * length,
@@ -174,7 +192,8 @@ def _finetuning(
     task: TaskSection, source: str, files: dict[str, dict[str, str]], settings: list[str], model: Model, control: str,
     pretrained: RunConfig,
 ) -> Unit:  # fmt: skip
-    run = load_config([*task.recipes], [*settings, "checkpoint=model"], FinetuneConfig)
+    with _naming(f"[[tasks]] {task.task}: settings", task.settings):
+        run = load_config([*task.recipes], [*settings, "checkpoint=model"], FinetuneConfig)
     arguments = _arguments(task.recipes, settings)
     for split, chosen in files.items():
         arguments += tuple(word for code, place in chosen.items() for word in (f"--{split}", f"{code}={place}"))
@@ -209,7 +228,8 @@ def _analyses(config: StudyConfig, model: Model) -> Iterator[Unit]:
             continue  # one of the whole study
         if model.kind == "pair" and not model.control and model.variant in found.variants:
             settings = [*found.settings, f"analysis={found.analysis}"]
-            run = load_config([], [*settings, "checkpoint=model"], AnalyzeConfig)
+            with _naming(f"[[analyses]] {found.analysis}: settings", found.settings):
+                run = load_config([], [*settings, "checkpoint=model"], AnalyzeConfig)
             facts = model.facts | {"analysis": found.analysis}
             yield Unit(f"{found.analysis}.{model.name}", _arguments([], settings), facts, [_kept(run)])
 
@@ -232,10 +252,13 @@ def _of_all(config: StudyConfig, jobs: tuple[Job, ...]) -> Iterator[Unit]:
         return ",".join(f"{{output}}/{job.folder}/{unit.name}" for job in chosen for unit in job.units)
 
     def unit(name: str, settings: list[str]) -> Unit:
+        given = [setting for setting in settings if not setting.endswith("=")]
+        with _naming(f"[[analyses]] {name}: settings", by_name.get(name, [])):
+            load_config([], given, AnalyzeConfig)
         facts = _everything(config).facts | {"analysis": name}
-        return Unit(f"{name}.all", _arguments([], [s for s in settings if not s.endswith("=")]), facts, settings)
+        return Unit(f"{name}.all", _arguments([], given), facts, settings)
 
-    by_name = {found.analysis: found.settings for found in config.analyses}
+    by_name: dict[str, list[str]] = {found.analysis: found.settings for found in config.analyses}
     if "interference" in by_name:
         settings = [*by_name["interference"], "analysis=interference"]
         settings.append(f"interference.mono={folders('pretrain', {'mono'})}")

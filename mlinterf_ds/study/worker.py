@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from mlinterf_ds import ranks
 from mlinterf_ds.data.files import read_json, write_json
 from mlinterf_ds.tracking.facts import first_line
 
@@ -62,11 +63,16 @@ def work(folder: Path) -> int:
 def _run(kind: str, folder: Path, arguments: list[str]) -> None:
     main: Callable[[list[str]], int] = importlib.import_module(f"mlinterf_ds.{kind}").main
     if kind == "analyze":
-        shutil.rmtree(folder, ignore_errors=True)  # a half-done one can't be continued
+        ranks.agreed(lambda: _remove(folder))  # a half-done one can't be continued
     main([*arguments, "--set", f"output={folder}", *(["--set", "resume=auto"] if kind != "analyze" else [])])
-    if kind == "finetune":
-        for checkpoints in folder.glob("seed*/checkpoints"):
-            shutil.rmtree(checkpoints)  # its scores and predictions are what a study needs
+    if kind == "finetune":  # its scores and predictions are what a study needs
+        ranks.together()  # none reads them any more
+        ranks.agreed(lambda: _remove(*folder.glob("seed*/checkpoints")))
+
+
+def _remove(*folders: Path) -> None:
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def finished(folder: Path) -> bool:

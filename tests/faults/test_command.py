@@ -111,6 +111,28 @@ def test_how_a_launcher_ends(raised: str, status: int, said: str) -> None:
     assert ("Traceback" in done.stderr) == ("broken" in raised), "only where nothing else tells the reason"
 
 
+@pytest.mark.parametrize(
+    "reason",
+    [
+        "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:6. This is "
+        "typically caused by a remote worker crashing. Check the logs of the remote worker before reporting an error.",
+        "[/pytorch/gloo/transport/tcp/unbound_buffer.cc:82] Timed out waiting 30000ms for recv operation to complete",
+    ],
+)
+def test_a_rank_that_was_killed_or_stopped_is_told_by_its_neighbour(tmp_path: Path, reason: str) -> None:
+    """It could write no reason itself; the neighbour's trace, of a collective, says nothing more: it is in the log."""
+    log = tmp_path / "rank-0.log"
+    with (
+        pytest.raises(command.PeerFailed, match="another rank, or the network to it, was lost") as told,
+        command.noted(log),
+    ):
+        raise RuntimeError(reason)
+    assert "typically" not in str(told.value) and str(told.value).endswith(f"; its log: {log}")
+    assert "Traceback" in log.read_text() and (tmp_path / "failed").read_text().startswith("rank 0 failed first: ")
+    with pytest.raises(RuntimeError, match="^shapes differ$"), command.noted(tmp_path / "other" / "rank-0.log"):
+        raise RuntimeError("shapes differ")
+
+
 def test_two_jobs_on_one_machine_meet_in_different_places(monkeypatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("LOCAL_SIZE", "2")

@@ -62,7 +62,7 @@ def started(
     )
     engine = Engine(model, config, read_json(REPOSITORY / "ds_configs" / f"{json_name}.json"), "fp32", layout)
     try:
-        checkpoint.fill(engine, initial.weights(place, config.model, tokenizer), missing=True)
+        checkpoint.fill(engine, initial.weights(place, config.model, tokenizer, LANGUAGES), missing=True)
     except UserError as error:
         return 0.0, str(error)
     if out:

@@ -13,6 +13,7 @@ from mlinterf_ds.data.corpus import Corpus
 from mlinterf_ds.data.prepare import prepare
 from mlinterf_ds.engine.space import Segment
 from mlinterf_ds.errors import UserError
+from mlinterf_ds.initial import LANGUAGE_ROWS
 from mlinterf_ds.initial import weights as initial_weights
 from tests.parity.bodies import weights
 from tests.parity.export_bodies import pretrained
@@ -55,6 +56,21 @@ def test_old_pieces_keep_their_ids_and_cut_old_text_as_before(ground: Path) -> N
     assert len(used - set(range(OLD))) > 10, "new pieces are reached by merging"
 
 
+def test_a_new_script_is_known_whole_before_its_characters_are_joined(ground: Path) -> None:
+    """SentencePiece lists single characters last: cut off, the new language's words would be unknown."""
+    thai = "กขคงจฉชซฌญฎฏฐฑฒณดตถทธนบปผฝพฟภมยรลวศษสหฬอฮ"
+    words = " ".join(thai[k : k + 3] for k in range(len(thai) - 2))
+    file = written(ground / "th.txt", some_lines(300, 3, words))
+    old = Corpus.open(ground / "old").tokenizer
+    lacking = len({c for c in file.read_text() if not c.isspace()} - set(old.pieces))
+    corpus = prepare({"th": [file]}, ground / "thai", vocabulary_size=OLD + lacking, extends=ground / "old", workers=1)
+    assert 3 not in {number for line in file.read_text().splitlines() for number in corpus.tokenizer.encode(line)}
+    with pytest.raises(
+        UserError, match=rf"the new text has {lacking} characters that .* lacks; ask for {OLD + lacking} or more"
+    ):
+        prepare({"th": [file]}, ground / "no", vocabulary_size=OLD + lacking - 1, extends=ground / "old", workers=1)
+
+
 def test_vocabularies_that_cannot_be_extended_so(ground: Path) -> None:
     files: dict[str, Any] = {"yo": [ground / "yo.txt"]}
     with pytest.raises(UserError, match=rf"--vocab-size {OLD}: must be more than the {OLD} pieces"):
@@ -68,7 +84,7 @@ def test_vocabularies_that_cannot_be_extended_so(ground: Path) -> None:
 @pytest.mark.parametrize("tensor", [1, 2])
 def test_new_rows_start_at_the_mean_and_old_ones_as_saved(ground: Path, tensor: int) -> None:
     found = initial_weights(
-        str(ground / "first"), load_config(["tiny"], SETTINGS).model, Corpus.open(ground / "new").tokenizer
+        str(ground / "first"), load_config(["tiny"], SETTINGS).model, Corpus.open(ground / "new").tokenizer, ["en"]
     )
     saved = weights(found.source.path)
     for name in (WORDS, BIAS):
@@ -81,6 +97,24 @@ def test_new_rows_start_at_the_mean_and_old_ones_as_saved(ground: Path, tensor: 
         whole = torch.cat(parts)
         assert torch.equal(whole[:OLD], saved[name][:OLD])
         assert torch.equal(whole[OLD:NEW], saved[name][5:OLD].mean(0).expand(NEW - OLD, *shape[1:]))
+
+
+def test_language_embeddings_are_taken_by_language(ground: Path) -> None:
+    """In another order, with a new one (the mean), by a model without any (zero); and never dropped in silence."""
+    settings = [*SETTINGS, "model.language_embeddings=true"]
+    pool(1).run(pretrained, str(ground), [*settings, "corpus=old", "output=with", "train.steps=2"], "zero1")
+    tokenizer, model = Corpus.open(ground / "old").tokenizer, load_config(["tiny"], settings).model
+
+    def rows(place: str, codes: list[str]) -> torch.Tensor:
+        shape = (len(codes), model.width)
+        wanted = Segment(LANGUAGE_ROWS, shape, 0, len(codes) * model.width, 0, 0, None)
+        return initial_weights(str(ground / place), model, tokenizer, codes).read(wanted, "master", 1, 0).view(shape)
+
+    saved = weights(sorted((ground / "with/checkpoints").glob("step-*"))[-1])[LANGUAGE_ROWS]
+    assert torch.equal(rows("with", ["sw", "yo", "en"]), torch.stack([saved[1], saved.mean(0), saved[0]]))
+    assert torch.equal(rows("first", ["sw", "en"]), torch.zeros(2, model.width))
+    with pytest.raises(UserError, match="its model has language embeddings: set model.language_embeddings=true"):
+        initial_weights(str(ground / "with"), load_config(["tiny"], SETTINGS).model, tokenizer, ["en", "sw"])
 
 
 def last(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
@@ -143,5 +177,8 @@ def test_what_cannot_be_done_is_refused(ground: Path) -> None:
     prepare({"en": [ground / "en.txt"]}, ground / "other", vocabulary_size=55, workers=1)
     with pytest.raises(UserError, match=r"its vocabulary is not that of .*--extend its corpus"):
         initial_weights(
-            str(ground / "first"), load_config(["tiny"], SETTINGS).model, Corpus.open(ground / "other").tokenizer
+            str(ground / "first"),
+            load_config(["tiny"], SETTINGS).model,
+            Corpus.open(ground / "other").tokenizer,
+            ["en"],
         )

@@ -21,6 +21,7 @@ from mlinterf_ds.errors import UserError
 from mlinterf_ds.study import runner, worker
 from mlinterf_ds.study.records import Records
 from tests import fake_launcher
+from tests.ranks import pool
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -174,6 +175,44 @@ def test_a_study_that_is_killed_ends_with_the_same_tables(how: signal.Signals, w
 
 
 # --- inside a job ------------------------------------------------------------------------------------------------------
+def cleared(folder: str, kind: str) -> list[list[str]]:
+    """On a rank of the pool: a recipe whose rank 0 writes 300 files, many times; what is left each time."""
+    from unittest import mock
+
+    import torch.distributed as dist
+
+    def recipe(arguments: list[str]) -> int:
+        dist.barrier()
+        assert not (place / "half-done").exists()
+        dist.barrier()
+        if dist.get_rank() == 0:
+            (place / "seed0/checkpoints/step").mkdir(parents=True)
+            for number in range(300):
+                (place / f"seed0/checkpoints/step/{number}").touch()
+            (place / "half-done").touch()
+        dist.barrier()
+        return 0
+
+    left = []
+    with mock.patch.object(worker.importlib, "import_module", lambda _: types.SimpleNamespace(main=recipe)):
+        for number in range(5):
+            place = Path(folder) / f"{kind}-{number}"
+            if dist.get_rank() == 0:
+                place.mkdir()
+                if kind == "analyze":
+                    (place / "half-done").touch()
+            dist.barrier()
+            worker._run(kind, place, [])
+            left.append(sorted(path.name for path in place.rglob("*") if path.is_dir()))
+            dist.barrier()
+    return left
+
+
+@pytest.mark.parametrize("kind, left", [("finetune", ["seed0"]), ("analyze", ["checkpoints", "seed0", "step"])])
+def test_one_of_several_ranks_clears_up(kind: str, left: list[str], tmp_path: Path) -> None:
+    assert pool(2).run(cleared, str(tmp_path), kind) == [[left] * 5] * 2
+
+
 def test_a_job_waits_for_another_process_that_works_on_it(tmp_path: Path) -> None:
     script = f"import sys, time; sys.path.insert(0, {str(ROOT)!r}); from pathlib import Path; from mlinterf_ds.study.worker import only_here\n"
     script += f"with only_here(Path({str(tmp_path)!r})): print('in', flush=True); time.sleep(1)"
