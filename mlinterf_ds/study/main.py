@@ -248,7 +248,8 @@ class Study:
         about = f"{len(self.jobs)} jobs, {step} finished; report.html, tables and findings are among the artifacts."
         self.tracker.describe("\n".join([about, "", *verdicts]))
         for name in ("report.html", "tables", "figures", "findings.md", "findings.json", "records.json"):
-            self.tracker.artifact(self.output / name)
+            if (self.output / name).exists():  # without analyses there are no figures
+                self.tracker.artifact(self.output / name)
 
 
 def distances(config: StudyConfig, corpora: Corpora) -> tuple[dict[str, float], str]:

@@ -153,6 +153,7 @@ def test_a_rank_killed_inside_a_save(tmp_path: Path, long_run) -> None:
     said = (tmp_path / "saving.log").read_text()
     reasons = [line for line in said.splitlines() if line.startswith("error: rank 0 failed: ")]
     assert reasons and "; go on with --set output=saving --set resume=auto" in reasons[-1], said[-3000:]
+    assert "another rank, or the network to it, was lost (RuntimeError: " in reasons[-1] and "Traceback" not in said
     assert "Traceback" in (tmp_path / "saving" / "log" / "rank-0.log").read_text(), "a rank's log holds its failure"
 
 
