@@ -224,7 +224,7 @@ def fill(model: Model, text: str, language: str | None, top: int) -> list[list[d
     number = model.index(language)
     ids: list[int] = [BOS]
     for index, part in enumerate(text.split(BLANK)):
-        ids += [MASK, *model.tokenizer.encode_rest(part)] if index else model.tokenizer.encode(part)
+        ids += [MASK] * (index > 0) + model.tokenizer.encode(part)
     ids.append(EOS)
     if len(ids) > model.length:
         raise UserError(f"--fill: {len(ids)} pieces, the model reads {model.length} at once: shorten the text")

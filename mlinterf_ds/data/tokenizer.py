@@ -11,13 +11,11 @@ from pathlib import Path
 import numpy as np
 import sentencepiece
 
-from mlinterf_ds.data.text import SPACE_PIECE, normalise
+from mlinterf_ds.data.text import normalise
 from mlinterf_ds.errors import UserError
 
 BOS, PAD, EOS, UNK, MASK = range(5)  # <s> <pad> </s> <unk> as in XLM-R, then <mask>
 SPECIAL_PIECES = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
-
-APART = "\U0010fffd"  # a character that no text has: the last of those for private use
 
 # Learning uses the most frequent words, this many characters of them a piece. SentencePiece needs about 65 bytes for
 # each, so that 32,000 pieces are learned in 200 MB. Measured on 7 languages at 32,000 pieces: held-out text takes 0.4%
@@ -52,16 +50,6 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         return self._model.encode(normalise(text))
-
-    def encode_rest(self, text: str) -> list[int]:
-        """`text` as what follows within a word: `encode` without the mark of a word's beginning before it."""
-        ids = self.encode(text)
-        if text[:1].isspace() or not ids:
-            return ids
-        if len(ids) > 1 and ids[1] == UNK and self.pieces[ids[0]] == SPACE_PIECE:
-            return ids[1:]
-        ids = self.encode(APART + text)  # an unknown piece, with which nothing merges
-        return ids[ids.index(UNK) + 1 :] if UNK in ids else self.encode(text)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return [self.encode(text) for text in texts]

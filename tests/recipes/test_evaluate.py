@@ -49,17 +49,9 @@ def by_hand(ground: str) -> tuple[float, list[float]]:
                 hidden = model.encoder.hidden(masked, torch.tensor([1]), (1,))
                 total -= float(model.encoder.logits(hidden)[0, place].log_softmax(-1)[ids[place]])
                 count += 1
-        words = "bak <mask> den <mask>."
+        words = "bak <mask> den <mask>"
         found = fill(model, words, "as", 3)
-        ids = [
-            0,
-            *model.tokenizer.encode("bak"),
-            4,
-            *model.tokenizer.encode("den"),
-            4,
-            *model.tokenizer.encode_rest("."),
-            2,
-        ]
+        ids = [0, *model.tokenizer.encode("bak"), 4, *model.tokenizer.encode("den"), 4, 2]
         chances = model.encoder.logits(model.encoder.hidden(torch.tensor([ids]), torch.tensor([1]), (1,)))[0].softmax(
             -1
         )

@@ -60,18 +60,6 @@ def test_words_encoded_one_by_one_are_the_sentence(tokenizer: Tokenizer, text: s
     assert counts.sum() == len(ids) and len(counts) == len(words)
 
 
-@pytest.mark.parametrize("word", ["bakomi", "далиमेकी", "的是ba", "x\U0001f600ba", "ba?"])
-def test_a_word_encoded_in_two_halves(tokenizer: Tokenizer, word: str) -> None:
-    """What follows within a word has no mark of a word's beginning; after a space it has."""
-    mark = "\u2581"
-    for cut in range(1, len(word)):
-        rest = tokenizer.encode_rest(word[cut:] + " tula")
-        assert not tokenizer.pieces[rest[0]].startswith(mark)
-        assert rest == [*tokenizer.encode_rest(word[cut:]), *tokenizer.encode("tula")]
-    assert tokenizer.encode_rest(" tula") == tokenizer.encode("tula") and tokenizer.encode_rest("") == []
-    assert tokenizer.decode(tokenizer.encode("tula") + tokenizer.encode_rest("tula")) == "tulatula"
-
-
 def test_words_of_real_text_encoded_one_by_one_are_the_sentence(tmp_path: Path, shared_data: Path) -> None:
     for language in ("th", "ko", "hi"):
         lines = (shared_data / "text" / f"{language}.txt").read_text().split("\n")[:500]
