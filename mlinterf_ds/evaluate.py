@@ -24,7 +24,7 @@ from mlinterf_ds.data.files import write_json
 from mlinterf_ds.data.masking import Batch
 from mlinterf_ds.data.stream import EvaluationSet
 from mlinterf_ds.data.text import normalise
-from mlinterf_ds.data.tokenizer import BOS, EOS, MASK, UNK, Tokenizer
+from mlinterf_ds.data.tokenizer import BOS, EOS, MANY_UNKNOWN, MASK, UNK, Tokenizer
 from mlinterf_ds.engine.precision import DTYPES, choose_precision
 from mlinterf_ds.errors import UserError
 from mlinterf_ds.pretrained import Pretrained
@@ -34,7 +34,6 @@ from mlinterf_ds.tracking import Tracker, environment_facts
 
 BLANK = "<mask>"
 ROWS = 64  # evaluated at once
-UNKNOWN = 0.02  # share of <unk> among the pieces from which on it is told
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -251,7 +250,7 @@ def _shown(results: Any) -> str:
         lines.append(
             f"{language:<12}{found['perplexity']:>12.2f}{found['bits_per_character']:>16.3f}{pseudo:>19}{found['sentences']:>11}"
         )
-        if found["unknown"] >= UNKNOWN:
+        if found["unknown"] >= MANY_UNKNOWN:
             lines.append(
                 f"note: {found['unknown']:.0%} of the pieces of {language} are <unk>, not in the vocabulary: its figures "
                 "say little"

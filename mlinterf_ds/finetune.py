@@ -19,12 +19,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from mlinterf_ds import command, parallel
 from mlinterf_ds.config import load_config
 from mlinterf_ds.data.files import write_json
-from mlinterf_ds.data.tokenizer import UNK
+from mlinterf_ds.data.tokenizer import MANY_UNKNOWN, UNK
 from mlinterf_ds.engine.precision import choose_precision, read_json
 from mlinterf_ds.errors import UserError, refusing
 from mlinterf_ds.finetune_config import FinetuneConfig
@@ -37,7 +35,6 @@ from mlinterf_ds.tasks.files import write_text
 from mlinterf_ds.tasks.sources import SPLITS, Sets, load, parse
 from mlinterf_ds.tracking import Tracker, environment_facts
 
-UNKNOWN = 0.02  # share of <unk> among the pieces from which on it is told
 Options = dict[str, dict[str, str]]  # split -> language -> file, 'synthetic' or 'split'
 FREE_TO_CHANGE = {"name", "output", "resume", "checkpoint", "train", "parallel", "tracking"} | {
     f"finetune.{key}" for key in ("eval_batch", "micro_batch", "keep")
@@ -116,8 +113,9 @@ def prepare(
     for split in SPLITS:
         for language, found in sets.of(split).items():
             rows[split][language], notes = task.rows(found, tokenizer, labels, limits)
-            share = np.mean([token == UNK for row in rows[split][language] for token in row.tokens])
-            if share >= UNKNOWN:
+            read = rows[split][language]
+            share = sum(row.tokens.count(UNK) for row in read) / sum(len(row.tokens) for row in read)
+            if share >= MANY_UNKNOWN:
                 notes = [*notes, f"{share:.0%} of the pieces are <unk>, not in the vocabulary"]
             sets.notes += [f"{split} {language}: {note}" for note in notes]
     examples = {split: sets.of(split) for split in SPLITS}

@@ -187,8 +187,8 @@ class Job:
 
     def save(self) -> None:
         """A checkpoint of this step; the run's best, if this step was evaluated and none was better."""
-        best = self._mean_loss() < self.best
-        self.best = min(self.best, self._mean_loss())
+        best = (mean := self._mean_loss()) < self.best
+        self.best = min(self.best, mean)
         state = {
             "config": self.config.model_dump(),
             "languages": list(self.languages),

@@ -19,8 +19,7 @@ def extend(old: Tokenizer, counts: Mapping[str, int], size: int, out: Path) -> T
 
     SentencePiece joins first what scores best, and scores fall with the ids: text is cut by the old pieces as before, and
     what is left joined further by the new ones. So old text may be cut differently where a new piece spans several old
-    ones. UserError if `size` is not larger than the old vocabulary by all
-    new characters, or larger than the text allows.
+    ones. UserError if `size` is not larger than the old vocabulary, by all new characters, or larger than the text allows.
     """
     if size <= old.size:
         raise UserError(f"--vocab-size {size}: must be more than the {old.size} pieces of {old.path}")
@@ -31,9 +30,8 @@ def extend(old: Tokenizer, counts: Mapping[str, int], size: int, out: Path) -> T
             f"--vocab-size {size}: the new text has {len(pieces)} pieces that {old.path} lacks; ask for "
             f"{old.size + len(pieces)} or fewer, or give more text"
         )
-    pieces.sort(
-        key=lambda piece: len(piece) > 1
-    )  # single characters, listed last: without them their words are unknown
+    # SentencePiece lists single characters last: cut off, their words would be unknown
+    pieces.sort(key=lambda piece: len(piece) > 1)
     if (characters := sum(len(piece) == 1 for piece in pieces)) > size - old.size:
         raise UserError(
             f"--vocab-size {size}: the new text has {characters} characters that {old.path} lacks; ask for "

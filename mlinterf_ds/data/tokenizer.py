@@ -15,6 +15,7 @@ from mlinterf_ds.data.text import normalise
 from mlinterf_ds.errors import UserError
 
 BOS, PAD, EOS, UNK, MASK = range(5)  # <s> <pad> </s> <unk> as in XLM-R, then <mask>
+MANY_UNKNOWN = 0.02  # share of <unk> among a text's pieces from which on its reader should be told
 SPECIAL_PIECES = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
 
 # Learning uses the most frequent words, this many characters of them a piece. SentencePiece needs about 65 bytes for

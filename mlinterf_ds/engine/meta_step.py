@@ -47,16 +47,13 @@ class WholeSpace:
 
     def __init__(self, space: Space):
         self.space = space
+        self.device = next(iter(space.parameters.values())).device  # masters may be offloaded to where no collective is
 
     def displaced(self, offset: Vector, scale: float) -> contextlib.AbstractContextManager[None]:
         return self.space.displaced(offset, scale)
 
     def dot(self, left: Vector, right: Vector) -> float:
-        from deepspeed.accelerator import get_accelerator
-
-        total = self.space.dot(left, right).to(
-            get_accelerator().current_device_name()
-        )  # from an offloaded master's host
+        total = self.space.dot(left, right).to(self.device)
         dist.all_reduce(total)
         return total.item()
 

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -109,6 +110,19 @@ def test_how_a_launcher_ends(raised: str, status: int, said: str) -> None:
     assert done.returncode == status
     assert done.stderr.strip().splitlines()[-1] == said, "the reason comes last"
     assert ("Traceback" in done.stderr) == ("broken" in raised), "only where nothing else tells the reason"
+
+
+def test_a_first_failure_that_is_just_being_written_is_waited_for(tmp_path: Path) -> None:
+    told = tmp_path / "failed"
+    told.touch()
+    writer = threading.Timer(0.3, told.write_text, ["rank 3 failed first: KeyError"])
+    writer.start()
+    with (
+        pytest.raises(command.PeerFailed, match="gone; rank 3 failed first: KeyError"),
+        command.noted(tmp_path / "rank-0.log"),
+    ):
+        raise RuntimeError("gone")
+    writer.join()
 
 
 @pytest.mark.parametrize(

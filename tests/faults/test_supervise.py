@@ -99,6 +99,16 @@ def test_two_failures_at_once(status: int, unseen: list[bool], verdict: tuple, t
     assert supervisor._attempt(0, [sys.executable, "-c", f"exit({status})"]) == verdict
 
 
+def test_a_signal_between_attempts_reaches_the_next_rank(tmp_path: Path, monkeypatch) -> None:
+    """It was asked for before there was a child to hand it to."""
+    monkeypatch.setenv("MLINTERF_DS_RENDEZVOUS", f"file://{tmp_path}/meeting")
+    supervisor = Supervisor(load_config([], ["restarts=1", f"output={tmp_path}", "parallel.timeout=0.5"]))
+    supervisor.store.set("asked", "")
+    began = time.monotonic()
+    assert supervisor._attempt(1, [sys.executable, "-c", "import time; time.sleep(60)"]) == (0, -signal.SIGTERM)
+    assert time.monotonic() - began < 30
+
+
 def test_a_signal_reaches_the_ranks_and_ends_the_job(tmp_path: Path) -> None:
     processes = start(tmp_path, 2, STATUS_0_0="wait", STATUS_1_0="wait")
     deadline = time.monotonic() + 120

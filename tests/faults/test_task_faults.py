@@ -130,11 +130,16 @@ def evaluate(arguments: list[str]) -> str:
         (["--fill", "a <mask>", "--language", "xx"], "knows te, as"),
         (["--fill", "a <mask>"], "knows te, as"),
         (["--fill", "a", "--language", "te"], "has no <mask>"),
+        (["--fill", "bak " * 99 + "<mask>", "--language", "te"], "the model reads 24 at once: shorten the text"),
+        (["--text", "te=blank"], "blank: no sentence in it"),
         ([], "give either --text"),
         (["--fill", "a", "--text", "te=f"], "give either --text"),
     ],
 )
 def test_evaluation_refuses(ground: Path, arguments: list[str], words: str) -> None:
+    if "te=blank" in arguments:
+        (ground / "blank").write_text("\u200b\n\n")
+        arguments = ["--text", f"te={ground}/blank"]
     (message,) = pool(1).run(evaluate, ["--checkpoint", str(ground / "model"), *arguments])
     assert words in message
 

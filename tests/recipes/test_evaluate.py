@@ -85,6 +85,23 @@ def test_sentences_longer_than_a_row_are_counted_and_said(ground: Path) -> None:
     assert found["pseudo_perplexity_sentences_cut"] == 1 and "the beginning of 1 sentences of as" in shown
 
 
+def strange(ground: str) -> tuple[dict[str, Any], str]:
+    from mlinterf_ds import parallel
+    from mlinterf_ds.evaluate import Model, _shown, score
+
+    found = score(Model(f"{ground}/model", parallel.relayout(1), "fp32"), "as", Path(ground) / "strange", 0)
+    return found, _shown({"as": found})
+
+
+def test_text_that_the_vocabulary_lacks_is_said(ground: Path) -> None:
+    (ground / "strange").write_text("ሰላም ለዓለም\n")
+    ((found, shown),) = pool(1).run(strange, str(ground))
+    assert found["unknown"] == pytest.approx(2 / 5)  # a piece of space and one <unk> a word, and </s>
+    assert "note: 40% of the pieces of as are <unk>" in shown
+    ((found, shown),) = pool(1).run(cut, str(ground))
+    assert found["unknown"] == 0 and "<unk>" not in shown
+
+
 @pytest.mark.parametrize("tensor", [1, 2])
 def test_two_ranks_equal_one(ground: Path, tensor: int) -> None:
     (wanted,) = pool(1).run(scored, str(ground), 1)

@@ -275,6 +275,12 @@ def test_a_recipes_mistake_is_one_clear_sentence(text: str, words: str, tmp_path
         expanded(str(tmp_path / "study.toml"))
 
 
+def test_deepspeeds_json_that_is_none(tmp_path: Path) -> None:
+    (tmp_path / "ds.json").write_text("{")
+    with pytest.raises(UserError, match=r"--deepspeed_config .*ds\.json: not JSON"):
+        expanded("study_ci", deepspeed=str(tmp_path / "ds.json"))
+
+
 # --- cost --------------------------------------------------------------------------------------------------------------
 def test_cost_follows_what_finished_jobs_took(tmp_path: Path) -> None:
     """Finished jobs that took twice the estimate double that of others of their kind."""

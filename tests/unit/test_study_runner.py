@@ -175,42 +175,46 @@ def test_a_study_that_is_killed_ends_with_the_same_tables(how: signal.Signals, w
 
 
 # --- inside a job ------------------------------------------------------------------------------------------------------
-def cleared(folder: str, kind: str) -> list[list[str]]:
-    """On a rank of the pool: a recipe whose rank 0 writes 300 files, many times; what is left each time."""
+def test_a_place_that_is_no_folder(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"output=.*file: cannot write there"), runner.alone(tmp_path / "file"):
+        pass
+
+
+def cleared(folder: str, kind: str) -> tuple[list[str], list[str]]:
+    """On a rank of the pool, a recipe that leaves checkpoints: (folders that this rank removed, what is left)."""
     from unittest import mock
 
     import torch.distributed as dist
 
+    place, removed, really = Path(folder) / "unit", list[str](), shutil.rmtree
+
     def recipe(arguments: list[str]) -> int:
+        assert (place / "old").exists() == (kind == "finetune"), "what a half-done analysis left is gone, on every rank"
         dist.barrier()
-        assert not (place / "half-done").exists()
-        dist.barrier()
-        if dist.get_rank() == 0:
-            (place / "seed0/checkpoints/step").mkdir(parents=True)
-            for number in range(300):
-                (place / f"seed0/checkpoints/step/{number}").touch()
-            (place / "half-done").touch()
-        dist.barrier()
+        (place / "seed0/checkpoints").mkdir(parents=True, exist_ok=True)
         return 0
 
-    left = []
-    with mock.patch.object(worker.importlib, "import_module", lambda _: types.SimpleNamespace(main=recipe)):
-        for number in range(5):
-            place = Path(folder) / f"{kind}-{number}"
-            if dist.get_rank() == 0:
-                place.mkdir()
-                if kind == "analyze":
-                    (place / "half-done").touch()
-            dist.barrier()
-            worker._run(kind, place, [])
-            left.append(sorted(path.name for path in place.rglob("*") if path.is_dir()))
-            dist.barrier()
-    return left
+    def remove(path: Path, **options: bool) -> None:
+        removed.append(path.name)
+        really(path, **options)
+
+    (place / "old").mkdir(parents=True, exist_ok=True)
+    dist.barrier()
+    with (
+        mock.patch.object(worker.importlib, "import_module", lambda _: types.SimpleNamespace(main=recipe)),
+        mock.patch.object(worker.shutil, "rmtree", remove),
+    ):
+        worker._run(kind, place, [])
+    return removed, sorted(path.name for path in place.rglob("*"))
 
 
-@pytest.mark.parametrize("kind, left", [("finetune", ["seed0"]), ("analyze", ["checkpoints", "seed0", "step"])])
-def test_one_of_several_ranks_clears_up(kind: str, left: list[str], tmp_path: Path) -> None:
-    assert pool(2).run(cleared, str(tmp_path), kind) == [[left] * 5] * 2
+@pytest.mark.parametrize(
+    "kind, removed, left",
+    [("finetune", ["checkpoints"], ["old", "seed0"]), ("analyze", ["unit"], ["checkpoints", "seed0"])],
+)
+def test_one_of_several_ranks_clears_up(kind: str, removed: list[str], left: list[str], tmp_path: Path) -> None:
+    assert pool(2).run(cleared, str(tmp_path), kind) == [(removed, left), ([], left)]
 
 
 def test_a_job_waits_for_another_process_that_works_on_it(tmp_path: Path) -> None:
