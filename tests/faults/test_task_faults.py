@@ -67,6 +67,27 @@ def test_a_test_language_with_a_new_entity_type(ground: Path, tmp_path: Path) ->
     refused(ground, [f"{path}, line 2", "'B-MISC'", "B-PER"], data=tmp_path / "data")
 
 
+def noted(model: Path, data: Path) -> list[str]:
+    """What preparing says of the sets: trained on `te`, tested on a file of `as`."""
+    from mlinterf_ds import parallel
+    from mlinterf_ds.config import load_config
+    from mlinterf_ds.finetune import prepare
+    from mlinterf_ds.finetune_config import FinetuneConfig
+
+    config = load_config([], [*bodies.FINETUNE, f"checkpoint={model}", "task=ner"], FinetuneConfig)
+    options = {"train": {"te": str(data / "ner-te")}, "dev": {"te": "split"}, "test": {"as": str(data / "strange")}}
+    return prepare(config, options, {}, "fp32", parallel.relayout(1))[1].notes
+
+
+def test_words_that_the_vocabulary_lacks_are_said(ground: Path, tmp_path: Path) -> None:
+    shutil.copytree(ground / "data", tmp_path / "data")
+    (tmp_path / "data" / "strange").write_text("ሰላም\tO\nለዓለም\tB-PER\n")
+    (notes,) = pool(1).run(noted, ground / "model", tmp_path / "data")
+    assert [note for note in notes if "<unk>" in note] == [
+        "test as: 33% of the pieces are <unk>, not in the vocabulary"
+    ]
+
+
 @pytest.mark.parametrize("task, text", [("ner", ""), ("pos", "\n\n"), ("qa", ""), ("nli", " \n")])
 def test_an_empty_file(ground: Path, task: str, text: str, tmp_path: Path) -> None:
     shutil.copytree(ground / "data", tmp_path / "data")
