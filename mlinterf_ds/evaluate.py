@@ -19,15 +19,15 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from mlinterf_ds import command, parallel
-from mlinterf_ds.data.files import write_json
-from mlinterf_ds.data.masking import Batch
+from mlinterf_ds.data.batch import Batch
 from mlinterf_ds.data.stream import EvaluationSet
 from mlinterf_ds.data.text import normalise
 from mlinterf_ds.data.tokenizer import BOS, EOS, MANY_UNKNOWN, MASK, UNK, Tokenizer
 from mlinterf_ds.engine.precision import DTYPES, choose_precision
 from mlinterf_ds.errors import UserError
+from mlinterf_ds.files import write_json
 from mlinterf_ds.pretrained import Pretrained
+from mlinterf_ds.runtime import parallel, session
 from mlinterf_ds.tasks.files import read_text
 from mlinterf_ds.tasks.sources import parse
 from mlinterf_ds.tracking import Tracker, environment_facts
@@ -66,7 +66,7 @@ def main(arguments: Sequence[str]) -> int:
     texts = parse(options.text, "text") if options.text else {}
     if options.out and not options.out.parent.is_dir():
         raise UserError(f"--out {options.out}: there is no folder {options.out.parent}")
-    with command.hushed():
+    with session.hushed():
         layout = parallel.start(options.tensor)
     try:
         model = Model(options.checkpoint, layout, options.precision)

@@ -10,18 +10,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from mlinterf_ds.command import Signals
 from mlinterf_ds.config import ModelConfig
 from mlinterf_ds.data.tokenizer import Tokenizer
 from mlinterf_ds.engine import checkpoint
-from mlinterf_ds.engine.source import Source
 from mlinterf_ds.engine.space import Segment
+from mlinterf_ds.engine.weights import Source
 from mlinterf_ds.errors import UserError
 from mlinterf_ds.ranks import agreed
+from mlinterf_ds.runtime.session import Signals
 
 if TYPE_CHECKING:  # reading a checkpoint needs neither DeepSpeed nor megatron
     from mlinterf_ds.model.encoder import Encoder
-    from mlinterf_ds.parallel import Layout
+    from mlinterf_ds.runtime.parallel import Layout
 
 
 @dataclass(frozen=True)

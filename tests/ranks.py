@@ -23,7 +23,7 @@ TIMEOUT = 400.0  # seconds; a test may take 600
 def _serve(rank: int, world: int, address: str, pipe: Connection) -> None:
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(world)}
     os.environ["OMP_NUM_THREADS"] = "1"
-    from mlinterf_ds import parallel
+    from mlinterf_ds.runtime import parallel
 
     parallel.start(1, address)
     import torch

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from mlinterf_ds.study.records import Analysis, Records, Score, Trained
+from mlinterf_ds.results.records import Analysis, Records, Score, Trained
 
 PAIRS = {"close": ["syn", "syn-close"], "far": ["syn", "syn-far"]}
 # points above joint, (within, zero-shot)

@@ -74,12 +74,12 @@ def ratio(above: list[float], below: list[float]) -> dict[str, float]:
 
 def build(options: argparse.Namespace, languages: Sequence[str], recipe: str, settings: list[str], ds: str) -> Any:
     """(engine, train batch of step n, validation batch of step n) on random tokens."""
-    from mlinterf_ds import parallel
     from mlinterf_ds.config import load_config
     from mlinterf_ds.data.stream import TrainStream, ValidationStream
     from mlinterf_ds.engine.engine import Engine
     from mlinterf_ds.engine.precision import read_json
     from mlinterf_ds.model.encoder import Encoder
+    from mlinterf_ds.runtime import parallel
 
     config = load_config([recipe], [*options.set, *settings])
     corpus = Made(languages, options.vocabulary)
@@ -270,9 +270,9 @@ def bench_meta(options: argparse.Namespace) -> dict[str, Any]:
 
 def _start(rank: int, world: int, folder: str, threads: int) -> None:
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(world)}
-    from mlinterf_ds import command, parallel
+    from mlinterf_ds.runtime import parallel, session
 
-    command.quiet(Path(folder) / f"rank-{rank}.log")
+    session.quiet(Path(folder) / f"rank-{rank}.log")
     parallel.start(1, f"file://{folder}/rendezvous")
     torch.set_num_threads(max(1, threads // world))
 
@@ -317,8 +317,8 @@ def bench_languages(options: argparse.Namespace) -> dict[str, Any]:
 
 def bench_conflict(options: argparse.Namespace) -> dict[str, Any]:
     """The paper's model: two gradients of `--rows` sequences for each language, projected one after another."""
-    from mlinterf_ds.analysis.gradients import DRAWS, Draws, gradient
-    from mlinterf_ds.analysis.similarity import DIMENSION, measure
+    from mlinterf_ds.gradients.collect import DRAWS, Draws, gradient
+    from mlinterf_ds.gradients.similarity import DIMENSION, measure
 
     count = options.languages[-1]
     settings = ["variant=joint", *shapes(options), "meta.languages_per_step=2"]
@@ -346,8 +346,10 @@ def bench_conflict(options: argparse.Namespace) -> dict[str, Any]:
 
 def bench_plan(options: argparse.Namespace) -> dict[str, Any]:
     """What one rank's arithmetic takes; traffic is held exactly by tests/parity/test_plan.py."""
-    from mlinterf_ds.engine import plan
     from mlinterf_ds.engine.meta_step import MetaStep
+
+    sys.path.insert(0, str(ROOT))
+    from tools.plan import arithmetic
 
     base = ["model.width=256", "model.ffn=1024", "model.heads=4", "model.layers=4", "meta.check_every=0"]
     changed = {
@@ -369,7 +371,7 @@ def bench_plan(options: argparse.Namespace) -> dict[str, Any]:
             options, CODES[:4], "tiny", ["variant=joint", *shapes(options), *base, *own], "zero1"
         )
         batches = train(0)
-        flops[name] = plan.step_flops(engine.config, options.vocabulary)
+        flops[name] = arithmetic.step_flops(engine.config, options.vocabulary)
         if engine.config.variant.startswith("meta_"):
             meta, held = MetaStep(engine, engine.config.meta), validation(0)
             work[name] = lambda meta=meta, batches=batches, held=held: meta.step(batches, held)
@@ -456,6 +458,6 @@ def command(words: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    from mlinterf_ds.command import main as guarded
+    from mlinterf_ds.runtime.session import main as guarded
 
     guarded(command, sys.argv[1:])

@@ -174,7 +174,7 @@ def storage(output: Path) -> list[Check]:
 
 
 def locks() -> list[Check]:
-    from mlinterf_ds.command import stale_locks
+    from mlinterf_ds.runtime.session import stale_locks
 
     stale = stale_locks()
     if not stale:

@@ -11,8 +11,8 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from mlinterf_ds.command import main
 from mlinterf_ds.export.hf import export
+from mlinterf_ds.runtime.session import main
 
 
 def run(arguments: Sequence[str]) -> int:

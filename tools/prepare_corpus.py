@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 from mlinterf_ds.data.corpus import Corpus
-from mlinterf_ds.data.prepare import prepare
+from mlinterf_ds.data.prepare.main import prepare
 from mlinterf_ds.errors import UserError
 
 INPUTS = """\

@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 
 from mlinterf_ds.data import synthetic
+from mlinterf_ds.data.batch import FIRST_ORDINARY
 from mlinterf_ds.data.corpus import Corpus
-from mlinterf_ds.data.masking import FIRST_ORDINARY
 from mlinterf_ds.data.tokenizer import EOS
 from mlinterf_ds.errors import UserError
 

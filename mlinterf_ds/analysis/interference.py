@@ -21,18 +21,18 @@ from typing import Any
 
 import numpy as np
 
-from mlinterf_ds.analysis.comparison import BITS, Comparison
 from mlinterf_ds.analysis.distance import distances
-from mlinterf_ds.analysis.findings import Findings, epochs_of, pair_distances
 from mlinterf_ds.analysis.interference_figures import draw
 from mlinterf_ds.analysis.job import AnalysisJob
-from mlinterf_ds.analysis.runs import Group, Run, by_group, differences, one_text
-from mlinterf_ds.analysis.task_scores import compare_scores, read_scores
 from mlinterf_ds.data.corpus import Corpus
 from mlinterf_ds.data.stream import EvaluationSet
 from mlinterf_ds.errors import UserError
 from mlinterf_ds.evaluate import ROWS, Model
 from mlinterf_ds.ranks import from_first
+from mlinterf_ds.results.comparison import BITS, Comparison
+from mlinterf_ds.results.interference import Findings, epochs_of, pair_distances
+from mlinterf_ds.results.runs import Group, Run, by_group, differences, one_text
+from mlinterf_ds.results.task_scores import compare_scores, read_scores
 from mlinterf_ds.tasks.metrics import rank_correlation
 
 

@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from mlinterf_ds.analysis.comparison import BITS, Comparison
-from mlinterf_ds.analysis.findings import Findings, epochs_of, pair_distances, pairs
-from mlinterf_ds.analysis.task_scores import transfer
-from mlinterf_ds.data.files import write_csv
-from mlinterf_ds.report.heatmap import heatmaps
-from mlinterf_ds.report.interference import BINS, Points, Value, bars, binned, curves, intervals
-from mlinterf_ds.report.losses import read_losses
+from mlinterf_ds.files import write_csv
+from mlinterf_ds.plots.bars import BINS, Points, Value, bars, binned, curves, intervals
+from mlinterf_ds.plots.heatmaps import heatmaps
+from mlinterf_ds.results.comparison import BITS, Comparison
+from mlinterf_ds.results.interference import Findings, epochs_of, pair_distances, pairs
+from mlinterf_ds.results.losses import read_losses
+from mlinterf_ds.results.task_scores import transfer
 
 UNITS = {BITS: "bits per character, joint − mono"}
 NAMED_PARTNERS = 3  # of a joint model; of more, their number

@@ -21,14 +21,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mlinterf_ds.analysis import hard_concrete
+from mlinterf_ds.analysis.config import PruneSection
 from mlinterf_ds.analysis.gates import Gates
-from mlinterf_ds.analyze_config import PruneSection
-from mlinterf_ds.data.masking import Batch, generator, key
+from mlinterf_ds.data.batch import Batch, generator, key
 from mlinterf_ds.data.stream import EvaluationSet, TokenSource, TrainStream
 from mlinterf_ds.engine.optimizer import LossScale
 from mlinterf_ds.errors import UserError
 from mlinterf_ds.model.encoder import Encoder
-from mlinterf_ds.parallel import Layout
+from mlinterf_ds.runtime.parallel import Layout
 
 RANDOM = 3  # random prunings that a learned one is compared with
 EVALUATED = 64  # rows at once

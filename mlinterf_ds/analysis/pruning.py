@@ -28,13 +28,13 @@ from mlinterf_ds.analysis import hard_concrete
 from mlinterf_ds.analysis.gates import Gates
 from mlinterf_ds.analysis.job import AnalysisJob
 from mlinterf_ds.analysis.masks import Subject
-from mlinterf_ds.analysis.similarity import ALL, spread
-from mlinterf_ds.data.files import write_csv
 from mlinterf_ds.engine.optimizer import LossScale
 from mlinterf_ds.engine.precision import DTYPES
 from mlinterf_ds.errors import UserError
-from mlinterf_ds.report.heatmap import heatmaps
-from mlinterf_ds.report.pruning import extremes_figure, layers_figure
+from mlinterf_ds.files import write_csv
+from mlinterf_ds.gradients.similarity import ALL, spread
+from mlinterf_ds.plots.heatmaps import heatmaps
+from mlinterf_ds.plots.masks import extremes_figure, layers_figure
 
 COMPONENTS = ("attention", "ffn")
 EXTREMES = 10  # of either end, in figure 4b

@@ -23,7 +23,7 @@ AGAIN = "; copy the corpus again, or prepare it again in another folder"
 
 
 class Corpus:
-    """A folder written by `mlinterf_ds.data.prepare.prepare`; open one with `Corpus.open`.
+    """A folder written by `mlinterf_ds.data.prepare.main.prepare`; open one with `Corpus.open`.
 
     Splits are "train", "meta" (the meta step's validation loss), "valid" (reported) and "test".
     """

@@ -17,7 +17,7 @@ from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
-from mlinterf_ds.data.masking import MASK_SHARE, Batch, Masker, Windows, generator, key
+from mlinterf_ds.data.batch import MASK_SHARE, Batch, Masker, Windows, generator, key
 from mlinterf_ds.data.tokenizer import EOS
 from mlinterf_ds.errors import UserError
 

@@ -27,8 +27,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mlinterf_ds.engine.source import Source, Weights
 from mlinterf_ds.engine.space import FlatSpace
+from mlinterf_ds.engine.weights import Source, Weights
 from mlinterf_ds.errors import UserError, refusing
 from mlinterf_ds.ranks import agreed
 

@@ -23,7 +23,7 @@ from mlinterf_ds.engine.space import FlatSpace, Space, Vector
 from mlinterf_ds.engine.spikes import Spikes
 from mlinterf_ds.engine.zero import forget_idle_persistence, shared_space
 from mlinterf_ds.errors import UserError
-from mlinterf_ds.parallel import Layout, ModelParallelUnit
+from mlinterf_ds.runtime.parallel import Layout, ModelParallelUnit
 
 SHARED = "shared"
 PATIENCE = 25  # steps skipped in a row before a run is declared lost

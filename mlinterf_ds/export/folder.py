@@ -1,4 +1,4 @@
-"""A `transformers` model folder as a source of weights, a `mlinterf_ds.engine.source.Weights`.
+"""A `transformers` model folder as a source of weights, a `mlinterf_ds.engine.weights.Weights`.
 
 Read are folders that `mlinterf_ds.export.hf` wrote, or that transformers' `save_pretrained` made of one, and any
 XLM-RoBERTa-XL; by safetensors and json alone.
@@ -15,8 +15,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mlinterf_ds.engine import checkpoint
-from mlinterf_ds.engine.source import sliced
 from mlinterf_ds.engine.space import Segment
+from mlinterf_ds.engine.weights import sliced
 from mlinterf_ds.errors import MALFORMED, UserError, refusing
 from mlinterf_ds.export import tokenizer
 from mlinterf_ds.export.names import from_stock, stock_name

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from mlinterf_ds.config import ModelConfig
 from mlinterf_ds.data.tokenizer import BOS, EOS, PAD
 from mlinterf_ds.engine.checkpoint import digests
-from mlinterf_ds.engine.source import Source
+from mlinterf_ds.engine.weights import Source
 from mlinterf_ds.errors import UserError
 from mlinterf_ds.export import tokenizer
 from mlinterf_ds.export.card import card

@@ -14,7 +14,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mlinterf_ds.parallel import replayed
+from mlinterf_ds.runtime.parallel import replayed
 
 
 class CoreAttention(nn.Module):

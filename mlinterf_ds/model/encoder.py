@@ -25,7 +25,7 @@ from mlinterf_ds.errors import UserError
 from mlinterf_ds.model.heads import MaskedHead, cross_entropy, gathered, padded
 from mlinterf_ds.model.layers import block_spec, megatron_config
 from mlinterf_ds.model.routing import Routed, Router
-from mlinterf_ds.parallel import replayed
+from mlinterf_ds.runtime.parallel import replayed
 
 
 class Batch(Protocol):

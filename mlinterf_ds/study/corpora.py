@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mlinterf_ds.data.corpus import MANIFEST, Corpus
-from mlinterf_ds.data.prepare import prepare
+from mlinterf_ds.data.prepare.main import prepare
 from mlinterf_ds.data.synthetic import write_text
 from mlinterf_ds.errors import UserError
 from mlinterf_ds.study.config import SYNTHETIC, StudyConfig

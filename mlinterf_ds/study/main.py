@@ -18,15 +18,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mlinterf_ds import command
 from mlinterf_ds.config import describe, load_config
 from mlinterf_ds.data.corpus import Corpus
-from mlinterf_ds.data.files import write_bytes, write_json
 from mlinterf_ds.errors import UserError
+from mlinterf_ds.files import write_bytes, write_json
+from mlinterf_ds.results.records import Records, collect
+from mlinterf_ds.runtime import session
 from mlinterf_ds.study import cost, plan, runner, slurm, worker
 from mlinterf_ds.study.config import SYNTHETIC, AnalysisSection, SetSection, StudyConfig, TaskSection
 from mlinterf_ds.study.corpora import Corpora
-from mlinterf_ds.study.records import Records, collect
 from mlinterf_ds.tracking import Tracker, environment_facts
 from mlinterf_ds.tracking.facts import first_line
 from mlinterf_ds.tracking.sender import PENDING, send_rest
@@ -53,7 +53,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = command.parser("Run a grid of models, fine-tunings and analyses, and report on it.", StudyConfig)
+    parser = session.parser("Run a grid of models, fine-tunings and analyses, and report on it.", StudyConfig)
     for name, kind in (("sets", SetSection), ("tasks", TaskSection), ("analyses", AnalysisSection)):
         parser.epilog = f"{parser.epilog}\n\nkeys of each [[{name}]] in a recipe:\n{describe(kind)}"
     parser.set_defaults(deepspeed_config="ds_configs/zero1.json")
@@ -178,7 +178,9 @@ class Study:
 
     def report(self, outcomes: Sequence[runner.Outcome]) -> int:
         """Write records, tables, findings and the page; 1 if a job failed."""
-        from mlinterf_ds.study import claims, convergence, findings, forms, page, tables
+        from mlinterf_ds.plots import convergence
+        from mlinterf_ds.results import claims, findings, forms, tables
+        from mlinterf_ds.study import page
 
         self.output.mkdir(parents=True, exist_ok=True)
         records = self.records(outcomes)

@@ -12,12 +12,12 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from mlinterf_ds.study import paper
+from mlinterf_ds.plots.convergence import CONVERGENCE
+from mlinterf_ds.results import paper
+from mlinterf_ds.results.findings import Finding, caution, interval
+from mlinterf_ds.results.records import Records, Score
+from mlinterf_ds.results.tables import NAMES, TITLES, Cell, Table
 from mlinterf_ds.study.config import StudyConfig
-from mlinterf_ds.study.convergence import CONVERGENCE
-from mlinterf_ds.study.findings import Finding, caution, interval
-from mlinterf_ds.study.records import Records, Score
-from mlinterf_ds.study.tables import NAMES, TITLES, Cell, Table
 
 FIGURES = {
     CONVERGENCE: "Convergence of plain and meta adapters",

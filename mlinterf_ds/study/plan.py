@@ -17,12 +17,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from mlinterf_ds.analyze_config import AnalyzeConfig
+from mlinterf_ds.analysis.config import AnalyzeConfig
 from mlinterf_ds.config import RunConfig, load_config
-from mlinterf_ds.data.files import read_json
 from mlinterf_ds.engine.throughput import flops_per_row
 from mlinterf_ds.errors import UserError, refusing
-from mlinterf_ds.finetune_config import FinetuneConfig
+from mlinterf_ds.files import read_json
+from mlinterf_ds.finetune.config import FinetuneConfig
 from mlinterf_ds.study.config import SYNTHETIC, StudyConfig, TaskSection
 from mlinterf_ds.study.corpora import Corpora, sha256
 from mlinterf_ds.study.grid import Model, models
@@ -33,30 +33,26 @@ SHARED_CODE = [
     "errors.py",
     "config.py",
     "ranks.py",
-    "parallel.py",
+    "pretrained.py",
+    "runtime/parallel.py",
     "data",
     "model",
     "meta",
     "engine",
-    "pretrain.py",
-    "pretrain_job.py",
-    "pretrained.py",
-    "initial.py",
-    "export",  # initial.py reads its folders
-    "finetune_config.py",
-    "analyze_config.py",  # this and the rest: conflict during training
+    "pretrain",
+    "gradients",  # conflict during training
+    "export",  # pretrain/initial.py reads its folders
+    "finetune/config.py",
     "analysis/__init__.py",
+    "analysis/config.py",
     "analysis/conflict.py",
-    "analysis/gradients.py",
     "analysis/job.py",
-    "analysis/products.py",
-    "analysis/similarity.py",
 ]
-TUNING_CODE = ["tasks", "finetune.py", "finetune_run.py", "finetune_report.py"]
+TUNING_CODE = ["tasks", "finetune"]
 CODE: dict[str, list[str]] = {
     "pretrain": SHARED_CODE,
     "finetune": [*SHARED_CODE, *TUNING_CODE],
-    "analyze": [*SHARED_CODE, "tasks", "evaluate.py", "analysis", "analyze.py"],
+    "analyze": [*SHARED_CODE, "tasks", "evaluate.py", "analysis", "results"],
 }
 PLACES = {"name", "output", "resume", "corpus", "checkpoint", "tracking"}  # keys that decide no number
 FROZEN = "finetune.freeze=language"

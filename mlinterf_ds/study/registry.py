@@ -8,7 +8,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from mlinterf_ds.study.records import Records, Trained
+from mlinterf_ds.results.records import Records, Trained
 
 REQUIREMENTS = ["mlinterf_ds", "torch", "transformers>=5", "pandas"]
 

@@ -16,9 +16,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from mlinterf_ds import command
-from mlinterf_ds.data.files import read_json, write_json
 from mlinterf_ds.errors import UserError
+from mlinterf_ds.files import read_json, write_json
+from mlinterf_ds.runtime import session
 from mlinterf_ds.study.config import StudyConfig
 from mlinterf_ds.study.plan import Job
 from mlinterf_ds.study.worker import DONE, STARTED, finished, read_done
@@ -59,7 +59,7 @@ class Slot:
 @contextlib.contextmanager
 def alone(output: Path) -> Iterator[bool]:
     """Hold a folder of a study or a job against other processes; whether it was free."""
-    with command.writing(output):
+    with session.writing(output):
         output.mkdir(parents=True, exist_ok=True)
         file = (output / ".lock").open("w")
     with file:
@@ -159,7 +159,7 @@ def run(
     """Run all jobs that are not finished; what became of each. KeyboardInterrupt if the study was asked to end."""
     outcomes = {job.name: Outcome(job, "finished" if is_finished(job, output) else "waiting") for job in jobs}
     places = slots(config)
-    with command.Signals() as signals:
+    with session.Signals() as signals:
         while True:
             for slot in places:
                 if slot.process is None and (job := _next(jobs, outcomes)):

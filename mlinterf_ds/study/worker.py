@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from mlinterf_ds import ranks
-from mlinterf_ds.data.files import read_json, write_json
+from mlinterf_ds.files import read_json, write_json
 from mlinterf_ds.tracking.facts import first_line
 
 DONE = "done.json"
@@ -30,7 +30,7 @@ STARTED = "MLINTERF_STUDY_STARTED"  # variable: when the launcher was started, s
 
 def work(folder: Path) -> int:
     """Run the job of a folder on this rank; 1 if a unit failed."""
-    from mlinterf_ds import parallel
+    from mlinterf_ds.runtime import parallel
 
     job, first = read_json(folder / "job.json"), os.environ.get("RANK", "0") == "0"
     started, busy = float(os.environ.get(STARTED, time.time())), 0.0

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from mlinterf_ds.data.masking import generator, key
+from mlinterf_ds.data.batch import generator, key
 from mlinterf_ds.data.tokenizer import PAD
 from mlinterf_ds.tasks.base import Row
 from mlinterf_ds.tasks.heads import TaskBatch

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from mlinterf_ds.data.files import write_bytes
 from mlinterf_ds.errors import UserError
+from mlinterf_ds.files import write_bytes
 
 KINDS = {str: "text", int: "a whole number", bool: "true or false", list: "a list"}
 

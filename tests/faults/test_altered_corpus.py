@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from mlinterf_ds.data.corpus import Corpus
-from mlinterf_ds.data.prepare import prepare
+from mlinterf_ds.data.prepare.main import prepare
 from mlinterf_ds.data.stream import EvaluationSet, TrainStream, ValidationStream
 from mlinterf_ds.errors import UserError
 from tests.faults import kill_many
@@ -101,7 +101,7 @@ def test_text_altered_and_put_right_while_it_was_read_is_read_again(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Between the looks before and after, `at` once sees other tokens: the rows it returns are the right ones."""
-    from mlinterf_ds.data.masking import Windows
+    from mlinterf_ds.data.batch import Windows
 
     path, corpus = folder / "en.train.bin", Corpus.open(folder)
     tokens = np.array(corpus.tokens("en", "train"))

@@ -17,12 +17,12 @@ from typing import Any
 
 import pytest
 
-from mlinterf_ds.data import files
-from mlinterf_ds.data import prepare as prepare_module
-from mlinterf_ds.data import sources as sources_module
+from mlinterf_ds import files
 from mlinterf_ds.data.corpus import Corpus
-from mlinterf_ds.data.prepare import prepare
-from mlinterf_ds.data.workers import WorkerKilled, Workers
+from mlinterf_ds.data.prepare import inputs as sources_module
+from mlinterf_ds.data.prepare import main as prepare_module
+from mlinterf_ds.data.prepare.main import prepare
+from mlinterf_ds.data.prepare.workers import WorkerKilled, Workers
 from mlinterf_ds.errors import UserError
 from tests.unit.test_corpus import SPLITS, TOOL, contents, dump, peak_memory, some_lines, texts, written
 
@@ -232,7 +232,7 @@ def failing_at(monkeypatch: pytest.MonkeyPatch, number: int, error: BaseExceptio
         with real(path) as file:
             yield Half(file)
 
-    for module in (files, sys.modules["mlinterf_ds.data.shards"]):
+    for module in (files, sys.modules["mlinterf_ds.data.prepare.shards"]):
         monkeypatch.setattr(module, "replacing", replacing)
 
 

@@ -12,21 +12,21 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
+from mlinterf_ds.analysis.config import AnalyzeConfig
 from mlinterf_ds.analysis.distance import read_typology
-from mlinterf_ds.analysis.task_scores import read_scores
-from mlinterf_ds.analyze_config import AnalyzeConfig
 from mlinterf_ds.config import RunConfig, Section, fields, load_config
 from mlinterf_ds.data.corpus import Corpus, manifest_digest
-from mlinterf_ds.data.prepare import prepare
+from mlinterf_ds.data.prepare.main import prepare
 from mlinterf_ds.data.tokenizer import Tokenizer
 from mlinterf_ds.errors import UserError
 from mlinterf_ds.export import tokenizer as exported_tokenizer
 from mlinterf_ds.export.folder import Folder
-from mlinterf_ds.finetune_config import FinetuneConfig
-from mlinterf_ds.report.conflict import read_curves
-from mlinterf_ds.report.losses import read_losses
+from mlinterf_ds.finetune.config import FinetuneConfig
+from mlinterf_ds.plots.conflict import read_curves
+from mlinterf_ds.results.losses import read_losses
+from mlinterf_ds.results.records import Records
+from mlinterf_ds.results.task_scores import read_scores
 from mlinterf_ds.study.config import StudyConfig
-from mlinterf_ds.study.records import Records
 from mlinterf_ds.tasks import TASKS, Limits
 from mlinterf_ds.tasks.ner import iob2
 from tests.faults.fuzz import MUTATIONS, STRANGE, WOUNDS, cases, mutated, refuses, wounded

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from mlinterf_ds import launchers
 from mlinterf_ds.engine import checkpoint
 from mlinterf_ds.errors import UserError
+from mlinterf_ds.runtime import launchers
 from tests.ranks import pool
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -11,7 +11,7 @@ import pytest
 
 from mlinterf_ds.config import load_config
 from mlinterf_ds.errors import UserError
-from mlinterf_ds.supervise import Supervisor, resuming
+from mlinterf_ds.runtime.restarts import Supervisor, resuming
 
 ROOT = Path(__file__).resolve().parents[2]
 # A rank that notes its start, meets nobody, and ends as told: STATUS_<rank>_<attempt>; "wait" waits for a signal.
@@ -30,11 +30,11 @@ sys.exit(0 if end == "wait" else int(end))
 """
 SUPERVISOR = """
 import sys
-from mlinterf_ds import command
+from mlinterf_ds.runtime import session
 from mlinterf_ds.config import load_config
-from mlinterf_ds.supervise import Supervisor
+from mlinterf_ds.runtime.restarts import Supervisor
 config = load_config([], ["restarts=2", "output=runs/x", "parallel.timeout=0.5"])
-command.main(lambda line: Supervisor(config).run(line), sys.argv[1:])
+session.main(lambda line: Supervisor(config).run(line), sys.argv[1:])
 """
 
 
@@ -138,7 +138,7 @@ def test_a_supervisor_without_rank_0s_host_ends_in_bounded_time(tmp_path: Path) 
 
 
 def _free_port() -> int:
-    from mlinterf_ds.supervise import _free_port
+    from mlinterf_ds.runtime.restarts import _free_port
 
     return _free_port()
 

@@ -69,10 +69,10 @@ def test_a_test_language_with_a_new_entity_type(ground: Path, tmp_path: Path) ->
 
 def noted(model: Path, data: Path) -> list[str]:
     """What preparing says of the sets: trained on `te`, tested on a file of `as`."""
-    from mlinterf_ds import parallel
     from mlinterf_ds.config import load_config
-    from mlinterf_ds.finetune import prepare
-    from mlinterf_ds.finetune_config import FinetuneConfig
+    from mlinterf_ds.finetune.config import FinetuneConfig
+    from mlinterf_ds.finetune.main import prepare
+    from mlinterf_ds.runtime import parallel
 
     config = load_config([], [*bodies.FINETUNE, f"checkpoint={model}", "task=ner"], FinetuneConfig)
     options = {"train": {"te": str(data / "ner-te")}, "dev": {"te": "split"}, "test": {"as": str(data / "strange")}}
@@ -128,9 +128,9 @@ def test_a_lost_checkpoint_is_named_and_the_one_before_still_resumes(ground: Pat
 
 def evaluate(arguments: list[str]) -> str:
     """`evaluate.main` in a rank of the pool; what it refuses with."""
-    from mlinterf_ds import parallel
     from mlinterf_ds.errors import UserError
     from mlinterf_ds.evaluate import main
+    from mlinterf_ds.runtime import parallel
 
     start, stop = parallel.start, parallel.stop
     parallel.start, parallel.stop = lambda tensor, **_: parallel.relayout(tensor), lambda: None  # type: ignore[assignment]

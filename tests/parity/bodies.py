@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from mlinterf_ds import parallel
 from mlinterf_ds.config import RunConfig, load_config
 from mlinterf_ds.data.stream import TrainStream, ValidationStream
 from mlinterf_ds.engine import checkpoint
@@ -16,6 +15,7 @@ from mlinterf_ds.engine.engine import Engine
 from mlinterf_ds.engine.meta_step import MetaStep
 from mlinterf_ds.engine.optimizer import LossScale
 from mlinterf_ds.engine.precision import read_json
+from mlinterf_ds.runtime import parallel
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 LANGUAGES = ("te", "as", "en")  # two of them occur inside names of modules

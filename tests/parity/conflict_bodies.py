@@ -9,14 +9,14 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from mlinterf_ds.analysis.gradients import DRAWS, Draws, group_of
-from mlinterf_ds.analysis.similarity import measure
 from mlinterf_ds.config import ConflictConfig
-from mlinterf_ds.data.masking import Batch
+from mlinterf_ds.data.batch import Batch
 from mlinterf_ds.engine import checkpoint
 from mlinterf_ds.engine.engine import Engine
 from mlinterf_ds.engine.meta_step import MetaStep
 from mlinterf_ds.engine.optimizer import LossScale
+from mlinterf_ds.gradients.collect import DRAWS, Draws, group_of
+from mlinterf_ds.gradients.similarity import measure
 from tests.parity import bodies
 
 ROWS = 8

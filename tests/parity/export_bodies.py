@@ -10,9 +10,8 @@ from unittest import mock
 
 import torch
 
-from mlinterf_ds import initial, parallel, pretrain
 from mlinterf_ds.config import load_config
-from mlinterf_ds.data.masking import Batch
+from mlinterf_ds.data.batch import Batch
 from mlinterf_ds.data.tokenizer import Tokenizer
 from mlinterf_ds.engine import checkpoint
 from mlinterf_ds.engine.engine import Engine
@@ -20,6 +19,8 @@ from mlinterf_ds.engine.precision import read_json
 from mlinterf_ds.errors import UserError
 from mlinterf_ds.evaluate import Model, fill
 from mlinterf_ds.model.encoder import Encoder
+from mlinterf_ds.pretrain import initial, main
+from mlinterf_ds.runtime import parallel
 from tests.parity.bodies import REPOSITORY
 from tests.parity.finetune_bodies import LANGUAGES, LENGTH, SHAPE
 
@@ -77,6 +78,4 @@ def pretrained(folder: str, settings: Sequence[str], json_name: str = "zero2") -
     """`launch/pretrain.py`'s run in this folder: its summary."""
     os.chdir(folder)
     with mock.patch.object(parallel, "stop"):  # the pool goes on
-        return pretrain.run(
-            load_config(["tiny"], list(settings)), read_json(REPOSITORY / f"ds_configs/{json_name}.json")
-        )
+        return main.run(load_config(["tiny"], list(settings)), read_json(REPOSITORY / f"ds_configs/{json_name}.json"))

@@ -10,16 +10,16 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from mlinterf_ds import parallel
-from mlinterf_ds.command import Signals
 from mlinterf_ds.config import load_config
 from mlinterf_ds.data.tokenizer import Tokenizer
 from mlinterf_ds.engine import checkpoint
 from mlinterf_ds.engine.engine import Engine
 from mlinterf_ds.engine.precision import read_json
-from mlinterf_ds.finetune import prepare
-from mlinterf_ds.finetune_config import FinetuneConfig
-from mlinterf_ds.finetune_run import Finetuning, Point
+from mlinterf_ds.finetune.config import FinetuneConfig
+from mlinterf_ds.finetune.main import prepare
+from mlinterf_ds.finetune.trial import Finetuning, Point
+from mlinterf_ds.runtime import parallel
+from mlinterf_ds.runtime.session import Signals
 from mlinterf_ds.tracking import Tracker
 from tests.parity.bodies import REPOSITORY
 
@@ -136,7 +136,7 @@ def stop_after(
     task: str, pretrained: str, data: str, out: str, settings: list[str], json_name: str, tensor: int, steps: int
 ) -> None:
     """Train `steps` steps and stop as a signal makes a run stop."""
-    from mlinterf_ds.finetune_run import Stopped
+    from mlinterf_ds.finetune.trial import Stopped
 
     found = make(task, pretrained, data, out, settings, json_name, tensor)
     signals = Signals()

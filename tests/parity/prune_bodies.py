@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mlinterf_ds import parallel
+from mlinterf_ds.analysis.config import PruneSection
 from mlinterf_ds.analysis.gates import Gates
 from mlinterf_ds.analysis.masks import Subject, in_language
-from mlinterf_ds.analyze_config import PruneSection
 from mlinterf_ds.config import ModelConfig
 from mlinterf_ds.data.stream import TrainStream
 from mlinterf_ds.engine.optimizer import LossScale
+from mlinterf_ds.runtime import parallel
 from tests.parity.bodies import Made
 
 CODES = ("te", "as")

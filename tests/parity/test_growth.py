@@ -10,11 +10,11 @@ import torch
 
 from mlinterf_ds.config import load_config
 from mlinterf_ds.data.corpus import Corpus
-from mlinterf_ds.data.prepare import prepare
+from mlinterf_ds.data.prepare.main import prepare
 from mlinterf_ds.engine.space import Segment
 from mlinterf_ds.errors import UserError
-from mlinterf_ds.initial import LANGUAGE_ROWS
-from mlinterf_ds.initial import weights as initial_weights
+from mlinterf_ds.pretrain.initial import LANGUAGE_ROWS
+from mlinterf_ds.pretrain.initial import weights as initial_weights
 from tests.parity.bodies import weights
 from tests.parity.export_bodies import pretrained
 from tests.ranks import pool

@@ -3,9 +3,9 @@
 import pytest
 
 from mlinterf_ds.config import load_config
-from mlinterf_ds.engine import plan
 from tests.parity import bodies, plan_bodies
 from tests.ranks import pool
+from tools.plan import arithmetic
 
 SHAPE = ["model.layers=3", "model.width=128", "model.ffn=512", "data.sequence_length=64", "train.batch=16"]
 VOCABULARY = bodies.Made.vocabulary_size
@@ -37,9 +37,9 @@ def named(row) -> str:
 def test_memory_and_traffic_of_a_step(json_name: str, ranks: int, tensor: int, extra: list[str]) -> None:
     settings = [*SHAPE, *extra]
     config = load_config([], [*bodies.TINY, f"parallel.tensor={tensor}", *settings])
-    layout = plan.Layout(ranks, tensor, int(json_name[4]), config.train.precision)
-    count = plan.parameters(config, len(bodies.LANGUAGES), VOCABULARY, tensor)
-    wanted = plan.memory(config, count, layout, VOCABULARY, on_gpu=False)
+    layout = arithmetic.Layout(ranks, tensor, int(json_name[4]), config.train.precision)
+    count = arithmetic.parameters(config, len(bodies.LANGUAGES), VOCABULARY, tensor)
+    wanted = arithmetic.memory(config, count, layout, VOCABULARY, on_gpu=False)
     wanted["vectors"] = wanted.pop("gradients") + wanted.pop("meta step", 0.0)
     found = pool(ranks).run(plan_bodies.measure, settings, json_name, tensor, bodies.LANGUAGES)[0]
     for kind in ("weights", "optimizer", "adapters", "vectors", "activations"):
@@ -48,10 +48,12 @@ def test_memory_and_traffic_of_a_step(json_name: str, ranks: int, tensor: int, e
     check_traffic(config, count, layout, found["traffic"])
 
 
-def check_traffic(config, count: plan.Parameters, layout: plan.Layout, traffic: dict[tuple[int, str], int]) -> None:
+def check_traffic(
+    config, count: arithmetic.Parameters, layout: arithmetic.Layout, traffic: dict[tuple[int, str], int]
+) -> None:
     """The planned bytes are what entered the collectives, but for a few scalars (norms, losses)."""
-    volume = plan.data_parallel_volume(config, count, layout)
-    inside = plan.tensor_parallel_volume(config, layout)
+    volume = arithmetic.data_parallel_volume(config, count, layout)
+    inside = arithmetic.tensor_parallel_volume(config, layout)
     planned_by_size = [(layout.data, volume), (layout.tensor, {"all_reduce": inside})]
     if layout.tensor == layout.data:  # both kinds of group have two ranks
         planned_by_size = [(layout.data, volume | {"all_reduce": volume.get("all_reduce", 0.0) + inside})]
@@ -69,24 +71,24 @@ def check_traffic(config, count: plan.Parameters, layout: plan.Layout, traffic: 
 def test_parameters_are_those_of_the_encoder(variant: str, tensor: int) -> None:
     settings = [*SHAPE, f"variant={variant}", "model.language_embeddings=true", "model.head_width=16"]
     config = load_config([], [*bodies.TINY, f"parallel.tensor={tensor}", *settings])
-    count = plan.parameters(config, len(bodies.LANGUAGES), VOCABULARY, tensor)
+    count = arithmetic.parameters(config, len(bodies.LANGUAGES), VOCABULARY, tensor)
     assert (count.shared, count.own) == pool(tensor).run(plan_bodies.elements, settings, tensor, bodies.LANGUAGES)[0]
 
 
 def test_the_papers_large_model() -> None:
     """DESIGN: 16 layers, width 1280, 200k pieces, tied: 571M distinct parameters."""
-    count = plan.parameters(load_config(["large"]), 100, 200_000, 1)
+    count = arithmetic.parameters(load_config(["large"]), 100, 200_000, 1)
     assert count.total == pytest.approx(571e6, rel=0.005)
 
 
 def test_an_absent_language_costs_its_share_of_memory_and_nothing_else() -> None:
     config = load_config(["base"], [])
-    layout = plan.Layout(64, 1, 1, "bf16")
-    few, many = (plan.parameters(config, languages, 250_000, 1) for languages in (2, 500))
-    less, more = (plan.memory(config, count, layout, 250_000) for count in (few, many))
+    layout = arithmetic.Layout(64, 1, 1, "bf16")
+    few, many = (arithmetic.parameters(config, languages, 250_000, 1) for languages in (2, 500))
+    less, more = (arithmetic.memory(config, count, layout, 250_000) for count in (few, many))
     assert {kind for kind in less if less[kind] != more[kind]} == {"adapters"}
     assert more["adapters"] == pytest.approx(250 * less["adapters"])
-    assert plan.data_parallel_volume(config, few, layout) == plan.data_parallel_volume(config, many, layout)
+    assert arithmetic.data_parallel_volume(config, few, layout) == arithmetic.data_parallel_volume(config, many, layout)
 
 
 @pytest.mark.parametrize(
@@ -110,16 +112,16 @@ def test_flops_of_a_step(extra: list[str]) -> None:
     """What torch counts; the plan rounds passes that want one language's gradients to two thirds."""
     config = load_config([], [*bodies.TINY, *SHAPE, *extra])
     counted = pool(1).run(plan_bodies.flops, [*SHAPE, *extra], bodies.LANGUAGES)[0]
-    planned = plan.step_flops(config, VOCABULARY)
+    planned = arithmetic.step_flops(config, VOCABULARY)
     print(f"{planned / 1e9:.3f} planned, {counted / 1e9:.3f} counted GFLOP, ratio {planned / counted:.3f}")
     assert planned == pytest.approx(counted, rel=0.1)
 
 
 def test_passes_of_a_meta_step() -> None:
     def passes(*settings: str) -> dict[str, float]:
-        return plan.passes(load_config([], ["variant=meta_adpt", *settings]))
+        return arithmetic.passes(load_config([], ["variant=meta_adpt", *settings]))
 
     assert passes() == {"forward": 5, "shared": 3, "own": 3, "write": 6}
     assert passes("meta.terms=direct") == {"forward": 3, "shared": 3, "own": 1, "write": 2}
     assert passes("meta.every=2")["forward"] == 3 and passes("meta.every=2", "meta.between=plain")["own"] == 2
-    assert plan.ring("all_reduce", 80.0, 4) == 120 and plan.ring("all_gather", 80.0, 4) == 60
+    assert arithmetic.ring("all_reduce", 80.0, 4) == 120 and arithmetic.ring("all_gather", 80.0, 4) == 60

@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 import torch
 
-from mlinterf_ds.analyze import check_vocabulary
-from mlinterf_ds.analyze_config import AnalyzeConfig
+from mlinterf_ds.analysis.config import AnalyzeConfig
+from mlinterf_ds.analysis.main import check_vocabulary
 from mlinterf_ds.config import DataConfig, load_config
-from mlinterf_ds.data.embedded import LANGUAGES, folder_of, prepare_synthetic
+from mlinterf_ds.data.prepare.synthetic import LANGUAGES, folder_of, prepare_synthetic
 from mlinterf_ds.errors import UserError
 from mlinterf_ds.pretrained import Pretrained
 from tests.parity.bodies import weights
@@ -35,7 +35,7 @@ def call(recipe: str, folder: str, settings: list[str]) -> str:
     """A recipe's `main` on a rank of the pool, in `folder`; '' or the mistake it names."""
     import importlib
 
-    from mlinterf_ds import parallel
+    from mlinterf_ds.runtime import parallel
 
     os.chdir(folder)
     flags = [word for setting in settings for word in ("--set", setting)]

@@ -27,8 +27,8 @@ def ground(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def scored(ground: str, tensor: int) -> dict[str, Any]:
-    from mlinterf_ds import parallel
     from mlinterf_ds.evaluate import Model, score
+    from mlinterf_ds.runtime import parallel
 
     model = Model(f"{ground}/model", parallel.relayout(tensor), "fp32")
     return score(model, "as", Path(ground) / "text", 6)
@@ -36,8 +36,8 @@ def scored(ground: str, tensor: int) -> dict[str, Any]:
 
 def by_hand(ground: str) -> tuple[float, list[float]]:
     """(pseudo-perplexity of the first six lines, chances of the first piece of `fill`) with plain loops."""
-    from mlinterf_ds import parallel
     from mlinterf_ds.evaluate import Model, fill
+    from mlinterf_ds.runtime import parallel
 
     model = Model(f"{ground}/model", parallel.relayout(1), "fp32")
     total, count = 0.0, 0
@@ -71,8 +71,8 @@ def test_pseudo_perplexity_and_fill_by_hand(ground: Path) -> None:
 
 
 def cut(ground: str) -> tuple[dict[str, Any], str]:
-    from mlinterf_ds import parallel
     from mlinterf_ds.evaluate import Model, _shown, score
+    from mlinterf_ds.runtime import parallel
 
     model = Model(f"{ground}/model", parallel.relayout(1), "fp32")
     found = score(model, "as", Path(ground) / "long", 2)
@@ -86,8 +86,8 @@ def test_sentences_longer_than_a_row_are_counted_and_said(ground: Path) -> None:
 
 
 def strange(ground: str) -> tuple[dict[str, Any], str]:
-    from mlinterf_ds import parallel
     from mlinterf_ds.evaluate import Model, _shown, score
+    from mlinterf_ds.runtime import parallel
 
     found = score(Model(f"{ground}/model", parallel.relayout(1), "fp32"), "as", Path(ground) / "strange", 0)
     return found, _shown({"as": found})

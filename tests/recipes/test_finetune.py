@@ -14,10 +14,10 @@ import pytest
 
 from mlinterf_ds.config import describe, load_config
 from mlinterf_ds.errors import UserError
-from mlinterf_ds.finetune import main, serving
-from mlinterf_ds.finetune_config import FinetuneConfig
-from mlinterf_ds.finetune_report import _transfer
-from mlinterf_ds.finetune_run import Point
+from mlinterf_ds.finetune.config import FinetuneConfig
+from mlinterf_ds.finetune.main import main, serving
+from mlinterf_ds.finetune.report import _transfer
+from mlinterf_ds.finetune.trial import Point
 from mlinterf_ds.pretrained import Pretrained
 from mlinterf_ds.tasks import TASKS
 from tests.parity import finetune_bodies as bodies
@@ -108,7 +108,7 @@ def test_from_a_checkpoint_to_a_table(task: str, ground: Path, tmp_path: Path) -
 
 def run_main(arguments: list[str]) -> int:
     """`main` in a rank of the pool, whose process group must outlive it."""
-    from mlinterf_ds import parallel
+    from mlinterf_ds.runtime import parallel
 
     start, stop = parallel.start, parallel.stop
     parallel.start, parallel.stop = lambda tensor, **_: parallel.relayout(tensor), lambda: None  # type: ignore[assignment]

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from mlinterf_ds.config import load_config
-from mlinterf_ds.data import embedded
+from mlinterf_ds.data.prepare import synthetic
 from tests.ranks import pool
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -45,27 +45,29 @@ def pretrain(folder: str) -> None:
     """On a rank of the pool: all RUNS."""
     from unittest import mock
 
-    from mlinterf_ds import parallel, pretrain
+    from mlinterf_ds.pretrain.main import main
+    from mlinterf_ds.runtime import parallel
 
     os.chdir(folder)
     with mock.patch.object(parallel, "stop"):  # the pool goes on
         for name, settings in RUNS.items():
             flags = [word for each in [*SHORT, *settings, f"output=runs/{name}"] for word in ("--set", each)]
-            pretrain.main(["--deepspeed_config", str(ROOT / "ds_configs/zero1.json"), *flags])
+            main.main(["--deepspeed_config", str(ROOT / "ds_configs/zero1.json"), *flags])
 
 
 def analyse(folder: str, settings: list[str]) -> str:
     """On a rank of the pool: what the analysis says to these settings ('' if it is content)."""
     from unittest import mock
 
-    from mlinterf_ds import analyze, parallel
+    from mlinterf_ds.analysis import main
     from mlinterf_ds.errors import UserError
+    from mlinterf_ds.runtime import parallel
 
     os.chdir(folder)
     flags = [word for each in [*ANALYSIS, *settings] for word in ("--set", each)]
     try:
         with mock.patch.object(parallel, "stop"):
-            analyze.main(["--deepspeed_config", str(ROOT / "ds_configs/zero1.json"), *flags])
+            main.main(["--deepspeed_config", str(ROOT / "ds_configs/zero1.json"), *flags])
     except UserError as error:
         return str(error)
     return ""
@@ -77,7 +79,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with contextlib.chdir(found):  # here, not on a rank: preparing starts processes
         for settings in (RUNS["joint-0"], RUNS["other"]):
             config = load_config([], [*SHORT, *settings])
-            embedded.prepare_synthetic(config.languages or [], config.data)
+            synthetic.prepare_synthetic(config.languages or [], config.data)
     pool(1).run(pretrain, str(found))
     return found
 

@@ -113,8 +113,9 @@ def scripted(folder: str, output: str, settings: list[str], losses: dict[int, fl
     """On a rank of the pool: pretrain with these validation losses, by step; every checkpoint's run.json by its step."""
     from unittest import mock
 
-    from mlinterf_ds import parallel, pretrain
     from mlinterf_ds.engine.engine import Engine
+    from mlinterf_ds.pretrain.main import main
+    from mlinterf_ds.runtime import parallel
 
     os.chdir(folder)
     settings = [*SHORT, "tracking.enabled=false", "train.keep=9", f"output={output}", *settings]
@@ -123,7 +124,7 @@ def scripted(folder: str, output: str, settings: list[str], losses: dict[int, fl
         mock.patch.object(parallel, "stop"),  # the pool goes on
         mock.patch.object(Engine, "evaluate", lambda self, _: losses[self.step]),
     ):
-        pretrain.main(["--deepspeed_config", str(ROOT / "ds_configs/zero1.json"), *flags])
+        main.main(["--deepspeed_config", str(ROOT / "ds_configs/zero1.json"), *flags])
     saved = Path(folder, output, "checkpoints").glob("step-*")
     return {int(path.name[5:]): json.loads((path / "run.json").read_text()) for path in saved}
 
@@ -172,14 +173,15 @@ def refusal(folder: str, settings: list[str]) -> str:
     """On a rank of the pool: what `pretrain` says to these settings."""
     from unittest import mock
 
-    from mlinterf_ds import parallel, pretrain
     from mlinterf_ds.errors import UserError
+    from mlinterf_ds.pretrain.main import main
+    from mlinterf_ds.runtime import parallel
 
     os.chdir(folder)
     flags = [word for setting in (*SHORT, *settings) for word in ("--set", setting)]
     try:
         with mock.patch.object(parallel, "stop"):  # the pool goes on
-            pretrain.main(["--deepspeed_config", str(ROOT / "ds_configs/zero1.json"), *flags])
+            main.main(["--deepspeed_config", str(ROOT / "ds_configs/zero1.json"), *flags])
     except UserError as error:
         return str(error)
     return "accepted"

@@ -11,9 +11,9 @@ from unittest import mock
 import numpy as np
 import pytest
 
-from mlinterf_ds.analyze_config import AnalyzeConfig
+from mlinterf_ds.analysis.config import AnalyzeConfig
 from mlinterf_ds.config import DataConfig, load_config
-from mlinterf_ds.data.embedded import LANGUAGES, prepare_synthetic
+from mlinterf_ds.data.prepare.synthetic import LANGUAGES, prepare_synthetic
 from mlinterf_ds.errors import UserError
 from tests.parity.bodies import REPOSITORY
 from tests.ranks import pool
@@ -24,12 +24,12 @@ SHAPE = ["variant=attn", "model.layers=2", "model.heads=2", "model.width=16", "m
 
 def checkpoint(folder: str) -> None:
     """An untrained model of the synthetic corpus in <folder>/corpus; its attention is language-specific."""
-    from mlinterf_ds import parallel
     from mlinterf_ds.data.corpus import Corpus
     from mlinterf_ds.engine import checkpoint
     from mlinterf_ds.engine.engine import Engine
     from mlinterf_ds.engine.precision import read_json
     from mlinterf_ds.model.encoder import Encoder
+    from mlinterf_ds.runtime import parallel
 
     layout, corpus = parallel.relayout(1), Corpus.open(f"{folder}/corpus")
     config = load_config([], [*SHAPE, f"corpus={folder}/corpus"])
@@ -44,8 +44,8 @@ def checkpoint(folder: str) -> None:
 
 def analyse(folder: str, settings: list[str]) -> str:
     """`analyze.main` on a rank of the pool, in `folder`; '' or the mistake it names."""
-    from mlinterf_ds import parallel
-    from mlinterf_ds.analyze import main
+    from mlinterf_ds.analysis.main import main
+    from mlinterf_ds.runtime import parallel
 
     os.chdir(folder)
     flags = [word for setting in (*SHORT, "checkpoint=run", *settings) for word in ("--set", setting)]

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from mlinterf_ds.results.records import Records
 from mlinterf_ds.study import runner
-from mlinterf_ds.study.records import Records
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.timeout(1800)  # the first test waits for the whole study

@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 import torch
 
-from mlinterf_ds.analysis import products
-from mlinterf_ds.analysis.gradients import Draws, group_of
-from mlinterf_ds.analysis.products import Exact, Sketch, groups_of, runs
-from mlinterf_ds.analysis.similarity import Similarity, spread
 from mlinterf_ds.config import ConflictConfig
 from mlinterf_ds.engine.engine import SHARED
 from mlinterf_ds.engine.space import Segment
 from mlinterf_ds.errors import UserError
-from mlinterf_ds.parallel import Layout
+from mlinterf_ds.gradients import products
+from mlinterf_ds.gradients.collect import Draws, group_of
+from mlinterf_ds.gradients.products import Exact, Sketch, groups_of, runs
+from mlinterf_ds.gradients.similarity import Similarity, spread
+from mlinterf_ds.runtime.parallel import Layout
 from tests.parity.bodies import Made
 
 WORD, OUT = "embeddings.word.weight", "block.layers.0.mlp.linear_fc2.weight"

@@ -15,12 +15,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mlinterf_ds.data import sources as sources_module
-from mlinterf_ds.data import stages
 from mlinterf_ds.data.corpus import Corpus
-from mlinterf_ds.data.prepare import prepare
-from mlinterf_ds.data.shards import write_shard
-from mlinterf_ds.data.splits import held_out
+from mlinterf_ds.data.prepare import inputs as sources_module
+from mlinterf_ds.data.prepare.main import prepare, stages
+from mlinterf_ds.data.prepare.shards import write_shard
+from mlinterf_ds.data.prepare.splits import held_out
 from mlinterf_ds.data.text import normalise
 from mlinterf_ds.data.tokenizer import EOS, Tokenizer
 from mlinterf_ds.errors import UserError
@@ -350,7 +349,7 @@ def test_wikipedia_dump_is_cleaned_and_split_by_document(tmp_path: Path) -> None
 
 def test_wiki_markup_is_removed() -> None:
     pytest.importorskip("mwparserfromhell")
-    from mlinterf_ds.data.wikitext import plain_text
+    from mlinterf_ds.data.prepare.wikitext import plain_text
 
     markup = """{{Infobox|name=x}}
 '''Nairobi''' ni [[mji mkuu|mji]] wa [[Kenya]].<ref name="a">{{cite|title=x}}</ref> Watu ''wengi''.<ref name="a" />
@@ -423,7 +422,7 @@ def test_command_line(tmp_path: Path) -> None:
 
 
 def test_preparing_doesnt_import_torch() -> None:
-    code = "import sys, mlinterf_ds.data.prepare; sys.exit('torch' in sys.modules)"
+    code = "import sys, mlinterf_ds.data.prepare.main; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 

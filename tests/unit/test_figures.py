@@ -13,8 +13,8 @@ import pytest
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
-from mlinterf_ds.report import figures
-from mlinterf_ds.report.figures import Points, perplexity_curves
+from mlinterf_ds.plots import style
+from mlinterf_ds.plots.style import Points, perplexity_curves
 
 
 def curve(final: float, start: float = 500.0, points: int = 12) -> Points:
@@ -25,13 +25,13 @@ def curve(final: float, start: float = 500.0, points: int = 12) -> Points:
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
     """The figures that are saved."""
     kept: list[Figure] = []
-    save = figures._save
+    save = style._save
 
     def keep(figure: Figure, path: Path) -> None:
         kept.append(figure)
         save(figure, path)
 
-    monkeypatch.setattr(figures, "_save", keep)
+    monkeypatch.setattr(style, "_save", keep)
     return kept
 
 
@@ -92,9 +92,9 @@ def test_values_that_cannot_be_drawn(tmp_path: Path, drawn: list[Figure]) -> Non
 
 
 def test_looks_differ() -> None:
-    looks = [str(figures._look(index)) for index in range(20)]
+    looks = [str(style._look(index)) for index in range(20)]
     assert len(set(looks)) == 20
-    assert len({str(figures._look(index)["marker"]) for index in range(7)}) == 7, "told apart in grey too"
+    assert len({str(style._look(index)["marker"]) for index in range(7)}) == 7, "told apart in grey too"
 
 
 def test_scripts_beyond_latin(tmp_path: Path) -> None:
@@ -104,23 +104,23 @@ def test_scripts_beyond_latin(tmp_path: Path) -> None:
 
 
 def test_fonts_fall_back_to_one_that_has_the_character() -> None:
-    default = figures._characters(figures.font_manager.findfont("DejaVu Sans"))
-    names = sorted({font.name for font in figures.font_manager.fontManager.ttflist})
-    others = ((name, figures._characters(figures.font_manager.findfont(name))) for name in names)
+    default = style._characters(style.font_manager.findfont("DejaVu Sans"))
+    names = sorted({font.name for font in style.font_manager.fontManager.ttflist})
+    others = ((name, style._characters(style.font_manager.findfont(name))) for name in names)
     name, character = next((n, chr(min(c - default))) for n, c in others if c - default)  # matplotlib ships such fonts
-    families = figures._families("en " + character)
-    assert figures._families("en") == families[:1] == ["DejaVu Sans"]
+    families = style._families("en " + character)
+    assert style._families("en") == families[:1] == ["DejaVu Sans"]
     assert len(families) == 2, f"{name} has U+{ord(character):04X}"
-    assert ord(character) in figures._characters(figures.font_manager.findfont(families[1]))
+    assert ord(character) in style._characters(style.font_manager.findfont(families[1]))
 
 
 @pytest.mark.parametrize("wanted", [[], [0.5], [0.5] * 5, [0.0, 0.0, 0.9, 1.0, 1.0], [0.1, 0.11, 0.2, 0.21, 0.22]])
 def test_apart(wanted: list[float]) -> None:
-    placed = figures._apart(wanted, 0.1)
+    placed = style._apart(wanted, 0.1)
     assert len(placed) == len(wanted)
     assert all(-1e-9 <= value <= 1 + 1e-9 for value in placed)
     assert all(b - a >= 0.1 - 1e-9 for a, b in itertools.pairwise(placed))
-    assert figures._apart([0.1, 0.9], 0.1) == [0.1, 0.9], "nothing moves without need"
+    assert style._apart([0.1, 0.9], 0.1) == [0.1, 0.9], "nothing moves without need"
 
 
 def test_a_failed_drawing_keeps_the_old_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -140,7 +140,7 @@ def test_a_failed_drawing_keeps_the_old_picture(tmp_path: Path, monkeypatch: pyt
 
 def test_pyplot_is_not_touched(tmp_path: Path) -> None:
     code = (
-        "import sys, pathlib; from mlinterf_ds.report.figures import perplexity_curves as draw;"
+        "import sys, pathlib; from mlinterf_ds.plots.style import perplexity_curves as draw;"
         f"draw({{'en': [(1, 2.0)]}}, pathlib.Path({str(tmp_path / 'f.png')!r}), title='t');"
         "sys.exit('matplotlib.pyplot' in sys.modules)"
     )

@@ -7,12 +7,9 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[2] / "mlinterf_ds"
 LAYERS = {
-    "errors": 0, "config": 1, "launchers": 1, "ranks": 1, "command": 2, "parallel": 2, "supervise": 6,
-    "data": 3, "model": 3, "meta": 3, "tracking": 3,
-    "engine": 4, "tasks": 4,
-    "report": 5, "export": 5,
-    "analysis": 5,
-    "pretrain": 6, "pretrain_job": 6, "pretrain_report": 6, "pretrained": 5, "initial": 5, "finetune": 6, "finetune_config": 2, "finetune_run": 6, "finetune_report": 6, "evaluate": 5, "analyze": 6, "analyze_config": 3, "study": 6,
+    "errors": 0, "files": 1, "ranks": 1, "config": 1, "runtime": 2, "data": 3, "model": 3, "meta": 3, "tracking": 3, "plots": 3,
+    "engine": 4, "tasks": 4, "gradients": 5, "export": 6, "pretrained": 6, "pretrain": 7, "evaluate": 8, "finetune": 8,
+    "results": 9, "analysis": 9, "study": 10,
 }  # fmt: skip
 FORBIDDEN = {
     "model": {"data", "meta", "tracking"},

@@ -12,17 +12,18 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mlinterf_ds.analysis import comparison, distance, task_scores
-from mlinterf_ds.analysis.comparison import BITS, Comparison
-from mlinterf_ds.analysis.findings import Findings, pairs
+from mlinterf_ds.analysis import distance
 from mlinterf_ds.analysis.interference import correlations
 from mlinterf_ds.analysis.interference_figures import draw
-from mlinterf_ds.data.prepare import prepare
+from mlinterf_ds.data.prepare.main import prepare
 from mlinterf_ds.data.synthetic import write_text
 from mlinterf_ds.errors import UserError
-from mlinterf_ds.report import interference as figures
-from mlinterf_ds.report.interference import Value
-from mlinterf_ds.report.losses import LossTable, read_losses
+from mlinterf_ds.plots import bars as figures
+from mlinterf_ds.plots.bars import Value
+from mlinterf_ds.results import comparison, task_scores
+from mlinterf_ds.results.comparison import BITS, Comparison
+from mlinterf_ds.results.interference import Findings, pairs
+from mlinterf_ds.results.losses import LossTable, read_losses
 
 
 def table(path: Path) -> list[dict[str, str]]:

@@ -4,8 +4,8 @@ import os
 
 import pytest
 
-from mlinterf_ds import launchers
 from mlinterf_ds.errors import UserError
+from mlinterf_ds.runtime import launchers
 
 KNOWN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
 OPEN_MPI = {"OMPI_COMM_WORLD_RANK": "5", "OMPI_COMM_WORLD_SIZE": "8", "OMPI_COMM_WORLD_LOCAL_RANK": "1"}

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlinterf_ds.data.masking import (
+from mlinterf_ds.data.batch import (
     FIRST_ORDINARY,
     Batch,
     Masker,

@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlinterf_ds.data.masking import FIRST_ORDINARY, Batch
+from mlinterf_ds.data.batch import FIRST_ORDINARY, Batch
 from mlinterf_ds.data.stream import (
     BLOCK,
     EvaluationSet,

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from mlinterf_ds.study.claims import all_findings
-from mlinterf_ds.study.findings import markdown, standing
-from mlinterf_ds.study.records import Records
-from mlinterf_ds.study.statistics import bootstrap_p, combined, effect, f1, negligible, positive
+from mlinterf_ds.results.claims import all_findings
+from mlinterf_ds.results.findings import markdown, standing
+from mlinterf_ds.results.records import Records
+from mlinterf_ds.results.statistics import bootstrap_p, combined, effect, f1, negligible, positive
 from tests.study_records import MAJORITY, planted
 
 UNASKED = {"meta_adpt_beats_meta_adpt_direct", "meta_adpt_beats_adpt_compute"}  # planted() has no controls

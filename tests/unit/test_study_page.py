@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 
 from mlinterf_ds.config import load_config
-from mlinterf_ds.report.figures import perplexity_curves
-from mlinterf_ds.study.claims import all_findings
+from mlinterf_ds.plots.convergence import draw, spread
+from mlinterf_ds.plots.style import perplexity_curves
+from mlinterf_ds.results.claims import all_findings
+from mlinterf_ds.results.tables import Cell, all_tables
 from mlinterf_ds.study.config import StudyConfig
-from mlinterf_ds.study.convergence import draw, spread
 from mlinterf_ds.study.page import figures, render, sortable
-from mlinterf_ds.study.tables import Cell, all_tables
 from tests.browser import CHROMIUM, browser
 from tests.study_records import planted
 

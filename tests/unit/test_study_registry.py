@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from mlinterf_ds.study.records import Records
+from mlinterf_ds.results.records import Records
 from mlinterf_ds.study.registry import best
 from tests.study_records import planted
 

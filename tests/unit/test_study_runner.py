@@ -18,8 +18,8 @@ from pathlib import Path
 import pytest
 
 from mlinterf_ds.errors import UserError
+from mlinterf_ds.results.records import Records
 from mlinterf_ds.study import runner, worker
-from mlinterf_ds.study.records import Records
 from tests import fake_launcher
 from tests.ranks import pool
 
@@ -259,7 +259,7 @@ def one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     import mlinterf_ds
 
     stand_in = types.SimpleNamespace(together=lambda tensor: contextlib.nullcontext(types.SimpleNamespace(world=1)))
-    monkeypatch.setitem(sys.modules, "mlinterf_ds.parallel", stand_in)
+    monkeypatch.setitem(sys.modules, "mlinterf_ds.runtime.parallel", stand_in)
     monkeypatch.setattr(mlinterf_ds, "parallel", stand_in, raising=False)
 
 

@@ -14,9 +14,9 @@ import pytest
 from pydantic import TypeAdapter
 
 from mlinterf_ds.errors import UserError
-from mlinterf_ds.study import forms, paper
-from mlinterf_ds.study.records import Records, read_counts
-from mlinterf_ds.study.tables import Cell, Table, all_tables
+from mlinterf_ds.results import forms, paper
+from mlinterf_ds.results.records import Records, read_counts
+from mlinterf_ds.results.tables import Cell, Table, all_tables
 from tests.study_records import planted
 
 

@@ -1,0 +1,123 @@
+"""What a fine-tuning found: summary.json, and tables for people."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from mlinterf_ds.finetune.trial import Job
+from mlinterf_ds.tasks import metrics
+from mlinterf_ds.tasks.sources import Sets
+
+
+def summarise(job: Job, sets: Sets, options: dict[str, dict[str, str]], tested: list[dict[str, Any]]) -> dict[str, Any]:
+    """The content of summary.json. Scores in percent; std over seeds (sample), 0 for one seed.
+
+    tested: one a seed: {"point", "progress", "test": {language: metrics}}.
+    """
+    task = job.task
+    scored = [language for language in job.rows["test"] if tested[0]["test"][language]]
+    every = {
+        language: {name: [facts["test"][language][name] for facts in tested] for name in tested[0]["test"][language]}
+        for language in scored
+    }
+    train = [example for examples in sets.train.values() for example in examples]
+    baselines = {language: task.baselines(train, sets.test[language]) for language in scored}
+    summary: dict[str, Any] = {
+        "task": task.name,
+        "metric": task.metric,
+        "seeds": [facts["point"]["seed"] for facts in tested],
+        "scores": {language: metrics.mean_std(every[language][task.metric]) for language in scored},
+        "baseline": {language: baselines[language]["majority"][task.metric] for language in scored},
+        "baselines": baselines,
+        "metrics": {lang: {name: metrics.mean_std(v) for name, v in found.items()} for lang, found in every.items()},
+        "per_seed": {language: every[language][task.metric] for language in scored},
+        "setting": {lang: "within" if lang in sets.train else "zero-shot" for lang in job.rows["test"]},
+        "examples": {split: {lang: len(found) for lang, found in sets.of(split).items()} for split in job.rows},
+        "served_by": {lang: job.pretrained.languages[index] for lang, index in job.modules["test"].items()},
+        "unscored": [language for language in job.rows["test"] if language not in scored],
+        "chosen": {key: tested[0]["point"][key] for key in ("batch", "lr", "head_lr")},
+        "dev": {str(facts["point"]["seed"]): facts["progress"]["best"] for facts in tested},
+        "best_epoch": {str(facts["point"]["seed"]): facts["progress"]["best_epoch"] for facts in tested},
+        "variant": job.pretrained.saved["config"]["variant"],
+        "checkpoint": str(job.pretrained.path),
+        "pretraining_seed": job.pretrained.saved["config"]["train"]["seed"],
+        "languages": job.pretrained.languages,
+        "data": sets.origin,
+        "notes": sets.notes,
+        "finished": True,
+    }
+    if task.metric == "accuracy":
+        summary["interval"] = {lang: _interval(job, sets, lang, summary["scores"][lang]["mean"]) for lang in scored}
+    if found := _transfer(options, summary["per_seed"]):
+        summary["transfer"] = found
+    return summary
+
+
+def _interval(job: Job, sets: Sets, language: str, accuracy: float) -> list[float]:
+    total = sum(job.task.labelled(example) for example in sets.test[language])
+    return list(metrics.wilson(accuracy / 100 * total, total))
+
+
+def _transfer(options: dict[str, dict[str, str]], per_seed: dict[str, list[float]]) -> dict[str, Any] | None:
+    """On synthetic languages: does transfer go with closeness to the training language?"""
+    if len(options["train"]) > 1 or "synthetic" not in options["train"].values():
+        return None
+    (source,) = options["train"]
+    targets = [
+        code for code, file in options["test"].items() if file == "synthetic" and code != source and code in per_seed
+    ]
+    if len(targets) < 3:
+        return None
+    from mlinterf_ds.data.synthetic import distance
+
+    closeness = {code: 1 - distance(source, code) for code in targets}
+    found = metrics.transfer_correlation(closeness, {code: per_seed[code] for code in targets})
+    clean = {name: None if math.isnan(value) else value for name, value in found.items()}
+    return {"source": source, "closeness": closeness, "rank_correlation": clean}
+
+
+def table(summary: dict[str, Any]) -> str:
+    """The scores as Markdown."""
+    metric, seeds = summary["metric"], len(summary["seeds"])
+    others = sorted({name for found in summary["metrics"].values() for name in found} - {metric})
+    floors = sorted({name for found in summary["baselines"].values() for name in found} - {"majority"})
+    head = ["language", "setting", "examples", f"{metric} (mean ± std of {seeds})", "majority"]
+    head += floors + [f"{name} (majority)" for name in others] + ["95% interval"] * ("interval" in summary)
+    lines = [f"# {summary['task']}: {summary['variant']}, {', '.join(summary['languages'])}", ""]
+    lines += [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for language, setting in summary["setting"].items():
+        cells = [language, setting, str(summary["examples"]["test"][language])]
+        if language in summary["unscored"]:
+            cells += ["labels withheld"] + [""] * (len(head) - 4)
+        else:
+            score, found = summary["scores"][language], summary["metrics"][language]
+            cells += [f"{score['mean']:.1f} ± {score['std']:.1f}", f"{summary['baseline'][language]:.1f}"]
+            cells += [f"{summary['baselines'][language][name][metric]:.1f}" for name in floors]
+            floor = summary["baselines"][language]["majority"]
+            cells += [f"{found[name]['mean']:.1f} ({floor[name]:.1f})" for name in others]
+            if "interval" in summary:
+                cells.append("{:.1f} to {:.1f}".format(*summary["interval"][language]))
+        lines.append(f"| {' | '.join(cells)} |")
+    lines += ["", f"Chosen by the dev set: {', '.join(f'{k} {v:g}' for k, v in summary['chosen'].items())}."]
+    if "transfer" in summary:
+        found = {
+            name: "n/a" if v is None else f"{v:.2f}" for name, v in summary["transfer"]["rank_correlation"].items()
+        }
+        lines += [f"Rank correlation of score with closeness: {found['rho']} (95% {found['low']} to {found['high']})."]
+    lines += [f"- {note}" for note in summary["notes"]]
+    return "\n".join(lines) + "\n"
+
+
+def show(summary: dict[str, Any], output: Path) -> str:
+    """The end of the job on the screen."""
+    lines = [f"\n{'language':<12}{'setting':<11}{summary['metric']:>14}{'majority':>10}"]
+    for language, setting in summary["setting"].items():
+        if language in summary["scores"]:
+            score = summary["scores"][language]
+            shown = f"{score['mean']:.2f} ± {score['std']:.2f}"
+            lines.append(f"{language:<12}{setting:<11}{shown:>14}{summary['baseline'][language]:>10.2f}")
+        else:
+            lines.append(f"{language:<12}{setting:<11}{'not scored':>14}")
+    return "\n".join([*lines, f"{output}/summary.json, table.md, report.md, predictions/"])

@@ -1,0 +1,306 @@
+"""One fine-tuning: a pretrained model, a task, one point of the grid and one seed; trained, resumed, and asked for answers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from mlinterf_ds.config import RunConfig
+from mlinterf_ds.engine import checkpoint
+from mlinterf_ds.engine.engine import SHARED, Engine
+from mlinterf_ds.engine.space import Space, Vector
+from mlinterf_ds.engine.weights import Source
+from mlinterf_ds.errors import UserError, refusing
+from mlinterf_ds.files import write_json
+from mlinterf_ds.finetune.config import FinetuneConfig
+from mlinterf_ds.pretrained import Pretrained, asked_to_stop
+from mlinterf_ds.ranks import from_first
+from mlinterf_ds.runtime.parallel import Layout
+from mlinterf_ds.runtime.session import Signals
+from mlinterf_ds.tasks import Limits, Row, Task
+from mlinterf_ds.tasks.batches import TrainBatches, evaluation_batches
+from mlinterf_ds.tasks.heads import CLASSIFIER, TaskModel
+from mlinterf_ds.tracking import Tracker
+
+
+class Stopped(Exception):
+    """The job was asked to end; what it has done is saved."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What all fine-tunings of one command share on this rank."""
+
+    config: FinetuneConfig
+    deepspeed_json: dict[str, Any]
+    precision: str
+    layout: Layout
+    pretrained: Pretrained
+    task: Task
+    labels: Sequence[str]
+    limits: Limits
+    examples: dict[str, dict[str, list[Any]]]  # split -> language -> examples
+    rows: dict[str, dict[str, list[Row]]]
+    modules: dict[str, dict[str, int]]  # split -> language -> index of the language whose modules serve it
+
+    @property
+    def first(self) -> bool:
+        return self.layout.rank == 0
+
+    def logged(self, point: Point, values: dict[str, float]) -> dict[str, float]:
+        """Values with names for the tracker: those of a single fine-tuning are the same in every run, to share charts."""
+        place = self.task.name if self.config.finetune.single else f"{self.task.name}/{point.name}"
+        return {f"{place}/{name}": value for name, value in values.items()}
+
+
+@dataclass(frozen=True)
+class Point:
+    """A seed and a point of the grid."""
+
+    seed: int
+    batch: int
+    lr: float
+    head_lr: float
+
+    @property
+    def name(self) -> str:
+        head = "" if self.head_lr == self.lr else f"-head{self.head_lr:g}"
+        return f"seed{self.seed}-batch{self.batch}-lr{self.lr:g}{head}"
+
+
+class TaskEngine(Engine):
+    """The engine with a rate of its own for the classifier, a linear schedule, and frozen groups."""
+
+    def __init__(self, model: TaskModel, run: RunConfig, job: Job, point: Point, steps: int):
+        self.freeze, self.steps = job.config.finetune.freeze, steps
+        self.head_ratio = point.head_lr / point.lr
+        self.linear = job.config.finetune.schedule == "linear"
+        super().__init__(model, run, job.deepspeed_json, job.precision, job.layout)
+
+    def trained(self, step_languages: Sequence[int]) -> list[Space]:
+        """The groups that a step over these languages trains."""
+        names = [] if self.freeze == "shared" else [SHARED]
+        if self.freeze != "language":
+            names += [self.languages[index] for index in step_languages]
+        return [self.spaces[name] for name in [*names, CLASSIFIER] if name in self.spaces]
+
+    def update(self, space: Space, gradient: Vector, factor: float, lr: float) -> None:
+        """AdamW at this step's rate: `lr` (which knows the warm-up), the linear descent, the classifier's ratio."""
+        if self.linear and self.updates > self.config.train.warmup:
+            lr *= (self.steps - self.updates + 1) / (self.steps - self.config.train.warmup + 1)
+        super().update(space, gradient, factor, lr * (self.head_ratio if space is self.spaces[CLASSIFIER] else 1.0))
+
+
+@dataclass
+class Progress:
+    """What a fine-tuning has found so far; saved in its checkpoints."""
+
+    dev: list[dict[str, float]] = field(default_factory=list)  # after each epoch: the metric by language
+    losses: list[float] = field(default_factory=list)  # mean training loss of each epoch
+    best: float = -1.0  # mean over dev languages; scores are 0 to 100
+    best_epoch: int = 0
+    best_step: int = 0
+    epoch_loss: list[float] = field(default_factory=list)  # of the epoch in progress
+
+
+class Finetuning:
+    """One point of the grid with one seed, in `folder`."""
+
+    def __init__(self, job: Job, point: Point, folder: Path, tracker: Tracker):
+        self.job, self.point, self.folder, self.tracker = job, point, folder, tracker
+        self.result = folder / "result.json"  # written when trained to the end
+        settings = job.config.finetune
+        rows = [row for language in job.rows["train"] for row in job.rows["train"][language]]
+        languages = [
+            job.modules["train"][language] for language in job.rows["train"] for _ in job.rows["train"][language]
+        ]
+        self.batches = TrainBatches(rows, np.array(languages), point.batch, point.seed)
+        self.steps = settings.epochs * self.batches.epoch_steps
+        self.progress = Progress()
+        self._engine: TaskEngine | None = None
+
+    # -- the engine ------------------------------------------------------------------------------------------------
+
+    @property
+    def engine(self) -> TaskEngine:
+        """Built when first needed, with the pretrained weights and a fresh classifier."""
+        if self._engine is None:
+            self._engine = self._build()
+        return self._engine
+
+    def prepare(self) -> None:
+        """Build the engine, unless this fine-tuning is already done."""
+        if not self.result.is_file():
+            _ = self.engine
+
+    def close(self) -> None:
+        """Let go of the engine's memory."""
+        self._engine = None
+
+    def _build(self) -> TaskEngine:
+        job, settings, pretrained = self.job, self.job.config.finetune, self.job.pretrained
+        shape = pretrained.shape(settings.dropout)
+        train = {
+            "batch": self.point.batch,
+            "micro_batch": settings.micro_batch,
+            "lr": self.point.lr,
+            "warmup": round(settings.warmup * self.steps),
+            "schedule": "constant",  # the engine's part of the schedule is the warm-up
+            "weight_decay": settings.weight_decay,
+            "clip": settings.clip,
+            "beta2": 0.999,
+            "seed": self.point.seed,
+            "spike": None,  # near its end a hard batch costs many times the usual loss, and is worth it
+        }
+        run = RunConfig.model_validate(
+            {"variant": "joint", "model": shape, "train": train, "parallel": job.config.parallel.model_dump()}
+        )
+        model = TaskModel(
+            shape,
+            kind=job.task.kind,
+            classes=len(job.labels),
+            variant=pretrained.variant,
+            languages=pretrained.languages,
+            vocabulary=int(pretrained.saved["vocabulary"]),
+            positions=pretrained.positions,
+            seed=self.point.seed,
+        )
+        names = {name for name, _ in model.named_parameters() if not name.startswith("classifier.")}
+        known = Source(pretrained.path).addresses
+        if missing := sorted(names - known.keys()):
+            raise UserError(f"{pretrained.path}: has no parameter {missing[0]} ({len(missing)} in all)")
+        engine = TaskEngine(model, run, job, self.point, self.steps)
+        checkpoint.load(pretrained.path, engine, moments=False, missing=True)
+        return engine
+
+    # -- training ----------------------------------------------------------------------------------------------------
+
+    def train(self, signals: Signals) -> Progress:
+        """Train to the end (from the newest checkpoint, if there is one); `Stopped` if asked to end before."""
+        if self.result.is_file():
+            with refusing(
+                f"{self.result}: not what a fine-tuning writes", "; remove it, and the run goes on from its checkpoint"
+            ):
+                self.progress = Progress(**json.loads(self.result.read_text()))
+            return self.progress
+        engine = self.engine
+        self._resume()
+        bar = tqdm(total=self.steps, initial=engine.step, disable=not self.job.first, unit="step", mininterval=1)
+        bar.set_description(self.point.name)
+        while engine.step < self.steps:
+            step = engine.step
+            micro = [self.batches.at(step, *slice_) for slice_ in engine.slices(self.point.batch)]
+            facts = engine.train_step(micro, engine.trained(micro[0].step_languages))
+            self.progress.epoch_loss.append(facts["loss"])
+            bar.set_postfix_str(f"loss {facts['loss']:.3f}", refresh=False)
+            bar.update()
+            if engine.step % self.batches.epoch_steps == 0:
+                self._end_epoch()
+            if stopped := asked_to_stop(signals, self.job.layout, engine.device):
+                self._save()
+                bar.close()
+                raise Stopped(stopped)
+        bar.close()
+        if self.job.first:
+            write_json(self.result, vars(self.progress))
+        dist.barrier()
+        return self.progress
+
+    def _end_epoch(self) -> None:
+        """Dev scores and a checkpoint."""
+        progress, epoch = self.progress, len(self.progress.dev) + 1
+        scores = {language: self.score("dev", language)[self.job.task.metric] for language in self.job.rows["dev"]}
+        progress.dev.append(scores)
+        progress.losses.append(float(np.mean(progress.epoch_loss)))
+        progress.epoch_loss = []
+        mean = sum(scores.values()) / len(scores)
+        best = mean > progress.best
+        if best:
+            progress.best, progress.best_epoch, progress.best_step = mean, epoch, self.engine.step
+        path = self._save()
+        if best and self.job.first:
+            checkpoint.mark_best(self.folder, path)
+        task = self.job.task
+        values = {f"dev/{task.metric}/{language}": value for language, value in scores.items()}
+        values["train/loss"] = progress.losses[-1]
+        self.tracker.log(self.job.logged(self.point, values), epoch)
+        if self.job.first:
+            shown = ", ".join(f"{language} {value:.2f}" for language, value in scores.items())
+            tqdm.write(
+                f"{self.point.name}: epoch {epoch}, loss {progress.losses[-1]:.3f}, dev {self.job.task.metric} {shown}"
+            )
+
+    def _save(self) -> Path:
+        job = self.job
+        state = {
+            "config": job.config.model_dump(),
+            "languages": job.pretrained.languages,
+            "vocabulary": job.pretrained.saved["vocabulary"],
+            "labels": list(job.labels),
+            "point": vars(self.point),
+            "pretrained": {key: job.pretrained.saved["config"][key] for key in ("variant", "model", "data")},
+            "progress": vars(self.progress),
+            "run_id": self.tracker.run_id,
+        }
+        files = {"tokenizer.model": job.pretrained.path / "tokenizer.model"}
+        return checkpoint.save(self.folder, self.engine, state, files, job.config.finetune.keep)
+
+    def _resume(self) -> None:
+        """Go on from the newest checkpoint of the folder."""
+        if not any((self.folder / "checkpoints").glob("step-*[0-9]")):
+            return
+        path = checkpoint.find(self.folder)
+        self.progress = Progress(**checkpoint.load(path, self.engine)["progress"])
+        if self.job.first:
+            if self.progress.best_step == self.engine.step:
+                checkpoint.mark_best(self.folder, path)  # it may have been killed between the two
+            tqdm.write(f"{self.point.name}: resumed from {path} at step {self.engine.step} of {self.steps}")
+
+    # -- answers -----------------------------------------------------------------------------------------------------
+
+    def load_best(self) -> None:
+        """The weights of the epoch with the best dev score."""
+        path = self.folder / "checkpoints" / f"step-{self.progress.best_step:08d}"
+        checkpoint.load(path, self.engine, moments=False)
+
+    def score(self, split: str, language: str) -> dict[str, float]:
+        """Metrics of a set, the same on all ranks."""
+        found = self.predict(split, language)
+        return from_first(self.job.task.score(self.job.examples[split][language], found) if self.job.first else None)
+
+    def predict(self, split: str, language: str) -> list[Any]:
+        """One prediction an example, on rank 0 (elsewhere none)."""
+        job = self.job
+        outputs = self._outputs(job.rows[split][language], job.modules[split][language])
+        if not job.first:
+            return []
+        return job.task.predict(
+            job.examples[split][language], job.rows[split][language], outputs, job.labels, job.limits
+        )
+
+    @torch.no_grad()
+    def _outputs(self, rows: Sequence[Row], module: int) -> list[np.ndarray]:
+        """What the model says of each row (`Task.predict`), on rank 0."""
+        engine, layout = self.engine, self.job.layout
+        engine.model.eval()
+        mine: dict[int, np.ndarray] = {}
+        size = self.job.config.finetune.eval_batch
+        for numbers, batch in evaluation_batches(rows, module, size, layout.data_rank, layout.data):
+            _, logits = engine.model(batch.to(engine.device))
+            found = (logits if self.job.task.kind == "span" else logits.argmax(-1)).cpu().numpy()
+            for index, number in enumerate(numbers):
+                mine[number] = found[index][..., : len(rows[number].positions)]
+        parts: list[dict[int, np.ndarray]] = [mine]
+        if layout.world > 1:
+            parts = [{}] * layout.world
+            dist.all_gather_object(parts, mine if layout.tensor_rank == 0 else {})
+        together = {number: output for part in parts for number, output in part.items()}
+        return [together[number] for number in range(len(rows))]

@@ -1,0 +1,110 @@
+"""What `init=` starts a run from: the weights of a checkpoint of ours or of a `transformers` folder, language modules added."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mlinterf_ds.config import ModelConfig
+from mlinterf_ds.data.tokenizer import SPECIAL_PIECES, Tokenizer
+from mlinterf_ds.engine import checkpoint
+from mlinterf_ds.engine.space import Segment
+from mlinterf_ds.engine.weights import Source, sliced
+from mlinterf_ds.errors import UserError
+from mlinterf_ds.export import folder
+from mlinterf_ds.export.folder import VOCABULARY, Folder
+from mlinterf_ds.ranks import agreed
+
+LANGUAGE_ROWS = "embeddings.language.weight"
+
+
+def weights(place: str, model: ModelConfig, tokenizer: Tokenizer, languages: Sequence[str]) -> WithLanguages:
+    """The weights at `place` for a run with this shape, vocabulary and languages; the ranks call it together.
+
+    Raises UserError where the weights would load and mean something else: other heads, activation or pieces, language
+    embeddings that the run has not.
+    """
+    source: Source | Folder
+    if folder.is_folder(Path(place)):
+        agreed(lambda: folder.verify(Path(place)))
+        source = Folder(Path(place))
+        path, heads, activation, pieces = source.path, source.heads, source.adapter_activation, source.pieces
+        theirs = source.config.get("languages") or []
+    else:
+        path = checkpoint.find(place, "best")
+        saved = agreed(lambda: checkpoint.verify(path))
+        shape = ModelConfig(**saved.get("pretrained", saved["config"])["model"])  # a fine-tuned one's is its encoder's
+        heads, activation, pieces = shape.heads, shape.adapter_activation, Tokenizer(path / "tokenizer.model").pieces
+        source, theirs = Source(path), saved["languages"]
+    if source.has(LANGUAGE_ROWS) and not model.language_embeddings:
+        raise UserError(f"init={place}: its model has language embeddings: set model.language_embeddings=true")
+    if heads != model.heads:
+        raise UserError(f"init={place}: its model has {heads} attention heads, model.heads={model.heads}")
+    wanted = model.adapter_activation
+    if activation not in (None, wanted):
+        raise UserError(f"init={place}: its adapters use {activation}, model.adapter_activation={wanted}")
+    _check_vocabulary(path, pieces, tokenizer)
+    rows = [theirs.index(language) if language in theirs else None for language in languages]
+    return WithLanguages(source, len(pieces), tokenizer.size, rows)
+
+
+def _check_vocabulary(path: Path, theirs: list[str], tokenizer: Tokenizer) -> None:
+    ours = tokenizer.pieces
+    if theirs == ours[: len(theirs)]:  # the same, or extended
+        return
+    differ = f"{len(theirs)} pieces there, {len(ours)} here"
+    for number, (there, here) in enumerate(zip(theirs, ours, strict=False)):
+        if there != here:
+            differ = f"piece {number} is {there!r} there, {here!r} here"
+            break
+    known = next((path / name for name in ("tokenizer.model", "sentencepiece.model") if (path / name).is_file()), None)
+    remedy = (
+        f"prepare the corpus with --tokenizer {known} (or --extend its corpus)"
+        if known
+        else "start from a model with this vocabulary"
+    )
+    raise UserError(f"{path}: its vocabulary is not that of {tokenizer.path} ({differ}); {remedy}")
+
+
+class WithLanguages:
+    """A source that has modules for every language, and rows for every piece of a vocabulary that extends its own.
+
+    Where `source` shares a module (feed-forward, attention, adapter), every language starts from that one. Where it has no
+    adapter, a new one starts as the identity: its up projection is zero, the rest as initialised. New pieces start at the
+    mean of the old ordinary ones, in the embedding and in the output bias; new languages at the mean of the old ones'
+    embeddings, or at zero where there are none.
+    """
+
+    def __init__(self, source: Source | Folder, pieces: int, wanted: int, rows: Sequence[int | None]):
+        self.source, self.old, self.new = source, pieces, wanted - pieces  # pieces of the vocabulary
+        self.rows = rows  # of each language in the source's language embeddings; None: it is new
+
+    def has(self, name: str) -> bool:
+        """False only for what a new adapter is initialised with."""
+        return ".adapter." not in name or self.source.has(self._found(name)) or name.endswith(".up.weight")
+
+    def read(self, wanted: Segment, kind: str, tensor: int, tensor_rank: int) -> Tensor:
+        found = self._found(wanted.name)
+        if self.new and wanted.name in VOCABULARY:
+            old = self.source.whole(wanted.name)[: self.old]
+            mean = old[len(SPECIAL_PIECES) :].mean(0, keepdim=True)
+            rows = wanted.shape[0] * tensor  # padding included
+            grown = torch.cat([old, mean.expand(rows - self.old, *old.shape[1:])])
+            return sliced(grown, wanted, tensor, tensor_rank, self.source.path)
+        if wanted.name == LANGUAGE_ROWS:
+            width = wanted.shape[1]
+            old = self.source.whole(found) if self.source.has(found) else torch.zeros(0, width)
+            mean = old.mean(0) if len(old) else torch.zeros(width)
+            whole = torch.stack([mean if row is None or not len(old) else old[row] for row in self.rows])
+            return sliced(whole, wanted, tensor, tensor_rank, self.source.path)
+        if ".adapter." in wanted.name and not self.source.has(found):
+            return torch.zeros(wanted.length)
+        return self.source.read(Segment(**vars(wanted) | {"name": found}), kind, tensor, tensor_rank)
+
+    def _found(self, name: str) -> str:
+        """The name under which the source has this parameter, if it has it."""
+        return name if self.source.has(name) else re.sub(r"\.copies\.language_[^.]+", "", name)

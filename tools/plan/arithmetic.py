@@ -1,0 +1,286 @@
+"""What a run will need before it is started: parameters, memory per rank by kind, communication, time of a step.
+
+Everything is arithmetic on the run configuration; tests/parity/test_plan.py holds it against what runs hold and send.
+Legend: w model width, i attention's inner width, f feed-forward width, a adapter width, V padded vocabulary, n tokens of a
+micro-batch, m its masked positions, T tensor-parallel and D data-parallel ranks, b bytes of a working weight. "Shared" are
+the parameters of all languages, "own" those of one.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from mlinterf_ds.config import RunConfig
+from mlinterf_ds.data.batch import masked_per_row
+from mlinterf_ds.engine.throughput import flops_per_row
+
+BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+STATE = 12  # bytes of a master and its two moments
+PERSISTENT = 10_000  # elements: ZeRO 3 keeps smaller parameters whole (stage3_param_persistence_threshold)
+BUCKET = 20_000_000  # elements reduced at once (reduce_bucket_size)
+LIVE = 1_000_000_000  # elements that ZeRO 3 keeps gathered from the forward to the backward pass (DeepSpeed's default)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a run is spread."""
+
+    ranks: int
+    tensor: int
+    stage: int  # of ZeRO
+    precision: str
+
+    @property
+    def data(self) -> int:
+        return self.ranks // self.tensor
+
+    @property
+    def share(self) -> int:
+        """Over how many ranks masters and moments are cut."""
+        return self.data if self.stage else 1
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Elements that one tensor-parallel rank holds."""
+
+    shared: int
+    own: int  # of one language
+    languages: int
+    small: int  # of the shared ones, those that ZeRO 3 never cuts
+    matrix: int  # the largest matrix of a layer
+
+    @property
+    def total(self) -> int:
+        return self.shared + self.own * self.languages
+
+
+def _linear(out: int, into: int, tensor: int, *, column: bool) -> list[int]:
+    """Elements of weight and bias of a column- or row-parallel linear layer."""
+    return [out * into // tensor, out // tensor if column else out]
+
+
+def parameters(config: RunConfig, languages: int, vocabulary: int, tensor: int) -> Parameters:
+    """Counts, by tensor, of the encoder's parameters (mlinterf_ds/model)."""
+    model, routing = config.model, config.routing
+    w, inner = model.width, model.heads * model.kv_channels
+    v = -(-vocabulary // 64) * 64
+    attention = _linear(3 * inner, w, tensor, column=True) + _linear(w, inner, tensor, column=False)
+    ffn = _linear(model.ffn, w, tensor, column=True) + _linear(w, model.ffn, tensor, column=False)
+    a = model.adapter_width
+    adapters = 2 * (_linear(a, w, tensor, column=True) + _linear(w, a, tensor, column=False))
+    parts = {"attn": attention, "ffn": ffn, "adpt": adapters if routing in ("adpt", "share_adpt") else []}
+    own = parts.pop(routing, [])
+    layer = [2 * [w, w], *parts.values()]  # two norms
+    in_layer = [size for part in layer for size in part]
+    outside = [v * w // tensor, config.data.sequence_length * w, w, w]  # embeddings, final norm
+    outside += [w * w, w, w, w, v // tensor]  # head
+    if model.language_embeddings:
+        outside.append(languages * w)
+    sizes = in_layer * model.layers + outside
+    return Parameters(
+        shared=sum(sizes),
+        own=sum(own) * model.layers,
+        languages=languages if own else 0,
+        small=sum(size for size in sizes if size <= PERSISTENT),
+        matrix=max(in_layer),
+    )
+
+
+def memory(
+    config: RunConfig, count: Parameters, layout: Layout, vocabulary: int, on_gpu: bool = True
+) -> dict[str, float]:
+    """Bytes of one rank at the fullest moment of a step, by kind.
+
+    "weights", "optimizer" (masters and moments), the same of the languages ("adapters"; of all of them), "gradients" (with
+    DeepSpeed's buffers), "gathered" (weights, under ZeRO 3), "meta step" (vectors beside the gradients), "activations" of
+    one micro-batch.
+    """
+    b, d = BYTES[layout.precision], layout.share
+    cut = layout.data if layout.stage == 3 else 1
+    found = {
+        "weights": b * ((count.shared - count.small) / cut + count.small if cut > 1 else count.shared),
+        "optimizer": STATE * count.shared / d,
+        "adapters": count.languages * count.own * (b / cut + STATE / d),
+    }
+    vector, own = 4 * count.shared / d, 4 * count.own / d
+    found["gradients"] = own + _gradients(count, layout, vector)
+    if layout.stage == 3:
+        found["gathered"] = b * min(LIVE, count.shared - count.small) if layout.data > 1 else 0.0
+    if config.variant.startswith("meta_"):
+        # in the validation pass the descent is still there; in the last displaced one v and two gradients of phi
+        descent = (1 + (config.meta.lookahead == "adam")) * vector
+        displaced = 2 * vector + 3 * own - found["gradients"] if config.meta.terms == "both" else 0.0
+        found["meta step"] = STATE * count.own / d + max(descent, displaced)  # phi and its moments are kept aside
+    rows = micro_rows(config, layout.data)
+    found["activations"] = activations(config, rows, vocabulary, layout, on_gpu)
+    if config.variant == "meta_ffn" and not config.model.recompute and layout.stage < 3:
+        # no pass wants the gradients of more than one language: others' layers do not keep their inputs (DeepSpeed's
+        # own linear layer under ZeRO 3 keeps them all the same)
+        others = 1 - 1 / (config.meta.languages_per_step or count.languages)
+        inputs = b * rows * config.data.sequence_length * (config.model.width + config.model.ffn / layout.tensor)
+        found["activations"] -= others * config.model.layers * inputs
+    return found
+
+
+def _gradients(count: Parameters, layout: Layout, vector: float) -> float:
+    """Bytes of the shared parameters' gradients, and of DeepSpeed's buffers for them, at the end of a pass."""
+    b, stage = BYTES[layout.precision], layout.stage
+    if stage == 0:
+        return vector
+    if stage == 3:
+        return vector + b * BUCKET
+    if stage == 1 and layout.precision == "bf16":  # BF16_Optimizer: whole fp32 sums beside the 16-bit gradients
+        return 4 * count.shared + max(b * count.shared, vector)
+    found = 2 * vector  # averaged pieces, and the flat vector they are summed into
+    if layout.precision == "fp16":
+        found += 4 * BUCKET  # two buffers of 16 bit
+    if layout.precision == "fp32" and layout.data > 1:  # a piece is a view of its parameter's whole gradient
+        found += b * count.matrix
+    return found
+
+
+def micro_rows(config: RunConfig, data: int) -> int:
+    """Rows of a micro-batch; as many as a rank has if the configuration leaves it open."""
+    return config.train.micro_batch or max(1, config.train.batch // data)
+
+
+def activations(config: RunConfig, rows: int, vocabulary: int, layout: Layout, on_gpu: bool) -> float:
+    """Bytes that a forward pass of `rows` rows saves for its backward pass (flash attention: no length^2)."""
+    model, tensor = config.model, layout.tensor
+    b, w, f = BYTES[layout.precision], model.width, model.ffn / tensor
+    inner, heads = model.heads * model.kv_channels / tensor, model.heads / tensor
+    n = rows * config.data.sequence_length
+    adapted = config.routing in ("adpt", "share_adpt")
+    layer = b * n * (4 * w + 4 * inner + 2 * f)  # both norms in and out; q, k, v and the mix; GELU in and out
+    layer += 4 * n * (4 + heads)  # the norms' statistics, the softmax's
+    if adapted:
+        layer += 2 * b * n * (w + 2 * model.adapter_width / tensor)  # down projection's input, activation in and out
+    dropped = (1 if on_gpu else b) * n * w if model.dropout else 0.0
+    layer += 2 * dropped
+    layers = model.layers * b * n * w + layer if model.recompute else model.layers * layer
+    m = rows * masked_per_row(config.data.sequence_length, config.data.mask)
+    v = -(-vocabulary // 64) * 64 / tensor
+    head = b * m * 4 * w + 8 * m + 4 * m * v  # dense, GELU, norm and decoder in; the softmax in fp32
+    return layers + dropped + 2 * b * n * w + 8 * n + head  # the final norm
+
+
+Volume = dict[str, float]
+
+
+def passes(config: RunConfig) -> dict[str, float]:
+    """Of an average step: "forward"; backward passes to "shared" and to "own" gradients; "write"s of displaced weights.
+
+    Plain: one of each and no displacement. A meta step: descent, validation, the difference's passes, phase 2.
+    """
+    plain = {"forward": 1.0, "shared": 1.0, "own": 1.0, "write": 0.0}
+    if not config.variant.startswith("meta_"):
+        return plain
+    meta = config.meta
+    sided = 0 if meta.terms == "direct" else 1 if meta.difference == "one_sided" else 2
+    whole = {"forward": 3.0 + sided, "shared": 3.0, "own": 1.0 + sided + (sided == 1), "write": 2.0 + 2 * sided}
+    between = plain | {"own": 0.0} if meta.between == "freeze" else plain
+    return {key: (whole[key] + (meta.every - 1) * between[key]) / meta.every for key in whole}
+
+
+def data_parallel_volume(config: RunConfig, count: Parameters, layout: Layout) -> Volume:
+    """Elements x bytes that enter the data-parallel collectives of a step, by collective (whole tensors, one rank's)."""
+    if layout.data == 1:
+        return {}
+    b, times, stage = BYTES[layout.precision], passes(config), layout.stage
+    shared, own = b * count.shared, b * count.own
+    micro = max(1, config.train.batch // layout.data // micro_rows(config, layout.data))
+    if stage == 0:
+        return {"all_reduce": 4 * times["shared"] * count.shared + 4 * times["own"] * count.own}
+    volume = {"reduce_scatter": 4 * times["own"] * count.own * micro, "all_gather": 0.0}
+    writes = times["write"] + 1
+    if stage == 3:
+        cut = b * (count.shared - count.small) + own  # once more in the backward pass, unless still there
+        volume["all_gather"] = micro * (times["forward"] * 2 * cut) + writes * b * count.small
+        volume["reduce_scatter"] += micro * times["shared"] * shared
+        return volume
+    volume["all_reduce"] = times["shared"] * shared * (micro if stage == 2 else 1)
+    volume["all_gather"] = writes * shared + (own if count.own else 0)
+    return volume
+
+
+def tensor_parallel_volume(config: RunConfig, layout: Layout) -> float:
+    """Bytes that enter the tensor-parallel all-reduces of a step."""
+    if layout.tensor == 1:
+        return 0.0
+    model, b, times = config.model, BYTES[layout.precision], passes(config)
+    rows = config.train.batch / layout.data
+    n, m = rows * config.data.sequence_length, rows * masked_per_row(config.data.sequence_length, config.data.mask)
+    sums = 4 if config.routing in ("adpt", "share_adpt") else 2  # a layer's row-parallel layers
+    forward = n * model.width * b * (model.layers * sums * (2 if model.recompute else 1) + 1)
+    backward = n * model.width * b * model.layers * sums + m * model.width * b
+    return times["forward"] * (forward + backward + 3 * 4 * m)
+
+
+def step_flops(config: RunConfig, vocabulary: int) -> float:
+    """FLOPs of an average step over all ranks. A pass that wants only a language's gradients skips the shared weights':
+    two thirds of a whole one."""
+    masked = masked_per_row(config.data.sequence_length, config.data.mask)
+    times = passes(config)
+    only_own = times["forward"] - times["shared"]
+    row = flops_per_row(config, vocabulary, masked)
+    return config.train.batch * row * (times["shared"] + only_own * 2 / 3) * (4 / 3 if config.model.recompute else 1)
+
+
+def ring(collective: str, size: float, ranks: int) -> float:
+    """Bytes a rank sends in a ring collective over a tensor of `size` bytes."""
+    return size * (ranks - 1) / ranks * (2 if collective == "all_reduce" else 1)
+
+
+@dataclass(frozen=True)
+class Device:
+    """One accelerator (vendors' data sheets) and its links, bytes/s each way."""
+
+    memory: float
+    peak: float  # dense 16-bit FLOP/s
+    near: float  # to its neighbours in the host
+    far: float  # its share of the host's network
+
+
+DEVICES = {
+    "h200": Device(141e9, 989e12, 450e9, 50e9),
+    "h100": Device(80e9, 989e12, 450e9, 50e9),
+    "a100": Device(80e9, 312e12, 300e9, 25e9),
+    "a100-40": Device(40e9, 312e12, 300e9, 25e9),
+    "v100": Device(32e9, 125e12, 150e9, 12.5e9),
+    "l40": Device(48e9, 181e12, 32e9, 12.5e9),
+    "a10": Device(24e9, 125e12, 32e9, 6e9),
+}
+RESERVE = 0.9  # of the memory; the rest is the context's, the libraries' and fragmentation's
+
+
+def step_seconds(
+    config: RunConfig, count: Parameters, layout: Layout, device: Device, vocabulary: int, per_host: int, mfu: float
+) -> dict[str, float]:
+    """Seconds of a step by what takes them. Communication is counted in full, as if nothing of it were hidden."""
+    peak = device.peak if layout.precision != "fp32" else device.peak / 16
+    link = device.far if layout.ranks > per_host else device.near
+    volume = data_parallel_volume(config, count, layout)
+    sent = {name: ring(name, size, layout.data) / link for name, size in volume.items()}
+    inside = ring("all_reduce", tensor_parallel_volume(config, layout), layout.tensor)
+    return {
+        "compute": step_flops(config, vocabulary) / (layout.ranks * peak * mfu),
+        **sent,
+        "tensor parallel": inside / (device.near if layout.tensor <= per_host else device.far),
+    }
+
+
+def divides(config: RunConfig, layout: Layout, per_host: int) -> bool:
+    """Whether the model and the batch can be cut this way."""
+    model = config.model
+    if layout.ranks % layout.tensor or layout.tensor > per_host or config.train.batch % layout.data:
+        return False
+    cut = [model.heads, model.ffn, *([model.adapter_width] if config.routing in ("adpt", "share_adpt") else [])]
+    rows = config.train.batch // layout.data
+    micro = config.train.micro_batch
+    return (
+        all(size % layout.tensor == 0 for size in cut)
+        and math.gcd(64, layout.tensor) == layout.tensor
+        and not (micro and rows % micro)
+    )

@@ -1,0 +1,192 @@
+"""Predict, before anyone pays: memory of a rank by kind, communication, time, and which ZeRO stage and tensor size fit.
+
+    python tools/plan.py --recipe base --nodes 16 --gpus 8 --gpu h100 --languages 100 --vocabulary 250000
+    python tools/plan.py --recipe base --nodes 16 --languages 100 --figures plan/base
+
+Assumptions: matrix products at --mfu of the data sheet's peak; collectives as rings at full speed of the links, none of
+them hidden behind arithmetic; flash attention; a tenth of the memory left to the driver and to fragmentation.
+Held against what runs do: memory within 10%, traffic exactly, arithmetic within 10% of torch's count
+(tests/parity/test_plan.py); `tools/bench.py plan` shows planned and measured steps side by side on this machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from mlinterf_ds.config import RunConfig, load_config
+from mlinterf_ds.errors import UserError
+from tools.plan import arithmetic
+
+GIB = 2**30
+GPUS = (8, 16, 32, 64, 128, 256, 512)
+LANGUAGES = (2, 5, 10, 25, 50, 100, 250, 500)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One layout of the run."""
+
+    layout: arithmetic.Layout
+    micro: int  # rows of a micro-batch
+    memory: dict[str, float]  # bytes by kind
+    seconds: dict[str, float]  # of a step, by what takes them
+    sent: dict[str, float]  # bytes of a rank's step by collective
+    days: float
+    fits: bool
+
+    @property
+    def gib(self) -> float:
+        return sum(self.memory.values()) / GIB
+
+
+def make(options: argparse.Namespace, config: RunConfig, ranks: int, tensor: int, stage: int, languages: int) -> Plan:
+    """The run at this layout, with the largest micro-batch that fits (or the configuration's)."""
+    layout = arithmetic.Layout(ranks, tensor, stage, options.precision)
+    device = arithmetic.DEVICES[options.gpu]
+    count = arithmetic.parameters(config, languages, options.vocabulary, tensor)
+    rows = max(1, config.train.batch // layout.data)
+    sizes = [size for size in range(rows, 0, -1) if rows % size == 0]
+    for size in [config.train.micro_batch] if config.train.micro_batch else sizes:
+        train = config.train.model_copy(update={"micro_batch": size})
+        tried = config.model_copy(update={"train": train})
+        memory = arithmetic.memory(tried, count, layout, options.vocabulary)
+        fits = sum(memory.values()) <= arithmetic.RESERVE * device.memory
+        if fits:
+            break
+    seconds = arithmetic.step_seconds(tried, count, layout, device, options.vocabulary, options.gpus, options.mfu)
+    sent = {
+        f"{name}, data parallel": arithmetic.ring(name, volume, layout.data)
+        for name, volume in arithmetic.data_parallel_volume(tried, count, layout).items()
+    }
+    if tensor > 1:
+        sent["all_reduce, tensor parallel"] = arithmetic.ring(
+            "all_reduce", arithmetic.tensor_parallel_volume(tried, layout), tensor
+        )
+    days = sum(seconds.values()) * config.train.steps / 86400
+    return Plan(layout, size, memory, seconds, sent, days, fits)
+
+
+def layouts(options: argparse.Namespace, config: RunConfig, ranks: int, languages: int) -> list[Plan]:
+    """Every ZeRO stage at every tensor-parallel size that divides the model."""
+    return [
+        make(options, config, ranks, tensor, stage, languages)
+        for tensor in (1, 2, 4, 8)
+        for stage in (0, 1, 2, 3)
+        if arithmetic.divides(config, arithmetic.Layout(ranks, tensor, stage, options.precision), options.gpus)
+    ]
+
+
+def best(plans: list[Plan]) -> Plan | None:
+    """The fastest that fits; of equals the one with most memory left."""
+    return min((p for p in plans if p.fits), key=lambda p: (round(p.days, 3), p.gib), default=None)
+
+
+def table(rows: list[tuple[str, ...]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+
+
+def show(options: argparse.Namespace, config: RunConfig, plans: list[Plan]) -> None:
+    count = arithmetic.parameters(config, options.languages, options.vocabulary, 1)
+    ranks = options.nodes * options.gpus
+    print(
+        f"{config.name}, {config.variant}: {count.total / 1e6:,.0f}M parameters ({count.shared / 1e6:,.0f}M shared, "
+        f"{count.own / 1e6:,.2f}M for each of {count.languages} languages), {options.vocabulary:,} pieces\n"
+        f"{ranks} x {options.gpu}, {options.precision}, {config.train.batch} rows of {config.data.sequence_length} tokens, "
+        f"{config.train.steps:,} steps; MFU {options.mfu:.0%} assumed\n"
+    )
+    head = ("tensor", "ZeRO", "micro-batch", "GiB", "fits", "s/step", "days")
+    rows = [
+        (f"{p.layout.tensor}", f"{p.layout.stage}", f"{p.micro}", f"{p.gib:,.1f}", "yes" if p.fits else "no",
+         f"{sum(p.seconds.values()):.3f}", f"{p.days:,.2f}")
+        for p in plans
+    ]  # fmt: skip
+    print(table([head, *rows]))
+    chosen = best(plans)
+    if chosen is None:
+        print(f"\nnothing fits {options.gpu}: more nodes, model.recompute=true, or a smaller train.micro_batch")
+        return
+    where = f"parallel.tensor={chosen.layout.tensor}, ZeRO {chosen.layout.stage}, train.micro_batch={chosen.micro}"
+    print(f"\nfastest that fits: {where}\n")
+    print(table([("memory of a rank", "GiB"), *((k, f"{v / GIB:,.3f}") for k, v in chosen.memory.items())]))
+    print()
+    print(table([("sent by a rank in a step", "MB"), *((k, f"{v / 1e6:,.1f}") for k, v in chosen.sent.items())]))
+    print()
+    print(table([("a step", "ms"), *((k, f"{1e3 * v:,.2f}") for k, v in chosen.seconds.items())]))
+
+
+def figures(options: argparse.Namespace, config: RunConfig, stem: Path) -> None:
+    """Against GPUs (at --languages) and against languages (at --nodes x --gpus), a line for each ZeRO stage."""
+    from tools.plan.report import scaling
+
+    limit = arithmetic.RESERVE * arithmetic.DEVICES[options.gpu].memory / GIB
+    ranks = options.nodes * options.gpus
+    many = [(gpus, options.languages) for gpus in GPUS if config.train.batch % gpus == 0]
+    for along, label, places, fixed in (
+        ("gpus", "GPUs", many, f"{options.languages} languages"),
+        ("languages", "languages", [(ranks, languages) for languages in LANGUAGES], f"{ranks} GPUs"),
+    ):
+        rows = []
+        for gpus, languages in places:
+            for stage in (0, 1, 2, 3):
+                found = make(options, config, gpus, config.parallel.tensor, stage, languages)
+                rows.append(
+                    {"gpus": gpus, "languages": languages, "stage": stage, "gib": found.gib, "days": found.days}
+                )
+        title = f"{config.name}, {config.variant}, {fixed}, {options.gpu}, {options.precision}"
+        path = stem.with_name(f"{stem.name}-{along}.png")
+        scaling(rows, along, label, path, title=title, limit=limit)
+        print(f"{path} (and .svg, .csv)")
+
+
+def arguments(words: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipe", action="append", default=[], help="as the launchers'; repeatable")
+    parser.add_argument("--set", action="append", default=[], metavar="section.key=value")
+    parser.add_argument("--nodes", type=int, default=1)
+    parser.add_argument("--gpus", type=int, default=8, help="of a node")
+    parser.add_argument("--gpu", choices=sorted(arithmetic.DEVICES), default="h100")
+    parser.add_argument("--languages", type=int, default=2)
+    parser.add_argument("--vocabulary", type=int, default=32000)
+    parser.add_argument("--mfu", type=float, default=0.4, help="share of the peak that matrix products reach")
+    parser.add_argument(
+        "--figures", type=Path, metavar="STEM", help="draw STEM-gpus and STEM-languages (png, svg, csv)"
+    )
+    parser.add_argument("--json", type=Path, help="write every layout's figures there")
+    options = parser.parse_args(words)
+    for name in ("nodes", "gpus", "languages", "vocabulary"):
+        if getattr(options, name) < 1:
+            raise UserError(f"--{name} {getattr(options, name)}: expected 1 or more")
+    if not 0 < options.mfu <= 1:
+        raise UserError(f"--mfu {options.mfu}: expected a share between 0 and 1, e.g. 0.4")
+    return options
+
+
+def main(words: Sequence[str]) -> int:
+    options = arguments(words)
+    config = load_config(options.recipe or ["tiny"], options.set)
+    options.precision = {"auto": "fp16"}.get(config.train.precision, config.train.precision)  # the launchers' on GPUs
+    ranks = options.nodes * options.gpus
+    plans = layouts(options, config, ranks, options.languages)
+    if not plans:
+        micro = (
+            f", in micro-batches of train.micro_batch={config.train.micro_batch}" if config.train.micro_batch else ""
+        )
+        raise UserError(
+            f"train.batch={config.train.batch} cannot be divided over {ranks} GPUs{micro}: change one of them"
+        )
+    show(options, config, plans)
+    try:
+        if options.json:
+            rows: list[dict[str, Any]] = [asdict(found) | {"gib": found.gib} for found in plans]
+            options.json.write_text(json.dumps(rows, indent=1) + "\n")
+        if options.figures:
+            figures(options, config, options.figures)
+    except OSError as error:
+        raise UserError(f"{error.filename}: cannot be written ({error.strerror})") from None
+    return 0
