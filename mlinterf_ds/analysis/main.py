@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import time
 from collections.abc import Sequence
@@ -28,8 +27,6 @@ from mlinterf_ds.pretrained import Pretrained
 from mlinterf_ds.ranks import agreed, from_first
 from mlinterf_ds.runtime import parallel, session
 from mlinterf_ds.tracking import Tracker, environment_facts
-
-MODULES = {"conflict": "conflict", "prune": "pruning", "interference": "interference"}  # in mlinterf_ds/analysis
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -67,12 +64,27 @@ def run(config: AnalyzeConfig, deepspeed_json: dict[str, Any]) -> dict[str, Any]
             job = AnalysisJob(
                 config, pretrained, corpus, languages, layout, device, deepspeed_json, precision, output, tracker.log
             )
-            summary = importlib.import_module(f"mlinterf_ds.analysis.{MODULES[config.analysis]}").run(job)
+            summary = analyse(job)
             if layout.rank == 0:
                 record(output, summary, tracker)
         return from_first(summary)
     finally:
         parallel.stop()
+
+
+def analyse(job: AnalysisJob) -> dict[str, Any]:
+    """Run the analysis that the configuration names; its summary. Only that analysis's code is imported."""
+    if job.config.analysis == "conflict":
+        from mlinterf_ds.analysis import conflict
+
+        return conflict.run(job)
+    if job.config.analysis == "prune":
+        from mlinterf_ds.analysis import pruning
+
+        return pruning.run(job)
+    from mlinterf_ds.analysis import interference
+
+    return interference.run(job)
 
 
 def _accelerator() -> Any:

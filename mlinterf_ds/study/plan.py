@@ -7,7 +7,6 @@ folder that is complete is the answer, whichever study asked first, and a change
 
 from __future__ import annotations
 
-import ast
 import contextlib
 import functools
 import hashlib
@@ -23,37 +22,12 @@ from mlinterf_ds.engine.throughput import flops_per_row
 from mlinterf_ds.errors import UserError, refusing
 from mlinterf_ds.files import read_json
 from mlinterf_ds.finetune.config import FinetuneConfig
+from mlinterf_ds.study.code import code_hash
 from mlinterf_ds.study.config import SYNTHETIC, StudyConfig, TaskSection
 from mlinterf_ds.study.corpora import Corpora, sha256
 from mlinterf_ds.study.grid import Model, models
 
 Kind = Literal["pretrain", "finetune", "analyze"]
-PACKAGE = Path(__file__).resolve().parents[1]
-SHARED_CODE = [
-    "errors.py",
-    "config.py",
-    "ranks.py",
-    "pretrained.py",
-    "runtime/parallel.py",
-    "data",
-    "model",
-    "meta",
-    "engine",
-    "pretrain",
-    "gradients",  # conflict during training
-    "export",  # pretrain/initial.py reads its folders
-    "finetune/config.py",
-    "analysis/__init__.py",
-    "analysis/config.py",
-    "analysis/conflict.py",
-    "analysis/job.py",
-]
-TUNING_CODE = ["tasks", "finetune"]
-CODE: dict[str, list[str]] = {
-    "pretrain": SHARED_CODE,
-    "finetune": [*SHARED_CODE, *TUNING_CODE],
-    "analyze": [*SHARED_CODE, "tasks", "evaluate.py", "analysis", "results"],
-}
 PLACES = {"name", "output", "resume", "corpus", "checkpoint", "tracking"}  # keys that decide no number
 FROZEN = "finetune.freeze=language"
 FILE_EXAMPLES = 3000  # of a file that was not counted, for the estimated cost
@@ -285,7 +259,7 @@ def _job(kind: Kind, model: Model, units: list[Unit], needs: tuple[Job, ...], de
         [job.digest for job in needs],
         deepspeed,
         ranks,
-        code(kind),
+        code_hash(kind),
     ]
     text = json.dumps(identity, sort_keys=True, default=str)
     name = f"{kind}.{model.name}"
@@ -310,20 +284,3 @@ def _content(place: str) -> str:
         raise UserError(f"init={place}: no such folder, or an empty one; name a checkpoint or a transformers folder")
     listing = "".join(f"{path.relative_to(place)} {sha256('init', str(path))}\n" for path in files)
     return hashlib.sha256(listing.encode()).hexdigest()
-
-
-def sources(name: str) -> list[Path]:
-    """The files of a part of the package."""
-    place = PACKAGE / name
-    return sorted(place.rglob("*.py")) if place.is_dir() else [place]
-
-
-@functools.cache
-def code(kind: Kind) -> str:
-    """Hash of the source that decides a job's numbers; comments and layout don't count."""
-    found = hashlib.sha256()
-    for name in CODE[kind]:
-        for path in sources(name):
-            text = ast.dump(ast.parse(path.read_text(encoding="utf-8")))
-            found.update(f"{path.relative_to(PACKAGE)}\n{text}\n".encode())
-    return found.hexdigest()

@@ -22,6 +22,7 @@ from typing import Any
 
 from mlinterf_ds import ranks
 from mlinterf_ds.files import read_json, write_json
+from mlinterf_ds.study.code import RECIPES
 from mlinterf_ds.tracking.facts import first_line
 
 DONE = "done.json"
@@ -61,7 +62,7 @@ def work(folder: Path) -> int:
 
 
 def _run(kind: str, folder: Path, arguments: list[str]) -> None:
-    main: Callable[[list[str]], int] = importlib.import_module(f"mlinterf_ds.{kind}").main
+    main: Callable[[list[str]], int] = importlib.import_module(RECIPES[kind]).main
     if kind == "analyze":
         ranks.agreed(lambda: _remove(folder))  # a half-done one can't be continued
     main([*arguments, "--set", f"output={folder}", *(["--set", "resume=auto"] if kind != "analyze" else [])])

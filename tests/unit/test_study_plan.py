@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +12,7 @@ import pytest
 
 from mlinterf_ds.config import load_config
 from mlinterf_ds.errors import UserError
-from mlinterf_ds.study import cost, main, plan
+from mlinterf_ds.study import code, cost, main, plan
 from mlinterf_ds.study.config import StudyConfig
 from mlinterf_ds.study.corpora import Corpora
 
@@ -91,8 +90,8 @@ def test_what_is_fine_tuned_and_tested(jobs: list[plan.Job]) -> None:
 
 def test_a_share_of_train_is_tested_or_all_of_it_where_another_language_was_trained_on(tmp_path: Path) -> None:
     recipe = tmp_path / "shares.toml"
-    for code in ("syn", "syn-far"):
-        (tmp_path / code).write_text(code)
+    for language in ("syn", "syn-far"):
+        (tmp_path / language).write_text(language)
     files = f'syn = "{tmp_path}/syn"\nsyn-far = "{tmp_path}/syn-far"'
     shares = 'syn = "split"\nsyn-far = "split"'
     pair = '[[sets]]\nname = "far"\nlanguages = "syn,syn-far"\nvariants = ["joint"]\n'
@@ -137,9 +136,9 @@ def test_what_decides_a_result_changes_its_job(tmp_path: Path, monkeypatch: pyte
     json_file.write_text(json.dumps(json.loads(Path(ZERO1).read_text()) | {"wall_clock_breakdown": True}))
     for changed in (digests(deepspeed=str(json_file)), digests(settings=["ranks=2"])):
         assert not set(before) & set(changed)
-    monkeypatch.setattr(plan, "code", lambda kind: "edited" if kind == "finetune" else "as it was")
+    monkeypatch.setattr(plan, "code_hash", lambda kind: "edited" if kind == "finetune" else "as it was")
     edited = digests()
-    monkeypatch.setattr(plan, "code", lambda kind: "as it was")
+    monkeypatch.setattr(plan, "code_hash", lambda kind: "as it was")
     kinds = [job.kind for job in expanded("study_ci")]
     assert [a != b for a, b in zip(digests(), edited, strict=True)] == [kind == "finetune" for kind in kinds]
 
@@ -193,43 +192,67 @@ def test_a_changed_initial_model_changes_its_jobs(tmp_path: Path) -> None:
         expanded("study_ci", str(recipe))
 
 
-# what a run is shown, sent and started by decides no number of it
-SHOWN = ("report", "tracking", "command.py", "launchers.py", "supervise.py", "pretrain_report.py", "__init__.py")
-ENTRIES = {"pretrain": ["pretrain.py"], "finetune": ["finetune.py"], "analyze": ["analyze.py", "analysis"]}
+@pytest.fixture
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A small package with a recipe, what it imports, and what it does not."""
+    folder = tmp_path / "package"
+    files = {
+        "__init__": "",
+        "main": "from package import shown, model\ndef run():\n    from package.room.late import f",
+        "model": "from typing import TYPE_CHECKING\nimport package.room.base\nif TYPE_CHECKING:\n    import package.typed",
+        "room/__init__": "",
+        "room/base": "",
+        "room/late": "import package.main",
+        "shown": "import package.other",
+        "other": "",
+        "typed": "",
+    }
+    for name, text in files.items():
+        path = folder / f"{name}.py"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+    monkeypatch.setattr(code, "PACKAGE", folder)
+    monkeypatch.setattr(code, "RECIPES", {"pretrain": "package.main"})
+    monkeypatch.setattr(code, "IRRELEVANT", ("shown.py",))
+    return folder
 
 
-@pytest.mark.parametrize("kind", ENTRIES)
-def test_the_code_hash_covers_all_that_a_job_imports(kind: str) -> None:
-    waiting = [path for name in ENTRIES[kind] for path in plan.sources(name)]
-    seen: set[Path] = set()
-    while waiting:
-        path = waiting.pop()
-        name = str(path.relative_to(plan.PACKAGE))
-        if path in seen or name.startswith(SHOWN):
-            continue
-        seen.add(path)
-        assert any(name == mine or name.startswith(f"{mine}/") for mine in plan.CODE[kind]), f"{kind}: {name}"
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("mlinterf_ds"):
-                base = plan.PACKAGE.joinpath(*node.module.split(".")[1:])
-                places = [base.with_suffix(".py"), base / "__init__.py"]
-                places += [base / f"{alias.name}.py" for alias in node.names]
-                waiting += [place for place in places if place.is_file()]
+def test_a_recipes_code_is_what_it_imports(package: Path) -> None:
+    def names(**options: Any) -> set[str]:
+        return {str(path.relative_to(package)) for path in code.imported_files("package.main", **options)}
+
+    everything = {"__init__.py", "main.py", "model.py", "room/__init__.py", "room/base.py", "room/late.py", "shown.py"}
+    assert names() == everything | {"other.py"}
+    assert names(without=("shown.py",)) == everything - {"shown.py"}
+    assert names(without=("room", "shown.py")) == {"__init__.py", "main.py", "model.py"}
+    assert names(in_functions=False) == everything - {"room/late.py"} | {"other.py"}
 
 
-def test_code_hash_ignores_comments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in plan.CODE["pretrain"]:
-        place = tmp_path / name
-        (place if not name.endswith(".py") else place.parent).mkdir(exist_ok=True)
-        (place / "a.py" if not name.endswith(".py") else place).write_text("x = 1\n")
-    monkeypatch.setattr(plan, "PACKAGE", tmp_path)
-    found = []
-    for text in ("x = 1\n", "# said\nx  =  1\n", "x = 2\n"):
-        (tmp_path / "data" / "a.py").write_text(text)
-        plan.code.cache_clear()
-        found.append(plan.code("pretrain"))
-    plan.code.cache_clear()
-    assert found[0] == found[1] != found[2]
+@pytest.mark.parametrize(
+    "file, text, same",
+    [
+        ("room/base.py", "# a comment\n", True),
+        ("room/base.py", "x = 1\n", False),
+        ("room/late.py", "import  package.main  # again", True),
+        ("room/late.py", "", False),
+        ("shown.py", "x = 1\n", True),
+        ("typed.py", "x = 1\n", True),
+    ],
+)
+def test_the_code_hash_changes_with_what_decides_numbers(package: Path, file: str, text: str, same: bool) -> None:
+    before = code.code_hash.__wrapped__("pretrain")
+    (package / file).write_text(text)
+    code._tree.cache_clear()
+    assert (code.code_hash.__wrapped__("pretrain") == before) is same
+
+
+def test_every_recipe_is_hashed_with_what_its_numbers_come_from() -> None:
+    inputs = {"pretrain": "meta/bilevel.py", "finetune": "tasks/metrics.py", "analyze": "analysis/interference.py"}
+    for kind, name in inputs.items():
+        files = code.imported_files(code.RECIPES[kind], code.IRRELEVANT)
+        assert {code.PACKAGE / name, code.PACKAGE / "model/encoder.py"} <= set(files)
+    for name in code.IRRELEVANT:
+        assert (code.PACKAGE / name).exists() or name == "runtime/signals.py"
 
 
 def test_distances_are_measured_where_the_recipe_gives_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

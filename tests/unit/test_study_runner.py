@@ -405,7 +405,7 @@ def test_a_report_after_an_edit_shows_what_there_is_and_says_so(
     from mlinterf_ds.study import plan
 
     shutil.copytree(whole, tmp_path / "study")
-    monkeypatch.setattr(plan, "code", lambda kind: "edited")
+    monkeypatch.setattr(plan, "code_hash", lambda kind: "edited")
     assert fake_launcher.study(str(tmp_path / "study"), "seeds=0,1", report=True) == 0
     after, note = tables(tmp_path / "study"), "16 of 16 jobs come from earlier code, settings or data"
     assert note in after["table2.md"]
