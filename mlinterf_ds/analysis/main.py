@@ -79,9 +79,9 @@ def analyse(job: AnalysisJob) -> dict[str, Any]:
 
         return conflict.run(job)
     if job.config.analysis == "prune":
-        from mlinterf_ds.analysis import pruning
+        from mlinterf_ds.analysis.masks import main as masks
 
-        return pruning.run(job)
+        return masks.run(job)
     from mlinterf_ds.analysis import interference
 
     return interference.run(job)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from mlinterf_ds.analysis.config import PruneSection
-from mlinterf_ds.analysis.gates import Gates
-from mlinterf_ds.analysis.masks import Subject, in_language
+from mlinterf_ds.analysis.masks.gates import Gates
+from mlinterf_ds.analysis.masks.learning import Subject, in_language
 from mlinterf_ds.config import ModelConfig
 from mlinterf_ds.data.stream import TrainStream
 from mlinterf_ds.engine.optimizer import LossScale

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from mlinterf_ds.analysis.masks import draws
-from mlinterf_ds.analysis.pruning import similarities
+from mlinterf_ds.analysis.masks.learning import draws
+from mlinterf_ds.analysis.masks.main import similarities
 from tests.parity import prune_bodies as bodies
 from tests.ranks import pool
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mlinterf_ds.analysis import hard_concrete as hc
+from mlinterf_ds.analysis.masks import hard_concrete as hc
 
 LOG_ALPHAS = [-6.0, -1.7, 0.0, 0.4, 3.0, 8.0]
 DRAWS = 400_000

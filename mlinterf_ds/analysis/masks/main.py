@@ -24,10 +24,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from mlinterf_ds.analysis import hard_concrete
-from mlinterf_ds.analysis.gates import Gates
 from mlinterf_ds.analysis.job import AnalysisJob
-from mlinterf_ds.analysis.masks import Subject
+from mlinterf_ds.analysis.masks import hard_concrete
+from mlinterf_ds.analysis.masks.gates import Gates
+from mlinterf_ds.analysis.masks.learning import Subject
 from mlinterf_ds.engine.optimizer import LossScale
 from mlinterf_ds.engine.precision import DTYPES
 from mlinterf_ds.errors import UserError

@@ -20,9 +20,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mlinterf_ds.analysis import hard_concrete
 from mlinterf_ds.analysis.config import PruneSection
-from mlinterf_ds.analysis.gates import Gates
+from mlinterf_ds.analysis.masks import hard_concrete
+from mlinterf_ds.analysis.masks.gates import Gates
 from mlinterf_ds.data.batch import Batch, generator, key
 from mlinterf_ds.data.stream import EvaluationSet, TokenSource, TrainStream
 from mlinterf_ds.engine.optimizer import LossScale

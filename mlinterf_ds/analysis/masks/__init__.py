@@ -1,0 +1,1 @@
+"""Language-specific parameters (`analysis=prune`): masks learned for each language on a frozen model, and their similarity."""
