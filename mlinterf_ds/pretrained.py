@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from mlinterf_ds.config import ModelConfig
+from mlinterf_ds.config import without_removed
 from mlinterf_ds.data.tokenizer import Tokenizer
 from mlinterf_ds.engine import checkpoint
 from mlinterf_ds.engine.space import Segment
@@ -18,6 +18,7 @@ from mlinterf_ds.engine.weights import Source
 from mlinterf_ds.errors import UserError
 from mlinterf_ds.ranks import agreed
 from mlinterf_ds.runtime.session import Signals
+from mlinterf_ds.sections import ModelConfig
 
 if TYPE_CHECKING:  # reading a checkpoint needs neither DeepSpeed nor megatron
     from mlinterf_ds.model.encoder import Encoder
@@ -39,7 +40,7 @@ class Pretrained:
             raise UserError(
                 f"{path}: a checkpoint of a fine-tuning: set checkpoint to a pretraining run's output folder"
             )
-        return cls(path, saved)
+        return cls(path, saved | {"config": without_removed(saved["config"])})
 
     @property
     def digest(self) -> str:

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mlinterf_ds.config import ModelConfig
 from mlinterf_ds.model.encoder import Encoder
+from mlinterf_ds.sections import ModelConfig
 
 CODES = ["te", "to", "keys"]
 VARIANTS = ["joint", "ffn", "attn", "adpt", "share_adpt"]

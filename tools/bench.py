@@ -74,14 +74,14 @@ def ratio(above: list[float], below: list[float]) -> dict[str, float]:
 
 def build(options: argparse.Namespace, languages: Sequence[str], recipe: str, settings: list[str], ds: str) -> Any:
     """(engine, train batch of step n, validation batch of step n) on random tokens."""
-    from mlinterf_ds.config import load_config
     from mlinterf_ds.data.stream import TrainStream, ValidationStream
     from mlinterf_ds.engine.engine import Engine
     from mlinterf_ds.engine.precision import read_json
     from mlinterf_ds.model.encoder import Encoder
+    from mlinterf_ds.pretrain.config import load_run
     from mlinterf_ds.runtime import parallel
 
-    config = load_config([recipe], [*options.set, *settings])
+    config = load_run([recipe], [*options.set, *settings])
     corpus = Made(languages, options.vocabulary)
     length = config.data.sequence_length
     model = Encoder(

@@ -27,17 +27,17 @@ def train_and_measure(
     options: argparse.Namespace, corpus: Any, pair: Sequence[str], seed: int
 ) -> list[dict[str, float]]:
     """One model; at every step of `--at`: step, within (mean of the two), between."""
-    from mlinterf_ds.config import load_config
     from mlinterf_ds.data.stream import TrainStream
     from mlinterf_ds.engine.engine import Engine
     from mlinterf_ds.engine.precision import read_json
     from mlinterf_ds.gradients.collect import Draws
     from mlinterf_ds.gradients.similarity import measure, spread
     from mlinterf_ds.model.encoder import Encoder
+    from mlinterf_ds.pretrain.config import load_run
     from mlinterf_ds.runtime import parallel
 
     own = ["variant=joint", f"train.seed={seed}", f"conflict.sequences={options.rows}", *options.set]
-    config = load_config(["tiny"], own)
+    config = load_run(["tiny"], own)
     length, train = config.data.sequence_length, config.train
     model = Encoder(
         config.model, variant="joint", languages=pair, vocabulary=corpus.vocabulary_size, positions=length, seed=seed
@@ -88,14 +88,13 @@ def main(words: Sequence[str] | None = None) -> dict[str, Any]:
     found.add_argument("--sentences", type=int, default=8000, help="of each language")
     found.add_argument("--set", action="append", default=[], metavar="key=value", help="change the tiny recipe")
     options = found.parse_args(words)
-    from mlinterf_ds.config import DataConfig
     from mlinterf_ds.data.corpus import Corpus
     from mlinterf_ds.data.prepare.synthetic import prepare_synthetic
     from mlinterf_ds.files import write_csv
     from mlinterf_ds.runtime import parallel, session
 
     languages = list(dict.fromkeys(code for pair in PAIRS.values() for code in pair))
-    prepare_synthetic(languages, DataConfig(synthetic_sentences=options.sentences), options.out / "corpus")
+    prepare_synthetic(languages, options.sentences, folder=options.out / "corpus")
     os.environ.setdefault("WORLD_SIZE", "1")
     session.quiet(options.out / "log")
     parallel.start(1)

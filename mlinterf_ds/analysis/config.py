@@ -1,4 +1,4 @@
-"""The configuration of an analysis, read like a pretraining run's (`mlinterf_ds.config`)."""
+"""Everything that an analysis depends on, as configuration keys."""
 
 from __future__ import annotations
 
@@ -6,8 +6,16 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from mlinterf_ds.config import ConflictSection, Languages, ParallelConfig, Section, TrackingConfig, comma_list
-from mlinterf_ds.finetune.config import PrecisionSection, Seeds
+from mlinterf_ds.config import ADDRESS, Section
+from mlinterf_ds.sections import (
+    ConflictSection,
+    Languages,
+    ParallelConfig,
+    PrecisionSection,
+    Seeds,
+    TrackingConfig,
+    comma_list,
+)
 
 Names = Annotated[list[str], BeforeValidator(comma_list)]
 Groups = Annotated[list[Literal["heads", "neurons", "rows"]], BeforeValidator(comma_list), Field(min_length=1)]
@@ -67,18 +75,28 @@ class InterferenceSection(Section):
 class AnalyzeConfig(Section):
     """Everything an analysis depends on."""
 
-    name: str = Field("analyze", min_length=1, description="names the run in the default output folder")
-    checkpoint: str = Field("", description="pretraining run's output folder (its best checkpoint) or a checkpoint")
+    name: str = Field(
+        "analyze", min_length=1, json_schema_extra=ADDRESS, description="names the run in the default output folder"
+    )
+    checkpoint: str = Field(
+        "",
+        json_schema_extra=ADDRESS,
+        description="pretraining run's output folder (its best checkpoint) or a checkpoint",
+    )
     analysis: Literal["conflict", "prune", "interference"] = Field("conflict", description="what is measured")
-    output: str | None = Field(None, description="folder of figures, CSV and summary; default runs/<name>-<time>")
-    corpus: str | None = Field(None, description="prepared corpus; default: the one the checkpoint was trained on")
+    output: str | None = Field(
+        None, json_schema_extra=ADDRESS, description="folder of figures, CSV and summary; default runs/<name>-<time>"
+    )
+    corpus: str | None = Field(
+        None, json_schema_extra=ADDRESS, description="prepared corpus; default: the one the checkpoint was trained on"
+    )
     languages: Languages | None = Field(None, description="comma-separated codes; default: the checkpoint's")
     conflict: ConflictAnalysis = ConflictAnalysis()  # type: ignore[call-arg]
     prune: PruneSection = PruneSection()  # type: ignore[call-arg]
     interference: InterferenceSection = InterferenceSection()  # type: ignore[call-arg]
     train: PrecisionSection = PrecisionSection()  # type: ignore[call-arg]
     parallel: ParallelConfig = ParallelConfig()  # type: ignore[call-arg]
-    tracking: TrackingConfig = TrackingConfig()  # type: ignore[call-arg]
+    tracking: TrackingConfig = Field(TrackingConfig(), json_schema_extra=ADDRESS)  # type: ignore[call-arg]
 
     @model_validator(mode="after")
     def _consistent(self) -> AnalyzeConfig:

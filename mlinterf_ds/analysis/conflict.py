@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 
 from mlinterf_ds.analysis.job import AnalysisJob
-from mlinterf_ds.config import ConflictConfig
 from mlinterf_ds.data.stream import TokenSource
 from mlinterf_ds.engine.engine import Engine
 from mlinterf_ds.errors import UserError
@@ -28,6 +27,7 @@ from mlinterf_ds.gradients.collect import COMPONENTS, Draws
 from mlinterf_ds.gradients.similarity import ALL, Similarity, measure, spread
 from mlinterf_ds.plots.conflict import FIELDS, by_component, read_curves, training_curves
 from mlinterf_ds.plots.heatmaps import heatmaps
+from mlinterf_ds.pretrain.config import ConflictConfig
 
 LOGGED_PAIRS = 28  # pairs of languages with a curve of their own in MLflow: 8 languages
 

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 
 from mlinterf_ds.analysis.config import AnalyzeConfig
-from mlinterf_ds.config import RunConfig
 from mlinterf_ds.data.corpus import Corpus
 from mlinterf_ds.engine import checkpoint
 from mlinterf_ds.engine.engine import Engine
 from mlinterf_ds.errors import UserError
+from mlinterf_ds.pretrain.config import RunConfig
 from mlinterf_ds.pretrained import Pretrained
 from mlinterf_ds.runtime.parallel import Layout
 

@@ -17,11 +17,12 @@ import torch
 
 from mlinterf_ds.analysis.config import AnalyzeConfig
 from mlinterf_ds.analysis.job import AnalysisJob
-from mlinterf_ds.config import RunConfig, load_config
+from mlinterf_ds.config import load_config
 from mlinterf_ds.data.corpus import Corpus
 from mlinterf_ds.engine.precision import choose_precision, read_json
 from mlinterf_ds.errors import UserError
 from mlinterf_ds.files import write_json
+from mlinterf_ds.pretrain.config import RunConfig
 from mlinterf_ds.pretrain.main import open_corpus
 from mlinterf_ds.pretrained import Pretrained
 from mlinterf_ds.ranks import agreed, from_first
@@ -33,7 +34,7 @@ def main(arguments: Sequence[str]) -> int:
     """`deepspeed launch/analyze.py --deepspeed_config ... --set checkpoint=... --set analysis=...`."""
     parser = session.parser("Measure why languages interfere in a pretrained model.", AnalyzeConfig)
     found = parser.parse_args(arguments)
-    run(load_config(found.recipe, found.set, AnalyzeConfig), read_json(found.deepspeed_config))
+    run(load_config(AnalyzeConfig, found.recipe, found.set), read_json(found.deepspeed_config))
     return 0
 
 

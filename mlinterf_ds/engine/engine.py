@@ -15,7 +15,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mlinterf_ds.config import RunConfig
 from mlinterf_ds.engine.frozen import NewRows
 from mlinterf_ds.engine.optimizer import LossScale, adamw, apply, learning_rate
 from mlinterf_ds.engine.precision import DTYPES, resolve
@@ -23,6 +22,7 @@ from mlinterf_ds.engine.space import FlatSpace, Space, Vector
 from mlinterf_ds.engine.spikes import Spikes
 from mlinterf_ds.engine.zero import forget_idle_persistence, shared_space
 from mlinterf_ds.errors import UserError
+from mlinterf_ds.pretrain.config import RunConfig
 from mlinterf_ds.runtime.parallel import Layout, ModelParallelUnit
 
 SHARED = "shared"

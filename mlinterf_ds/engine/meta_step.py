@@ -14,7 +14,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mlinterf_ds.config import MetaConfig
 from mlinterf_ds.engine.engine import SHARED, Engine, Rows
 from mlinterf_ds.engine.optimizer import learning_rate
 from mlinterf_ds.engine.space import Space, Vector
@@ -31,6 +30,7 @@ from mlinterf_ds.meta.bilevel import (
     mixed_product,
     norm,
 )
+from mlinterf_ds.sections import MetaConfig
 
 SEARCH = 12  # tries of a radius in a run's first step; later steps follow it
 AGREEMENT = 0.8  # below this cosine of two radii's estimates, the difference is called noise

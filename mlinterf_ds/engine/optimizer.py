@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mlinterf_ds.config import TrainConfig
+from mlinterf_ds.sections import TrainConfig
 
 
 def learning_rate(config: TrainConfig, update: int) -> float:

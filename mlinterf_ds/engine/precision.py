@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from mlinterf_ds.config import RunConfig
 from mlinterf_ds.errors import UserError, refusing
+from mlinterf_ds.pretrain.config import RunConfig
 
 # What the loss scale reads of DeepSpeed's JSON, with the least value of each.
 FP16 = {"loss_scale": 0, "initial_scale_power": 0, "loss_scale_window": 1, "hysteresis": 1, "min_loss_scale": 1e-6}

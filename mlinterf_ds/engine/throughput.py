@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
-from mlinterf_ds.config import RunConfig
+from mlinterf_ds.pretrain.config import RunConfig
 
 if TYPE_CHECKING:
     import torch  # a plan of a study counts FLOPs without it

@@ -16,7 +16,6 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from mlinterf_ds.config import ModelConfig
 from mlinterf_ds.data.tokenizer import BOS, EOS, PAD
 from mlinterf_ds.engine.checkpoint import digests
 from mlinterf_ds.engine.weights import Source
@@ -26,6 +25,7 @@ from mlinterf_ds.export.card import card
 from mlinterf_ds.export.folder import LISTING, OURS, STOCK, VOCABULARY
 from mlinterf_ds.export.names import FIRST_POSITION, to_stock
 from mlinterf_ds.pretrained import Pretrained
+from mlinterf_ds.sections import ModelConfig
 
 MODELLING = "modeling_mlinterf"
 

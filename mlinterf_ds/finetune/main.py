@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mlinterf_ds.config import load_config
+from mlinterf_ds.config import decisive, differences, load_config
 from mlinterf_ds.data.tokenizer import MANY_UNKNOWN, UNK
 from mlinterf_ds.engine.precision import choose_precision, read_json
 from mlinterf_ds.errors import UserError, refusing
@@ -36,9 +36,6 @@ from mlinterf_ds.tasks.sources import SPLITS, Sets, load, parse
 from mlinterf_ds.tracking import Tracker, environment_facts
 
 Options = dict[str, dict[str, str]]  # split -> language -> file, 'synthetic' or 'split'
-FREE_TO_CHANGE = {"name", "output", "resume", "checkpoint", "train", "parallel", "tracking"} | {
-    f"finetune.{key}" for key in ("eval_batch", "micro_batch", "keep")
-}
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -50,7 +47,7 @@ def main(arguments: Sequence[str]) -> int:
         )
     parser.epilog = "--dev and --test also take LANG=split: a share of --train LANG.\n\n" + (parser.epilog or "")
     found = parser.parse_args(arguments)
-    config = load_config(found.recipe, found.set, FinetuneConfig)
+    config = load_config(FinetuneConfig, found.recipe, found.set)
     options = {split: parse(getattr(found, split), split) for split in SPLITS}
     run(config, options, read_json(found.deepspeed_config))
     return 0
@@ -254,10 +251,7 @@ class Search:
 
     def _identity(self) -> dict[str, Any]:
         """What a resumed job must not change."""
-        config = self.job.config.model_dump()
-        settings = config.pop("finetune")
-        flat = config | {f"finetune.{key}": value for key, value in settings.items()}
-        kept = {key: value for key, value in flat.items() if key not in FREE_TO_CHANGE}
+        kept = decisive(FinetuneConfig, self.job.config.model_dump())
         return kept | {"data": self.sets.origin, "pretrained weights": self.job.pretrained.digest}
 
     def _check_resumed(self) -> str | None:
@@ -270,11 +264,7 @@ class Search:
         with refusing(f"{path}: not what a fine-tuning writes", "; choose another output"):
             saved = json.loads(text)
             theirs, run_id = dict(saved["identity"]), saved["run_id"]
-        differ = [
-            f"{key} is {ours.get(key)}, was {theirs.get(key)}"
-            for key in ours | theirs
-            if ours.get(key) != theirs.get(key)
-        ]
+        differ = differences(ours, theirs)
         if differ:
             raise UserError(
                 f"cannot resume {self.output} with other settings: {'; '.join(differ)}. Choose another output"

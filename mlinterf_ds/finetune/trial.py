@@ -13,7 +13,6 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from mlinterf_ds.config import RunConfig
 from mlinterf_ds.engine import checkpoint
 from mlinterf_ds.engine.engine import SHARED, Engine
 from mlinterf_ds.engine.space import Space, Vector
@@ -21,6 +20,7 @@ from mlinterf_ds.engine.weights import Source
 from mlinterf_ds.errors import UserError, refusing
 from mlinterf_ds.files import write_json
 from mlinterf_ds.finetune.config import FinetuneConfig
+from mlinterf_ds.pretrain.config import RunConfig
 from mlinterf_ds.pretrained import Pretrained, asked_to_stop
 from mlinterf_ds.ranks import from_first
 from mlinterf_ds.runtime.parallel import Layout

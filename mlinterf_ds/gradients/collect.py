@@ -13,12 +13,12 @@ from functools import partial
 import numpy as np
 import torch.distributed as dist
 
-from mlinterf_ds.config import ConflictSection
 from mlinterf_ds.data.batch import Batch, Masker, Windows, key
 from mlinterf_ds.data.stream import TokenSource
 from mlinterf_ds.engine.engine import SHARED, Engine, Rows
 from mlinterf_ds.engine.space import Vector
 from mlinterf_ds.errors import UserError
+from mlinterf_ds.sections import ConflictSection
 
 DRAWS = 2
 PAPERS_ROWS, CPU_ROWS = 4096, 64  # rows of a gradient

@@ -20,12 +20,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from mlinterf_ds.config import ModelConfig
 from mlinterf_ds.errors import UserError
 from mlinterf_ds.model.heads import MaskedHead, cross_entropy, gathered, padded
 from mlinterf_ds.model.layers import block_spec, megatron_config
 from mlinterf_ds.model.routing import Routed, Router
 from mlinterf_ds.runtime.parallel import replayed
+from mlinterf_ds.sections import ModelConfig
 
 
 class Batch(Protocol):

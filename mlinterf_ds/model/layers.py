@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from mlinterf_ds.config import ModelConfig
 from mlinterf_ds.model.attention import CoreAttention, SelfAttention
 from mlinterf_ds.model.routing import Router, routed
+from mlinterf_ds.sections import ModelConfig
 
 VARIANTS = ("mono", "joint", "ffn", "attn", "adpt", "share_adpt")
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {

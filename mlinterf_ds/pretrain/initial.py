@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mlinterf_ds.config import ModelConfig
+from mlinterf_ds.config import without_removed
 from mlinterf_ds.data.tokenizer import SPECIAL_PIECES, Tokenizer
 from mlinterf_ds.engine import checkpoint
 from mlinterf_ds.engine.space import Segment
@@ -18,6 +18,7 @@ from mlinterf_ds.errors import UserError
 from mlinterf_ds.export import folder
 from mlinterf_ds.export.folder import VOCABULARY, Folder
 from mlinterf_ds.ranks import agreed
+from mlinterf_ds.sections import ModelConfig
 
 LANGUAGE_ROWS = "embeddings.language.weight"
 
@@ -37,7 +38,7 @@ def weights(place: str, model: ModelConfig, tokenizer: Tokenizer, languages: Seq
     else:
         path = checkpoint.find(place, "best")
         saved = agreed(lambda: checkpoint.verify(path))
-        shape = ModelConfig(**saved.get("pretrained", saved["config"])["model"])  # a fine-tuned one's is its encoder's
+        shape = ModelConfig(**without_removed(saved.get("pretrained", saved["config"]))["model"])  # of the encoder
         heads, activation, pieces = shape.heads, shape.adapter_activation, Tokenizer(path / "tokenizer.model").pieces
         source, theirs = Source(path), saved["languages"]
     if source.has(LANGUAGE_ROWS) and not model.language_embeddings:

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from mlinterf_ds.analysis.conflict import Monitor
-from mlinterf_ds.config import RunConfig, load_config
+from mlinterf_ds.config import decisive, differences, flat, without_removed
 from mlinterf_ds.data.batch import Batch
 from mlinterf_ds.data.corpus import Corpus
 from mlinterf_ds.data.stream import EvaluationSet, TrainStream, ValidationStream, prefetch
@@ -30,16 +30,13 @@ from mlinterf_ds.engine.throughput import flops_per_row, peak_flops, peak_memory
 from mlinterf_ds.errors import UserError
 from mlinterf_ds.plots.style import perplexity_curves
 from mlinterf_ds.pretrain import initial, report
+from mlinterf_ds.pretrain.config import RunConfig
 from mlinterf_ds.ranks import agreed
 from mlinterf_ds.results.losses import LossTable
 from mlinterf_ds.runtime import parallel, session
 from mlinterf_ds.tracking import Tracker, environment_facts
 
 LOG_STEPS = 10  # steps between points of the training curves
-# What a resumed run may change: everything else decides the data, the model or the mathematics of a step.
-FREE_TO_CHANGE = {"name", "output", "resume", "restarts", "init", "corpus", "parallel", "tracking", "conflict"} | {
-    f"train.{key}" for key in ("steps", "micro_batch", "max_hours", "save_steps", "keep", "precision", "spike")
-}
 
 
 class Job:
@@ -171,15 +168,14 @@ class Job:
 
     def _compare(self, path: Path, saved: dict[str, Any]) -> None:
         """Refuse to continue another run: every key that decides data, model or step must be as it was."""
-        differ = []
-        ours = _flatten(self.config.model_dump())
-        theirs = _flatten(load_config().model_dump()) | _flatten(saved["config"])  # a key that is newer had its default
+        now, before = self.config.model_dump(), flat(RunConfig().model_dump()) | flat(without_removed(saved["config"]))  # type: ignore[call-arg]
+        ours, theirs = (
+            decisive(RunConfig, now),
+            decisive(RunConfig, before),
+        )  # a key newer than the checkpoint had its default
         ours["languages"], theirs["languages"] = list(self.languages), saved["languages"]
         ours["corpus manifest"], theirs["corpus manifest"] = self.corpus.manifest_hash, saved["manifest"]
-        for key in sorted(ours.keys() | theirs.keys()):
-            free = key in FREE_TO_CHANGE or key.split(".")[0] in FREE_TO_CHANGE
-            if not free and ours.get(key) != theirs.get(key):
-                differ.append(f"{key} is {ours.get(key)}, was {theirs.get(key)}")
+        differ = differences(ours, theirs)
         if differ:
             raise UserError(
                 f"cannot resume {path} with another configuration: {'; '.join(differ)}. "
@@ -404,13 +400,3 @@ class Job:
             self.tracker.close("KILLED" if stopped and not stopped.startswith("train.") else "FINISHED")
             self.tracker_open = False
         return summary
-
-
-def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            flat |= _flatten(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat

@@ -10,11 +10,11 @@ from typing import Any
 
 import torch.distributed as dist
 
-from mlinterf_ds.config import RunConfig
 from mlinterf_ds.data.corpus import Corpus
 from mlinterf_ds.data.prepare import synthetic
 from mlinterf_ds.engine.precision import choose_precision, read_json, rows_per_rank
 from mlinterf_ds.errors import UserError
+from mlinterf_ds.pretrain.config import RunConfig
 from mlinterf_ds.pretrain.job import Job
 from mlinterf_ds.ranks import agreed, from_first
 from mlinterf_ds.runtime import parallel, session
@@ -79,8 +79,9 @@ def open_corpus(config: RunConfig) -> Corpus:
     folder = Path(config.corpus)
     if config.corpus == "synthetic":
         languages = languages or synthetic.LANGUAGES
-        folder = synthetic.folder_of(languages, config.data)
-        agreed(lambda: synthetic.prepare_synthetic(languages, config.data))
+        made = languages, config.data.synthetic_sentences, config.data.synthetic_limit
+        folder = synthetic.folder_of(*made)
+        agreed(lambda: synthetic.prepare_synthetic(*made))
     corpus = Corpus.open(folder, languages)
     _verify(corpus)
     return corpus

@@ -9,7 +9,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from mlinterf_ds.config import LANGUAGE_PATTERN, RunConfig
 from mlinterf_ds.data.corpus import Corpus
 from mlinterf_ds.data.prepare import synthetic
 from mlinterf_ds.data.stream import TrainStream
@@ -17,6 +16,7 @@ from mlinterf_ds.engine import checkpoint
 from mlinterf_ds.errors import UserError, refusing
 from mlinterf_ds.files import read_json
 from mlinterf_ds.pretrained import Pretrained
+from mlinterf_ds.sections import LANGUAGE_PATTERN
 
 Group = tuple[tuple[str, ...], str]  # languages of a model, variant
 IGNORED = {"data.synthetic_sentences", "train.seed", "train.max_hours", "train.save_steps", "train.keep"}
@@ -90,7 +90,10 @@ class Run:
         """Where the run's corpus was."""
         if self.config["corpus"] != "synthetic":
             return Path(self.config["corpus"])
-        return synthetic.folder_of(self.pretrained.languages, RunConfig.model_validate(self.config).data)
+        data = self.config["data"]
+        return synthetic.folder_of(
+            self.pretrained.languages, data["synthetic_sentences"], data.get("synthetic_limit", {})
+        )
 
     def epochs(self, corpus: Corpus) -> dict[str, float]:
         """How often the checkpoint had seen each language's training text."""

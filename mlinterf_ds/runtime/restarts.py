@@ -22,8 +22,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from mlinterf_ds.config import RunConfig
 from mlinterf_ds.errors import UserError
+from mlinterf_ds.pretrain.config import RunConfig
 from mlinterf_ds.runtime import session
 from mlinterf_ds.runtime.launchers import ADDRESS, rendezvous
 

@@ -19,8 +19,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from mlinterf_ds.config import RunConfig, Section, describe, load_config
+from mlinterf_ds.config import Section, describe
 from mlinterf_ds.errors import UserError
+from mlinterf_ds.pretrain.config import RunConfig, load_run
 from mlinterf_ds.runtime.launchers import adopt
 
 PRETRAIN = "Pretrain a multilingual masked language model."
@@ -45,7 +46,7 @@ def parser(description: str, kind: type[Section] = RunConfig) -> argparse.Argume
 
 def configuration(arguments: argparse.Namespace, default_recipe: str = "tiny") -> RunConfig:
     """The run configuration these arguments mean."""
-    return load_config([*(arguments.recipe or [default_recipe])], arguments.set)
+    return load_run([*(arguments.recipe or [default_recipe])], arguments.set)
 
 
 @contextlib.contextmanager

@@ -6,8 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from mlinterf_ds.config import LANGUAGE_PATTERN, Languages, Section, TrackingConfig, Variant, comma_list
-from mlinterf_ds.finetune.config import Seeds
+from mlinterf_ds.config import Section
+from mlinterf_ds.sections import LANGUAGE_PATTERN, Languages, Seeds, TrackingConfig, Variant, comma_list
 
 Language = Annotated[str, Field(pattern=LANGUAGE_PATTERN)]
 TaskName = Literal["ner", "pos", "qa", "nli"]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mlinterf_ds.config import load_config
+from mlinterf_ds.pretrain.config import load_run
 from mlinterf_ds.study.config import SetSection, StudyConfig
 
 
@@ -68,4 +68,4 @@ def _mono(language: str, group: SetSection, seed: int) -> Model:
 
 
 def _steps(config: StudyConfig, settings: Sequence[str]) -> int:
-    return load_config([*config.recipes], [*config.settings, *settings]).train.steps
+    return load_run([*config.recipes], [*config.settings, *settings]).train.steps

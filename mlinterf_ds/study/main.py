@@ -40,7 +40,7 @@ def main(arguments: Sequence[str]) -> int:
     options = _parser().parse_args(arguments)
     if options.job:
         return worker.work(options.job)
-    config = load_config(options.recipe, options.set, StudyConfig)
+    config = load_config(StudyConfig, options.recipe, options.set)
     study = Study(config, options.deepspeed_config)
     if options.dry_run:
         print(cost.show(study.jobs, study.output, study.slots, every=True))

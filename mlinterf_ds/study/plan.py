@@ -17,18 +17,18 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mlinterf_ds.analysis.config import AnalyzeConfig
-from mlinterf_ds.config import RunConfig, load_config
+from mlinterf_ds.config import decisive, load_config
 from mlinterf_ds.engine.throughput import flops_per_row
 from mlinterf_ds.errors import UserError, refusing
 from mlinterf_ds.files import read_json
 from mlinterf_ds.finetune.config import FinetuneConfig
+from mlinterf_ds.pretrain.config import RunConfig
 from mlinterf_ds.study.code import code_hash
 from mlinterf_ds.study.config import SYNTHETIC, StudyConfig, TaskSection
 from mlinterf_ds.study.corpora import Corpora, sha256
 from mlinterf_ds.study.grid import Model, models
 
 Kind = Literal["pretrain", "finetune", "analyze"]
-PLACES = {"name", "output", "resume", "corpus", "checkpoint", "tracking"}  # keys that decide no number
 FROZEN = "finetune.freeze=language"
 FILE_EXAMPLES = 3000  # of a file that was not counted, for the estimated cost
 WINDOWS = {"qa": 6}  # rows of 64 pieces that an example of a file makes (TyDiQA), for the estimated cost
@@ -101,7 +101,7 @@ def _pretraining(config: StudyConfig, model: Model, corpora: Corpora) -> tuple[U
     settings = [*config.settings, *model.settings, f"variant={model.variant}", f"train.seed={model.seed}"]
     settings += [f"languages={','.join(model.languages)}", f"corpus={folder}"]
     with _naming("settings", config.settings):
-        run = load_config([*config.recipes], settings, RunConfig)
+        run = load_config(RunConfig, [*config.recipes], settings)
     if config.ranks % run.parallel.tensor:
         raise UserError(
             f"ranks={config.ranks} is not a multiple of parallel.tensor={run.parallel.tensor}: change one of them"
@@ -163,7 +163,7 @@ def _finetuning(
     pretrained: RunConfig,
 ) -> Unit:  # fmt: skip
     with _naming(f"[[tasks]] {task.task}: settings", task.settings):
-        run = load_config([*task.recipes], [*settings, "checkpoint=model"], FinetuneConfig)
+        run = load_config(FinetuneConfig, [*task.recipes], [*settings, "checkpoint=model"])
     arguments = _arguments(task.recipes, settings)
     for split, chosen in files.items():
         arguments += tuple(word for code, place in chosen.items() for word in (f"--{split}", f"{code}={place}"))
@@ -199,7 +199,7 @@ def _analyses(config: StudyConfig, model: Model) -> Iterator[Unit]:
         if model.kind == "pair" and not model.control and model.variant in found.variants:
             settings = [*found.settings, f"analysis={found.analysis}"]
             with _naming(f"[[analyses]] {found.analysis}: settings", found.settings):
-                run = load_config([], [*settings, "checkpoint=model"], AnalyzeConfig)
+                run = load_config(AnalyzeConfig, [], [*settings, "checkpoint=model"])
             facts = model.facts | {"analysis": found.analysis}
             yield Unit(f"{found.analysis}.{model.name}", _arguments([], settings), facts, [_kept(run)])
 
@@ -224,7 +224,7 @@ def _of_all(config: StudyConfig, jobs: tuple[Job, ...]) -> Iterator[Unit]:
     def unit(name: str, settings: list[str]) -> Unit:
         given = [setting for setting in settings if not setting.endswith("=")]
         with _naming(f"[[analyses]] {name}: settings", by_name.get(name, [])):
-            load_config([], given, AnalyzeConfig)
+            load_config(AnalyzeConfig, [], given)
         facts = _everything(config).facts | {"analysis": name}
         return Unit(f"{name}.all", _arguments([], given), facts, settings)
 
@@ -267,7 +267,7 @@ def _job(kind: Kind, model: Model, units: list[Unit], needs: tuple[Job, ...], de
 
 
 def _kept(run: Any) -> dict[str, Any]:
-    return {key: value for key, value in run.model_dump().items() if key not in PLACES}
+    return decisive(type(run), run.model_dump(), ("address",))
 
 
 @functools.cache

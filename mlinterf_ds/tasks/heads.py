@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mlinterf_ds.config import ModelConfig
 from mlinterf_ds.model.encoder import Encoder, at_positions
 from mlinterf_ds.runtime.parallel import replayed
+from mlinterf_ds.sections import ModelConfig
 from mlinterf_ds.tasks.base import Kind
 
 HEAD_STD = 0.02  # of a new classifier, as BERT

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mlinterf_ds.config import LANGUAGE_PATTERN
 from mlinterf_ds.errors import UserError
+from mlinterf_ds.sections import LANGUAGE_PATTERN
 from mlinterf_ds.tasks.base import Task
 
 SPLITS = ("train", "dev", "test")

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from mlinterf_ds.analysis.config import AnalyzeConfig
 from mlinterf_ds.analysis.distance import read_typology
-from mlinterf_ds.config import RunConfig, Section, fields, load_config
+from mlinterf_ds.config import Section, fields, load_config
 from mlinterf_ds.data.corpus import Corpus, manifest_digest
 from mlinterf_ds.data.prepare.main import prepare
 from mlinterf_ds.data.tokenizer import Tokenizer
@@ -23,6 +23,7 @@ from mlinterf_ds.export import tokenizer as exported_tokenizer
 from mlinterf_ds.export.folder import Folder
 from mlinterf_ds.finetune.config import FinetuneConfig
 from mlinterf_ds.plots.conflict import read_curves
+from mlinterf_ds.pretrain.config import RunConfig
 from mlinterf_ds.results.losses import read_losses
 from mlinterf_ds.results.records import Records
 from mlinterf_ds.results.task_scores import read_scores
@@ -87,13 +88,13 @@ def test_recipes_with_damaged_bytes(recipe: Path) -> None:
     def case(drawn: Any) -> bool:
         (kind, name, extra), wounds = drawn
         recipe.write_bytes(wounded((RECIPES / f"{name or 'tiny'}.toml").read_bytes(), wounds))
-        return refuses(lambda: sound(load_config([recipe], extra, kind)), recipe, *key_names(kind))
+        return refuses(lambda: sound(load_config(kind, [recipe], extra)), recipe, *key_names(kind))
 
     cases(COUNTS["recipe bytes"], st.tuples(st.sampled_from(KINDS), st.lists(WOUNDS, min_size=1, max_size=3)), case)
 
 
 def tree_of(kind: type[Section], name: str, extra: list[str]) -> dict[str, Any]:
-    found: dict[str, Any] = load_config([RECIPES / f"{name}.toml"] if name else [], extra, kind).model_dump()
+    found: dict[str, Any] = load_config(kind, [RECIPES / f"{name}.toml"] if name else [], extra).model_dump()
     return json.loads(json.dumps(found))
 
 
@@ -113,7 +114,7 @@ def test_recipes_with_damaged_values(recipe: Path) -> None:
         recipe.write_text(
             "".join(f"{json.dumps(key)} = {toml(value)}\n" for key, value in changed.items()), "utf-8", "replace"
         )
-        return refuses(lambda: sound(load_config([recipe], kind=kind)), recipe, *key_names(kind))
+        return refuses(lambda: sound(load_config(kind, [recipe])), recipe, *key_names(kind))
 
     cases(COUNTS["recipe values"], st.tuples(st.sampled_from(trees), MUTATIONS), case)
 
@@ -128,7 +129,7 @@ def test_overrides() -> None:
         recipes = [RECIPES / "study_ci.toml"] if kind is StudyConfig else []
 
         def read() -> None:
-            config = load_config(recipes, [*extra, f"{key}={text}"], kind)
+            config = load_config(kind, recipes, [*extra, f"{key}={text}"])
             sound(config)
             found: Any = config
             for part in key.split("."):

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from mlinterf_ds.config import load_config
 from mlinterf_ds.errors import UserError
+from mlinterf_ds.pretrain.config import load_run
 from mlinterf_ds.runtime.restarts import Supervisor, resuming
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -31,9 +31,9 @@ sys.exit(0 if end == "wait" else int(end))
 SUPERVISOR = """
 import sys
 from mlinterf_ds.runtime import session
-from mlinterf_ds.config import load_config
+from mlinterf_ds.pretrain.config import load_run
 from mlinterf_ds.runtime.restarts import Supervisor
-config = load_config([], ["restarts=2", "output=runs/x", "parallel.timeout=0.5"])
+config = load_run([], ["restarts=2", "output=runs/x", "parallel.timeout=0.5"])
 session.main(lambda line: Supervisor(config).run(line), sys.argv[1:])
 """
 
@@ -87,7 +87,7 @@ def test_a_users_mistake_is_not_tried_again(tmp_path: Path) -> None:
 def test_two_failures_at_once(status: int, unseen: list[bool], verdict: tuple, tmp_path: Path, monkeypatch) -> None:
     """Rank 1 is noted before this rank 0's child ends; `unseen`: but after its supervisor's look at the store."""
     monkeypatch.setenv("MLINTERF_DS_RENDEZVOUS", f"file://{tmp_path}/meeting")
-    supervisor = Supervisor(load_config([], ["restarts=1", f"output={tmp_path}", "parallel.timeout=0.5"]))
+    supervisor = Supervisor(load_run([], ["restarts=1", f"output={tmp_path}", "parallel.timeout=0.5"]))
     supervisor.store.set("attempt-0/failed", "1 7")
     looks = iter(unseen)
 
@@ -102,7 +102,7 @@ def test_two_failures_at_once(status: int, unseen: list[bool], verdict: tuple, t
 def test_a_signal_between_attempts_reaches_the_next_rank(tmp_path: Path, monkeypatch) -> None:
     """It was asked for before there was a child to hand it to."""
     monkeypatch.setenv("MLINTERF_DS_RENDEZVOUS", f"file://{tmp_path}/meeting")
-    supervisor = Supervisor(load_config([], ["restarts=1", f"output={tmp_path}", "parallel.timeout=0.5"]))
+    supervisor = Supervisor(load_run([], ["restarts=1", f"output={tmp_path}", "parallel.timeout=0.5"]))
     supervisor.store.set("asked", "")
     began = time.monotonic()
     assert supervisor._attempt(1, [sys.executable, "-c", "import time; time.sleep(60)"]) == (0, -signal.SIGTERM)
@@ -145,11 +145,11 @@ def _free_port() -> int:
 
 def test_what_a_restarted_run_resumes_from(tmp_path: Path) -> None:
     settings = [f"output={tmp_path}", "restarts=1", "resume=elsewhere/checkpoints/step-00000003"]
-    config = load_config([], settings)
+    config = load_run([], settings)
     assert resuming(config).resume.startswith("elsewhere"), "nothing of its own yet"
-    assert resuming(load_config([], settings[:2])).resume == "auto"
+    assert resuming(load_run([], settings[:2])).resume == "auto"
     (tmp_path / "checkpoints" / "step-00000004").mkdir(parents=True)
     assert resuming(config).resume == "auto"
-    assert resuming(load_config([], settings[:1])).resume == "", "only where restarts were asked for"
+    assert resuming(load_run([], settings[:1])).resume == "", "only where restarts were asked for"
     with pytest.raises(UserError, match=r"restarts=1 needs output"):
-        load_config([], ["restarts=1"])
+        load_run([], ["restarts=1"])

@@ -74,7 +74,7 @@ def noted(model: Path, data: Path) -> list[str]:
     from mlinterf_ds.finetune.main import prepare
     from mlinterf_ds.runtime import parallel
 
-    config = load_config([], [*bodies.FINETUNE, f"checkpoint={model}", "task=ner"], FinetuneConfig)
+    config = load_config(FinetuneConfig, [], [*bodies.FINETUNE, f"checkpoint={model}", "task=ner"])
     options = {"train": {"te": str(data / "ner-te")}, "dev": {"te": "split"}, "test": {"as": str(data / "strange")}}
     return prepare(config, options, {}, "fp32", parallel.relayout(1))[1].notes
 

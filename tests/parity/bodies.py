@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from mlinterf_ds.config import RunConfig, load_config
 from mlinterf_ds.data.stream import TrainStream, ValidationStream
 from mlinterf_ds.engine import checkpoint
 from mlinterf_ds.engine.engine import Engine
 from mlinterf_ds.engine.meta_step import MetaStep
 from mlinterf_ds.engine.optimizer import LossScale
 from mlinterf_ds.engine.precision import read_json
+from mlinterf_ds.pretrain.config import RunConfig, load_run
 from mlinterf_ds.runtime import parallel
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -62,7 +62,7 @@ def make(
     from deepspeed.accelerator import get_accelerator
 
     get_accelerator().is_fp16_supported = lambda: True  # this CPU is slow at it, which a tiny model does not feel
-    config = load_config([], [*TINY, f"parallel.tensor={tensor}", *settings])
+    config = load_run([], [*TINY, f"parallel.tensor={tensor}", *settings])
     corpus = Made(languages)
     stream = TrainStream(
         corpus,

@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from mlinterf_ds.config import ConflictConfig
 from mlinterf_ds.data.batch import Batch
 from mlinterf_ds.engine import checkpoint
 from mlinterf_ds.engine.engine import Engine
@@ -17,6 +16,7 @@ from mlinterf_ds.engine.meta_step import MetaStep
 from mlinterf_ds.engine.optimizer import LossScale
 from mlinterf_ds.gradients.collect import DRAWS, Draws, group_of
 from mlinterf_ds.gradients.similarity import measure
+from mlinterf_ds.pretrain.config import ConflictConfig
 from tests.parity import bodies
 
 ROWS = 8

@@ -10,7 +10,6 @@ from unittest import mock
 
 import torch
 
-from mlinterf_ds.config import load_config
 from mlinterf_ds.data.batch import Batch
 from mlinterf_ds.data.tokenizer import Tokenizer
 from mlinterf_ds.engine import checkpoint
@@ -20,6 +19,7 @@ from mlinterf_ds.errors import UserError
 from mlinterf_ds.evaluate import Model, fill
 from mlinterf_ds.model.encoder import Encoder
 from mlinterf_ds.pretrain import initial, main
+from mlinterf_ds.pretrain.config import load_run
 from mlinterf_ds.runtime import parallel
 from tests.parity.bodies import REPOSITORY
 from tests.parity.finetune_bodies import LANGUAGES, LENGTH, SHAPE
@@ -56,7 +56,7 @@ def started(
 ) -> tuple[float, str]:
     """A run that starts from `place`: (its loss on `rows()`, "") or (0, why it was refused); saved to `out`."""
     layout = parallel.relayout(tensor)
-    config = load_config([], [*SHAPE, *settings])
+    config = load_run([], [*SHAPE, *settings])
     tokenizer = Tokenizer(vocabulary)
     model = Encoder(
         config.model, variant=config.routing, languages=LANGUAGES, vocabulary=tokenizer.size, positions=LENGTH, seed=9
@@ -78,4 +78,4 @@ def pretrained(folder: str, settings: Sequence[str], json_name: str = "zero2") -
     """`launch/pretrain.py`'s run in this folder: its summary."""
     os.chdir(folder)
     with mock.patch.object(parallel, "stop"):  # the pool goes on
-        return main.run(load_config(["tiny"], list(settings)), read_json(REPOSITORY / f"ds_configs/{json_name}.json"))
+        return main.run(load_run(["tiny"], list(settings)), read_json(REPOSITORY / f"ds_configs/{json_name}.json"))

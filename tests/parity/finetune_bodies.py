@@ -18,6 +18,7 @@ from mlinterf_ds.engine.precision import read_json
 from mlinterf_ds.finetune.config import FinetuneConfig
 from mlinterf_ds.finetune.main import prepare
 from mlinterf_ds.finetune.trial import Finetuning, Point
+from mlinterf_ds.pretrain.config import load_run
 from mlinterf_ds.runtime import parallel
 from mlinterf_ds.runtime.session import Signals
 from mlinterf_ds.tracking import Tracker
@@ -59,7 +60,7 @@ def pretrain(
         Tokenizer.learn(text, 50, folder / "tokenizer.model")
     dist.barrier()
     size = Tokenizer(folder / "tokenizer.model").size
-    config = load_config([], [*SHAPE, f"variant={variant}", *settings])
+    config = load_run([], [*SHAPE, f"variant={variant}", *settings])
     model = Encoder(
         config.model, variant=config.routing, languages=LANGUAGES, vocabulary=size, positions=LENGTH, seed=0
     )
@@ -111,7 +112,7 @@ def make(
     """A fine-tuning of `te` that is tested on both languages."""
     layout = parallel.relayout(tensor)
     own = [f"checkpoint={pretrained}", f"task={task}", f"parallel.tensor={tensor}"]
-    config = load_config([], [*FINETUNE, *own, *settings], FinetuneConfig)
+    config = load_config(FinetuneConfig, [], [*FINETUNE, *own, *settings])
     files = {language: f"{data}/{task}-{language}" for language in LANGUAGES}
     options = {"train": {"te": files["te"]}, "dev": {"te": "split"}, "test": files}
     job, _ = prepare(

@@ -11,10 +11,10 @@ from torch import Tensor
 from mlinterf_ds.analysis.config import PruneSection
 from mlinterf_ds.analysis.masks.gates import Gates
 from mlinterf_ds.analysis.masks.learning import Subject, in_language
-from mlinterf_ds.config import ModelConfig
 from mlinterf_ds.data.stream import TrainStream
 from mlinterf_ds.engine.optimizer import LossScale
 from mlinterf_ds.runtime import parallel
+from mlinterf_ds.sections import ModelConfig
 from tests.parity.bodies import Made
 
 CODES = ("te", "as")

@@ -15,7 +15,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mlinterf_ds.config import DataConfig
 from mlinterf_ds.data.prepare import synthetic
 from mlinterf_ds.errors import UserError
 from mlinterf_ds.export.hf import export
@@ -269,7 +268,7 @@ def test_what_cannot_be_exported(made, tmp_path: Path) -> None:
 
 
 def test_pretraining_goes_on_from_an_exported_run(tmp_path: Path) -> None:
-    synthetic.prepare_synthetic(synthetic.LANGUAGES, DataConfig(synthetic_sentences=300), tmp_path / "corpus")
+    synthetic.prepare_synthetic(synthetic.LANGUAGES, 300, folder=tmp_path / "corpus")
     settings = ["corpus=corpus", "train.steps=2", "train.batch=8", "data.eval_rows=8", "model.width=32", "model.ffn=64"]
     settings += ["tracking.enabled=false"]
     (before,) = pool(1).run(bodies.pretrained, str(tmp_path), [*settings, "output=first"])

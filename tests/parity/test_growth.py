@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from mlinterf_ds.config import load_config
 from mlinterf_ds.data.corpus import Corpus
 from mlinterf_ds.data.prepare.main import prepare
 from mlinterf_ds.engine.space import Segment
 from mlinterf_ds.errors import UserError
+from mlinterf_ds.pretrain.config import load_run
 from mlinterf_ds.pretrain.initial import LANGUAGE_ROWS
 from mlinterf_ds.pretrain.initial import weights as initial_weights
 from tests.parity.bodies import weights
@@ -84,7 +84,7 @@ def test_vocabularies_that_cannot_be_extended_so(ground: Path) -> None:
 @pytest.mark.parametrize("tensor", [1, 2])
 def test_new_rows_start_at_the_mean_and_old_ones_as_saved(ground: Path, tensor: int) -> None:
     found = initial_weights(
-        str(ground / "first"), load_config(["tiny"], SETTINGS).model, Corpus.open(ground / "new").tokenizer, ["en"]
+        str(ground / "first"), load_run(["tiny"], SETTINGS).model, Corpus.open(ground / "new").tokenizer, ["en"]
     )
     saved = weights(found.source.path)
     for name in (WORDS, BIAS):
@@ -103,7 +103,7 @@ def test_language_embeddings_are_taken_by_language(ground: Path) -> None:
     """In another order, with a new one (the mean), by a model without any (zero); and never dropped in silence."""
     settings = [*SETTINGS, "model.language_embeddings=true"]
     pool(1).run(pretrained, str(ground), [*settings, "corpus=old", "output=with", "train.steps=2"], "zero1")
-    tokenizer, model = Corpus.open(ground / "old").tokenizer, load_config(["tiny"], settings).model
+    tokenizer, model = Corpus.open(ground / "old").tokenizer, load_run(["tiny"], settings).model
 
     def rows(place: str, codes: list[str]) -> torch.Tensor:
         shape = (len(codes), model.width)
@@ -114,7 +114,7 @@ def test_language_embeddings_are_taken_by_language(ground: Path) -> None:
     assert torch.equal(rows("with", ["sw", "yo", "en"]), torch.stack([saved[1], saved.mean(0), saved[0]]))
     assert torch.equal(rows("first", ["sw", "en"]), torch.zeros(2, model.width))
     with pytest.raises(UserError, match="its model has language embeddings: set model.language_embeddings=true"):
-        initial_weights(str(ground / "with"), load_config(["tiny"], SETTINGS).model, tokenizer, ["en", "sw"])
+        initial_weights(str(ground / "with"), load_run(["tiny"], SETTINGS).model, tokenizer, ["en", "sw"])
 
 
 def last(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
@@ -171,14 +171,14 @@ def test_what_cannot_be_done_is_refused(ground: Path) -> None:
         (["init=none"], "a model that init= names"),
     ):
         with pytest.raises(UserError, match=words):
-            load_config([], [*GROWN, *settings])
+            load_run([], [*GROWN, *settings])
     with pytest.raises(AssertionError, match=r"data.only = yo,xx: expected one or more of en, sw, yo"):
         pool(1).run(pretrained, str(ground), [*GROWN, "data.only=yo,xx", "output=no"], "zero1")
     prepare({"en": [ground / "en.txt"]}, ground / "other", vocabulary_size=55, workers=1)
     with pytest.raises(UserError, match=r"its vocabulary is not that of .*--extend its corpus"):
         initial_weights(
             str(ground / "first"),
-            load_config(["tiny"], SETTINGS).model,
+            load_run(["tiny"], SETTINGS).model,
             Corpus.open(ground / "other").tokenizer,
             ["en"],
         )

@@ -2,7 +2,7 @@
 
 import pytest
 
-from mlinterf_ds.config import load_config
+from mlinterf_ds.pretrain.config import load_run
 from tests.parity import bodies, plan_bodies
 from tests.ranks import pool
 from tools.plan import arithmetic
@@ -36,7 +36,7 @@ def named(row) -> str:
 @pytest.mark.parametrize("json_name, ranks, tensor, extra", SETTINGS, ids=map(named, SETTINGS))
 def test_memory_and_traffic_of_a_step(json_name: str, ranks: int, tensor: int, extra: list[str]) -> None:
     settings = [*SHAPE, *extra]
-    config = load_config([], [*bodies.TINY, f"parallel.tensor={tensor}", *settings])
+    config = load_run([], [*bodies.TINY, f"parallel.tensor={tensor}", *settings])
     layout = arithmetic.Layout(ranks, tensor, int(json_name[4]), config.train.precision)
     count = arithmetic.parameters(config, len(bodies.LANGUAGES), VOCABULARY, tensor)
     wanted = arithmetic.memory(config, count, layout, VOCABULARY, on_gpu=False)
@@ -70,19 +70,19 @@ def check_traffic(
 @pytest.mark.parametrize("tensor", [1, 2])
 def test_parameters_are_those_of_the_encoder(variant: str, tensor: int) -> None:
     settings = [*SHAPE, f"variant={variant}", "model.language_embeddings=true", "model.head_width=16"]
-    config = load_config([], [*bodies.TINY, f"parallel.tensor={tensor}", *settings])
+    config = load_run([], [*bodies.TINY, f"parallel.tensor={tensor}", *settings])
     count = arithmetic.parameters(config, len(bodies.LANGUAGES), VOCABULARY, tensor)
     assert (count.shared, count.own) == pool(tensor).run(plan_bodies.elements, settings, tensor, bodies.LANGUAGES)[0]
 
 
 def test_the_papers_large_model() -> None:
     """DESIGN: 16 layers, width 1280, 200k pieces, tied: 571M distinct parameters."""
-    count = arithmetic.parameters(load_config(["large"]), 100, 200_000, 1)
+    count = arithmetic.parameters(load_run(["large"]), 100, 200_000, 1)
     assert count.total == pytest.approx(571e6, rel=0.005)
 
 
 def test_an_absent_language_costs_its_share_of_memory_and_nothing_else() -> None:
-    config = load_config(["base"], [])
+    config = load_run(["base"])
     layout = arithmetic.Layout(64, 1, 1, "bf16")
     few, many = (arithmetic.parameters(config, languages, 250_000, 1) for languages in (2, 500))
     less, more = (arithmetic.memory(config, count, layout, 250_000) for count in (few, many))
@@ -110,7 +110,7 @@ def test_an_absent_language_costs_its_share_of_memory_and_nothing_else() -> None
 )
 def test_flops_of_a_step(extra: list[str]) -> None:
     """What torch counts; the plan rounds passes that want one language's gradients to two thirds."""
-    config = load_config([], [*bodies.TINY, *SHAPE, *extra])
+    config = load_run([], [*bodies.TINY, *SHAPE, *extra])
     counted = pool(1).run(plan_bodies.flops, [*SHAPE, *extra], bodies.LANGUAGES)[0]
     planned = arithmetic.step_flops(config, VOCABULARY)
     print(f"{planned / 1e9:.3f} planned, {counted / 1e9:.3f} counted GFLOP, ratio {planned / counted:.3f}")
@@ -119,7 +119,7 @@ def test_flops_of_a_step(extra: list[str]) -> None:
 
 def test_passes_of_a_meta_step() -> None:
     def passes(*settings: str) -> dict[str, float]:
-        return arithmetic.passes(load_config([], ["variant=meta_adpt", *settings]))
+        return arithmetic.passes(load_run([], ["variant=meta_adpt", *settings]))
 
     assert passes() == {"forward": 5, "shared": 3, "own": 3, "write": 6}
     assert passes("meta.terms=direct") == {"forward": 3, "shared": 3, "own": 1, "write": 2}

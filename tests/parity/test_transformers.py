@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from mlinterf_ds.config import ModelConfig
 from mlinterf_ds.export.names import FIRST_POSITION, from_stock
 from mlinterf_ds.model.encoder import Encoder, at_positions
 from mlinterf_ds.runtime import parallel
+from mlinterf_ds.sections import ModelConfig
 
 transformers = pytest.importorskip("transformers")
 

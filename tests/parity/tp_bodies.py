@@ -8,10 +8,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from mlinterf_ds.config import ModelConfig
 from mlinterf_ds.model.attention import CoreAttention
 from mlinterf_ds.model.encoder import Encoder, partition_dim
 from mlinterf_ds.runtime import parallel
+from mlinterf_ds.sections import ModelConfig
 from tests.model_batches import CODES, LENGTH, SHAPE, batch
 
 RANKS = 2

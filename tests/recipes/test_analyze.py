@@ -17,7 +17,7 @@ import torch
 
 from mlinterf_ds.analysis.config import AnalyzeConfig
 from mlinterf_ds.analysis.main import check_vocabulary
-from mlinterf_ds.config import DataConfig, load_config
+from mlinterf_ds.config import load_config
 from mlinterf_ds.data.prepare.synthetic import LANGUAGES, folder_of, prepare_synthetic
 from mlinterf_ds.errors import UserError
 from mlinterf_ds.pretrained import Pretrained
@@ -27,7 +27,6 @@ from tests.ranks import pool
 ROOT = Path(__file__).resolve().parents[2]
 SHORT = ["train.steps=6", "train.epoch_steps=3", "data.eval_rows=8", "data.synthetic_sentences=600", "train.batch=8"]
 SHORT += ["model.width=32", "model.ffn=64", "train.warmup=2", "train.precision=fp32", "model.dropout=0.1"]
-SYNTHETIC = DataConfig(synthetic_sentences=600)
 PAIRS = {("syn", "syn"), ("syn-mid", "syn-mid"), ("syn", "syn-mid")}
 
 
@@ -57,7 +56,7 @@ def table(path: Path) -> list[dict[str, str]]:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three runs: plain, measured, and measured but interrupted after step 3."""
     folder = tmp_path_factory.mktemp("runs")
-    prepare_synthetic(LANGUAGES, SYNTHETIC, folder / folder_of(LANGUAGES, SYNTHETIC))  # ranks of a pool may not fork
+    prepare_synthetic(LANGUAGES, 600, folder=folder / folder_of(LANGUAGES, 600, {}))  # ranks of a pool may not fork
     measured = ["conflict.every=2", "conflict.sequences=4", "conflict.micro_batch=3"]
     runs = {
         "plain": [[]],
@@ -204,5 +203,5 @@ def test_a_corpus_of_another_vocabulary_is_refused(tmp_path: Path) -> None:
 )
 def test_impossible_configurations(settings: list[str], words: str) -> None:
     with pytest.raises(UserError, match=words):
-        load_config([], settings, AnalyzeConfig)
-    assert load_config([], ["analysis=interference"], AnalyzeConfig).checkpoint == ""
+        load_config(AnalyzeConfig, [], settings)
+    assert load_config(AnalyzeConfig, [], ["analysis=interference"]).checkpoint == ""

@@ -57,12 +57,12 @@ def command(ground: Path, task: str, out: Path, *more: str) -> list[str]:
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_every_recipe_loads(recipe: Path) -> None:
-    config = load_config([recipe], ["checkpoint=x"], FinetuneConfig)
+    config = load_config(FinetuneConfig, [recipe], ["checkpoint=x"])
     assert recipe.stem.endswith(("tiny", "synthetic", config.task))
 
 
 def test_the_appendix_grids() -> None:
-    found = {task: load_config([f"finetune_{task}"], ["checkpoint=x"], FinetuneConfig).finetune for task in TASKS}
+    found = {task: load_config(FinetuneConfig, [f"finetune_{task}"], ["checkpoint=x"]).finetune for task in TASKS}
     assert {task: settings.epochs for task, settings in found.items()} == {"ner": 10, "pos": 10, "qa": 2, "nli": 200}
     for task in ("ner", "pos", "qa"):
         assert (found[task].batch, found[task].lr, found[task].head_lr) == ([16, 32], [2e-5, 3e-5, 5e-5], None)
@@ -233,7 +233,7 @@ def rewrite(checkpoint: Path, run_id: str) -> None:
     ],
 )
 def test_routing(settings: list[str], split: str, language: str, expected: int | str, ground: Path) -> None:
-    config = load_config([], ["checkpoint=x", *settings], FinetuneConfig)
+    config = load_config(FinetuneConfig, [], ["checkpoint=x", *settings])
     options = {"train": {"te": "f"}, "dev": {"te": "f"}, "test": {"as": "f"}}
     pretrained = Pretrained.open(str(ground / "model"))
     if isinstance(expected, int):
@@ -244,7 +244,7 @@ def test_routing(settings: list[str], split: str, language: str, expected: int |
 
 
 def test_source_routing_needs_one_source(ground: Path) -> None:
-    config = load_config([], ["checkpoint=x", "finetune.route=source"], FinetuneConfig)
+    config = load_config(FinetuneConfig, [], ["checkpoint=x", "finetune.route=source"])
     options = {"train": {"te": "f", "as": "f"}, "dev": {"te": "f"}, "test": {"as": "f"}}
     with pytest.raises(UserError, match="one training language"):
         serving(config, Pretrained.open(str(ground / "model")), options, "test", "as")
@@ -265,12 +265,12 @@ def test_source_routing_needs_one_source(ground: Path) -> None:
 )
 def test_refused_settings(settings: list[str], words: str) -> None:
     with pytest.raises(UserError, match=words):
-        load_config([], settings, FinetuneConfig)
+        load_config(FinetuneConfig, [], settings)
 
 
 def test_lists_and_help() -> None:
     config = load_config(
-        [], ["checkpoint=x", "finetune.batch=8,16", "finetune.lr=1e-3", "finetune.seeds=0,1,2"], FinetuneConfig
+        FinetuneConfig, [], ["checkpoint=x", "finetune.batch=8,16", "finetune.lr=1e-3", "finetune.seeds=0,1,2"]
     )
     assert (config.finetune.batch, config.finetune.lr, config.finetune.seeds) == ([8, 16], [1e-3], [0, 1, 2])
     assert "finetune.route=target" in describe(FinetuneConfig)

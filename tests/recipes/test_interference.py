@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mlinterf_ds.config import load_config
 from mlinterf_ds.data.prepare import synthetic
+from mlinterf_ds.pretrain.config import load_run
 from tests.ranks import pool
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -78,8 +78,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     found = tmp_path_factory.mktemp("runs")
     with contextlib.chdir(found):  # here, not on a rank: preparing starts processes
         for settings in (RUNS["joint-0"], RUNS["other"]):
-            config = load_config([], [*SHORT, *settings])
-            synthetic.prepare_synthetic(config.languages or [], config.data)
+            config = load_run([], [*SHORT, *settings])
+            synthetic.prepare_synthetic(config.languages or [], config.data.synthetic_sentences)
     pool(1).run(pretrain, str(found))
     return found
 

@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 
 from mlinterf_ds.analysis.config import AnalyzeConfig
-from mlinterf_ds.config import DataConfig, load_config
+from mlinterf_ds.config import load_config
 from mlinterf_ds.data.prepare.synthetic import LANGUAGES, prepare_synthetic
 from mlinterf_ds.errors import UserError
+from mlinterf_ds.pretrain.config import load_run
 from tests.parity.bodies import REPOSITORY
 from tests.ranks import pool
 
@@ -32,7 +33,7 @@ def checkpoint(folder: str) -> None:
     from mlinterf_ds.runtime import parallel
 
     layout, corpus = parallel.relayout(1), Corpus.open(f"{folder}/corpus")
-    config = load_config([], [*SHAPE, f"corpus={folder}/corpus"])
+    config = load_run([], [*SHAPE, f"corpus={folder}/corpus"])
     model = Encoder(
         config.model, variant="attn", languages=LANGUAGES, vocabulary=corpus.vocabulary_size, positions=16, seed=0
     )
@@ -60,7 +61,7 @@ def analyse(folder: str, settings: list[str]) -> str:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs")
-    prepare_synthetic(LANGUAGES, DataConfig(synthetic_sentences=600), folder / "corpus")  # ranks of a pool may not fork
+    prepare_synthetic(LANGUAGES, 600, folder=folder / "corpus")  # ranks of a pool may not fork
     pool(1).run(checkpoint, str(folder))
     return folder
 
@@ -138,5 +139,5 @@ def test_rows_that_ranks_cannot_share(folder: Path) -> None:
 
 
 def test_defaults_are_the_papers_groups() -> None:
-    config = load_config([], ["checkpoint=x", "analysis=prune"], AnalyzeConfig)
+    config = load_config(AnalyzeConfig, [], ["checkpoint=x", "analysis=prune"])
     assert config.prune.groups == ["heads", "neurons"] and len(config.prune.seeds) == 2

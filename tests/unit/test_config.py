@@ -4,10 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from mlinterf_ds.config import describe, fields, load_config
+from mlinterf_ds.config import REMOVED, decisive, describe, differences, fields, without_removed
 from mlinterf_ds.engine.optimizer import LossScale
 from mlinterf_ds.engine.precision import choose_precision, read_json, resolve
 from mlinterf_ds.errors import UserError
+from mlinterf_ds.pretrain.config import RunConfig, load_run
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = [
@@ -18,13 +19,13 @@ JSONS = sorted((ROOT / "ds_configs").glob("*.json"))
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_every_shipped_recipe_loads(recipe: Path) -> None:
-    assert load_config([recipe]) == load_config([recipe.stem])
+    assert load_run([recipe]) == load_run([recipe.stem])
 
 
 @pytest.mark.parametrize("path", JSONS, ids=lambda path: path.stem)
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_every_shipped_json_resolves(path: Path, precision: str) -> None:
-    resolved = resolve(read_json(path), load_config(["tiny"]), precision, 2)
+    resolved = resolve(read_json(path), load_run(["tiny"]), precision, 2)
     assert "auto" not in str(resolved)
     assert resolved["train_micro_batch_size_per_gpu"] == 16
     assert [name for name in ("fp16", "bf16") if name in resolved] == [precision] * (precision != "fp32")
@@ -33,7 +34,7 @@ def test_every_shipped_json_resolves(path: Path, precision: str) -> None:
 def test_set_beats_recipe_beats_default(tmp_path: Path) -> None:
     recipe = tmp_path / "r.toml"
     recipe.write_text("[train]\nsteps = 7\nbatch = 6\n")
-    config = load_config([recipe], ["train.batch=5", "train.batch=4", "languages=en,sw", "model.adapter=none"])
+    config = load_run([recipe], ["train.batch=5", "train.batch=4", "languages=en,sw", "model.adapter=none"])
     assert (config.train.steps, config.train.batch, config.train.seed) == (7, 4, 0)
     assert config.languages == ["en", "sw"] and config.model.adapter_width == 32
 
@@ -63,42 +64,59 @@ def test_set_beats_recipe_beats_default(tmp_path: Path) -> None:
 )
 def test_refusals_name_key_value_and_remedy(settings: list[str], words: list[str]) -> None:
     with pytest.raises(UserError) as caught:
-        load_config([], settings)
+        load_run([], settings)
     for word in words:
         assert word in str(caught.value)
 
 
 def test_limits_by_language() -> None:
-    found = load_config([], ["data.synthetic_limit=syn=2000, syn-mid=50"])
-    assert found.data.synthetic_limit == {"syn": 2000, "syn-mid": 50} and load_config().data.synthetic_limit == {}
+    found = load_run([], ["data.synthetic_limit=syn=2000, syn-mid=50"])
+    assert found.data.synthetic_limit == {"syn": 2000, "syn-mid": 50} and load_run().data.synthetic_limit == {}
 
 
 def test_bad_recipes_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"nothere.*tiny"):
-        load_config(["nothere"])
+        load_run(["nothere"])
     (tmp_path / "bad.toml").write_text("[train\n")
     with pytest.raises(UserError, match=r"bad\.toml.*TOML"):
-        load_config([tmp_path / "bad.toml"])
+        load_run([tmp_path / "bad.toml"])
     (tmp_path / "key.toml").write_text("[train]\nspeed = 1\n")
     with pytest.raises(UserError, match=r"train\.speed.*key\.toml"):
-        load_config([tmp_path / "key.toml"])
+        load_run([tmp_path / "key.toml"])
+
+
+def test_a_removed_key_is_refused_with_its_reason_and_ignored_in_a_checkpoints_record() -> None:
+    with pytest.raises(UserError, match=rf"model\.compile \(--set model.compile=true\).*{REMOVED['model.compile']}"):
+        load_run([], ["model.compile=true"])
+    saved = load_run().model_dump()
+    older = saved | {"model": saved["model"] | {"compile": False}}
+    assert without_removed(older) == saved
+
+
+def test_what_a_resumed_run_may_change() -> None:
+    before = load_run()
+    free = ["train.steps=9", "parallel.timeout=1", "output=x", "tracking.tags.a=b", "conflict.every=5", "restarts=1"]
+    now = load_run([], [*free, "train.lr=1", "data.synthetic_limit=syn=5"])
+    kept, then = (decisive(RunConfig, config.model_dump()) for config in (now, before))
+    assert differences(kept, then) == ["data.synthetic_limit.syn is 5, was None", "train.lr is 1.0, was 0.001"]
+    assert "train.steps" in decisive(RunConfig, now.model_dump(), ("address",)), "it decides numbers"
 
 
 def test_help_lists_every_key_with_a_meaning() -> None:
-    text = describe()
-    for key, _, meaning in fields():
+    text = describe(RunConfig)
+    for key, _, meaning in fields(RunConfig):
         assert f"{key}=" in text and len(meaning) > 10, key
 
 
 def test_contradictions_between_json_and_run_are_errors(tmp_path: Path) -> None:
-    config = load_config(["tiny"])
+    config = load_run(["tiny"])
     for key, value in [("train_batch_size", 999), ("gradient_clipping", 1.0)]:
         with pytest.raises(UserError, match=f"{key}.*train."):
             resolve({key: value}, config, "fp32", 1)
     with pytest.raises(UserError, match="batch=32.*3 data-parallel"):
         resolve({}, config, "fp32", 3)
     with pytest.raises(UserError, match="micro_batch=5"):
-        resolve({}, load_config(["tiny"], ["train.micro_batch=5"]), "fp32", 1)
+        resolve({}, load_run(["tiny"], ["train.micro_batch=5"]), "fp32", 1)
     with pytest.raises(UserError, match="bf16.*fp16"):
         choose_precision("bf16", {"fp16": {"enabled": True}})
     with pytest.raises(UserError, match="both"):
@@ -118,7 +136,7 @@ def test_contradictions_between_json_and_run_are_errors(tmp_path: Path) -> None:
     (tmp_path / "f.json").write_text('{"fp16": {"loss_scale": "auto", "initial_scale_power": 8}}')
     assert LossScale(True, read_json(tmp_path / "f.json")["fp16"]).value == 256
     with pytest.raises(UserError, match="no such file"):
-        load_config(["x" * 300])
+        load_run(["x" * 300])
 
 
 def test_a_precision_the_device_lacks_is_refused() -> None:

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 
-from mlinterf_ds.config import ConflictConfig
 from mlinterf_ds.engine.engine import SHARED
 from mlinterf_ds.engine.space import Segment
 from mlinterf_ds.errors import UserError
@@ -17,6 +16,7 @@ from mlinterf_ds.gradients import products
 from mlinterf_ds.gradients.collect import Draws, group_of
 from mlinterf_ds.gradients.products import Exact, Sketch, groups_of, runs
 from mlinterf_ds.gradients.similarity import Similarity, spread
+from mlinterf_ds.pretrain.config import ConflictConfig
 from mlinterf_ds.runtime.parallel import Layout
 from tests.parity.bodies import Made
 

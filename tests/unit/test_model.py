@@ -10,10 +10,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from mlinterf_ds.config import ModelConfig
 from mlinterf_ds.errors import UserError
 from mlinterf_ds.model.encoder import Encoder, partition_dim
 from mlinterf_ds.runtime import parallel
+from mlinterf_ds.sections import ModelConfig
 from tests.model_batches import CODES, LENGTH, ROUTED, VARIANTS, VOCABULARY, batch, encoder, gradients
 
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from mlinterf_ds.config import TrainConfig
 from mlinterf_ds.engine.optimizer import LossScale, adamw, apply, learning_rate
+from mlinterf_ds.sections import TrainConfig
 
 
 def test_gated_groups_equal_adamw_run_per_language() -> None:

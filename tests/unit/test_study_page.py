@@ -45,7 +45,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
         {"job": job, "kind": "pretrain", "state": state, "reason": reason, "seconds": 1.0, "folder": "f"}
         for job, state, reason in states
     ]
-    config = load_config(["study_cpu"], [], StudyConfig)
+    config = load_config(StudyConfig, ["study_cpu"])
     html = render(config, records, all_tables(records), all_findings(records), {"git_commit": "abc"})
     (folder / "report.html").write_text(html, encoding="utf-8")
     return folder / "report.html"

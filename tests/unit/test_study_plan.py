@@ -23,7 +23,7 @@ ZERO1 = str(ROOT / "ds_configs" / "zero1.json")
 def expanded(
     *recipes: str, settings: list[str] | None = None, deepspeed: str = ZERO1, output: str = "nowhere"
 ) -> list[plan.Job]:
-    config = load_config([*recipes], settings or [], StudyConfig)
+    config = load_config(StudyConfig, [*recipes], settings or [])
     return plan.expand(config, Corpora(config, Path(output)), deepspeed)
 
 
@@ -174,7 +174,7 @@ def test_a_changed_text_is_another_corpus(tmp_path: Path) -> None:
     roots = []
     for words in ("one", "two", "one"):
         file.write_text(words)
-        roots.append(Corpora(load_config([str(recipe)], [], StudyConfig), tmp_path).root)
+        roots.append(Corpora(load_config(StudyConfig, [str(recipe)]), tmp_path).root)
     assert roots[0] == roots[2] != roots[1]
 
 
@@ -263,10 +263,10 @@ def test_distances_are_measured_where_the_recipe_gives_none(tmp_path: Path, monk
     recipe, pair = tmp_path / "real.toml", '[[sets]]\nname = "{0}"\nlanguages = "en,{0}"\n'
     text = f'[corpus]\nfolder = "prepared"\n{pair.format("fr")}{pair.format("hi")}'
     recipe.write_text(text)
-    found, what = main.distances(load_config([str(recipe)], [], StudyConfig), prepared)
+    found, what = main.distances(load_config(StudyConfig, [str(recipe)]), prepared)
     assert 0 < found["fr"] < found["hi"] == pytest.approx(1) and "characters" in what
     recipe.write_text(f"{text}distance = 3\n")
-    found, what = main.distances(load_config([str(recipe)], [], StudyConfig), prepared)
+    found, what = main.distances(load_config(StudyConfig, [str(recipe)]), prepared)
     assert found == {"hi": 3.0} and "recipe" in what
 
 

@@ -103,7 +103,7 @@ def test_a_killed_retry_does_not_give_the_last_attempts_reason(tmp_path: Path) -
     from mlinterf_ds.study.grid import Model
     from mlinterf_ds.study.plan import Job, Unit
 
-    config = load_config(["study_ci"], ["parallel=1"], StudyConfig)
+    config = load_config(StudyConfig, ["study_ci"], ["parallel=1"])
     units = (Unit("a", (), {}), Unit("b", (), {}))
     job = Job("pretrain.x", "pretrain", Model("s", "pair", ("en", "sw"), "joint", 0), units, (), "0" * 64)
     folder = tmp_path / job.folder

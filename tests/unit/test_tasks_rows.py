@@ -11,11 +11,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlinterf_ds.config import ModelConfig
 from mlinterf_ds.data.tokenizer import BOS, EOS, UNK, Tokenizer
 from mlinterf_ds.errors import UserError
 from mlinterf_ds.model.encoder import at_positions
 from mlinterf_ds.runtime import parallel
+from mlinterf_ds.sections import ModelConfig
 from mlinterf_ds.tasks import TASKS, Limits, Row, metrics, qa
 from mlinterf_ds.tasks.batches import TrainBatches, collate, evaluation_batches
 from mlinterf_ds.tasks.heads import CLASSIFIER, TaskModel

@@ -11,9 +11,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from mlinterf_ds.config import RunConfig
 from mlinterf_ds.data.batch import masked_per_row
 from mlinterf_ds.engine.throughput import flops_per_row
+from mlinterf_ds.pretrain.config import RunConfig
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 STATE = 12  # bytes of a master and its two moments

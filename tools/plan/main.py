@@ -18,8 +18,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from mlinterf_ds.config import RunConfig, load_config
 from mlinterf_ds.errors import UserError
+from mlinterf_ds.pretrain.config import RunConfig, load_run
 from tools.plan import arithmetic
 
 GIB = 2**30
@@ -169,7 +169,7 @@ def arguments(words: Sequence[str]) -> argparse.Namespace:
 
 def main(words: Sequence[str]) -> int:
     options = arguments(words)
-    config = load_config(options.recipe or ["tiny"], options.set)
+    config = load_run(options.recipe or ["tiny"], options.set)
     options.precision = {"auto": "fp16"}.get(config.train.precision, config.train.precision)  # the launchers' on GPUs
     ranks = options.nodes * options.gpus
     plans = layouts(options, config, ranks, options.languages)

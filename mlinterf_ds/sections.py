@@ -1,0 +1,203 @@
+"""Sections of the configuration that several recipes share or that model and engine read."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from mlinterf_ds.config import RESUMABLE, Section
+
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
+Variant = Literal["mono", "joint", "ffn", "attn", "adpt", "share_adpt", "meta_adpt", "meta_ffn", "meta_attn"]
+LANGUAGE_PATTERN = r"^[a-z][a-z0-9_-]*$"
+
+
+def comma_list(value: Any) -> Any:
+    """The parts of a comma-separated string ('a, b' as ['a', 'b']); any other value is returned unchanged."""
+    return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+
+
+Languages = Annotated[list[Annotated[str, Field(pattern=LANGUAGE_PATTERN)]], BeforeValidator(comma_list)]
+
+
+def _counts(value: Any) -> Any:
+    """'a=1,b=2' as {'a': '1', 'b': '2'}; any value but a string is returned unchanged."""
+    if not isinstance(value, str):
+        return value
+    pairs = [part.partition("=") for part in comma_list(value)]
+    if bad := [code for code, _, count in pairs if not count.isdecimal()]:
+        raise ValueError(f"{bad[0]}: expected LANG=N, such as syn-mid=2000, and commas between several")
+    return {code: count for code, _, count in pairs}
+
+
+Counts = Annotated[
+    dict[Annotated[str, Field(pattern=LANGUAGE_PATTERN)], Annotated[int, Field(ge=1)]], BeforeValidator(_counts)
+]
+
+
+def listed(value: Any) -> Any:
+    """A list of one value, or of a comma-separated string's parts; a list is returned unchanged."""
+    if isinstance(value, str):
+        return comma_list(value)
+    return value if isinstance(value, list | tuple) or value is None else [value]
+
+
+Seeds = Annotated[list[Annotated[int, Field(ge=0)]], BeforeValidator(listed), Field(min_length=1)]
+
+
+class ModelConfig(Section):
+    """Shape of the encoder (pre-norm Transformer; paper section 3.2 and appendix B)."""
+
+    layers: int = Field(2, ge=1, description="Transformer layers")
+    heads: int = Field(4, ge=1, description="attention heads")
+    width: int = Field(128, ge=8, description="hidden size")
+    head_width: int | None = Field(None, ge=1, description="width of one attention head; default width / heads")
+    ffn: int = Field(512, ge=8, description="inner width of the feed-forward layer")
+    adapter: int | None = Field(None, ge=1, description="adapter bottleneck; default width / 4 (appendix B)")
+    adapter_activation: Literal["gelu", "relu", "tanh", "silu"] = Field(
+        "gelu", description="adapter non-linearity; relu (the paper's example) makes finite differences unreliable"
+    )
+    dropout: float = Field(0.1, ge=0, lt=1, description="dropout on embeddings and residual branches")
+    attention_dropout: float = Field(0.1, ge=0, lt=1, description="dropout on attention probabilities")
+    language_embeddings: bool = Field(False, description="add a learned embedding of the row's language")
+    output_bias: Literal["frequency", "zero"] = Field(
+        "frequency", description="bias of the output layer at the start: the corpus's log frequencies, or 0 as in XLM"
+    )
+    recompute: bool = Field(False, description="recompute activations in the backward pass (less memory, more time)")
+
+    @model_validator(mode="after")
+    def _head_width_divides(self) -> ModelConfig:
+        if self.head_width is None and self.width % self.heads:
+            raise ValueError(
+                f"model.heads={self.heads} does not divide model.width={self.width}: "
+                "change one of them or set model.head_width (the paper's 12 x 64 over 512)"
+            )
+        return self
+
+    @property
+    def kv_channels(self) -> int:
+        """Width of one attention head."""
+        return self.head_width or self.width // self.heads
+
+    @property
+    def adapter_width(self) -> int:
+        """Bottleneck width of an adapter: a quarter of the model by default (appendix B)."""
+        return self.adapter or max(1, self.width // 4)
+
+
+class PrecisionSection(Section):
+    """Arithmetic of a recipe that has no other training keys."""
+
+    precision: Precision = Field(
+        "auto", description="arithmetic; auto: fp16 on CUDA, bf16 on a CPU with bf16 arithmetic, else fp32"
+    )
+
+
+class TrainConfig(Section):
+    """Optimisation with AdamW and the schedules of XLM."""
+
+    steps: int = Field(600, ge=1, json_schema_extra=RESUMABLE, description="optimizer steps")
+    batch: int = Field(32, ge=1, description="rows of a global batch, over all ranks and micro-batches")
+    micro_batch: int | None = Field(
+        None, ge=1, json_schema_extra=RESUMABLE, description="rows a rank handles at once; default: all its rows"
+    )
+    seed: int = Field(0, ge=0, description="seed of initialisation, data order, masks and dropout")
+    precision: Precision = Field(
+        "auto",
+        json_schema_extra=RESUMABLE,
+        description="arithmetic; auto: fp16 on CUDA, bf16 on a CPU with bf16 arithmetic, else fp32",
+    )
+    max_hours: float | None = Field(
+        None,
+        gt=0,
+        json_schema_extra=RESUMABLE,
+        description="hours after which the run saves and stops; it can be resumed",
+    )
+    lr: float = Field(1e-3, gt=0, description="peak learning rate")
+    schedule: Literal["inverse_sqrt", "constant"] = Field(
+        "inverse_sqrt", description="rate after the warm-up: lr * sqrt(warmup / step), or lr"
+    )
+    warmup: int = Field(100, ge=0, description="steps of linear warm-up from 1e-7")
+    beta1: float = Field(0.9, ge=0, lt=1, description="Adam's first decay rate")
+    beta2: float = Field(0.98, ge=0, lt=1, description="Adam's second decay rate")
+    eps: float = Field(1e-6, gt=0, description="Adam's epsilon")
+    weight_decay: float = Field(0.01, ge=0, description="decoupled weight decay (AdamW)")
+    clip: float = Field(5.0, ge=0, description="clip the global gradient norm; 0 switches it off")
+    freeze: Literal["none", "shared"] = Field(
+        "none",
+        description="shared: train only the language modules (and the rows of new pieces) of the model that init= names",
+    )
+    spike: float | None = Field(
+        10.0,
+        gt=0,
+        json_schema_extra=RESUMABLE,
+        description="skip a step whose loss lies this many standard deviations above its mean; none: never",
+    )
+    epoch_steps: int = Field(100, ge=1, description="steps between evaluations (the paper's epoch: 10000)")
+    save_steps: int | None = Field(
+        None, ge=1, json_schema_extra=RESUMABLE, description="steps between checkpoints; default: every epoch"
+    )
+    keep: int = Field(
+        2, ge=1, json_schema_extra=RESUMABLE, description="number of newest checkpoints kept, beside the best"
+    )
+
+
+class MetaConfig(Section):
+    """The meta step of the meta_* variants (paper section 4, Algorithm 1, appendix B)."""
+
+    beta: float | None = Field(
+        None, gt=0, description="step of the lookahead (Eq. 3); default: the current learning rate"
+    )
+    lookahead: Literal["sgd", "adam"] = Field(
+        "sgd", description="rule of the lookahead: the paper's, or Adam's own step"
+    )
+    order: Literal["phi_first", "theta_first"] = Field(
+        "phi_first", description="Algorithm 1's order, or that of the authors' released code"
+    )
+    terms: Literal["both", "direct"] = Field("both", description="direct: leave the second-order term out (a control)")
+    difference: Literal["central", "one_sided"] = Field("central", description="kind of finite difference in Eq. 8")
+    radius: Literal["auto"] | Annotated[float, Field(gt=0, le=0.5)] = Field(
+        "auto", description="displacement |e v| / |theta| of Eq. 8: a number, or auto: adapted while training"
+    )
+    check_every: int = Field(100, ge=0, description="steps between self-checks of the finite difference; 0: off")
+    batch: int | None = Field(None, ge=1, description="global rows of the validation loss; default train.batch")
+    languages_per_step: int | None = Field(
+        None, ge=2, description="languages drawn for the validation loss of a step, weighted without bias; default: all"
+    )
+    every: int = Field(1, ge=1, description="k: only every k-th step is a meta step")
+    between: Literal["freeze", "plain"] = Field(
+        "freeze", description="what the language modules do in the steps between: stay, or train plainly"
+    )
+
+
+class ConflictSection(Section):
+    """How the conflict between languages' gradients is measured (paper, section 3.1)."""
+
+    sequences: int | None = Field(
+        None,
+        ge=1,
+        description="rows of each gradient; default 4096 as in the paper, 64 on a CPU; fewer where the text is short",
+    )
+    micro_batch: int = Field(32, ge=1, description="rows a rank handles at once")
+    sketch: Literal["auto", "exact"] | Annotated[int, Field(ge=16)] = Field(
+        "auto",
+        description="dimension of each component's random projection (standard error (1-cos^2)/sqrt(dimension)), or "
+        "exact: whole gradients are kept; auto: exact up to 4 languages, 4096 above",
+    )
+
+
+class ParallelConfig(Section):
+    """Process layout: tensor-parallel groups of neighbours, data parallel across them."""
+
+    tensor: int = Field(1, ge=1, description="ranks that share one copy of the model (megatron tensor parallel)")
+    timeout: float = Field(10.0, gt=0, description="minutes a rank waits for another before it declares the job lost")
+
+
+class TrackingConfig(Section):
+    """Recording in MLflow, at the address in MLflow's own MLFLOW_TRACKING_URI (default: sqlite:///mlflow.db)."""
+
+    enabled: bool = Field(True, description="record the run in MLflow")
+    experiment: str = Field("mlinterf_ds", min_length=1, description="MLflow experiment name")
+    parent: str | None = Field(None, description="MLflow run that a pretraining run is nested under")
+    tags: dict[str, str] = Field({}, description="further tags of the run: --set tracking.tags.KEY=VALUE")
