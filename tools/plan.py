@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Predict memory, communication and time of a run before anyone pays: `python tools/plan.py --recipe base --nodes 16`; --help."""
+"""Predicts memory, communication and time of a run: `python tools/plan.py --recipe base --nodes 16`; see --help."""
 
 import sys
 from pathlib import Path

@@ -37,7 +37,7 @@ def named(row) -> str:
 def test_memory_and_traffic_of_a_step(json_name: str, ranks: int, tensor: int, extra: list[str]) -> None:
     settings = [*SHAPE, *extra]
     config = load_run([], [*bodies.TINY, f"parallel.tensor={tensor}", *settings])
-    layout = arithmetic.Layout(ranks, tensor, int(json_name[4]), config.train.precision)
+    layout = arithmetic.PlannedLayout(ranks, tensor, int(json_name[4]), config.train.precision)
     count = arithmetic.parameters(config, len(bodies.LANGUAGES), VOCABULARY, tensor)
     wanted = arithmetic.memory(config, count, layout, VOCABULARY, on_gpu=False)
     wanted["vectors"] = wanted.pop("gradients") + wanted.pop("meta step", 0.0)
@@ -49,7 +49,7 @@ def test_memory_and_traffic_of_a_step(json_name: str, ranks: int, tensor: int, e
 
 
 def check_traffic(
-    config, count: arithmetic.Parameters, layout: arithmetic.Layout, traffic: dict[tuple[int, str], int]
+    config, count: arithmetic.ParameterCount, layout: arithmetic.PlannedLayout, traffic: dict[tuple[int, str], int]
 ) -> None:
     """The planned bytes are what entered the collectives, but for a few scalars (norms, losses)."""
     volume = arithmetic.data_parallel_volume(config, count, layout)
@@ -83,7 +83,7 @@ def test_the_papers_large_model() -> None:
 
 def test_an_absent_language_costs_its_share_of_memory_and_nothing_else() -> None:
     config = load_run(["base"])
-    layout = arithmetic.Layout(64, 1, 1, "bf16")
+    layout = arithmetic.PlannedLayout(64, 1, 1, "bf16")
     few, many = (arithmetic.parameters(config, languages, 250_000, 1) for languages in (2, 500))
     less, more = (arithmetic.memory(config, count, layout, 250_000) for count in (few, many))
     assert {kind for kind in less if less[kind] != more[kind]} == {"adapters"}

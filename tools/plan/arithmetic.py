@@ -1,9 +1,9 @@
-"""What a run will need before it is started: parameters, memory per rank by kind, communication, time of a step.
+"""Computes what a run needs before it starts: parameters, memory of a rank by kind, communication, seconds of a step.
 
-Everything is arithmetic on the run configuration; tests/parity/test_plan.py holds it against what runs hold and send.
-Legend: w model width, i attention's inner width, f feed-forward width, a adapter width, V padded vocabulary, n tokens of a
-micro-batch, m its masked positions, T tensor-parallel and D data-parallel ranks, b bytes of a working weight. "Shared" are
-the parameters of all languages, "own" those of one.
+Everything is arithmetic on the run configuration; tests/parity/test_plan.py compares it with what real runs hold and send.
+Legend: w is the model's width, f its feed-forward width, a its adapter width, v the padded vocabulary, n the tokens of a
+micro-batch, m its masked positions, b the bytes of a working weight. All languages use the "shared" parameters; "own"
+parameters belong to one language.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from mlinterf_ds.engine.throughput import flops_per_row
 from mlinterf_ds.pretrain.config import RunConfig
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
-STATE = 12  # bytes of a master and its two moments
-PERSISTENT = 10_000  # elements: ZeRO 3 keeps smaller parameters whole (stage3_param_persistence_threshold)
-BUCKET = 20_000_000  # elements reduced at once (reduce_bucket_size)
+STATE = 12  # bytes of an fp32 master weight and its two moments
+PERSISTENT = 10_000  # ZeRO 3 keeps parameters of at most so many elements whole (stage3_param_persistence_threshold)
+BUCKET = 20_000_000  # elements that are reduced at once (reduce_bucket_size)
 LIVE = 1_000_000_000  # elements that ZeRO 3 keeps gathered from the forward to the backward pass (DeepSpeed's default)
 
 
 @dataclass(frozen=True)
-class Layout:
-    """How a run is spread."""
+class PlannedLayout:
+    """How a planned run is divided over ranks, and the precision of its weights."""
 
     ranks: int
-    tensor: int
+    tensor: int  # ranks of a tensor-parallel group
     stage: int  # of ZeRO
     precision: str
 
@@ -37,19 +37,19 @@ class Layout:
 
     @property
     def share(self) -> int:
-        """Over how many ranks masters and moments are cut."""
+        """The number of ranks over which master weights and moments are divided."""
         return self.data if self.stage else 1
 
 
 @dataclass(frozen=True)
-class Parameters:
-    """Elements that one tensor-parallel rank holds."""
+class ParameterCount:
+    """The number of elements that one tensor-parallel rank holds, before ZeRO divides them."""
 
     shared: int
     own: int  # of one language
-    languages: int
-    small: int  # of the shared ones, those that ZeRO 3 never cuts
-    matrix: int  # the largest matrix of a layer
+    languages: int  # how many languages have parameters of their own
+    small: int  # of the shared parameters, those that ZeRO 3 never divides
+    matrix: int  # of the largest matrix of a layer
 
     @property
     def total(self) -> int:
@@ -57,12 +57,12 @@ class Parameters:
 
 
 def _linear(out: int, into: int, tensor: int, *, column: bool) -> list[int]:
-    """Elements of weight and bias of a column- or row-parallel linear layer."""
+    """Elements of the weight and of the bias of a column- or row-parallel linear layer on one rank."""
     return [out * into // tensor, out // tensor if column else out]
 
 
-def parameters(config: RunConfig, languages: int, vocabulary: int, tensor: int) -> Parameters:
-    """Counts, by tensor, of the encoder's parameters (mlinterf_ds/model)."""
+def parameters(config: RunConfig, languages: int, vocabulary: int, tensor: int) -> ParameterCount:
+    """Counts the encoder's parameters (mlinterf_ds/model) on one rank of a tensor-parallel group of size `tensor`."""
     model, routing = config.model, config.routing
     w, inner = model.width, model.heads * model.kv_channels
     v = -(-vocabulary // 64) * 64
@@ -79,7 +79,7 @@ def parameters(config: RunConfig, languages: int, vocabulary: int, tensor: int) 
     if model.language_embeddings:
         outside.append(languages * w)
     sizes = in_layer * model.layers + outside
-    return Parameters(
+    return ParameterCount(
         shared=sum(sizes),
         own=sum(own) * model.layers,
         languages=languages if own else 0,
@@ -89,90 +89,97 @@ def parameters(config: RunConfig, languages: int, vocabulary: int, tensor: int) 
 
 
 def memory(
-    config: RunConfig, count: Parameters, layout: Layout, vocabulary: int, on_gpu: bool = True
+    config: RunConfig, count: ParameterCount, layout: PlannedLayout, vocabulary: int, on_gpu: bool = True
 ) -> dict[str, float]:
-    """Bytes of one rank at the fullest moment of a step, by kind.
+    """Bytes that one rank holds at the fullest moment of a step, by kind.
 
-    "weights", "optimizer" (masters and moments), the same of the languages ("adapters"; of all of them), "gradients" (with
-    DeepSpeed's buffers), "gathered" (weights, under ZeRO 3), "meta step" (vectors beside the gradients), "activations" of
-    one micro-batch.
+    "weights" and "optimizer" (master weights and moments) are those of the shared parameters; "adapters" are the weights,
+    masters and moments of all languages' own parameters. "gradients" include DeepSpeed's buffers, "gathered" are the weights
+    that ZeRO 3 collects for a pass, "meta step" the vectors that a meta step keeps beside the gradients, and "activations"
+    are those of one micro-batch.
     """
     b, d = BYTES[layout.precision], layout.share
     cut = layout.data if layout.stage == 3 else 1
-    found = {
+    size = {
         "weights": b * ((count.shared - count.small) / cut + count.small if cut > 1 else count.shared),
         "optimizer": STATE * count.shared / d,
         "adapters": count.languages * count.own * (b / cut + STATE / d),
     }
     vector, own = 4 * count.shared / d, 4 * count.own / d
-    found["gradients"] = own + _gradients(count, layout, vector)
+    size["gradients"] = own + _gradients(count, layout, vector)
     if layout.stage == 3:
-        found["gathered"] = b * min(LIVE, count.shared - count.small) if layout.data > 1 else 0.0
+        size["gathered"] = b * min(LIVE, count.shared - count.small) if layout.data > 1 else 0.0
     if config.variant.startswith("meta_"):
-        # in the validation pass the descent is still there; in the last displaced one v and two gradients of phi
+        # The validation pass still holds the descent direction; the last displaced pass holds v and two gradients of phi.
         descent = (1 + (config.meta.lookahead == "adam")) * vector
-        displaced = 2 * vector + 3 * own - found["gradients"] if config.meta.terms == "both" else 0.0
-        found["meta step"] = STATE * count.own / d + max(descent, displaced)  # phi and its moments are kept aside
+        displaced = 2 * vector + 3 * own - size["gradients"] if config.meta.terms == "both" else 0.0
+        size["meta step"] = STATE * count.own / d + max(descent, displaced)  # phi and its moments have a copy
     rows = micro_rows(config, layout.data)
-    found["activations"] = activations(config, rows, vocabulary, layout, on_gpu)
+    size["activations"] = activations(config, rows, vocabulary, layout, on_gpu)
     if config.variant == "meta_ffn" and not config.model.recompute and layout.stage < 3:
-        # no pass wants the gradients of more than one language: others' layers do not keep their inputs (DeepSpeed's
-        # own linear layer under ZeRO 3 keeps them all the same)
+        # No pass asks for the gradients of more than one language, so the layers of the others do not keep their inputs.
+        # (Under ZeRO 3 they do: DeepSpeed replaces the linear layer by one that always keeps its input.)
         others = 1 - 1 / (config.meta.languages_per_step or count.languages)
         inputs = b * rows * config.data.sequence_length * (config.model.width + config.model.ffn / layout.tensor)
-        found["activations"] -= others * config.model.layers * inputs
-    return found
+        size["activations"] -= others * config.model.layers * inputs
+    return size
 
 
-def _gradients(count: Parameters, layout: Layout, vector: float) -> float:
-    """Bytes of the shared parameters' gradients, and of DeepSpeed's buffers for them, at the end of a pass."""
+def _gradients(count: ParameterCount, layout: PlannedLayout, vector: float) -> float:
+    """Bytes of the shared parameters' gradients and of DeepSpeed's buffers for them at the end of a pass."""
     b, stage = BYTES[layout.precision], layout.stage
     if stage == 0:
         return vector
     if stage == 3:
         return vector + b * BUCKET
-    if stage == 1 and layout.precision == "bf16":  # BF16_Optimizer: whole fp32 sums beside the 16-bit gradients
+    if stage == 1 and layout.precision == "bf16":  # BF16_Optimizer keeps whole fp32 sums beside the 16-bit gradients
         return 4 * count.shared + max(b * count.shared, vector)
-    found = 2 * vector  # averaged pieces, and the flat vector they are summed into
+    size = 2 * vector  # the averaged pieces, and the flat vector that sums them
     if layout.precision == "fp16":
-        found += 4 * BUCKET  # two buffers of 16 bit
-    if layout.precision == "fp32" and layout.data > 1:  # a piece is a view of its parameter's whole gradient
-        found += b * count.matrix
-    return found
+        size += 4 * BUCKET  # two buffers of 16-bit elements
+    if layout.precision == "fp32" and layout.data > 1:  # a piece is a view that keeps its parameter's whole gradient
+        size += b * count.matrix
+    return size
 
 
 def micro_rows(config: RunConfig, data: int) -> int:
-    """Rows of a micro-batch; as many as a rank has if the configuration leaves it open."""
+    """Rows of a micro-batch: `train.micro_batch`, or all rows of a rank where the configuration leaves it open."""
     return config.train.micro_batch or max(1, config.train.batch // data)
 
 
-def activations(config: RunConfig, rows: int, vocabulary: int, layout: Layout, on_gpu: bool) -> float:
-    """Bytes that a forward pass of `rows` rows saves for its backward pass (flash attention: no length^2)."""
+def activations(config: RunConfig, rows: int, vocabulary: int, layout: PlannedLayout, on_gpu: bool) -> float:
+    """Bytes that a forward pass of `rows` rows saves for its backward pass; flash attention saves no score matrix."""
     model, tensor = config.model, layout.tensor
     b, w, f = BYTES[layout.precision], model.width, model.ffn / tensor
     inner, heads = model.heads * model.kv_channels / tensor, model.heads / tensor
     n = rows * config.data.sequence_length
     adapted = config.routing in ("adpt", "share_adpt")
-    layer = b * n * (4 * w + 4 * inner + 2 * f)  # both norms in and out; q, k, v and the mix; GELU in and out
-    layer += 4 * n * (4 + heads)  # the norms' statistics, the softmax's
+    layer = (
+        b * n * (4 * w + 4 * inner + 2 * f)
+    )  # inputs and outputs of both norms and of the GELU; q, k, v and their mix
+    layer += 4 * n * (4 + heads)  # statistics of the norms and of the softmax
     if adapted:
-        layer += 2 * b * n * (w + 2 * model.adapter_width / tensor)  # down projection's input, activation in and out
+        layer += (
+            2 * b * n * (w + 2 * model.adapter_width / tensor)
+        )  # the down projection's input; the activation's input and output
     dropped = (1 if on_gpu else b) * n * w if model.dropout else 0.0
     layer += 2 * dropped
     layers = model.layers * b * n * w + layer if model.recompute else model.layers * layer
     m = rows * masked_per_row(config.data.sequence_length, config.data.mask)
     v = -(-vocabulary // 64) * 64 / tensor
-    head = b * m * 4 * w + 8 * m + 4 * m * v  # dense, GELU, norm and decoder in; the softmax in fp32
-    return layers + dropped + 2 * b * n * w + 8 * n + head  # the final norm
+    head = b * m * 4 * w + 8 * m + 4 * m * v  # inputs of dense layer, GELU, norm and decoder; the fp32 softmax
+    return layers + dropped + 2 * b * n * w + 8 * n + head  # dropout of the embeddings; the final norm
 
 
-Volume = dict[str, float]
+Volume = dict[str, float]  # collective -> bytes
 
 
 def passes(config: RunConfig) -> dict[str, float]:
-    """Of an average step: "forward"; backward passes to "shared" and to "own" gradients; "write"s of displaced weights.
+    """How often an average step does what: "forward" passes, backward passes to "shared" and to "own" gradients, and
+    "write"s of displaced weights.
 
-    Plain: one of each and no displacement. A meta step: descent, validation, the difference's passes, phase 2.
+    A plain step has one pass of each kind and displaces nothing. A meta step adds up its descent, its validation pass, the
+    passes of the finite difference, and phase 2.
     """
     plain = {"forward": 1.0, "shared": 1.0, "own": 1.0, "write": 0.0}
     if not config.variant.startswith("meta_"):
@@ -184,8 +191,8 @@ def passes(config: RunConfig) -> dict[str, float]:
     return {key: (whole[key] + (meta.every - 1) * between[key]) / meta.every for key in whole}
 
 
-def data_parallel_volume(config: RunConfig, count: Parameters, layout: Layout) -> Volume:
-    """Elements x bytes that enter the data-parallel collectives of a step, by collective (whole tensors, one rank's)."""
+def data_parallel_volume(config: RunConfig, count: ParameterCount, layout: PlannedLayout) -> Volume:
+    """Bytes of the whole tensors that one rank enters into the data-parallel collectives of a step, by collective."""
     if layout.data == 1:
         return {}
     b, times, stage = BYTES[layout.precision], passes(config), layout.stage
@@ -196,7 +203,7 @@ def data_parallel_volume(config: RunConfig, count: Parameters, layout: Layout) -
     volume = {"reduce_scatter": 4 * times["own"] * count.own * micro, "all_gather": 0.0}
     writes = times["write"] + 1
     if stage == 3:
-        cut = b * (count.shared - count.small) + own  # once more in the backward pass, unless still there
+        cut = b * (count.shared - count.small) + own  # DeepSpeed may keep some from the forward to the backward pass
         volume["all_gather"] = micro * (times["forward"] * 2 * cut) + writes * b * count.small
         volume["reduce_scatter"] += micro * times["shared"] * shared
         return volume
@@ -205,22 +212,24 @@ def data_parallel_volume(config: RunConfig, count: Parameters, layout: Layout) -
     return volume
 
 
-def tensor_parallel_volume(config: RunConfig, layout: Layout) -> float:
-    """Bytes that enter the tensor-parallel all-reduces of a step."""
+def tensor_parallel_volume(config: RunConfig, layout: PlannedLayout) -> float:
+    """Bytes of the tensors that one rank enters into the tensor-parallel all-reduces of a step."""
     if layout.tensor == 1:
         return 0.0
     model, b, times = config.model, BYTES[layout.precision], passes(config)
     rows = config.train.batch / layout.data
     n, m = rows * config.data.sequence_length, rows * masked_per_row(config.data.sequence_length, config.data.mask)
-    sums = 4 if config.routing in ("adpt", "share_adpt") else 2  # a layer's row-parallel layers
+    sums = 4 if config.routing in ("adpt", "share_adpt") else 2  # row-parallel linear layers of a transformer layer
     forward = n * model.width * b * (model.layers * sums * (2 if model.recompute else 1) + 1)
     backward = n * model.width * b * model.layers * sums + m * model.width * b
     return times["forward"] * (forward + backward + 3 * 4 * m)
 
 
 def step_flops(config: RunConfig, vocabulary: int) -> float:
-    """FLOPs of an average step over all ranks. A pass that wants only a language's gradients skips the shared weights':
-    two thirds of a whole one."""
+    """FLOPs of an average step over all ranks.
+
+    A pass to the gradients of one language alone skips the products of the shared weights' gradients, a third of a whole pass.
+    """
     masked = masked_per_row(config.data.sequence_length, config.data.mask)
     times = passes(config)
     only_own = times["forward"] - times["shared"]
@@ -229,18 +238,18 @@ def step_flops(config: RunConfig, vocabulary: int) -> float:
 
 
 def ring(collective: str, size: float, ranks: int) -> float:
-    """Bytes a rank sends in a ring collective over a tensor of `size` bytes."""
+    """Bytes that a rank sends in a ring collective over a tensor of `size` bytes."""
     return size * (ranks - 1) / ranks * (2 if collective == "all_reduce" else 1)
 
 
 @dataclass(frozen=True)
 class Device:
-    """One accelerator (vendors' data sheets) and its links, bytes/s each way."""
+    """An accelerator and its links, from the vendors' data sheets."""
 
-    memory: float
+    memory: float  # bytes
     peak: float  # dense 16-bit FLOP/s
-    near: float  # to its neighbours in the host
-    far: float  # its share of the host's network
+    near: float  # bytes/s each way to the other accelerators of its host
+    far: float  # bytes/s each way to other hosts: its share of the host's network
 
 
 DEVICES = {
@@ -252,13 +261,19 @@ DEVICES = {
     "l40": Device(48e9, 181e12, 32e9, 12.5e9),
     "a10": Device(24e9, 125e12, 32e9, 6e9),
 }
-RESERVE = 0.9  # of the memory; the rest is the context's, the libraries' and fragmentation's
+USABLE = 0.9  # share of the memory; the rest goes to the driver, the libraries and fragmentation
 
 
 def step_seconds(
-    config: RunConfig, count: Parameters, layout: Layout, device: Device, vocabulary: int, per_host: int, mfu: float
+    config: RunConfig,
+    count: ParameterCount,
+    layout: PlannedLayout,
+    device: Device,
+    vocabulary: int,
+    per_host: int,
+    mfu: float,
 ) -> dict[str, float]:
-    """Seconds of a step by what takes them. Communication is counted in full, as if nothing of it were hidden."""
+    """Seconds of a step by cause. Communication is counted in full, as if none of it overlapped with arithmetic."""
     peak = device.peak if layout.precision != "fp32" else device.peak / 16
     link = device.far if layout.ranks > per_host else device.near
     volume = data_parallel_volume(config, count, layout)
@@ -271,8 +286,8 @@ def step_seconds(
     }
 
 
-def divides(config: RunConfig, layout: Layout, per_host: int) -> bool:
-    """Whether the model and the batch can be cut this way."""
+def divides(config: RunConfig, layout: PlannedLayout, per_host: int) -> bool:
+    """Whether this layout divides the model's matrices and the batch without remainder."""
     model = config.model
     if layout.ranks % layout.tensor or layout.tensor > per_host or config.train.batch % layout.data:
         return False

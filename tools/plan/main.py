@@ -1,22 +1,22 @@
-"""Predict, before anyone pays: memory of a rank by kind, communication, time, and which ZeRO stage and tensor size fit.
+"""Predicts a run before it starts: memory of a rank by kind, communication, time, and which layouts fit the GPU.
 
     python tools/plan.py --recipe base --nodes 16 --gpus 8 --gpu h100 --languages 100 --vocabulary 250000
     python tools/plan.py --recipe base --nodes 16 --languages 100 --figures plan/base
 
-Assumptions: matrix products at --mfu of the data sheet's peak; collectives as rings at full speed of the links, none of
-them hidden behind arithmetic; flash attention; a tenth of the memory left to the driver and to fragmentation.
-Held against what runs do: memory within 10%, traffic exactly, arithmetic within 10% of torch's count
-(tests/parity/test_plan.py); `tools/bench.py plan` shows planned and measured steps side by side on this machine.
+The plan assumes that matrix products reach --mfu of the data sheet's peak, that collectives are rings at the full speed of
+the links and none of them overlaps with arithmetic, that attention is flash attention, and that a tenth of the memory goes to
+the driver and to fragmentation. Real runs hold within 10% of the planned memory, send the planned bytes, and compute within
+10% of the planned FLOPs (tests/parity/test_plan.py). `tools/bench.py plan` shows planned and measured steps side by side.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from mlinterf_ds.errors import UserError
 from mlinterf_ds.pretrain.config import RunConfig, load_run
@@ -29,14 +29,14 @@ LANGUAGES = (2, 5, 10, 25, 50, 100, 250, 500)
 
 @dataclass(frozen=True)
 class Plan:
-    """One layout of the run."""
+    """What the run needs at one layout."""
 
-    layout: arithmetic.Layout
+    layout: arithmetic.PlannedLayout
     micro: int  # rows of a micro-batch
     memory: dict[str, float]  # bytes by kind
-    seconds: dict[str, float]  # of a step, by what takes them
-    sent: dict[str, float]  # bytes of a rank's step by collective
-    days: float
+    seconds: dict[str, float]  # of a step, by cause
+    sent: dict[str, float]  # bytes that a rank sends in a step, by collective
+    days: float  # of the whole run
     fits: bool
 
     @property
@@ -45,8 +45,8 @@ class Plan:
 
 
 def make(options: argparse.Namespace, config: RunConfig, ranks: int, tensor: int, stage: int, languages: int) -> Plan:
-    """The run at this layout, with the largest micro-batch that fits (or the configuration's)."""
-    layout = arithmetic.Layout(ranks, tensor, stage, options.precision)
+    """Plans the run at this layout, with the configuration's micro-batch or else the largest one that fits."""
+    layout = arithmetic.PlannedLayout(ranks, tensor, stage, options.precision)
     device = arithmetic.DEVICES[options.gpu]
     count = arithmetic.parameters(config, languages, options.vocabulary, tensor)
     rows = max(1, config.train.batch // layout.data)
@@ -55,7 +55,7 @@ def make(options: argparse.Namespace, config: RunConfig, ranks: int, tensor: int
         train = config.train.model_copy(update={"micro_batch": size})
         tried = config.model_copy(update={"train": train})
         memory = arithmetic.memory(tried, count, layout, options.vocabulary)
-        fits = sum(memory.values()) <= arithmetic.RESERVE * device.memory
+        fits = sum(memory.values()) <= arithmetic.USABLE * device.memory
         if fits:
             break
     seconds = arithmetic.step_seconds(tried, count, layout, device, options.vocabulary, options.gpus, options.mfu)
@@ -72,26 +72,28 @@ def make(options: argparse.Namespace, config: RunConfig, ranks: int, tensor: int
 
 
 def layouts(options: argparse.Namespace, config: RunConfig, ranks: int, languages: int) -> list[Plan]:
-    """Every ZeRO stage at every tensor-parallel size that divides the model."""
+    """A plan for every ZeRO stage at every tensor-parallel size that divides the model."""
     return [
         make(options, config, ranks, tensor, stage, languages)
         for tensor in (1, 2, 4, 8)
         for stage in (0, 1, 2, 3)
-        if arithmetic.divides(config, arithmetic.Layout(ranks, tensor, stage, options.precision), options.gpus)
+        if arithmetic.divides(config, arithmetic.PlannedLayout(ranks, tensor, stage, options.precision), options.gpus)
     ]
 
 
 def best(plans: list[Plan]) -> Plan | None:
-    """The fastest that fits; of equals the one with most memory left."""
+    """The fastest plan that fits, of equally fast ones the one with most memory left; None if none fits."""
     return min((p for p in plans if p.fits), key=lambda p: (round(p.days, 3), p.gib), default=None)
 
 
 def table(rows: list[tuple[str, ...]]) -> str:
+    """Lays the rows out in right-aligned columns."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
 
 
 def show(options: argparse.Namespace, config: RunConfig, plans: list[Plan]) -> None:
+    """Prints all layouts, then the memory, traffic and time of the fastest one that fits."""
     count = arithmetic.parameters(config, options.languages, options.vocabulary, 1)
     ranks = options.nodes * options.gpus
     print(
@@ -109,10 +111,10 @@ def show(options: argparse.Namespace, config: RunConfig, plans: list[Plan]) -> N
     print(table([head, *rows]))
     chosen = best(plans)
     if chosen is None:
-        print(f"\nnothing fits {options.gpu}: more nodes, model.recompute=true, or a smaller train.micro_batch")
+        print(f"\nnothing fits {options.gpu}: try more nodes, model.recompute=true or a smaller train.micro_batch")
         return
-    where = f"parallel.tensor={chosen.layout.tensor}, ZeRO {chosen.layout.stage}, train.micro_batch={chosen.micro}"
-    print(f"\nfastest that fits: {where}\n")
+    setting = f"parallel.tensor={chosen.layout.tensor}, ZeRO {chosen.layout.stage}, train.micro_batch={chosen.micro}"
+    print(f"\nfastest that fits: {setting}\n")
     print(table([("memory of a rank", "GiB"), *((k, f"{v / GIB:,.3f}") for k, v in chosen.memory.items())]))
     print()
     print(table([("sent by a rank in a step", "MB"), *((k, f"{v / 1e6:,.1f}") for k, v in chosen.sent.items())]))
@@ -121,43 +123,41 @@ def show(options: argparse.Namespace, config: RunConfig, plans: list[Plan]) -> N
 
 
 def figures(options: argparse.Namespace, config: RunConfig, stem: Path) -> None:
-    """Against GPUs (at --languages) and against languages (at --nodes x --gpus), a line for each ZeRO stage."""
-    from tools.plan.report import scaling
+    """Draws memory and days against the number of GPUs (at --languages) and of languages (at --nodes x --gpus)."""
+    from tools.plan.figures import scaling
 
-    limit = arithmetic.RESERVE * arithmetic.DEVICES[options.gpu].memory / GIB
+    limit = arithmetic.USABLE * arithmetic.DEVICES[options.gpu].memory / GIB
     ranks = options.nodes * options.gpus
-    many = [(gpus, options.languages) for gpus in GPUS if config.train.batch % gpus == 0]
-    for along, label, places, fixed in (
-        ("gpus", "GPUs", many, f"{options.languages} languages"),
-        ("languages", "languages", [(ranks, languages) for languages in LANGUAGES], f"{ranks} GPUs"),
+    by_gpus = [(gpus, options.languages) for gpus in GPUS if config.train.batch % gpus == 0]
+    by_languages = [(ranks, languages) for languages in LANGUAGES]
+    for axis, label, points, fixed in (
+        ("gpus", "GPUs", by_gpus, f"{options.languages} languages"),
+        ("languages", "languages", by_languages, f"{ranks} GPUs"),
     ):
         rows = []
-        for gpus, languages in places:
-            for stage in (0, 1, 2, 3):
-                found = make(options, config, gpus, config.parallel.tensor, stage, languages)
-                rows.append(
-                    {"gpus": gpus, "languages": languages, "stage": stage, "gib": found.gib, "days": found.days}
-                )
+        for (gpus, languages), stage in itertools.product(points, (0, 1, 2, 3)):
+            plan = make(options, config, gpus, config.parallel.tensor, stage, languages)
+            rows.append({"gpus": gpus, "languages": languages, "stage": stage, "gib": plan.gib, "days": plan.days})
         title = f"{config.name}, {config.variant}, {fixed}, {options.gpu}, {options.precision}"
-        path = stem.with_name(f"{stem.name}-{along}.png")
-        scaling(rows, along, label, path, title=title, limit=limit)
+        path = stem.with_name(f"{stem.name}-{axis}.png")
+        scaling(rows, axis, label, path, title=title, limit=limit)
         print(f"{path} (and .svg, .csv)")
 
 
 def arguments(words: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--recipe", action="append", default=[], help="as the launchers'; repeatable")
-    parser.add_argument("--set", action="append", default=[], metavar="section.key=value")
-    parser.add_argument("--nodes", type=int, default=1)
-    parser.add_argument("--gpus", type=int, default=8, help="of a node")
-    parser.add_argument("--gpu", choices=sorted(arithmetic.DEVICES), default="h100")
-    parser.add_argument("--languages", type=int, default=2)
-    parser.add_argument("--vocabulary", type=int, default=32000)
-    parser.add_argument("--mfu", type=float, default=0.4, help="share of the peak that matrix products reach")
+    parser.add_argument("--recipe", action="append", default=[], help="TOML file or shipped recipe's name; repeatable")
+    parser.add_argument("--set", action="append", default=[], metavar="section.key=value", help="repeatable")
+    parser.add_argument("--nodes", type=int, default=1, help="number of nodes (default 1)")
+    parser.add_argument("--gpus", type=int, default=8, help="GPUs of a node (default 8)")
+    parser.add_argument("--gpu", choices=sorted(arithmetic.DEVICES), default="h100", help="model of GPU (default h100)")
+    parser.add_argument("--languages", type=int, default=2, help="number of languages (default 2)")
+    parser.add_argument("--vocabulary", type=int, default=32000, help="pieces of the vocabulary (default 32000)")
+    parser.add_argument("--mfu", type=float, default=0.4, help="share of the peak that products reach (default 0.4)")
     parser.add_argument(
         "--figures", type=Path, metavar="STEM", help="draw STEM-gpus and STEM-languages (png, svg, csv)"
     )
-    parser.add_argument("--json", type=Path, help="write every layout's figures there")
+    parser.add_argument("--json", type=Path, help="write the plan of every layout to this file")
     options = parser.parse_args(words)
     for name in ("nodes", "gpus", "languages", "vocabulary"):
         if getattr(options, name) < 1:
@@ -168,9 +168,10 @@ def arguments(words: Sequence[str]) -> argparse.Namespace:
 
 
 def main(words: Sequence[str]) -> int:
+    """Plans the run that the command line describes; returns the exit code."""
     options = arguments(words)
     config = load_run(options.recipe or ["tiny"], options.set)
-    options.precision = {"auto": "fp16"}.get(config.train.precision, config.train.precision)  # the launchers' on GPUs
+    options.precision = {"auto": "fp16"}.get(config.train.precision, config.train.precision)  # auto on GPUs
     ranks = options.nodes * options.gpus
     plans = layouts(options, config, ranks, options.languages)
     if not plans:
@@ -183,7 +184,7 @@ def main(words: Sequence[str]) -> int:
     show(options, config, plans)
     try:
         if options.json:
-            rows: list[dict[str, Any]] = [asdict(found) | {"gib": found.gib} for found in plans]
+            rows = [asdict(plan) | {"gib": plan.gib} for plan in plans]
             options.json.write_text(json.dumps(rows, indent=1) + "\n")
         if options.figures:
             figures(options, config, options.figures)
