@@ -1,12 +1,13 @@
-"""Planted truth for the analysis of masks: does their similarity fall with the distance between languages?
+"""Tests whether the similarity of masks shows a planted distance: joint models of synthetic languages, over several seeds.
 
     python tools/planted_masks.py --out runs/planted-masks --seeds 5
 
-For each seed one joint model of four synthetic languages at stated distances is pretrained and analysed
-(`launch/analyze.py --set analysis=prune`). Reported: Spearman's rank correlation of the similarity of two languages' masks
-with their distance, over all pairs and models pooled and as the mean of each model's own (models differ in the level of all
-similarities, which pooling takes for noise), each with a 95% bootstrap interval over models (the units that are drawn); and in
-how many pairs both languages are more similar to themselves. What is there already is not computed again.
+For each seed the tool pretrains one joint model of four synthetic languages at known distances and analyses it
+(`launch/analyze.py --set analysis=prune`). It reports Spearman's rank correlation of the similarity of two languages' masks
+with their distance, pooled over all pairs and models, and as the mean of the correlations within each model (pooling takes it
+for noise that models differ in the level of all similarities). Both have a 95% bootstrap interval over models. It also reports
+the share of pairs whose two languages are both more similar to themselves than to each other. Models and analyses that exist
+in `--out` are used again.
 """
 
 from __future__ import annotations
@@ -42,11 +43,22 @@ RESAMPLES = 10_000
 
 
 def main(words: Sequence[str]) -> int:
+    """Trains, analyses and reports; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder of the models, analyses and planted.json")
-    parser.add_argument("--seeds", type=int, default=5, choices=range(1, 1000), metavar="N", help="models (default 5)")
-    parser.add_argument("--pretrain", action="append", default=[], metavar="KEY=VALUE", help="for the pretraining runs")
-    parser.add_argument("--prune", action="append", default=[], metavar="KEY=VALUE", help="for the analyses")
+    parser.add_argument(
+        "--seeds", type=int, default=5, choices=range(1, 1000), metavar="N", help="number of models (default 5)"
+    )
+    parser.add_argument(
+        "--pretrain",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="setting of the pretraining runs; repeatable",
+    )
+    parser.add_argument(
+        "--prune", action="append", default=[], metavar="KEY=VALUE", help="setting of the analyses; repeatable"
+    )
     options = parser.parse_args(words)
     for seed in range(options.seeds):
         model, analysis = options.out / f"model-{seed}", options.out / f"masks-{seed}"
@@ -55,25 +67,26 @@ def main(words: Sequence[str]) -> int:
             launch("pretrain.py", [*settings, f"output={model}"], ["--recipe", "tiny"])
         if not (analysis / "summary.json").is_file():
             launch("analyze.py", [*PRUNE, *options.prune, f"checkpoint={model}", f"output={analysis}"], [])
-    found = report([read(options.out / f"masks-{seed}" / "similarity.csv") for seed in range(options.seeds)])
-    (options.out / "planted.json").write_text(json.dumps(found, indent=2) + "\n")
-    print(json.dumps(found, indent=2))
+    summary = report([read(options.out / f"masks-{seed}" / "similarity.csv") for seed in range(options.seeds)])
+    (options.out / "planted.json").write_text(json.dumps(summary, indent=2) + "\n")
+    print(json.dumps(summary, indent=2))
     return 0
 
 
 def launch(program: str, settings: Sequence[str], more: Sequence[str]) -> None:
+    """Runs a launcher of this repository on one rank with these settings and further arguments."""
     flags = [word for setting in (*settings, "tracking.enabled=false") for word in ("--set", setting)]
     config = ROOT / "ds_configs" / "zero1.json"
     command = [sys.executable, str(ROOT / "launch" / program), "--deepspeed_config", str(config), *more, *flags]
     if subprocess.run(command).returncode:
-        raise UserError(f"launch/{program} failed: its reason stands above")
+        raise UserError(f"launch/{program} failed; the reason is printed above")
 
 
 Similarities = dict[tuple[str, str, str], dict[str, float]]  # (component, left, right) -> measure -> value
 
 
 def read(path: Path) -> Similarities:
-    """The similarities over all layers from an analysis's similarity.csv."""
+    """Reads the similarities over all layers from the similarity.csv of an analysis."""
     with path.open(newline="", encoding="utf-8") as file:
         return {
             (row["component"], row["left"], row["right"]): {m: float(row[m]) for m in ("cosine", "correlation")}
@@ -83,38 +96,42 @@ def read(path: Path) -> Similarities:
 
 
 def report(models: Sequence[Similarities]) -> dict[str, Any]:
-    """By component and measure: rank correlation with its interval, means by pair, and the within-language control."""
+    """By component and measure: rank correlations with intervals, means by pair, and similarities within languages."""
     pairs = list(itertools.combinations(LANGUAGES, 2))
     names = ["-".join(pair) for pair in pairs]
     distances = {name: distance(*pair) for name, pair in zip(names, pairs, strict=True)}
-    found: dict[str, Any] = {"models": len(models), "distances": distances}
+    summary: dict[str, Any] = {"models": len(models), "distances": distances}
     for component, measure in itertools.product(("all", "attention", "ffn"), ("cosine", "correlation")):
         between = np.array([[model[component, *pair][measure] for pair in pairs] for model in models])
         within = np.array([[model[component, code, code][measure] for code in LANGUAGES] for model in models])
         by_pair = dict(zip(names, between.T.tolist(), strict=True))
-        found[f"{component}/{measure}"] = {
+        summary[f"{component}/{measure}"] = {
             "pooled": transfer_correlation(distances, by_pair),
             "by_model": by_model(list(distances.values()), between),
             "within": within.mean(axis=0).tolist(),
             "between": {name: float(np.mean(values)) for name, values in by_pair.items()},
             "below_within": below(within, between),
         }
-    return found
+    return summary
 
 
 def by_model(distances: Sequence[float], between: np.ndarray) -> dict[str, Any]:
-    """Spearman's within each model, (models, pairs): their mean and its interval."""
-    found = np.array([rank_correlation(distances, row) for row in between.tolist()])
-    draws = np.random.default_rng(0).integers(0, len(found), (RESAMPLES, len(found)))
-    low, high = np.quantile(found[draws].mean(axis=1), [0.025, 0.975])
-    return {"rho": float(found.mean()), "low": float(low), "high": float(high), "each": found.tolist()}
+    """Spearman's rank correlation within each model, its mean and interval; `between` has the shape (models, pairs)."""
+    correlations = np.array([rank_correlation(distances, row) for row in between.tolist()])
+    count = len(correlations)
+    draws = np.random.default_rng(0).integers(0, count, (RESAMPLES, count))
+    low, high = np.quantile(correlations[draws].mean(axis=1), [0.025, 0.975])
+    return {"rho": float(correlations.mean()), "low": float(low), "high": float(high), "each": correlations.tolist()}
 
 
 def below(within: np.ndarray, between: np.ndarray) -> float:
-    """Share of models' pairs whose similarity lies below both languages' own; (models, L), (models, pairs)."""
+    """The share of pairs less similar than each of their languages is to itself.
+
+    `within` has the shape (models, languages), `between` (models, pairs).
+    """
     pairs = np.array(list(itertools.combinations(range(within.shape[1]), 2)))
     return float((between < within[:, pairs].min(axis=2)).mean())
 
 
 if __name__ == "__main__":
-    guarded(main, sys.argv[1:])
+    guarded(main)

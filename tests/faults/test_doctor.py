@@ -1,6 +1,6 @@
-"""tools/doctor.py: each check with the failure it is for, made here."""
+"""tools/doctor.py: every check with the failure that it looks for, made here."""
 
-import importlib.util
+import importlib.metadata
 import json
 import os
 import shutil
@@ -12,23 +12,21 @@ from pathlib import Path
 
 import pytest
 
+from tools.doctor import hosts, machine, network, software
+from tools.doctor.check import Check
+from tools.doctor.main import arguments, main
+
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "doctor.py"
-specification = importlib.util.spec_from_file_location("doctor", TOOL)
-assert specification and specification.loader
-doctor = importlib.util.module_from_spec(specification)
-sys.modules["doctor"] = doctor
-specification.loader.exec_module(doctor)
 
 
-def one(checks, name: str):
-    (found,) = [check for check in checks if check.name == name]
-    return found
+def named(name: str, checks: list[Check]) -> Check:
+    """The only check of this name."""
+    (check,) = [check for check in checks if check.name == name]
+    return check
 
 
 def test_versions_are_held_against_pyproject(monkeypatch) -> None:
-    assert {check.status for check in doctor.versions()} == {"OK"}, "what the tests run with is what is asked for"
-    import importlib.metadata
-
+    assert {check.status for check in software.versions()} == {"OK"}, "what the tests run with is what is asked for"
     installed = importlib.metadata.version
 
     def altered(name: str) -> str:
@@ -38,24 +36,24 @@ def test_versions_are_held_against_pyproject(monkeypatch) -> None:
 
     monkeypatch.setattr(importlib.metadata, "version", altered)
     monkeypatch.setattr(sys, "version_info", (3, 9, 1))
-    checks = doctor.versions()
-    assert one(checks, "mlflow").status == "FAIL" and "pip install 'mlflow" in one(checks, "mlflow").remedy
-    assert one(checks, "deepspeed").found == "0.1, pyproject.toml asks for ==0.19.8"
-    assert one(checks, "python").status == "FAIL" and one(checks, "torch").status == "OK"
+    checks = software.versions()
+    assert named("mlflow", checks).status == "FAIL" and "pip install 'mlflow" in named("mlflow", checks).remedy
+    assert named("deepspeed", checks).found == "0.1, pyproject.toml asks for ==0.19.8"
+    assert named("python", checks).status == "FAIL" and named("torch", checks).status == "OK"
 
 
 def test_compiler_and_accelerator(monkeypatch, tmp_path: Path) -> None:
     from deepspeed.accelerator import get_accelerator
 
-    fine = doctor.accelerator()
-    assert one(fine, "accelerator").status == "OK" and "train.precision=auto takes" in one(fine, "precision").found
+    fine = machine.accelerator()
+    assert named("accelerator", fine).status == "OK" and "train.precision=auto takes" in named("precision", fine).found
     monkeypatch.setattr("mlinterf_ds.engine.precision.bf16_arithmetic", lambda: False)
     monkeypatch.setattr(get_accelerator(), "is_fp16_supported", lambda: False)
-    assert one(doctor.accelerator(), "precision").status == "WARN"
+    assert named("precision", machine.accelerator()).status == "WARN"
     monkeypatch.setattr(get_accelerator(), "device_count", lambda: 1 // 0)
-    assert one(doctor.accelerator(), "accelerator").found.startswith("ZeroDivisionError")
+    assert named("accelerator", machine.accelerator()).found.startswith("ZeroDivisionError")
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert [check.status for check in doctor.compiler()] == ["WARN"]
+    assert [check.status for check in software.compiler()] == ["WARN"]
 
 
 def test_network(monkeypatch) -> None:
@@ -63,50 +61,50 @@ def test_network(monkeypatch) -> None:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        assert one(doctor.network("127.0.0.1", port), "rendezvous").status == "FAIL"
-        assert "--master_port" in one(doctor.network("127.0.0.1", port), "rendezvous").remedy
-    assert "loopback address" in one(doctor.network("127.0.0.1", port), "rendezvous").remedy
-    unknown = one(doctor.network("no-such-host.invalid", port), "rendezvous")
+        assert named("rendezvous", network.network("127.0.0.1", port)).status == "FAIL"
+        assert "--master_port" in named("rendezvous", network.network("127.0.0.1", port)).remedy
+    assert "loopback address" in named("rendezvous", network.network("127.0.0.1", port)).remedy
+    unknown = named("rendezvous", network.network("no-such-host.invalid", port))
     assert unknown.status == "FAIL" and "--master_addr" in unknown.remedy
-    assert "of another host" in one(doctor.network("192.0.2.1", port), "rendezvous").found
+    assert "of another host" in named("rendezvous", network.network("192.0.2.1", port)).found
 
     def refuse(*_, **__):
         raise OSError("Network is unreachable")
 
     monkeypatch.setattr(socket, "create_connection", refuse)
-    (loopback,) = doctor.network(None, port)
+    (loopback,) = network.network(None, port)
     assert loopback.status == "FAIL" and "ip link set lo up" in loopback.remedy
 
 
 def test_space(monkeypatch, tmp_path: Path) -> None:
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(2**40, 0, 2**39))
-    assert {check.status for check in doctor.storage(tmp_path / "yet" / "to" / "be")} == {"OK"}
+    assert {check.status for check in machine.storage(tmp_path / "yet" / "to" / "be")} == {"OK"}
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(2**40, 0, 5 * 2**30))
-    assert [check.status for check in doctor.storage(tmp_path)][:2] == ["WARN", "OK"]
+    assert [check.status for check in machine.storage(tmp_path)][:2] == ["WARN", "OK"]
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(2**40, 0, 2**20))
-    assert {check.status for check in doctor.storage(tmp_path)} == {"FAIL"}
+    assert {check.status for check in machine.storage(tmp_path)} == {"FAIL"}
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="needs /proc")
 def test_stale_locks_are_named_and_left(monkeypatch, tmp_path: Path) -> None:
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
-    assert [check.status for check in doctor.locks()] == ["OK"]
+    assert [check.status for check in software.locks()] == ["OK"]
     lock = tmp_path / "op" / "lock"
     lock.parent.mkdir()
     lock.touch()
-    (found,) = doctor.locks()
-    assert found.status == "WARN" and found.found == str(lock) and lock.exists()
+    (check,) = software.locks()
+    assert check.status == "WARN" and check.found == str(lock) and lock.exists()
 
 
 def test_mlflow(monkeypatch, tmp_path: Path) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://user:hidden-word@127.0.0.1:9")
-    (found,) = doctor.mlflow_server()
-    assert found.status == "WARN" and "hidden-word" not in found.found + found.remedy
+    (check,) = network.mlflow_server()
+    assert check.status == "WARN" and "hidden-word" not in check.found + check.remedy
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
-    assert doctor.mlflow_server()[0].status == "OK"
+    assert network.mlflow_server()[0].status == "OK"
     monkeypatch.setattr(os, "access", lambda path, mode: False)
-    assert doctor.mlflow_server()[0].status == "FAIL"
+    assert network.mlflow_server()[0].status == "FAIL"
 
 
 FAKE_SSH = """#!/bin/sh
@@ -125,13 +123,13 @@ def test_every_host_of_a_hostfile_and_what_differs_between_them(monkeypatch, tmp
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     hostfile = tmp_path / "hostfile"
     hostfile.write_text("good slots=2\n# a comment\nold slots=2\ngone slots=2\n")
-    assert doctor.main(["--hostfile", str(hostfile)]) == 1
-    said = capsys.readouterr().out
-    assert "Connection refused -- `ssh gone` must work without a password" in said
-    assert "2.13.0 on good; 2.12.0 on old" in said and "4 checks: 2 failed, 0 warnings" in said
+    assert main(["--hostfile", str(hostfile)]) == 1
+    printed = capsys.readouterr().out
+    assert "Connection refused -- `ssh gone` must work without a password" in printed
+    assert "2.13.0 on good; 2.12.0 on old" in printed and "4 checks: 2 failed, 0 warnings" in printed
     hostfile.write_text("good slots=2\ngood2\n")
     with pytest.raises(SystemExit, match="line 2: expected `host slots=N`"):
-        doctor.main(["--hostfile", str(hostfile)])
+        main(["--hostfile", str(hostfile)])
 
 
 RUN_HERE = """#!/bin/sh
@@ -144,7 +142,7 @@ esac
 
 
 def test_hosts_that_do_not_reach_the_rendezvous(monkeypatch, tmp_path: Path) -> None:
-    """Through an ssh that runs everything here; "walled" gets to no port but the rendezvous."""
+    """The ssh of this test runs everything here; the host "walled" reaches no port but the rendezvous."""
     (tmp_path / "ssh").write_text(RUN_HERE)
     (tmp_path / "ssh").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
@@ -152,10 +150,10 @@ def test_hosts_that_do_not_reach_the_rendezvous(monkeypatch, tmp_path: Path) -> 
         taken.bind(("", 0))
         port = taken.getsockname()[1]
         taken.listen()
-        options = doctor.arguments(["--master_addr", "127.0.0.1", "--master_port", str(port)])
-        (found,) = doctor.reachable(["first", "second"], options)
-        assert found.status == "FAIL" and found.host == "first" and "Address already in use" in found.found
-    second, walled = doctor.reachable(["first", "second", "walled"], options)
+        options = arguments(["--master_addr", "127.0.0.1", "--master_port", str(port)])
+        (check,) = hosts.reachable(["first", "second"], options)
+        assert check.status == "FAIL" and check.host == "first" and "Address already in use" in check.found
+    second, walled = hosts.reachable(["first", "second", "walled"], options)
     assert (second.host, second.status) == ("second", "OK") and f"ports {port} and " in second.found
     assert (walled.host, walled.status) == ("walled", "FAIL") and "ConnectionRefusedError" in walled.found
     assert "firewalls" in walled.remedy
@@ -164,31 +162,32 @@ def test_hosts_that_do_not_reach_the_rendezvous(monkeypatch, tmp_path: Path) -> 
 def test_no_ssh_here(monkeypatch, tmp_path: Path, capsys) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     (tmp_path / "hostfile").write_text("one slots=2\ntwo slots=2\n")
-    assert doctor.main(["--hostfile", str(tmp_path / "hostfile"), "--master_addr", "one"]) == 1
-    said = capsys.readouterr().out
-    assert said.count("No such file or directory -- install an ssh client here") == 2
+    assert main(["--hostfile", str(tmp_path / "hostfile"), "--master_addr", "one"]) == 1
+    printed = capsys.readouterr().out
+    assert printed.count("No such file or directory -- install an ssh client on this machine") == 2
 
 
 def test_arguments_that_mean_nothing(monkeypatch, tmp_path: Path, capsys) -> None:
     (tmp_path / "hostfile").write_text("# node-1 slots=8\n\n")
-    with pytest.raises(SystemExit, match="no host in it; expected `host slots=N`"):
-        doctor.main(["--hostfile", str(tmp_path / "hostfile")])
+    with pytest.raises(SystemExit, match="the file names no host; expected lines `host slots=N`"):
+        main(["--hostfile", str(tmp_path / "hostfile")])
     with pytest.raises(SystemExit):
-        doctor.main(["--ssh-args", "-o 'x"])
+        main(["--ssh-args", "-o 'x"])
     assert 'argument --ssh-args: "-o \'x": No closing quotation' in capsys.readouterr().err
     monkeypatch.setenv("MASTER_PORT", "a few")
     with pytest.raises(SystemExit):
-        doctor.main([])
+        main([])
     assert "expected a port, 1 to 65535, found 'a few'" in capsys.readouterr().err
 
 
 def test_a_check_that_breaks_is_a_failed_check(monkeypatch, capfd) -> None:
-    for name in ("versions", "accelerator", "network", "storage", "locks"):
-        monkeypatch.setattr(doctor, name, lambda *_: [doctor.Check("fine", "OK", "")])
-    monkeypatch.setattr(doctor, "mlflow_server", lambda: {}["nothing"])
-    assert doctor.main(["--json"]) == 1
+    checks = {software: ("versions", "compiler", "locks"), machine: ("accelerator", "storage"), network: ("network",)}
+    for module, name in ((module, name) for module, names in checks.items() for name in names):
+        monkeypatch.setattr(module, name, lambda *_: [Check("fine", "OK", "")])
+    monkeypatch.setattr(network, "mlflow_server", lambda: {}["nothing"])
+    assert main(["--json"]) == 1
     rows = json.loads(capfd.readouterr().out)
-    assert [row["status"] for row in rows if row["name"] != "compiler"] == ["OK"] * 5 + ["FAIL"]
+    assert [(row["name"], row["status"]) for row in rows] == [("fine", "OK")] * 6 + [("mlflow", "FAIL")]
 
 
 def test_the_command_prints_a_report() -> None:

@@ -1,0 +1,37 @@
+"""`bench.py conflict`: what measuring the similarity of many languages' gradients costs beside the gradients themselves."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from tools.bench.engines import CODES, RandomCorpus, build, shapes
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """The paper's model: two gradients of `--rows` sequences for each language, projected one after another."""
+    from mlinterf_ds.gradients import similarity
+    from mlinterf_ds.gradients.collect import DRAWS, Draws, gradient
+
+    count = options.languages[-1]
+    settings = ["variant=joint", *shapes(options), "meta.languages_per_step=2"]
+    engine, _, _ = build(options, CODES[:count], "paper", settings, "zero0")
+    config = engine.config.conflict.model_copy(update={"sequences": options.rows, "micro_batch": options.rows})
+    corpus = RandomCorpus(CODES[:count], options.vocabulary)
+    draws = Draws(
+        corpus, corpus.languages, corpus.languages, config=config, length=options.length, mask_share=0.15, seed=0,
+        engine=engine,
+    )  # fmt: skip
+    for _ in range(2):
+        gradient(engine, draws.batches("l0", 0, 0))  # to warm up
+    _, costs = similarity.measure(engine, draws, similarity.DIMENSION, seed=0)
+    gradients = DRAWS * count
+    return {
+        "languages": count,
+        "sequences of a gradient": options.rows,
+        "times the gradients alone": costs["ratio"],
+        "seconds of a gradient": costs["seconds_gradients"] / gradients,
+        "seconds of a similarity": costs["seconds_similarity"] / gradients,  # its share of the products included
+        "MB held beyond a gradient": costs["bytes_held"] / 1e6,
+        "MB peak beyond a gradient": costs["bytes_peak_increase"] / 1e6,
+    }

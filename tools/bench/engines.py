@@ -1,0 +1,100 @@
+"""Builds what the measurements run: an engine on random tokens with its batches, and the process group it needs."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+CODES = [f"l{number}" for number in range(100)]  # language codes
+
+
+class RandomCorpus:
+    """A corpus of random tokens in memory, with the methods that the streams call."""
+
+    def __init__(self, languages: Sequence[str], vocabulary: int):
+        self.languages, self.vocabulary_size = list(languages), vocabulary
+        self._tokens = np.random.default_rng(0).integers(5, vocabulary, 200_000)
+
+    def sentences(self, lang: str, split: str) -> int:
+        return 1000
+
+    def characters(self, lang: str, split: str) -> int:
+        return 10_000
+
+    def tokens(self, lang: str, split: str) -> np.ndarray:
+        return self._tokens
+
+    def unchanged(self, language: str, split: str) -> bool:
+        return True
+
+
+def start(rank: int, world: int, folder: str, threads: int) -> None:
+    """Joins this process to a group of `world` ranks that meet in `folder` and share `threads` threads."""
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(world)}
+    from mlinterf_ds.runtime import parallel, session
+
+    session.quiet(Path(folder) / f"rank-{rank}.log")
+    parallel.start(1, f"file://{folder}/rendezvous")
+    torch.set_num_threads(max(1, threads // world))
+
+
+def build(options: argparse.Namespace, languages: Sequence[str], recipe: str, settings: list[str], ds: str) -> Any:
+    """Builds an engine with ds_configs/`ds`.json; returns it with two functions of a step: training and validation batches."""
+    from mlinterf_ds.data.stream import TrainStream, ValidationStream
+    from mlinterf_ds.engine.engine import Engine
+    from mlinterf_ds.engine.precision import read_json
+    from mlinterf_ds.model.encoder import Encoder
+    from mlinterf_ds.pretrain.config import load_run
+    from mlinterf_ds.runtime import parallel
+
+    config = load_run([recipe], [*options.set, *settings])
+    corpus = RandomCorpus(languages, options.vocabulary)
+    length = config.data.sequence_length
+    model = Encoder(
+        config.model, variant=config.routing, languages=languages, vocabulary=options.vocabulary, positions=length
+    )
+    layout = parallel.current(1)
+    engine = Engine(model, config, read_json(ROOT / "ds_configs" / f"{ds}.json"), options.precision, layout)
+    stream = TrainStream(corpus, languages, rows=config.train.batch, length=length, seed=0)
+    held_out = None
+    if len(languages) > 1:
+        held_out = ValidationStream(
+            corpus, languages, rows=config.meta.batch or config.train.batch, length=length, seed=0,
+            languages_per_step=config.meta.languages_per_step,
+        )  # fmt: skip
+
+    def train(step: int) -> list[Any]:
+        return [stream.batch(step, *rows) for rows in engine.slices(config.train.batch)]
+
+    def validation(step: int) -> list[Any]:
+        assert held_out is not None
+        language = train(step)[0].step_languages[0]
+        return [held_out.batch(step, language, *rows) for rows in engine.slices(held_out.rows)]
+
+    return engine, train, validation
+
+
+def shapes(options: argparse.Namespace) -> list[str]:
+    """The settings that `--rows`, `--length` and `--dropout` stand for."""
+    settings = [f"train.batch={options.rows}", f"meta.batch={options.rows}", f"data.sequence_length={options.length}"]
+    return [*settings, f"model.dropout={options.dropout}", f"model.attention_dropout={options.dropout}"]
+
+
+def plain_step(engine: Any, batches: list[Any]) -> Callable[[], Any]:
+    """A training step on these batches, as a function to time."""
+    return lambda: engine.train_step(batches)
+
+
+def meta_step(engine: Any, batches: list[Any], validation: list[Any], **changes: Any) -> Callable[[], Any]:
+    """A meta step on these batches, as a function to time; `changes` replace keys of the [meta] section."""
+    from mlinterf_ds.engine.meta_step import MetaStep
+
+    step = MetaStep(engine, engine.config.meta.model_copy(update=changes))
+    return lambda: step.step(batches, validation)
