@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 from mlinterf_ds.data.batch import Batch
-from mlinterf_ds.data.stream import EvaluationSet
+from mlinterf_ds.data.evaluation import EvaluationSet
 from mlinterf_ds.data.text import normalise
 from mlinterf_ds.data.tokenizer import BOS, EOS, MANY_UNKNOWN, MASK, UNK, Tokenizer
 from mlinterf_ds.engine.precision import DTYPES, choose_precision

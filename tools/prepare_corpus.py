@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 from mlinterf_ds.data.corpus import Corpus
-from mlinterf_ds.data.prepare.main import prepare
+from mlinterf_ds.data.prepare.main import limits_of, prepare
 from mlinterf_ds.errors import UserError
 
 INPUTS = """\
@@ -37,7 +37,7 @@ def main(arguments: list[str] | None = None) -> int:
             temperature=options.vocab_temperature,
             tokenizer=options.tokenizer,
             extends=options.extend,
-            limits=_limits(options.limit),
+            limits=limits_of(options.limit),
             licence=options.licence,
             workers=options.workers,
         )
@@ -107,16 +107,6 @@ def _pairs(inputs: list[str]) -> dict[str, list[str | Path]]:
             raise UserError(f"{text!r}: expected LANGUAGE=INPUT, for example en=english.txt")
         sources.setdefault(language, []).append(source)
     return sources
-
-
-def _limits(texts: list[str]) -> dict[str, int]:
-    limits: dict[str, int] = {}
-    for text in texts:
-        language, _, number = text.partition("=")
-        if not number.isdecimal() or language in limits:
-            raise UserError(f"--limit {text}: expected LANGUAGE=N once for a language, for example fr=10000")
-        limits[language] = int(number)
-    return limits
 
 
 def report(corpus: Corpus, seconds: float) -> str:

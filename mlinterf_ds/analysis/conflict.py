@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from mlinterf_ds.analysis.job import AnalysisJob
-from mlinterf_ds.data.stream import TokenSource
+from mlinterf_ds.data.windows import TokenSource
 from mlinterf_ds.engine.engine import Engine
 from mlinterf_ds.errors import UserError
 from mlinterf_ds.files import write_csv

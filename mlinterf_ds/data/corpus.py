@@ -19,6 +19,7 @@ _DTYPES: dict[str, np.dtype] = {"uint16": np.dtype(np.uint16), "int32": np.dtype
 LANGUAGE = re.compile(r"(?!shared$)[a-z][a-z0-9_-]*")  # "shared" are the parameters of all languages
 SPLITS = ("train", "meta", "valid", "test")
 COUNTS = ("sentences", "words", "characters", "tokens")
+SYNTHETIC_LANGUAGES = ["syn", "syn-mid"]  # of a run on corpus=synthetic that names no languages
 AGAIN = "; copy the corpus again, or prepare it again in another folder"
 
 
@@ -194,6 +195,15 @@ class Corpus:
         if size != entry["bytes"]:
             found = "is missing" if size is None else f"has {size:,} bytes"
             raise UserError(f"{path}: {found}, {entry['bytes']:,} expected{AGAIN}")
+
+
+def synthetic_folder(languages: Sequence[str], sentences: int, limits: Mapping[str, int] | None = None) -> Path:
+    """Returns the folder, below the working directory, where the corpus of these synthetic languages is or will be made.
+
+    `sentences` is each language's number of sentences, `limits` the training sentences that some languages keep.
+    """
+    suffix = "".join(f"-{code}={count}" for code, count in sorted((limits or {}).items()))
+    return Path("corpora") / f"synthetic-{sentences}-{'+'.join(languages)}{suffix}"
 
 
 def _state(path: Path) -> tuple[int, ...]:

@@ -13,8 +13,8 @@ from functools import partial
 import numpy as np
 import torch.distributed as dist
 
-from mlinterf_ds.data.batch import Batch, Masker, Windows, key
-from mlinterf_ds.data.stream import TokenSource
+from mlinterf_ds.data.batch import Batch, Masker, key
+from mlinterf_ds.data.windows import TokenSource, Windows
 from mlinterf_ds.engine.engine import SHARED, Engine, Rows
 from mlinterf_ds.engine.space import Vector
 from mlinterf_ds.errors import UserError

@@ -19,7 +19,8 @@ from mlinterf_ds.analysis.conflict import Monitor
 from mlinterf_ds.config import decisive, differences, flat, without_removed
 from mlinterf_ds.data.batch import Batch
 from mlinterf_ds.data.corpus import Corpus
-from mlinterf_ds.data.stream import EvaluationSet, TrainStream, ValidationStream, prefetch
+from mlinterf_ds.data.evaluation import EvaluationSet
+from mlinterf_ds.data.stream import TrainStream, ValidationStream, prefetch
 from mlinterf_ds.engine import checkpoint
 from mlinterf_ds.engine.engine import SHARED, Engine
 from mlinterf_ds.engine.frozen import NewRows

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch.distributed as dist
 
-from mlinterf_ds.data.corpus import Corpus
-from mlinterf_ds.data.prepare import synthetic
+from mlinterf_ds.data.corpus import SYNTHETIC_LANGUAGES, Corpus, synthetic_folder
+from mlinterf_ds.data.prepare.synthetic import prepare_synthetic
 from mlinterf_ds.engine.precision import choose_precision, read_json, rows_per_rank
 from mlinterf_ds.errors import UserError
 from mlinterf_ds.pretrain.config import RunConfig
@@ -78,10 +78,10 @@ def open_corpus(config: RunConfig) -> Corpus:
     languages = config.languages
     folder = Path(config.corpus)
     if config.corpus == "synthetic":
-        languages = languages or synthetic.LANGUAGES
-        made = languages, config.data.synthetic_sentences, config.data.synthetic_limit
-        folder = synthetic.folder_of(*made)
-        agreed(lambda: synthetic.prepare_synthetic(*made))
+        languages, sentences = languages or SYNTHETIC_LANGUAGES, config.data.synthetic_sentences
+        limits = config.data.synthetic_limit
+        folder = synthetic_folder(languages, sentences, limits)
+        agreed(lambda: prepare_synthetic(languages, sentences, limits))
     corpus = Corpus.open(folder, languages)
     _verify(corpus)
     return corpus

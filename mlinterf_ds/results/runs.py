@@ -9,8 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from mlinterf_ds.data.corpus import Corpus
-from mlinterf_ds.data.prepare import synthetic
+from mlinterf_ds.data.corpus import Corpus, synthetic_folder
 from mlinterf_ds.data.stream import TrainStream
 from mlinterf_ds.engine import checkpoint
 from mlinterf_ds.errors import UserError, refusing
@@ -91,9 +90,7 @@ class Run:
         if self.config["corpus"] != "synthetic":
             return Path(self.config["corpus"])
         data = self.config["data"]
-        return synthetic.folder_of(
-            self.pretrained.languages, data["synthetic_sentences"], data.get("synthetic_limit", {})
-        )
+        return synthetic_folder(self.pretrained.languages, data["synthetic_sentences"], data.get("synthetic_limit"))
 
     def epochs(self, corpus: Corpus) -> dict[str, float]:
         """How often the checkpoint had seen each language's training text."""

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 from mlinterf_ds.data.corpus import Corpus
+from mlinterf_ds.data.evaluation import EvaluationSet
 from mlinterf_ds.data.prepare.main import prepare
-from mlinterf_ds.data.stream import EvaluationSet, TrainStream, ValidationStream
+from mlinterf_ds.data.stream import TrainStream, ValidationStream
 from mlinterf_ds.errors import UserError
 from tests.faults import kill_many
 from tests.faults.test_run_faults import wait_for
@@ -101,7 +102,7 @@ def test_text_altered_and_put_right_while_it_was_read_is_read_again(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Between the looks before and after, `at` once sees other tokens: the rows it returns are the right ones."""
-    from mlinterf_ds.data.batch import Windows
+    from mlinterf_ds.data.windows import Windows
 
     path, corpus = folder / "en.train.bin", Corpus.open(folder)
     tokens = np.array(corpus.tokens("en", "train"))

@@ -15,7 +15,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mlinterf_ds.data.prepare import synthetic
+from mlinterf_ds.data.corpus import SYNTHETIC_LANGUAGES
+from mlinterf_ds.data.prepare.synthetic import prepare_synthetic
 from mlinterf_ds.errors import UserError
 from mlinterf_ds.export.hf import export
 from tests.parity import export_bodies as bodies
@@ -268,7 +269,7 @@ def test_what_cannot_be_exported(made, tmp_path: Path) -> None:
 
 
 def test_pretraining_goes_on_from_an_exported_run(tmp_path: Path) -> None:
-    synthetic.prepare_synthetic(synthetic.LANGUAGES, 300, folder=tmp_path / "corpus")
+    prepare_synthetic(SYNTHETIC_LANGUAGES, 300, folder=tmp_path / "corpus")
     settings = ["corpus=corpus", "train.steps=2", "train.batch=8", "data.eval_rows=8", "model.width=32", "model.ffn=64"]
     settings += ["tracking.enabled=false"]
     (before,) = pool(1).run(bodies.pretrained, str(tmp_path), [*settings, "output=first"])

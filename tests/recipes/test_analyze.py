@@ -18,7 +18,8 @@ import torch
 from mlinterf_ds.analysis.config import AnalyzeConfig
 from mlinterf_ds.analysis.main import check_vocabulary
 from mlinterf_ds.config import load_config
-from mlinterf_ds.data.prepare.synthetic import LANGUAGES, folder_of, prepare_synthetic
+from mlinterf_ds.data.corpus import SYNTHETIC_LANGUAGES, synthetic_folder
+from mlinterf_ds.data.prepare.synthetic import prepare_synthetic
 from mlinterf_ds.errors import UserError
 from mlinterf_ds.pretrained import Pretrained
 from tests.parity.bodies import weights
@@ -56,7 +57,8 @@ def table(path: Path) -> list[dict[str, str]]:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three runs: plain, measured, and measured but interrupted after step 3."""
     folder = tmp_path_factory.mktemp("runs")
-    prepare_synthetic(LANGUAGES, 600, folder=folder / folder_of(LANGUAGES, 600, {}))  # ranks of a pool may not fork
+    corpus = folder / synthetic_folder(SYNTHETIC_LANGUAGES, 600)
+    prepare_synthetic(SYNTHETIC_LANGUAGES, 600, folder=corpus)  # ranks of a pool may not fork
     measured = ["conflict.every=2", "conflict.sequences=4", "conflict.micro_batch=3"]
     runs = {
         "plain": [[]],

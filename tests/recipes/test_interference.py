@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mlinterf_ds.data.prepare import synthetic
+from mlinterf_ds.data.prepare.synthetic import prepare_synthetic
 from mlinterf_ds.pretrain.config import load_run
 from tests.ranks import pool
 
@@ -79,7 +79,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with contextlib.chdir(found):  # here, not on a rank: preparing starts processes
         for settings in (RUNS["joint-0"], RUNS["other"]):
             config = load_run([], [*SHORT, *settings])
-            synthetic.prepare_synthetic(config.languages or [], config.data.synthetic_sentences)
+            data = config.data
+            prepare_synthetic(config.languages or [], data.synthetic_sentences, data.synthetic_limit)
     pool(1).run(pretrain, str(found))
     return found
 

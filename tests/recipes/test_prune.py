@@ -13,7 +13,8 @@ import pytest
 
 from mlinterf_ds.analysis.config import AnalyzeConfig
 from mlinterf_ds.config import load_config
-from mlinterf_ds.data.prepare.synthetic import LANGUAGES, prepare_synthetic
+from mlinterf_ds.data.corpus import SYNTHETIC_LANGUAGES as LANGUAGES
+from mlinterf_ds.data.prepare.synthetic import prepare_synthetic
 from mlinterf_ds.errors import UserError
 from mlinterf_ds.pretrain.config import load_run
 from tests.parity.bodies import REPOSITORY

@@ -13,15 +13,14 @@ from mlinterf_ds.data.batch import (
     FIRST_ORDINARY,
     Batch,
     Masker,
-    Windows,
     generator,
     key,
     mask_rows,
     masked_per_row,
     row_draws,
-    shuffled,
 )
 from mlinterf_ds.data.tokenizer import BOS, EOS, MASK
+from mlinterf_ds.data.windows import Windows, shuffled
 
 VOCABULARY = 1000
 

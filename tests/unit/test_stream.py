@@ -14,13 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlinterf_ds.data.batch import FIRST_ORDINARY, Batch
+from mlinterf_ds.data.evaluation import EvaluationSet, bits_per_character
 from mlinterf_ds.data.stream import (
     BLOCK,
-    EvaluationSet,
     Schedule,
     TrainStream,
     ValidationStream,
-    bits_per_character,
     prefetch,
 )
 from mlinterf_ds.data.tokenizer import BOS, EOS

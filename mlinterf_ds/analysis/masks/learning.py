@@ -24,7 +24,9 @@ from mlinterf_ds.analysis.config import PruneSection
 from mlinterf_ds.analysis.masks import hard_concrete
 from mlinterf_ds.analysis.masks.gates import Gates
 from mlinterf_ds.data.batch import Batch, generator, key
-from mlinterf_ds.data.stream import EvaluationSet, TokenSource, TrainStream
+from mlinterf_ds.data.evaluation import EvaluationSet
+from mlinterf_ds.data.stream import TrainStream
+from mlinterf_ds.data.windows import TokenSource
 from mlinterf_ds.engine.optimizer import LossScale
 from mlinterf_ds.errors import UserError
 from mlinterf_ds.model.encoder import Encoder

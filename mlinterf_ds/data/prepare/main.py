@@ -127,6 +127,17 @@ def _run(
     }
 
 
+def limits_of(arguments: Sequence[str]) -> dict[str, int]:
+    """Parses the arguments of `--limit`, LANGUAGE=N each: the training sentences that a language keeps."""
+    limits: dict[str, int] = {}
+    for argument in arguments:
+        language, _, number = argument.partition("=")
+        if not number.isdecimal() or language in limits:
+            raise UserError(f"--limit {argument}: expected LANGUAGE=N once for a language, for example fr=10000")
+        limits[language] = int(number)
+    return limits
+
+
 def _checked_sources(sources: Mapping[str, Sequence[str | Path]]) -> dict[str, list[Any]]:
     if not sources:
         raise UserError("no languages: give at least one, as LANGUAGE=FILE, for example en=english.txt")

@@ -1,55 +1,73 @@
-"""The corpus that needs no download: synthetic languages, prepared like any text on first use."""
+"""The corpus that needs no download: synthetic languages, prepared like any text when a run first needs them.
+
+python -m mlinterf_ds.data.prepare.synthetic syn,syn-mid --sentences 20000 --limit syn-mid=2000
+"""
 
 from __future__ import annotations
 
+import argparse
 import fcntl
 import shutil
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-from mlinterf_ds.data.prepare.main import prepare
+from mlinterf_ds.data.corpus import MANIFEST, synthetic_folder
+from mlinterf_ds.data.prepare.main import TOKENIZER, limits_of, prepare
 from mlinterf_ds.data.synthetic import write_text
 from mlinterf_ds.errors import UserError
 
-LANGUAGES = ["syn", "syn-mid"]  # of a run that names none
 VOCABULARY = 2000
-
-
-def folder_of(languages: Sequence[str], sentences: int, limits: Mapping[str, int]) -> Path:
-    """The folder of the corpus of these languages, whether it is there or not."""
-    suffix = "".join(f"-{code}={count}" for code, count in sorted(limits.items()))
-    return Path("corpora") / f"synthetic-{sentences}-{'+'.join(languages)}{suffix}"
 
 
 def prepare_synthetic(
     languages: Sequence[str], sentences: int, limits: Mapping[str, int] | None = None, folder: Path | None = None
 ) -> None:
-    """Make the corpus of these languages in `folder` (default: `folder_of`), unless it is there.
+    """Makes the corpus of these languages in `folder` (default: `synthetic_folder(...)`), unless it is there already.
 
-    sentences: of each language. limits: training sentences that some languages keep; the corpus then has the vocabulary
-    and the held-out sentences of the corpus without limits.
+    `sentences` are generated for each language. `limits` caps the training sentences of some languages; such a corpus has
+    the vocabulary and the held-out sentences of the corpus without limits, which is made first.
     """
-    limits = limits or {}
+    limits = dict(limits or {})
     if unknown := [code for code in limits if code not in languages]:
         raise UserError(
-            f"data.synthetic_limit names {', '.join(unknown)}, which the corpus doesn't have: languages are "
+            f"data.synthetic_limit names {', '.join(unknown)}, which the corpus does not have: its languages are "
             f"{', '.join(languages)}"
         )
-    folder, tokenizer = folder or folder_of(languages, sentences, limits), None
+    folder, tokenizer = folder or synthetic_folder(languages, sentences, limits), None
     if limits:
         prepare_synthetic(languages, sentences)
-        tokenizer = folder_of(languages, sentences, {}) / "tokenizer.model"
+        tokenizer = synthetic_folder(languages, sentences) / TOKENIZER
     folder.parent.mkdir(parents=True, exist_ok=True)
     with (folder.parent / f".{folder.name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # two jobs that start at once prepare it once
-        if (folder / "manifest.json").is_file():
+        fcntl.flock(lock, fcntl.LOCK_EX)  # of two runs that start at once one prepares the corpus, the other waits
+        if (folder / MANIFEST).is_file():
             return
         print(f"making a synthetic corpus of {', '.join(languages)} in {folder}", flush=True)
         text = folder.parent / f".{folder.name}.text"
         text.mkdir(exist_ok=True)
+        inputs: dict[str, list[str | Path]] = {language: [text / f"{language}.txt"] for language in languages}
         for language in languages:
             write_text(language, text / f"{language}.txt", sentences, seed=0)
-        sources: Any = {language: [text / f"{language}.txt"] for language in languages}
-        prepare(sources, folder, vocabulary_size=VOCABULARY, tokenizer=tokenizer, limits=dict(limits), progress=False)
+        prepare(inputs, folder, vocabulary_size=VOCABULARY, tokenizer=tokenizer, limits=limits, progress=False)
         shutil.rmtree(text)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m mlinterf_ds.data.prepare.synthetic", description="Make the corpus of some synthetic languages."
+    )
+    parser.add_argument("languages", metavar="LANGUAGE,...", help="their names, such as syn,syn-mid")
+    parser.add_argument("--sentences", type=int, required=True, metavar="N", help="sentences of each language")
+    parser.add_argument("--limit", action="append", default=[], metavar="LANGUAGE=N", help="training sentences to keep")
+    options = parser.parse_args(arguments)
+    try:
+        prepare_synthetic(options.languages.split(","), options.sentences, limits_of(options.limit))
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
