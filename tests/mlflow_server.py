@@ -1,24 +1,27 @@
-"""The real MLflow server on a loopback port, for tests."""
+"""MLflow for tests: a real server on a loopback port, empty stores, and what a store holds."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 
 @contextlib.contextmanager
 def mlflow_server(port: int, store: str = "sqlite:///server.db") -> Iterator[subprocess.Popen[bytes]]:
-    """In a process group of its own, ended in every case; database, artifacts and log in the working directory."""
+    """A server in its own process group, which is always killed; database, artifacts and log lie in the working directory."""
     command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
     command += ["--backend-store-uri", store, "--artifacts-destination", "./server-artifacts"]
     environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
@@ -44,3 +47,28 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+@functools.cache
+def empty_store() -> bytes:
+    """The bytes of a fresh mlflow.db: creating its tables takes seconds, copying it does not."""
+    with tempfile.TemporaryDirectory() as folder:
+        code = f"from mlflow import MlflowClient; MlflowClient('sqlite:///{folder}/mlflow.db').search_experiments()"
+        subprocess.run([sys.executable, "-c", code], check=True, timeout=120, capture_output=True)
+        return Path(folder, "mlflow.db").read_bytes()
+
+
+def wait_until(condition: Callable[[], Any], seconds: float = 60.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.05)
+
+
+def points(client: Any, run_id: str | None, name: str) -> list[tuple[int, float]]:
+    """A metric's (step, value) in order."""
+    return sorted((point.step, point.value) for point in client.get_metric_history(run_id, name))
+
+
+def runs_of(client: Any, experiment: str) -> list[Any]:
+    return list(client.search_runs([client.get_experiment_by_name(experiment).experiment_id]))

@@ -27,9 +27,9 @@ from mlinterf_ds.runtime import session
 from mlinterf_ds.study import cost, plan, runner, slurm, worker
 from mlinterf_ds.study.config import SYNTHETIC, AnalysisSection, SetSection, StudyConfig, TaskSection
 from mlinterf_ds.study.corpora import Corpora
-from mlinterf_ds.tracking import Tracker, environment_facts
+from mlinterf_ds.tracking import PENDING, Tracker, environment_facts
 from mlinterf_ds.tracking.facts import first_line
-from mlinterf_ds.tracking.sender import PENDING, send_rest
+from mlinterf_ds.tracking.unsent import send_rest
 
 ROOT = Path(__file__).resolve().parents[2]
 PATIENCE = 120.0  # seconds to wait for MLflow's id of the study, under which the jobs nest

@@ -1,17 +1,16 @@
-"""Tracker: one MLflow run for one job, from global rank 0, or nothing at all.
+"""Tracking in MLflow: a `Tracker` records one run for one job. Only global rank 0 has one that does anything.
 
-Training only ever appends a line to `mlflow-spool.jsonl` in its output folder; a daemon thread (which also pays for
-importing MLflow) sends the lines. So a server that is away, slow or answering errors costs the training one warning. What
-could not be sent by the end stays in the spool: `python -m mlinterf_ds.tracking FOLDER` sends it.
+Training only appends lines to `mlflow-spool.jsonl` in its output folder; a daemon thread imports MLflow and sends the lines.
+So a server that is away, slow or answering errors costs the training one warning. What could not be sent by the end stays
+in the spool: `python -m mlinterf_ds.tracking FOLDER` sends it.
 
-Address: MLflow's own MLFLOW_TRACKING_URI, else `sqlite:///mlflow.db` in the working directory. A run is marked FINISHED,
-FAILED or KILLED by `with tracker:` or `close`. SIGKILL leaves nobody to mark it: it stays RUNNING until the job is resumed
-with its `run_id` (and ends properly), or until the command above finds the spool without an end and marks it KILLED.
+The address is MLflow's own MLFLOW_TRACKING_URI, else `sqlite:///mlflow.db` in the working directory. `with tracker:` or
+`close` marks the run FINISHED, FAILED or KILLED. A job ended by SIGKILL cannot mark its run: it stays RUNNING until a job
+resumes it with its `run_id` and ends properly, or until the command above marks it KILLED.
 """
 
 from __future__ import annotations
 
-import argparse
 import atexit
 import contextlib
 import getpass
@@ -29,7 +28,6 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Literal, Self
 
-from mlinterf_ds.errors import UserError
 from mlinterf_ds.tracking.facts import (
     clean_name,
     environment_facts,
@@ -39,37 +37,37 @@ from mlinterf_ds.tracking.facts import (
     tidy_tags,
     tracking_uri,
 )
-from mlinterf_ds.tracking.sender import PENDING, Sender, bound_mlflow, send_folder
-from mlinterf_ds.tracking.spool import SPOOL, Record, SpoolWriter
+from mlinterf_ds.tracking.spool import SPOOL, Record, Sender, SpoolWriter
+from mlinterf_ds.tracking.store import PENDING, set_client_defaults
 
-__all__ = ["Tracker", "environment_facts", "main", "scrub"]
+__all__ = ["PENDING", "Tracker", "environment_facts", "scrub"]
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 
 log = logging.getLogger(__name__)
 
 INTERVAL = 2.0  # seconds between two looks at the spool
-LONGEST_PAUSE = 30.0  # seconds between two tries while the server is away
-LAST_WORDS = 10.0  # seconds a dying job waits for the server: schedulers kill soon after they ask
+LONGEST_PAUSE = 30.0  # seconds between two attempts while the server is away
+CLOSING_TIMEOUT = 30.0  # seconds that a finished job waits for the server
+KILLED_TIMEOUT = 10.0  # seconds that a dying job waits for the server: schedulers kill soon after they ask
 MAX_STEP = 2**63 - 1
 
 
 class Tracker:
-    """Made by `start` (rank 0) or `off` (every other rank). No method but `start` can be slow; none raises."""
+    """Records one run. `start` makes it on rank 0, `off` on every other rank. Only `start` can be slow; no method raises."""
 
     def __init__(self, folder: Path | None = None, key: str = "", run_id: str | None = None) -> None:
-        self._folder = folder  # None: off
-        self._key, self._given = key, run_id
+        self._folder = folder  # None: this tracker does nothing
+        self._key, self._resumed_id = key, run_id
         self._closed = folder is None
         self._warned: set[str] = set()
         self._trouble = ""  # why the last sending failed
-        self._resumed = run_id is not None
         self._pid = os.getpid()
         self._previous_handler: Any = None
         if folder is not None:
-            place = folder.absolute()  # the process may change its directory
-            self._spool = SpoolWriter(place, key)
-            self._sender = Sender(place, tracking_uri(), self._warn)
+            folder = folder.absolute()  # the process may change its directory
+            self._spool = SpoolWriter(folder, key)
+            self._sender = Sender(folder, tracking_uri(), self._warn)
             self._closing, self._done, self._wake = threading.Event(), threading.Event(), threading.Event()
             self._deadline = math.inf
             self._thread = threading.Thread(target=self._work, name="mlflow-sender", daemon=True)
@@ -92,14 +90,14 @@ class Tracker:
         run_id: str | None = None,
         parent_id: str | None = None,
     ) -> Tracker:
-        """Open a run, or with `run_id` (a tracker's own, `pending-...` too) attach to the one that a resumed job had.
+        """Opens a run, or attaches to the run that a resumed job had (`run_id`: a tracker's own, `pending-...` too).
 
         `parameters` may be nested; credentials in them and in `tags` are hidden. `parent_id` nests the run under another.
-        Returns at once: the run itself is made in the background, when the server can be reached.
+        Returns at once: the run itself is created in the background, as soon as the server answers.
         """
         if not enabled:
             return cls.off()
-        bound_mlflow()
+        set_client_defaults()
         try:
             folder.mkdir(parents=True, exist_ok=True)
             tracker = cls(folder, _key_of(folder, run_id), run_id)
@@ -126,13 +124,13 @@ class Tracker:
 
     @property
     def run_id(self) -> str | None:
-        """MLflow's id; until the server was reached the given one or `pending-...`, which `start` takes too; None if off."""
+        """MLflow's id of the run; before MLflow has the run, the resumed id or `pending-...`; None if tracking is off."""
         if self._folder is None:
             return None
-        return self._sender.runs.get(self._key) or self._given or PENDING + self._key
+        return self._sender.runs.get(self._key) or self._resumed_id or PENDING + self._key
 
     def browse(self) -> str:
-        """Where to look: the command that opens MLflow's browser on the store, or the server's address."""
+        """How to look at the run: the command that opens MLflow's browser on a local store, or the server's address."""
         if self._folder is None:
             return ""
         uri = tracking_uri()
@@ -140,48 +138,49 @@ class Tracker:
             here = f"sqlite:///{Path.cwd()}/"
             shown = "sqlite:///" + uri.removeprefix(here) if uri.startswith(here) else scrub(uri)
             return f"mlflow ui --backend-store-uri {shlex.quote(shown)}"
-        address, run, experiment = scrub(uri).rstrip("/"), self._sender.runs.get(self._key), self._sender.experiment_id
-        # MLflow remembers which half of its browser was open last; ours is this one, its first is generated text's.
-        place = f"#/experiments/{experiment}/runs/{run}?workflowType=machine_learning"
-        return f"{address}/{place}" if run and experiment else address
+        server, run = scrub(uri).rstrip("/"), self._sender.runs.get(self._key)
+        experiment = self._sender.store.experiment_id
+        # MLflow's browser opens the half it showed last, models or generated text; the query asks for models.
+        page = f"/#/experiments/{experiment}/runs/{run}?workflowType=machine_learning"
+        return server + page if run and experiment else server
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
-        """Record values at a step. NaN is kept; infinities become NaN (MLflow would draw them as 1.8e308)."""
+        """Records values at a step. NaN stays NaN; infinities become NaN, because MLflow would draw them as 1.8e308."""
         if self._closed:
             return
         try:
             step = int(step)
             if not 0 <= step <= MAX_STEP:
-                raise ValueError(f"step {step} is not a count")
+                raise ValueError(f"step {step} is outside 0 ... 2**63 - 1")
             values = {clean_name(name): float(value) for name, value in metrics.items()}
             values = {name: value if math.isfinite(value) else math.nan for name, value in values.items()}
-            if self._resumed:  # it repeats the steps since its checkpoint
+            if self._resumed_id is not None:  # a resumed run repeats the steps since its checkpoint
                 values = {name: v for name, v in values.items() if not self._spool.was_logged(name, step, v)}
             if values:
                 self._write({"step": step, "metrics": values})
-        except Exception as error:  # recording never ends a run
+        except Exception as error:  # a failed recording must not end the training
             self._warn(f"metrics were not recorded: {first_line(error)}")
 
     def tag(self, tags: Mapping[str, str]) -> None:
-        """Set tags of the run."""
+        """Sets tags of the run."""
         if not self._closed:
             self._write({"tags": tidy_tags(tags)})
 
     def describe(self, text: str) -> None:
-        """The run's description in MLflow's browser, as Markdown; the last one counts."""
+        """Sets the Markdown text that MLflow's browser shows with the run; it replaces an earlier text."""
         self.tag({"mlflow.note.content": text})
 
     def artifact(self, path: Path, folder: str | None = None) -> None:
-        """Add a file or a folder; it must stay where it is until `close`."""
+        """Adds a file or a folder to the run, under `folder`; the file must exist until `close`."""
         if self._closed or self._folder is None:
             return
-        own, path = self._folder.resolve(), Path(path).resolve()
-        # Relative where possible: an output folder may be sent from where it was moved to.
-        inside = path.relative_to(own) if path.is_relative_to(own) else path
-        self._write({"artifact": str(inside), "folder": folder})
+        output, path = self._folder.resolve(), Path(path).resolve()
+        # The path is relative where possible: a moved output folder can still be sent.
+        recorded = path.relative_to(output) if path.is_relative_to(output) else path
+        self._write({"artifact": str(recorded), "folder": folder})
 
-    def close(self, status: Status = "FINISHED", timeout: float = 30.0) -> None:
-        """End the run; wait at most `timeout` seconds for what is still to be sent. Closing twice does nothing."""
+    def close(self, status: Status = "FINISHED", timeout: float = CLOSING_TIMEOUT) -> None:
+        """Ends the run and waits at most `timeout` seconds until all is sent. A second call does nothing."""
         if self._closed or os.getpid() != self._pid:
             return
         self._write({"end": status})
@@ -195,7 +194,7 @@ class Tracker:
             self._spool.close()
         if not self._done.is_set() or self._sender.unsent:
             log.warning(
-                "%s MLflow records could not be sent to %s%s; they wait in %s. Send them with: %s",
+                "%s MLflow records could not be sent to %s%s and remain in %s. Send them with: %s",
                 self._sender.unsent,
                 scrub(tracking_uri()),
                 f" ({self._trouble})" if self._trouble else "",
@@ -206,7 +205,7 @@ class Tracker:
     # --- how jobs end ------------------------------------------------------------------------------------------
 
     def __enter__(self) -> Self:
-        # By default SIGTERM ends Python without a word; an exit that unwinds lets the run be marked.
+        # Python ends at once on SIGTERM by default; an exception instead lets `__exit__` mark the run.
         in_main = threading.current_thread() is threading.main_thread()
         if self._folder is not None and in_main and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
             self._previous_handler = signal.signal(signal.SIGTERM, _exit_on_signal)
@@ -219,7 +218,7 @@ class Tracker:
             status = _status_of(error)
             if error is not None and status != "FINISHED":
                 self.tag({"failure": first_line(error)})
-            self.close(status, timeout=LAST_WORDS if status == "KILLED" else 30.0)
+            self.close(status, timeout=KILLED_TIMEOUT if status == "KILLED" else CLOSING_TIMEOUT)
         if self._previous_handler is not None:
             signal.signal(signal.SIGTERM, self._previous_handler)
             self._previous_handler = None
@@ -227,9 +226,9 @@ class Tracker:
     def _at_exit(self) -> None:
         if not self._closed and os.getpid() == self._pid:
             self.tag({"failure": "the job ended without closing its run"})
-            self.close("FAILED", LAST_WORDS)
+            self.close("FAILED", KILLED_TIMEOUT)
 
-    # --- the spool and its sender --------------------------------------------------------------------------------
+    # --- the spool and the thread that sends it ------------------------------------------------------------------
 
     def _write(self, record: Record) -> None:
         try:
@@ -238,12 +237,13 @@ class Tracker:
             self._warn(f"metrics are lost: {self._spool.path} cannot be written ({first_line(error)})", "disk")
 
     def _warn(self, message: str, kind: str | None = None) -> None:
-        """Each kind of trouble is told once."""
+        """Logs a warning, once for each message or kind of trouble, and at most 20 in all."""
         if (kind or message) not in self._warned and len(self._warned) < 20:
             self._warned.add(kind or message)
             log.warning("%s", message)
 
     def _work(self) -> None:
+        """Sends the spool every INTERVAL seconds, and less often while that fails, until the tracker is closed."""
         failures, pause = 0, 0.0
         while True:
             self._wake.wait(pause)
@@ -254,12 +254,14 @@ class Tracker:
                 failures, pause, self._trouble = 0, INTERVAL, ""
                 if closing:
                     break
-            except Exception as error:  # stores and networks raise anything; it is tried again
+            except Exception as error:  # MLflow and networks raise many classes; the sending is tried again
                 failures, self._trouble = failures + 1, first_line(error)
                 pause = 0.5 if closing else min(2.0 ** (failures - 1), LONGEST_PAUSE)
-                if failures == 2 and not closing:  # the first may be another job's lock on the database
-                    where = f"MLflow at {scrub(tracking_uri())} cannot be reached or answers errors"
-                    self._warn(f"{where} ({self._trouble}); training goes on, and what it logs is sent later", "away")
+                if failures == 2 and not closing:  # a first failure may be another job's lock on the database
+                    server = f"MLflow at {scrub(tracking_uri())} cannot be reached or answers errors"
+                    self._warn(
+                        f"{server} ({self._trouble}); training continues, and its records are sent later", "away"
+                    )
                 if closing and time.monotonic() >= self._deadline:
                     break
         self._sender.release()
@@ -285,29 +287,8 @@ def _user() -> str:
 
 
 def _key_of(folder: Path, run_id: str | None) -> str:
-    """The key under which this folder's spool knows the run that is resumed, else a new one."""
+    """The key that the resumed run has in this folder's spool, or a new key."""
     if run_id and run_id.startswith(PENDING):
         return run_id.removeprefix(PENDING)
-    known = Sender(folder, tracking_uri(), lambda message: None).runs
-    return next((key for key, known_id in known.items() if run_id == known_id), uuid.uuid4().hex[:16])
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """`python -m mlinterf_ds.tracking FOLDER...`: send what jobs could not; 0 if everything was sent."""
-    parser = argparse.ArgumentParser(prog="python -m mlinterf_ds.tracking", description=main.__doc__)
-    parser.add_argument("folder", type=Path, nargs="+", help=f"a job's output folder (or one above): {SPOOL} is sent")
-    options = parser.parse_args(arguments)
-    bound_mlflow()
-    failed = False
-    for folder in options.folder:
-        spools = sorted(folder.resolve().rglob(SPOOL), key=lambda path: len(path.parts))  # parents first
-        if not spools:
-            print(f"error: {folder}: no {SPOOL} in or below it: give a job's output folder", file=sys.stderr)
-            failed = True
-        for spool in spools:
-            try:
-                print(send_folder(spool.parent, log.warning))
-            except UserError as error:
-                print(f"error: {error}", file=sys.stderr)
-                failed = True
-    return int(failed)
+    runs = Sender(folder, tracking_uri(), lambda message: None).runs
+    return next((key for key, known_id in runs.items() if run_id == known_id), uuid.uuid4().hex[:16])

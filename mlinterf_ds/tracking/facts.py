@@ -1,4 +1,4 @@
-"""What a run records about itself, as MLflow accepts it and without secrets: parameters, versions, addresses."""
+"""Parameters, tags, versions and addresses in the form that MLflow accepts, without secrets."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-# MLflow 3's limits (mlflow.utils.validation): longer values are cut here so that every server version agrees.
+# MLflow 3's limits (mlflow.utils.validation): longer values are cut here, so that all versions of the server show the same.
 MAX_PARAMETER = 6000
 MAX_TAG = 8000
 MAX_NAME = 250
@@ -30,7 +30,7 @@ _URI_QUERY = re.compile(
 
 
 def is_secret(name: str) -> bool:
-    """Whether `name` is called like a credential: `hf_token`, `apiKey`, `AWS_SECRET_ACCESS_KEY`, not `tokenizer`."""
+    """Whether `name` reads like a credential's: `hf_token`, `apiKey`, `AWS_SECRET_ACCESS_KEY`, but not `tokenizer`."""
     words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).lower()
     parts = [part for part in re.split(r"[^a-z0-9]+", words) if part]
     pairs = itertools.pairwise(parts)
@@ -38,7 +38,7 @@ def is_secret(name: str) -> bool:
 
 
 def scrub(text: str) -> str:
-    """`text` without what must not be shown: users and passwords in URIs, values of credential-like variables."""
+    """`text` without secrets: users and passwords in URIs, and values of environment variables named like a credential."""
     text = _URI_QUERY.sub(rf"\1{HIDDEN}", _URI_USER.sub("", text))
     for name, value in os.environ.items():
         if len(value) >= 6 and value in text and is_secret(name):
@@ -47,13 +47,13 @@ def scrub(text: str) -> str:
 
 
 def first_line(error: BaseException, limit: int = 300) -> str:
-    """The reason in one scrubbed line, for warnings and tags."""
+    """An error's class and the first line of its message, without secrets, for warnings and tags."""
     message = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
     return scrub(f"{type(error).__name__}: {message}" if message else type(error).__name__)[:limit]
 
 
 def clean_name(name: str) -> str:
-    """`name` with what MLflow refuses replaced by `_`; slashes are kept, they group its charts."""
+    """`name` with `_` for every character that MLflow refuses; slashes stay, because they group MLflow's charts."""
     name = posixpath.normpath(re.sub(r"[^\w.\- :/]", "_", str(name))).lstrip("/").replace("../", "")
     return (name if name not in ("", ".", "..") else "_")[-MAX_NAME:]
 
@@ -63,13 +63,13 @@ def _without_secrets(key: str, value: Any) -> Any:
         return {str(name): _without_secrets(str(name), inner) for name, inner in value.items()}
     if isinstance(value, list | tuple):
         return [_without_secrets(key, inner) for inner in value]
-    # `mask_token_id = 4` is no secret; a password may be a number.
+    # `mask_token_id = 4` is no secret, but a password may be a number.
     number = isinstance(value, int | float) and "token" in key.lower()
     return HIDDEN if is_secret(key) and not (value is None or isinstance(value, bool) or number) else value
 
 
 def flatten(parameters: Mapping[str, Any]) -> dict[str, str]:
-    """Nested parameters as MLflow's flat ones: keys joined by dots, values trimmed, credentials hidden."""
+    """Nested parameters as flat ones: keys joined by dots, values cut to MLflow's limit, credentials hidden."""
     flat: dict[str, str] = {}
 
     def walk(prefix: str, value: Any) -> None:
@@ -91,7 +91,7 @@ def tidy_tags(tags: Mapping[str, str]) -> dict[str, str]:
 
 
 def environment_facts() -> dict[str, str]:
-    """Versions (read from package metadata, nothing is imported), git state of the package's checkout, host name."""
+    """Versions of Python and packages (from their metadata, without importing them), host name, and the checkout's commit."""
     facts = {"python": platform.python_version(), "host": platform.node(), "platform": platform.platform()}
     for package in ("mlinterf_ds", "torch", "deepspeed", "megatron-core", "mlflow", "numpy", "sentencepiece"):
         try:
@@ -102,18 +102,18 @@ def environment_facts() -> dict[str, str]:
 
 
 def _git_facts(checkout: Path) -> dict[str, str]:
-    """`git_commit` and `git_dirty`, or nothing where `checkout` is not the top of a git working tree."""
+    """`git_commit` and `git_dirty` of a checkout; empty if the folder is not the top of a git working tree."""
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(checkout), *arguments]
         return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
 
     try:
-        # An installed package may lie inside somebody else's repository: that commit says nothing about it.
+        # An installed package may lie inside another repository, whose commit says nothing about the package.
         if Path(git("rev-parse", "--show-toplevel")).resolve() != checkout:
             return {}
         commit = git("rev-parse", "HEAD")
-        # Only the code counts: runs and databases beside it do not make the commit a lie.
+        # Only changes of the code count, not runs and databases beside it.
         changes = git("status", "--porcelain", "--", "mlinterf_ds", "launch", "tools")
         return {"git_commit": commit, "git_dirty": str(bool(changes)).lower()}
     except (OSError, subprocess.SubprocessError):
@@ -121,7 +121,7 @@ def _git_facts(checkout: Path) -> dict[str, str]:
 
 
 def tracking_uri() -> str:
-    """MLflow's own MLFLOW_TRACKING_URI, else an SQLite file in the working directory; SQLite paths made absolute."""
+    """MLflow's address: MLFLOW_TRACKING_URI, else an SQLite file in the working directory. SQLite paths are absolute."""
     uri = os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
     if uri.startswith("sqlite:///") and not uri.startswith("sqlite:////"):
         return f"sqlite:///{Path.cwd() / uri.removeprefix('sqlite:///')}"

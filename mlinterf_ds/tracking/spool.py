@@ -1,27 +1,39 @@
-"""The spool of a tracked run: an append-only file of JSON lines in the job's output folder.
+"""The spool of a tracked run: a file of JSON lines in the job's output folder, written by the job and sent to MLflow.
 
 Each line is one record `{"run": KEY, "t": milliseconds, ...}` with one of `start`, `metrics` (and `step`), `tags`,
-`artifact`, `end`. KEY is ours, so that it is known before MLflow's run id.
+`artifact`, `end`. The tracker makes up KEY, because the run exists in the spool before MLflow gives it an id.
+
+`mlflow-spool.sent` beside the spool says how far the sending got. A crash between MLflow's answer and this note sends a
+batch twice: the same points with the same timestamps, which MLflow's database stores keep once. KEY is also a tag of
+MLflow's run, so that a run whose creation was not answered is found again and not created twice.
 """
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import itertools
 import json
 import math
+import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+
+from mlinterf_ds.tracking.facts import first_line, scrub
+from mlinterf_ds.tracking.store import NotYet, Store, error_code
 
 SPOOL = "mlflow-spool.jsonl"
+SENT = "mlflow-spool.sent"
+LINES_PER_READ = 2000
 
 Record = dict[str, Any]
 
 
 def read_spool(path: Path, offset: int = 0, lines: int | None = None) -> Iterator[tuple[int, Record | None]]:
-    """(offset after the line, its record or None if damaged) of each complete line from `offset` on."""
+    """Yields, for each complete line from byte `offset` on, the offset after it and its record (None if damaged)."""
     with open(path, "rb") as file:
         file.seek(offset)
         for line in itertools.islice(file, lines):
@@ -36,7 +48,7 @@ def read_spool(path: Path, offset: int = 0, lines: int | None = None) -> Iterato
 
 
 class SpoolWriter:
-    """Appends one run's records, from any thread."""
+    """Appends the records of one run, from any thread."""
 
     def __init__(self, folder: Path, key: str) -> None:
         self.path, self.key = folder / SPOOL, key
@@ -47,7 +59,7 @@ class SpoolWriter:
         self._earlier: dict[tuple[str, int], float] | None = None
 
     def append(self, record: Record) -> None:
-        """Write one line; OSError or ValueError if it could not be."""
+        """Writes one line. Raises OSError or ValueError if it could not be written whole."""
         stamped = {"run": self.key, "t": int(time.time() * 1000)} | record
         data = json.dumps(stamped, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
         with self._lock:
@@ -60,17 +72,18 @@ class SpoolWriter:
     def was_logged(self, name: str, step: int, value: float) -> bool:
         """Whether an earlier process of this run logged this very point: a resumed run repeats some steps.
 
-        The spool is read once, at the first step asked for: what lies before it is not repeated.
+        The first call reads the spool and keeps the points from its `step` on; a run repeats none of the steps before.
         """
         if self._earlier is None:
             self._earlier = {}
             for _, record in read_spool(self.path):
                 if record and record["run"] == self.key and record.get("step", -1) >= step:
-                    self._earlier |= {(known, record["step"]): v for known, v in record["metrics"].items()}
-        old = self._earlier.get((name, step))
-        return old is not None and (old == value or (math.isnan(old) and math.isnan(value)))
+                    self._earlier |= {(metric, record["step"]): v for metric, v in record["metrics"].items()}
+        earlier = self._earlier.get((name, step))
+        return earlier is not None and (earlier == value or (math.isnan(earlier) and math.isnan(value)))
 
     def close(self) -> None:
+        """Closes the file; a later `append` raises ValueError."""
         self._file.close()
 
 
@@ -78,3 +91,126 @@ def _ends_in_newline(path: Path) -> bool:
     with open(path, "rb") as file:
         file.seek(-1, 2)
         return file.read(1) == b"\n"
+
+
+class Sender:
+    """Sends the spool of one folder to MLflow: in order, in batches, each record once. One thread at a time uses it."""
+
+    def __init__(self, folder: Path, uri: str, warn: Callable[[str], None]) -> None:
+        self.folder, self.path, self.warn = folder, folder / SPOOL, warn
+        self.store = Store(uri, folder, warn)
+        self.offset = 0  # bytes of the spool that MLflow has
+        self.runs: dict[str, str] = {}  # MLflow's id of each run, by the spool's key
+        self.postponed: list[Record] = []  # artifacts that failed: they must not hold up the metrics behind them
+        self._restarted = False  # whether the spool was sent anew from its first line
+        self._lock: IO[bytes] | None = None
+        self._load()
+
+    @property
+    def unsent(self) -> int:
+        """How many records MLflow does not have yet."""
+        lines = read_spool(self.path, self.offset) if self.path.exists() else ()
+        return len(self.postponed) + sum(1 for _, record in lines if record)
+
+    def drain(self) -> None:
+        """Sends all that the spool holds now. Raises what went wrong, after noting what was sent until then."""
+        self._acquire()
+        while lines := list(read_spool(self.path, self.offset, LINES_PER_READ)):
+            for _, group in itertools.groupby(lines, _batch_of):
+                batch = list(group)
+                try:
+                    self._send([record for _, record in batch if record])
+                except Exception as error:  # MLflow's stores raise many classes; their code tells a missing run
+                    if error_code(error) != "RESOURCE_DOES_NOT_EXIST" or self._restarted:
+                        raise
+                    # The server came back with an empty database: the spool is sent again from its first line.
+                    self._restarted, self.offset, self.runs = True, 0, {}
+                    break
+                self.offset = batch[-1][0]
+                self._save()
+        postponed, self.postponed = self.postponed, []
+        for record in postponed:
+            self._send_artifact(record)
+        self._save()
+        if self.postponed:
+            raise NotYet(self.postponed[0]["why"])
+
+    def release(self) -> None:
+        """Lets another process send this spool."""
+        if self._lock:
+            self._lock.close()
+            self._lock = None
+
+    # --- what was sent -------------------------------------------------------------------------------------------
+
+    def _load(self) -> None:
+        # Nothing counts as sent if the note is missing or damaged, or is of another server or another spool.
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            state = json.loads((self.folder / SENT).read_text("utf-8"))
+            if state["uri"] == scrub(self.store.uri) and state["offset"] <= self.path.stat().st_size:
+                self.offset, self.runs, self.postponed = state["offset"], state["runs"], state["later"]
+
+    def _save(self) -> None:
+        state = {"uri": scrub(self.store.uri), "offset": self.offset, "runs": self.runs, "later": self.postponed}
+        temporary = self.folder / (SENT + ".new")
+        with contextlib.suppress(OSError):  # on a full disk a batch may be sent twice, and MLflow keeps it once
+            temporary.write_text(json.dumps(state), "utf-8")
+            os.replace(temporary, self.folder / SENT)
+
+    def _acquire(self) -> None:
+        if self._lock:
+            return
+        lock = open(self.path, "rb")  # noqa: SIM115 (held until release)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.close()
+            raise NotYet(f"another process is sending {self.path}") from None
+        except OSError:
+            pass  # a file system without locks
+        self._lock = lock
+        self._load()  # another process may have sent something meanwhile
+
+    # --- one record, or neighbouring metrics of one run ------------------------------------------------------------
+
+    def _send(self, records: list[Record]) -> None:
+        if not records:
+            return
+        first, key = records[0], records[0]["run"]
+        if "start" in first:
+            return self._open(first)
+        run_id = self.runs.get(key)
+        if run_id is None or run_id in self.store.deleted:
+            return None  # its `start` was lost with a damaged line, or somebody deleted the run
+        if "metrics" in first:
+            self.store.log_metrics(run_id, records)
+        elif "tags" in first:
+            self.store.log_tags(run_id, first["tags"])
+        elif "artifact" in first:
+            self._send_artifact(first)
+        elif "end" in first:
+            self.store.end_run(run_id, first["end"], first["t"])
+        return None
+
+    def _open(self, record: Record) -> None:
+        key = record["run"]
+        run_id, parameters, tags = self.store.open_run(key, self.runs.get(key), record["t"], record["start"])
+        self.runs[key] = run_id
+        self.store.log_parameters(run_id, parameters)
+        self.store.log_tags(run_id, tags)
+
+    def _send_artifact(self, record: Record) -> None:
+        path, run_id = self.folder / record["artifact"], self.runs.get(record["run"])
+        if not path.exists() or run_id is None:
+            return self.warn(f"{path} no longer exists: it could not be added to the MLflow run")
+        try:
+            self.store.log_artifact(run_id, path, record.get("folder"))
+        except Exception as error:  # artifact storages raise many classes; the upload is tried again later
+            self.postponed.append(record | {"why": first_line(error)})
+        return None
+
+
+def _batch_of(line: tuple[int, Record | None]) -> tuple[str, str] | int:
+    """A key that neighbouring lines share if one request can send them: metrics of one run; other lines go alone."""
+    offset, record = line
+    return (record["run"], "metrics") if record and "metrics" in record else offset

@@ -12,32 +12,23 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from mlinterf_ds.tracking import Tracker, main
-from mlinterf_ds.tracking.sender import send_rest
+from mlinterf_ds.tracking import Tracker
 from mlinterf_ds.tracking.spool import SPOOL
-from tests.mlflow_server import free_port, mlflow_server
-
-
-@pytest.fixture(scope="module")
-def empty_store(tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    """A fresh database: making its tables takes seconds, copying it does not."""
-    path = tmp_path_factory.mktemp("store") / "mlflow.db"
-    code = f"from mlflow import MlflowClient; MlflowClient('sqlite:///{path}').search_experiments()"
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120, capture_output=True)
-    return path.read_bytes()
+from mlinterf_ds.tracking.unsent import main, send_rest
+from tests import mlflow_server as mlflow
+from tests.mlflow_server import empty_store, free_port, mlflow_server, runs_of, wait_until
 
 
 @pytest.fixture(autouse=True)
-def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, empty_store: bytes) -> Path:
+def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in ("mlflow.db", "server.db", "later.db"):
-        (tmp_path / name).write_bytes(empty_store)
+        (tmp_path / name).write_bytes(empty_store())
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "8")
@@ -47,34 +38,27 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, empty_store: byte
     return tmp_path
 
 
-def start(**options: Any) -> Tracker:
-    return Tracker.start(
-        enabled=True, experiment="faults", name="a run", folder=Path("out"), parameters={"a": 1}, tags={}, **options
-    )
-
-
-def wait_until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.05)
+def start(name: str = "out", **options: Any) -> Tracker:
+    common = {"enabled": True, "experiment": "faults", "parameters": {"a": 1}, "tags": {}}
+    return Tracker.start(**common, name=name, folder=Path(name), **options)
 
 
 def warnings_in(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
 
 
-def points(uri: str, run_id: str | None, name: str = "a") -> list[tuple[int, float]]:
+def client_of(uri: str) -> Any:
     from mlflow import MlflowClient
 
-    return sorted((point.step, point.value) for point in MlflowClient(uri).get_metric_history(run_id, name))
+    return MlflowClient(uri)
+
+
+def points(uri: str, run_id: str | None, name: str = "a") -> list[tuple[int, float]]:
+    return mlflow.points(client_of(uri), run_id, name)
 
 
 def only_run(uri: str, experiment: str = "faults") -> Any:
-    from mlflow import MlflowClient
-
-    client = MlflowClient(uri)
-    (run,) = client.search_runs([client.get_experiment_by_name(experiment).experiment_id])
+    (run,) = runs_of(client_of(uri), experiment)
     return run
 
 
@@ -164,8 +148,8 @@ def test_server_answers_errors_and_the_spool_is_sent_later(
     run = only_run(uri)
     assert run.info.status == "FINISHED" and run.data.params == {"a": "1"}
     assert points(uri, run.info.run_id) == [(step, float(step)) for step in range(50)]
-    told = caplog.text + "".join(path.read_text("utf-8") for path in Path("out").iterdir())
-    assert "hush" not in told and "127.0.0.1" in told
+    written = caplog.text + "".join(path.read_text("utf-8") for path in Path("out").iterdir())
+    assert "hush" not in written and "127.0.0.1" in written
 
 
 def test_server_never_answers(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
@@ -237,20 +221,16 @@ def test_wrong_folder(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_what_jobs_could_not_send_is_sent_after_them(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As a study does at its end: a parent and its child whose server was away, then one that has nothing left."""
-    from mlflow import MlflowClient
-
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{free_port()}")
-    common = {"enabled": True, "experiment": "e", "parameters": {}, "tags": {}}
-    parent = Tracker.start(**common, name="parent", folder=Path("parent"))
-    child = Tracker.start(**common, name="child", folder=Path("child"), parent_id=parent.run_id)
+    parent = start("parent")
+    child = start("child", parent_id=parent.run_id)
     for tracker in (parent, child):
         tracker.close(timeout=0)
         tracker._thread.join(30)  # it lets go of the spool
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri := f"sqlite:///{workplace}/mlflow.db")
-    said: list[str] = []
+    warnings: list[str] = []
     for _ in range(2):
-        send_rest([Path("parent").resolve(), Path("child").resolve(), workplace / "none"], said.append)
-    client = MlflowClient(uri)
-    runs = {run.info.run_name: run for run in client.search_runs([client.get_experiment_by_name("e").experiment_id])}
+        send_rest([Path("parent").resolve(), Path("child").resolve(), workplace / "none"], warnings.append)
+    runs = {run.info.run_name: run for run in runs_of(client_of(uri), "faults")}
     assert runs.keys() == {"parent", "child"} and {run.info.status for run in runs.values()} == {"FINISHED"}
-    assert runs["child"].data.tags["mlflow.parentRunId"] == runs["parent"].info.run_id and not said
+    assert runs["child"].data.tags["mlflow.parentRunId"] == runs["parent"].info.run_id and not warnings

@@ -9,36 +9,27 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from mlinterf_ds import tracking
-from mlinterf_ds.tracking import Tracker, environment_facts, main
+from mlinterf_ds.tracking import Tracker, environment_facts
 from mlinterf_ds.tracking.facts import clean_name, flatten, is_secret, scrub, tracking_uri
-from mlinterf_ds.tracking.sender import SENT
-from mlinterf_ds.tracking.spool import SPOOL, SpoolWriter, read_spool
+from mlinterf_ds.tracking.spool import SENT, SPOOL, SpoolWriter, read_spool
+from mlinterf_ds.tracking.unsent import main
+from tests.mlflow_server import empty_store, points, runs_of, wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
 LANGUAGES = ["en", "sw", "zh-hans", "sr_latn", "x0", "ar"]
 
 
-@pytest.fixture(scope="module")
-def empty_store(tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    """A fresh mlflow.db: making its tables takes seconds, copying it does not."""
-    path = tmp_path_factory.mktemp("store") / "mlflow.db"
-    code = f"from mlflow import MlflowClient; MlflowClient('sqlite:///{path}').search_experiments()"
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120, capture_output=True)
-    return path.read_bytes()
-
-
 @pytest.fixture(autouse=True)
-def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, empty_store: bytes) -> Path:
+def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    (tmp_path / "mlflow.db").write_bytes(empty_store)
+    (tmp_path / "mlflow.db").write_bytes(empty_store())
     return tmp_path
 
 
@@ -54,7 +45,7 @@ def client() -> Any:
 
 
 def history(run_id: str | None, name: str) -> list[tuple[int, float]]:
-    return sorted((point.step, point.value) for point in client().get_metric_history(run_id, name))
+    return points(client(), run_id, name)
 
 
 def test_a_run_reads_back(workplace: Path) -> None:
@@ -120,14 +111,10 @@ def test_what_is_not_a_number(caplog: pytest.LogCaptureFixture) -> None:
     tracker.close()
     metrics = client().get_run(tracker.run_id).data.metrics
     assert all(math.isnan(metrics[name]) for name in "yz"), "not 1.8e308, which would flatten every chart"
-    points = dict(client_points(tracker.run_id, "x"))
-    assert math.isnan(points[1]) and points[4] == 5.0 and set(points) == {1, 4}
+    (first, last) = history(tracker.run_id, "x")
+    assert first[0] == 1 and math.isnan(first[1]) and last == (4, 5.0)
     assert metrics["ok"] == 1.0 and metrics["up"] == 2.0 and metrics["a" * 250] == 4.0
     assert len([record for record in caplog.records if record.levelno >= logging.WARNING]) == 3
-
-
-def client_points(run_id: str | None, name: str) -> list[tuple[int, float]]:
-    return [(point.step, point.value) for point in client().get_metric_history(run_id, name)]
 
 
 def test_many_and_long_parameters() -> None:
@@ -203,15 +190,8 @@ def job(code: str, name: str) -> subprocess.Popen[str]:
     return subprocess.Popen([sys.executable, "-c", JOB + code, name], env=environment, text=True, stdout=-1, stderr=-1)
 
 
-def wait_until(condition: Any, seconds: float = 60.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.05)
-
-
 def only_run(experiment: str = "jobs") -> Any:
-    (run,) = client().search_runs([client().get_experiment_by_name(experiment).experiment_id])
+    (run,) = runs_of(client(), experiment)
     return run
 
 
@@ -239,7 +219,7 @@ def test_two_jobs_at_once_on_a_new_database(workplace: Path) -> None:
     for process in processes:
         _, errors = process.communicate(timeout=120)
         assert process.returncode == 0 and errors == ""
-    runs = client().search_runs([client().get_experiment_by_name("jobs").experiment_id])
+    runs = runs_of(client(), "jobs")
     assert sorted(run.info.run_name for run in runs) == ["one", "two"]
     assert all(len(history(run.info.run_id, "a")) == 300 and run.info.status == "FINISHED" for run in runs)
 
@@ -287,7 +267,7 @@ def test_lost_note_of_what_was_sent_doubles_nothing() -> None:
     Path("out", SENT).unlink()
     assert main(["out"]) == 0
     assert history(only_run("tests").info.run_id, "a") == [(1, 1.0)]
-    assert len(client_points(tracker.run_id, "n")) == 1
+    assert len(history(tracker.run_id, "n")) == 1
     assert only_run("tests").info.status == "FINISHED"
 
 
@@ -317,7 +297,7 @@ def test_a_run_deleted_meanwhile_and_a_missing_artifact(caplog: pytest.LogCaptur
     for step in range(5):
         tracker.log({"a": 1.0}, step)
     tracker.close()
-    assert [("is gone" in m, "was deleted" in m) for m in caplog.messages] == [(True, False), (False, True)]
+    assert [("no longer exists" in m, "was deleted" in m) for m in caplog.messages] == [(True, False), (False, True)]
 
 
 def test_one_refused_name_keeps_the_others(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
@@ -360,14 +340,10 @@ def test_spool_lines(workplace: Path) -> None:
     assert [record and record["t"] for _, record in read_spool(path, offsets[2])] == [2, None, 3]
 
 
-@pytest.mark.parametrize("name", ["hf_token", "apiKey", "AWS_SECRET_ACCESS_KEY", "db.password", "token"])
-def test_secret_names(name: str) -> None:
-    assert is_secret(name)
-
-
-@pytest.mark.parametrize("name", ["tokenizer", "tokens_per_second", "train.seed", "key", "keyboard", "PWD", "monkey"])
-def test_plain_names(name: str) -> None:
-    assert not is_secret(name)
+def test_secret_names() -> None:
+    assert all(map(is_secret, ["hf_token", "apiKey", "AWS_SECRET_ACCESS_KEY", "db.password", "token"]))
+    plain = ["tokenizer", "tokens_per_second", "train.seed", "key", "keyboard", "PWD", "monkey"]
+    assert not any(map(is_secret, plain))
 
 
 def test_text_helpers() -> None:
@@ -384,9 +360,8 @@ def test_environment_facts() -> None:
     facts = environment_facts()
     assert facts["python"].count(".") == 2 and facts["host"] and facts["mlflow"][0].isdigit()
     assert all(isinstance(value, str) for value in facts.values())
-    root = Path(__file__).resolve().parents[2]
-    if (root / ".git").exists():
-        done = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True)
+    if (ROOT / ".git").exists():
+        done = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True)
         assert facts["git_commit"] == done.stdout.strip() and facts["git_dirty"] in ("true", "false")
     else:
         assert "git_commit" not in facts

@@ -1,0 +1,213 @@
+"""MLflow's store as one job uses it: its creation, its client, and the job's experiment and runs.
+
+MLflow is imported by the first use, which takes seconds: no method belongs in the training loop.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import tempfile
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mlinterf_ds.tracking.facts import first_line, scrub
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Run
+
+CLIENT_LOG = "mlflow-client.log"
+KEY_TAG = "mlinterf_ds.key"  # holds the key under which the spool knows the run
+PENDING = "pending-"  # followed by the key: stands for MLflow's id of a run that MLflow does not have yet
+# MLflow's list of experiments then shows ours as training, not as generated text.
+EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
+
+METRICS_PER_REQUEST = 1000  # MLflow's limit
+VALUES_PER_REQUEST = 20  # MLflow allows 100, and 1 MB a request: 20 of the longest fit with every character escaped
+
+
+class NotYet(Exception):
+    """Something that must be sent first is missing: the sending is tried again later."""
+
+
+def set_client_defaults() -> None:
+    """Makes MLflow's client give up soon (the sender tries again), stay quiet and send no usage data.
+
+    Variables that the user has set keep their values.
+    """
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    os.environ.setdefault("MLFLOW_ARTIFACT_UPLOAD_DOWNLOAD_TIMEOUT", "300")
+    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+
+
+def error_code(error: Exception) -> str:
+    """MLflow's own code of an error, or '' for an error of another library."""
+    return str(getattr(error, "error_code", ""))
+
+
+def create_database(uri: str) -> None:
+    """Creates a missing SQLite store under a temporary name and renames it when it is complete.
+
+    MLflow creates its tables by migrations that are not transactions: a second job that opens a half-made store, or a kill
+    in the middle of a migration, would leave a store that nobody can open.
+    """
+    path = Path(uri.removeprefix("sqlite:///").partition("?")[0])
+    if not uri.startswith("sqlite:///") or path.exists():
+        return
+    from mlflow import MlflowClient
+
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as folder:
+        complete = Path(folder) / path.name
+        MlflowClient(f"sqlite:///{complete}").search_experiments(max_results=1)
+        with contextlib.suppress(FileExistsError):  # another job was faster; its store is complete too
+            os.link(complete, path)
+
+
+class Store:
+    """One job's access to MLflow. Methods raise whatever MLflow and the network raise."""
+
+    def __init__(self, uri: str, folder: Path, warn: Callable[[str], None]) -> None:
+        self.uri, self.folder, self.warn = uri, folder, warn  # folder: the job's, which also gets the client's log
+        self.experiment_id: str | None = None
+        self.deleted: set[str] = set()  # ids of runs that somebody deleted in MLflow: nothing more is sent to them
+        self._opened: MlflowClient | None = None
+
+    @property
+    def client(self) -> MlflowClient:
+        """MLflow's client, made on first use; what it logs goes to `mlflow-client.log` in the job's folder."""
+        if self._opened is None:
+            warnings.filterwarnings("ignore", module=r"(mlflow|alembic|sqlalchemy)\b")
+            from mlflow import MlflowClient
+
+            _redirect_logs(self.folder / CLIENT_LOG)
+            create_database(self.uri)
+            self._opened = MlflowClient(tracking_uri=self.uri)
+        return self._opened
+
+    def open_run(
+        self, key: str, known_id: str | None, at: int, start: Mapping[str, Any]
+    ) -> tuple[str, dict[str, str], dict[str, str]]:
+        """Creates a run, or attaches to the one that exists: its id, and the parameters and tags still to be logged.
+
+        known_id: MLflow's id where the spool has it; at: the start, in milliseconds; start: the spool's `start` record.
+        """
+        parameters, tags = dict(start["parameters"]), dict(start["tags"])
+        self.experiment_id = self._experiment(start["experiment"])
+        run = self._existing_run(key, known_id, start.get("run_id"))
+        if run is None:
+            if parent := self._parent(start.get("parent_id")):
+                tags["mlflow.parentRunId"] = parent
+            run = self.client.create_run(self.experiment_id, at, tags | {KEY_TAG: key}, start["name"])
+            return run.info.run_id, parameters, {}
+        self.client.update_run(run.info.run_id, status="RUNNING")
+        logged = run.data.params
+        # MLflow writes a parameter once; tags hold the values that a resumed run changed.
+        tags |= {f"resumed.{k}"[:250]: v for k, v in parameters.items() if logged.get(k, v) != v}
+        return run.info.run_id, {k: v for k, v in parameters.items() if k not in logged}, tags
+
+    def log_metrics(self, run_id: str, records: Sequence[Mapping[str, Any]]) -> None:
+        """Logs the values of several `metrics` records."""
+        from mlflow.entities import Metric
+
+        points = [Metric(name, value, r["t"], r["step"]) for r in records for name, value in r["metrics"].items()]
+        self._log(run_id, "metrics", points, METRICS_PER_REQUEST)
+
+    def log_parameters(self, run_id: str, parameters: Mapping[str, str]) -> None:
+        """Logs parameters that the run does not have yet."""
+        from mlflow.entities import Param
+
+        self._log(run_id, "params", [Param(k, v) for k, v in parameters.items()], VALUES_PER_REQUEST)
+
+    def log_tags(self, run_id: str, tags: Mapping[str, str]) -> None:
+        """Sets tags; a later value replaces an earlier one."""
+        from mlflow.entities import RunTag
+
+        self._log(run_id, "tags", [RunTag(k, v) for k, v in tags.items()], VALUES_PER_REQUEST)
+
+    def log_artifact(self, run_id: str, path: Path, folder: str | None) -> None:
+        """Uploads a file, or a folder with all it holds."""
+        upload = self.client.log_artifacts if path.is_dir() else self.client.log_artifact
+        upload(run_id, str(path), folder)
+
+    def end_run(self, run_id: str, status: str, at: int) -> None:
+        """Marks the run FINISHED, FAILED or KILLED at a time in milliseconds."""
+        self.client.set_terminated(run_id, status, at)
+
+    def _log(self, run_id: str, kind: str, values: list[Any], size: int) -> None:
+        """Logs values of one kind, `size` a request. Values that MLflow refuses are singled out and left out."""
+        if run_id in self.deleted:
+            return
+        for first in range(0, len(values), size):
+            chunk = values[first : first + size]
+            try:
+                self.client.log_batch(run_id, synchronous=True, **{kind: chunk})
+            except Exception as error:  # MLflow's stores raise many classes; only refused values are handled here
+                if error_code(error) != "INVALID_PARAMETER_VALUE":
+                    raise
+                if self.client.get_run(run_id).info.lifecycle_stage == "deleted":
+                    self.deleted.add(run_id)
+                    return self.warn(f"run {run_id} was deleted in MLflow: nothing more is sent to it")
+                if len(chunk) == 1:
+                    self.warn(f"MLflow refused {kind[:-1]} {chunk[0].key!r}: {first_line(error)}")
+                else:
+                    self._log(run_id, kind, chunk, len(chunk) // 2)
+        return None
+
+    def _experiment(self, name: str) -> str:
+        experiment = self.client.get_experiment_by_name(name)
+        if experiment is None:
+            # Two jobs may start at once: the slower one fails here, and its next attempt finds the experiment.
+            return str(self.client.create_experiment(name, tags=EXPERIMENT_TAGS))
+        experiment_id = str(experiment.experiment_id)
+        if experiment.lifecycle_stage == "deleted":
+            raise NotYet(f"MLflow's experiment {name!r} is deleted: `mlflow experiments restore -x {experiment_id}`")
+        return experiment_id
+
+    def _run_with_key(self, key: str) -> Run | None:
+        runs = self.client.search_runs([self.experiment_id or "0"], f"tags.`{KEY_TAG}` = '{key}'", max_results=1)
+        return runs[0] if runs else None
+
+    def _existing_run(self, key: str, known_id: str | None, resumed_id: str | None) -> Run | None:
+        """The run that an earlier attempt or the resumed job created, by its id or else by the key in its tags."""
+        run_id = known_id or (resumed_id if resumed_id and not resumed_id.startswith(PENDING) else None)
+        if run_id:
+            try:
+                run = self.client.get_run(run_id)
+                if run.info.lifecycle_stage != "deleted":
+                    return run
+            except Exception as error:  # MLflow's stores raise many classes; their code tells a missing run
+                if error_code(error) not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+                    raise
+        run = self._run_with_key(key)
+        if run_id and run is None:
+            self.warn(f"MLflow at {scrub(self.uri)} has no run {run_id}: this job continues in a new run")
+        return run
+
+    def _parent(self, parent_id: str | None) -> str | None:
+        if not parent_id or not parent_id.startswith(PENDING):
+            return parent_id
+        parent = self._run_with_key(parent_id.removeprefix(PENDING))
+        if parent is None:
+            raise NotYet(f"the parent run ({parent_id}) has not been sent yet")
+        return str(parent.info.run_id)
+
+
+def _redirect_logs(path: Path) -> None:
+    """Sends what MLflow and its libraries log to a file, without secrets."""
+
+    class Scrubbed(logging.Formatter):
+        def format(self, record: logging.LogRecord) -> str:
+            return scrub(super().format(record))
+
+    handler = logging.FileHandler(path, encoding="utf-8", delay=True)
+    handler.setFormatter(Scrubbed("%(asctime)s %(name)s %(levelname)s %(message)s"))
+    for name in ("mlflow", "alembic", "sqlalchemy.engine", "huey", "urllib3.connectionpool"):
+        logger = logging.getLogger(name)
+        logger.handlers, logger.propagate = [handler], False
