@@ -41,7 +41,7 @@ def train_and_measure(
     model = Encoder(
         config.model, variant="joint", languages=pair, vocabulary=corpus.vocabulary_size, positions=length, seed=seed
     )
-    engine = Engine(model, config, read_json(ROOT / "ds_configs" / "zero0.json"), "fp32", parallel.current(1))
+    engine = Engine(model, train, read_json(ROOT / "ds_configs" / "zero0.json"), "fp32", parallel.current(1))
     stream = TrainStream(corpus, pair, rows=train.batch, length=length, seed=seed, mask_share=config.data.mask)
     draws = Draws(
         corpus, pair, pair, config=config.conflict, length=length, mask_share=config.data.mask, seed=seed, engine=engine

@@ -166,22 +166,24 @@ class Monitor:
         output: Path,
         *,
         name: str,
+        length: int,
+        mask_share: float,
+        seed: int,
+        text: str,
     ):
-        self.engine, self.config, self.output, self.name = engine, config, output, name
-        run = engine.config
+        self.engine, self.config, self.output, self.name, self.seed = engine, config, output, name, seed
         self.draws = Draws(
             corpus,
             languages,
             languages,
             config=config,
-            length=run.data.sequence_length,
-            mask_share=run.data.mask,
-            seed=run.train.seed,
+            length=length,
+            mask_share=mask_share,
+            seed=seed,
             engine=engine,
         )
-        seed = run.train.seed
         self.caption = (
-            f"{Path(run.corpus).name} text, {self.draws.rows} training sequences a gradient, seed {seed}; dashed: two "
+            f"{text} text, {self.draws.rows} training sequences a gradient, seed {seed}; dashed: two "
             "batches of one language"
         )
         self.first = engine.layout.rank == 0
@@ -199,7 +201,7 @@ class Monitor:
     def measure(self) -> dict[str, float]:
         """Similarities at the engine's step, as metrics; also added to conflict.csv. The same on all ranks."""
         step = self.engine.step
-        found, costs = measure(self.engine, self.draws, self.config.sketch, self.engine.config.train.seed, step)
+        found, costs = measure(self.engine, self.draws, self.config.sketch, self.seed, step)
         matrix, codes = found.matrix(), found.languages
         facts = {f"conflict/{name}": value for name, value in spread(matrix).items()}
         facts |= {f"conflict/{name}": costs[name] for name in ("seconds_gradients", "seconds_similarity")}

@@ -14,9 +14,9 @@ from mlinterf_ds.data.corpus import Corpus
 from mlinterf_ds.engine import checkpoint
 from mlinterf_ds.engine.engine import Engine
 from mlinterf_ds.errors import UserError
-from mlinterf_ds.pretrain.config import RunConfig
 from mlinterf_ds.pretrained import Pretrained
 from mlinterf_ds.runtime.parallel import Layout
+from mlinterf_ds.sections import TrainConfig
 
 
 @dataclass(frozen=True)
@@ -72,10 +72,7 @@ class AnalysisJob:
         pretrained = self.model
         pretrained.check(self.layout.tensor)
         shape = pretrained.shape(dropout=0.0)
-        train = {"batch": rows, "micro_batch": micro_batch}
-        run = RunConfig.model_validate(
-            {"variant": "joint", "model": shape, "train": train, "parallel": self.config.parallel.model_dump()}
-        )
+        training = TrainConfig.model_validate({"batch": rows, "micro_batch": micro_batch})
         encoder = Encoder(
             shape,
             variant=pretrained.variant,
@@ -83,6 +80,6 @@ class AnalysisJob:
             vocabulary=int(pretrained.saved["vocabulary"]),
             positions=pretrained.positions,
         )
-        engine = Engine(encoder, run, self.deepspeed_json, self.precision, self.layout)
+        engine = Engine(encoder, training, self.deepspeed_json, self.precision, self.layout)
         checkpoint.load(pretrained.path, engine, moments=False)
         return engine

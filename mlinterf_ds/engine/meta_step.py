@@ -1,7 +1,8 @@
-"""Algorithm 1 on the engine: phase 1 (phi_i by the hypergradient), phase 2 (theta at the new phi_i), as one step.
+"""Algorithm 1 on the engine, one step at a time: phase 1 updates phi_i by the hypergradient, phase 2 theta at the new phi_i.
 
-Any pass may overflow: then phi_i, theta and all moments are as before, and only the loss scale and the count of skipped
-steps have moved.
+`meta/bilevel.py` has the mathematics. Here are the passes over micro-batches that it asks for, the AdamW updates, and what
+happens on an overflow: any pass may have one, and then phi_i, theta and all moments stay as they were before the step; only
+the loss scale and the count of skipped steps move.
 """
 
 from __future__ import annotations
@@ -12,10 +13,9 @@ from collections.abc import Iterator, Sequence
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
-from mlinterf_ds.engine.engine import SHARED, Engine, Rows
-from mlinterf_ds.engine.optimizer import learning_rate
+from mlinterf_ds.engine.engine import Engine, Rows
+from mlinterf_ds.engine.optimizer import clip_factor
 from mlinterf_ds.engine.space import Space, Vector
 from mlinterf_ds.meta.bilevel import (
     AdamLookahead,
@@ -25,14 +25,15 @@ from mlinterf_ds.meta.bilevel import (
     Lookahead,
     RadiusControl,
     cosine,
-    finite,
+    finite_norm,
     hypergradient,
     mixed_product,
     norm,
 )
+from mlinterf_ds.model.encoder import SHARED
 from mlinterf_ds.sections import MetaConfig
 
-SEARCH = 12  # tries of a radius in a run's first step; later steps follow it
+SEARCH = 12  # radii that a run's first step may try; later steps follow the one it ends with
 AGREEMENT = 0.8  # below this cosine of two radii's estimates, the difference is called noise
 # Relative change of phi's gradient that the radius aims at: above the round-off of the precision, below the curvature
 # (which a one-sided difference feels in the first order).
@@ -42,28 +43,8 @@ TARGETS = {
 }
 
 
-class WholeSpace:
-    """A space as the algorithm sees it: sums run over all ranks."""
-
-    def __init__(self, space: Space):
-        self.space = space
-        self.device = next(iter(space.parameters.values())).device  # masters may be offloaded to where no collective is
-
-    def displaced(self, offset: Vector, scale: float) -> contextlib.AbstractContextManager[None]:
-        return self.space.displaced(offset, scale)
-
-    def dot(self, left: Vector, right: Vector) -> float:
-        total = self.space.dot(left, right).to(self.device)
-        dist.all_reduce(total)
-        return total.item()
-
-    def weights_norm(self) -> float:
-        masters = [master.detach() for master in self.space.masters]
-        return math.sqrt(self.dot(masters, masters))
-
-
 class MetaStep:
-    """Steps of a `meta_*` variant; holds the radius of the finite difference, which is part of a checkpoint."""
+    """Steps of a `meta_*` variant. Holds the radius of the finite difference, which is part of a checkpoint."""
 
     def __init__(self, engine: Engine, config: MetaConfig):
         self.engine, self.config = engine, config
@@ -72,90 +53,53 @@ class MetaStep:
         self.radius = RadiusControl(start, TARGETS[config.difference][engine.precision], fixed=fixed)
 
     def step(self, batches: Sequence[Rows], validation: Sequence[Rows]) -> dict[str, float]:
-        """One step: this rank's micro-batches of the step's language, and those of L^val (none between meta steps)."""
+        """One step; returns its facts.
+
+        batches: this rank's micro-batches of the step's language. validation: those of L^val (none between meta steps).
+        """
         engine, config = self.engine, self.config
         if engine.step % config.every:
-            shared_only = [engine.spaces[SHARED]] if config.between == "freeze" else None
-            return engine.train_step(batches, shared_only)
-        (language,) = batches[0].step_languages
-        lr = learning_rate(engine.config.train, engine.updates + 1)
-        facts = {"lr": lr, "loss_scale": engine.scale.value}
-        run = _Run(self, batches, validation, engine.languages[language], lr, facts)
-        phases = [run.phase_1, run.phase_2] if config.order == "phi_first" else [run.phase_2, run.phase_1]
+            return engine.train_step(batches, {SHARED: engine.learning_rate} if config.between == "freeze" else None)
+        phases = Phases(self, batches, validation)
         try:
-            with run.kept(run.phi if config.order == "phi_first" else run.theta):
-                for phase in phases:
-                    phase()
+            if config.order == "phi_first":
+                with phases.undone_on_overflow(phases.phi):
+                    phases.update_phi()
+                    phases.update_theta()
+            else:  # the order of the authors' released code
+                with phases.undone_on_overflow(phases.theta):
+                    phases.update_theta()
+                    phases.update_phi()
         except FloatingPointError:
-            engine.settle(False, facts)
+            engine.settle(False, phases.facts)
         else:
-            engine.settle(True, facts)
-            self.radius.update(facts.get("meta/change", math.nan))
-        return facts | {"skipped": float(engine.skipped)}
+            engine.settle(True, phases.facts)
+            self.radius.update(phases.facts.get("meta/change", math.nan))
+        return phases.facts | {"skipped": float(engine.skipped)}
 
 
-class _Run:
-    """The two phases of one step."""
+class Phases:
+    """The two updates of one step over one language i (Algorithm 1, lines 6 and 7), and the facts that they gather.
 
-    def __init__(
-        self,
-        owner: MetaStep,
-        batches: Sequence[Rows],
-        validation: Sequence[Rows],
-        language: str,
-        lr: float,
-        facts: dict[str, float],
-    ):
-        self.owner, self.engine, self.config = owner, owner.engine, owner.config
-        self.batches, self.lr, self.facts = batches, lr, facts
-        self.theta = WholeSpace(self.engine.spaces[SHARED])
-        self.phi = WholeSpace(self.engine.spaces[language])
-        self.train = self._gradients(batches, "loss")
-        self.validation = self._gradients(validation, "meta/validation")
+    A pass whose gradient is not finite raises FloatingPointError, the same on all ranks.
+    """
 
-    def _gradients(self, batches: Sequence[Rows], name: str) -> Gradients:
-        """Passes over these micro-batches; the losses of the first pass are the step's facts."""
+    def __init__(self, meta: MetaStep, batches: Sequence[Rows], validation: Sequence[Rows]):
+        self.meta, self.engine, self.config = meta, meta.engine, meta.config
+        (language,) = batches[0].step_languages
+        self.theta = self.engine.spaces[SHARED]
+        self.phi = self.engine.spaces[self.engine.languages[language]]
+        self.rate = self.engine.learning_rate
+        self.facts = {"lr": self.rate, "loss_scale": self.engine.scale.value}
+        self.train = self._gradients_of(batches, "loss")
+        self.validation = self._gradients_of(validation, "meta/validation")
 
-        def gradients(spaces: Sequence[WholeSpace]) -> list[Vector]:
-            engine = self.engine
-            sums = engine.accumulate(batches, [whole.space for whole in spaces])
-            found = [whole.space.gradient() for whole in spaces]
-            if engine.scale.value != 1.0:
-                found = [[piece.div_(engine.scale.value) for piece in vector] for vector in found]
-            if name not in self.facts:
-                dist.all_reduce(sums)
-                self.facts |= engine.loss_facts(batches[0].step_languages, sums / engine.layout.tensor, name)
-                if why := engine.spikes.found(self.facts):  # no phase has changed anything yet
-                    raise FloatingPointError(why)
-            return found
-
-        return gradients
-
-    @contextlib.contextmanager
-    def kept(self, whole: WholeSpace) -> Iterator[None]:
-        """Put the weights and moments of a space back if a later pass is not finite."""
-        name = self.engine.name_of(whole.space)
-        saved = [
-            (tensor, tensor.detach().clone())
-            for master in whole.space.masters
-            for tensor in (master, *self.engine.optimizers[name].state[master].values())
-        ]
-        try:
-            yield
-        except FloatingPointError:
-            with torch.no_grad():
-                for tensor, before in saved:
-                    tensor.copy_(before)
-            whole.space.write()
-            raise
-
-    def phase_1(self) -> None:
+    def update_phi(self) -> None:
         """phi_i <- AdamW(phi_i, h_i) (Algorithm 1, line 6)."""
-        config = self.config
-        beta = self.lr if config.beta is None else config.beta
-        radius = self.owner.radius
-        for left in reversed(range(SEARCH if self.engine.updates == 0 else 1)):
-            found = hypergradient(
+        config, radius = self.config, self.meta.radius
+        beta = self.rate if config.beta is None else config.beta
+        for tries_left in reversed(range(SEARCH if self.engine.updates == 0 else 1)):
+            h = hypergradient(
                 self.train,
                 self.validation,
                 self.theta,
@@ -166,43 +110,81 @@ class _Run:
                 difference=config.difference,
                 second_order=config.terms == "both",
             )
-            if not left or radius.near(found.change):
+            if not tries_left or radius.near(h.change):
                 break
-            radius.update(found.change)
-        self._report(found, beta)
-        self._apply(self.phi, found.total, "meta/gradient_norm")
+            radius.update(h.change)
+        self._note(h, beta)
+        self._update(self.phi, h.total, "meta/gradient_norm")
 
-    def phase_2(self) -> None:
-        """theta <- AdamW(theta, grad_theta L_i^train(theta, phi_i_new)) (Algorithm 1, line 7; Eq. 5)."""
+    def update_theta(self) -> None:
+        """theta <- AdamW(theta, grad_theta L_i^train(theta, phi_i)), with the new phi_i (Algorithm 1, line 7; Eq. 5)."""
         (gradient,) = self.train([self.theta])
-        self._apply(self.theta, gradient, "gradient_norm")
+        self._update(self.theta, gradient, "gradient_norm")
 
-    def _apply(self, whole: WholeSpace, gradient: Vector, name: str) -> None:
-        self.facts[name] = length = finite(whole, gradient, name)
-        clip = self.engine.config.train.clip
-        self.engine.update(whole.space, gradient, min(1.0, clip / (length + 1e-6)) if clip else 1.0, self.lr)
+    def _update(self, space: Space, gradient: Vector, name: str) -> None:
+        self.facts[name] = length = finite_norm(space, gradient, name)
+        self.engine.update(space, gradient, clip_factor(length, self.engine.training.clip), self.rate)
+
+    def _gradients_of(self, batches: Sequence[Rows], name: str) -> Gradients:
+        """The passes over these micro-batches; the losses of the first one become the step's facts under `name`."""
+
+        def gradients(spaces: Sequence[Space]) -> list[Vector]:
+            engine = self.engine
+            sums = engine.accumulate(batches, spaces)
+            vectors = [space.gradient() for space in spaces]
+            if engine.scale.value != 1.0:
+                vectors = [[shard.div_(engine.scale.value) for shard in vector] for vector in vectors]
+            if name not in self.facts:
+                dist.all_reduce(sums)
+                self.facts |= engine.loss_facts(batches[0].step_languages, sums / engine.layout.tensor, name)
+                if spike := engine.spikes.spike(self.facts):  # no phase has changed anything yet
+                    raise FloatingPointError(spike)
+            return vectors
+
+        return gradients
+
+    @contextlib.contextmanager
+    def undone_on_overflow(self, space: Space) -> Iterator[None]:
+        """Puts the weights and moments of a space back if a pass inside is not finite."""
+        state = self.engine.optimizers[space.name].state
+        saved = [
+            (tensor, tensor.detach().clone())
+            for master in space.masters
+            for tensor in (master, *state[master].values())
+        ]
+        try:
+            yield
+        except FloatingPointError:
+            with torch.no_grad():
+                for tensor, before in saved:
+                    tensor.copy_(before)
+            space.write()
+            raise
 
     def _lookahead(self) -> Lookahead:
         if self.config.lookahead == "sgd":
             return GradientDescent()
-        states = [self.engine.optimizers[SHARED].state[master] for master in self.theta.space.masters]
-        train = self.engine.config.train
-        first: list[Tensor] = [state["exp_avg"] for state in states]
-        second: list[Tensor] = [state["exp_avg_sq"] for state in states]
-        number = int(states[0]["step"].item()) + 1
-        return AdamLookahead(first, second, number, train.beta1, train.beta2, train.eps)
+        training = self.engine.training
+        states = [self.engine.optimizers[SHARED].state[master] for master in self.theta.masters]
+        return AdamLookahead(
+            first=[state["exp_avg"] for state in states],
+            second=[state["exp_avg_sq"] for state in states],
+            step_number=int(states[0]["step"].item()) + 1,
+            beta1=training.beta1,
+            beta2=training.beta2,
+            eps=training.eps,
+        )
 
-    def _report(self, found: Hypergradient, beta: float) -> None:
-        """The terms of h_i, so that a user sees whether the second-order one matters."""
-        facts = self.facts
-        facts["meta/beta"], facts["meta/descent_norm"] = beta, found.descent_norm
-        facts["meta/direct_norm"] = norm(self.phi, found.direct)
-        if found.mixed is None or found.direction is None:
+    def _note(self, h: Hypergradient, beta: float) -> None:
+        """The sizes of h_i's terms as facts, so that a user sees whether the second-order one matters."""
+        facts, radius = self.facts, self.meta.radius.radius
+        facts["meta/beta"], facts["meta/descent_norm"] = beta, h.descent_norm
+        facts["meta/direct_norm"] = norm(self.phi, h.direct)
+        if h.mixed is None or h.direction is None:
             return
-        facts["meta/second_order_norm"] = beta * norm(self.phi, found.mixed)
-        facts["meta/cosine"] = -cosine(self.phi, found.direct, found.mixed)  # of the two terms as they enter h_i
-        facts["meta/radius"], facts["meta/change"] = self.owner.radius.radius, found.change
+        facts["meta/second_order_norm"] = beta * norm(self.phi, h.mixed)
+        facts["meta/cosine"] = -cosine(self.phi, h.direct, h.mixed)  # of the two terms as they enter h_i
+        facts["meta/radius"], facts["meta/change"] = radius, h.change
         if self.config.check_every and self.engine.step % self.config.check_every == 0:
-            radius = self.owner.radius.radius / 2
-            other, _ = mixed_product(self.train, self.theta, self.phi, found.direction, radius)
-            facts["meta/self_check"] = cosine(self.phi, found.mixed, other)
+            again, _ = mixed_product(self.train, self.theta, self.phi, h.direction, radius / 2)
+            facts["meta/self_check"] = cosine(self.phi, h.mixed, again)

@@ -1,7 +1,11 @@
-"""AdamW on flat fp32 shards, XLM's learning-rate schedules, and the dynamic loss scale."""
+"""AdamW on flat fp32 shards, XLM's learning-rate schedules, and what decides whether a step counts.
+
+A step does not count if a gradient overflows (`LossScale` then lowers fp16's scale) or if a loss jumps (`Spikes`).
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,27 +14,37 @@ from torch import Tensor
 
 from mlinterf_ds.sections import TrainConfig
 
+FEWEST = 20  # steps with a language before its loss is judged
+WINDOW = 100  # of its steps that the mean and variance look back
+LEAST = 1.0  # nats above the mean that are no spike, however quiet the loss was
+LOSS_PREFIX = "loss/"  # of a language's loss in a step's facts
 
-def learning_rate(config: TrainConfig, update: int) -> float:
-    """The rate of update number `update` (from 1), XLM's `adam_inverse_sqrt` or constant `adam`.
 
-    Linear warm-up from 1e-7 to lr, then lr * sqrt(warmup / update) or lr.
+def learning_rate(training: TrainConfig, update: int) -> float:
+    """The rate of update number `update` (from 1): XLM's `adam_inverse_sqrt`, or constant `adam`.
+
+    It rises linearly from 1e-7 to lr over the warm-up, then is lr * sqrt(warmup / update), or stays lr.
     """
-    if update <= config.warmup:
-        return 1e-7 + (config.lr - 1e-7) * update / config.warmup
-    if config.schedule == "constant":
-        return config.lr
-    return config.lr * (max(config.warmup, 1) / update) ** 0.5
+    if update <= training.warmup:
+        return 1e-7 + (training.lr - 1e-7) * update / training.warmup
+    if training.schedule == "constant":
+        return training.lr
+    return training.lr * (max(training.warmup, 1) / update) ** 0.5
 
 
-def adamw(masters: list[Tensor], config: TrainConfig) -> torch.optim.AdamW:
-    """torch's AdamW over one space's shards, with moments from step 0 (so that every checkpoint has them)."""
+def clip_factor(norm: float, limit: float) -> float:
+    """What a gradient of this norm is multiplied by, so that its norm is at most `limit`; limit 0: never clipped."""
+    return min(1.0, limit / (norm + 1e-6)) if limit else 1.0
+
+
+def adamw(masters: list[Tensor], training: TrainConfig) -> torch.optim.AdamW:
+    """torch's AdamW over one space's shards, with moments from step 0, so that every checkpoint has them."""
     optimizer = torch.optim.AdamW(
         masters,
-        lr=config.lr,
-        betas=(config.beta1, config.beta2),
-        eps=config.eps,
-        weight_decay=config.weight_decay,
+        lr=training.lr,
+        betas=(training.beta1, training.beta2),
+        eps=training.eps,
+        weight_decay=training.weight_decay,
         fused=all(master.device.type in ("cpu", "cuda") for master in masters),
     )
     for master in masters:
@@ -42,22 +56,22 @@ def adamw(masters: list[Tensor], config: TrainConfig) -> torch.optim.AdamW:
     return optimizer
 
 
-def apply(optimizer: torch.optim.AdamW, masters: list[Tensor], gradient: list[Tensor], lr: float) -> None:
-    """One update of the shards by this gradient; touches nothing else."""
-    optimizer.param_groups[0]["lr"] = lr
-    for master, piece in zip(masters, gradient, strict=True):
-        master.grad = piece
+def apply(optimizer: torch.optim.AdamW, masters: list[Tensor], gradient: list[Tensor], rate: float) -> None:
+    """One update of the shards by this gradient at this learning rate; touches nothing else."""
+    optimizer.param_groups[0]["lr"] = rate
+    for master, shard in zip(masters, gradient, strict=True):
+        master.grad = shard
     optimizer.step()
     for master in masters:
         master.grad = None
 
 
 class LossScale:
-    """Dynamic loss scale of fp16 (1, for ever, in other precisions): halved on overflow, doubled after a quiet window.
+    """The dynamic loss scale of fp16: halved on overflow, doubled after `window` steps without one; 1 in other precisions.
 
     Reads DeepSpeed's `fp16` section (`loss_scale`, `initial_scale_power`, `loss_scale_window`, `hysteresis`,
-    `min_loss_scale`); the rule is that of DeepSpeed's own DynamicLossScaler, kept here because a meta step has several
-    passes and must advance the scale once.
+    `min_loss_scale`). The rule is that of DeepSpeed's own DynamicLossScaler; it stands here because a meta step has
+    several passes and must advance the scale once.
     """
 
     def __init__(self, enabled: bool, fp16: Mapping[str, Any]):
@@ -71,7 +85,7 @@ class LossScale:
         self.patience, self.quiet = self.hysteresis, 0
 
     def update(self, overflow: bool) -> None:
-        """After each step."""
+        """Learns after each step whether it overflowed."""
         if not self.dynamic:
             return
         if overflow:
@@ -87,7 +101,51 @@ class LossScale:
             self.quiet += 1
 
     def state(self) -> dict[str, float]:
+        """What a checkpoint stores of it."""
         return {"value": self.value, "patience": self.patience, "quiet": self.quiet}
 
     def load(self, state: Mapping[str, float]) -> None:
+        """Goes on from a checkpoint's `state`."""
         self.value, self.patience, self.quiet = float(state["value"]), int(state["patience"]), int(state["quiet"])
+
+
+class Spikes:
+    """Which losses are spikes, by a running mean and variance of each language's loss; the same on all ranks.
+
+    A language is judged after FEWEST of its own steps, so that warm-up, few observations and rare languages raise no
+    alarm; while the loss still falls steeply, its variance is large. A skipped step does not enter the statistics. They
+    are part of a checkpoint: a resumed run decides as the uninterrupted one.
+
+    limit: standard deviations above the mean from which a loss is a spike; None switches the check off.
+    """
+
+    def __init__(self, limit: float | None):
+        self.limit = limit
+        self.seen: dict[str, list[float]] = {}  # language -> [observations, mean, variance]
+
+    def spike(self, facts: Mapping[str, float]) -> str:
+        """The first spike among a step's losses, in words; '' if there is none.
+
+        A loss that is not finite is no spike but an overflow (see `LossScale`).
+        """
+        for language, loss in _losses(facts).items():
+            count, mean, variance = self.seen.get(language, [0, 0.0, 0.0])
+            if self.limit is None or count < FEWEST or not math.isfinite(loss):
+                continue
+            if loss > mean + max(LEAST, self.limit * math.sqrt(variance)):
+                return f"loss {loss:.4g} in {language}, where {mean:.4g} +- {math.sqrt(variance):.2g} is usual"
+        return ""
+
+    def add(self, facts: Mapping[str, float]) -> None:
+        """Learns the losses of a step that counted: exact moments of the first WINDOW, then exponentially weighted ones."""
+        for language, loss in _losses(facts).items():
+            if math.isfinite(loss):
+                count, mean, variance = self.seen.get(language, [0, 0.0, 0.0])
+                weight = 1 / min(count + 1, WINDOW)
+                change = loss - mean
+                variance = (1 - weight) * (variance + weight * change**2)
+                self.seen[language] = [count + 1, mean + weight * change, variance]
+
+
+def _losses(facts: Mapping[str, float]) -> dict[str, float]:
+    return {name.removeprefix(LOSS_PREFIX): loss for name, loss in facts.items() if name.startswith(LOSS_PREFIX)}

@@ -6,7 +6,6 @@ the shared parameters follow the sum. Gradients are this rank's shards, products
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -15,9 +14,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from mlinterf_ds.engine.engine import SHARED, Engine
-from mlinterf_ds.engine.optimizer import learning_rate
+from mlinterf_ds.engine.engine import Engine
+from mlinterf_ds.engine.optimizer import clip_factor
 from mlinterf_ds.engine.space import Vector
+from mlinterf_ds.meta.bilevel import norm
+from mlinterf_ds.model.encoder import SHARED
 
 
 def project(gradients: Sequence[Vector], products: np.ndarray, random: np.random.Generator) -> tuple[Vector, int]:
@@ -55,19 +56,18 @@ def pcgrad_step(engine: Engine, batches: Sequence[Any], seed: int) -> dict[str, 
         chosen = [replace(b, weights=b.weights * (b.languages == language).view(-1, 1)) for b in batches]
         sums[place] += engine.accumulate(chosen, [space])[place]
         gradients.append([piece.div_(engine.scale.value) for piece in space.gradient()])
-    products = torch.stack([space.dot(left, right) for left in gradients for right in gradients]).to(engine.device)
+    products = torch.stack([space.share_of_dot(left, right) for left in gradients for right in gradients]).to(
+        engine.device
+    )
     facts_ = torch.cat([products, sums.view(-1) / engine.layout.tensor])
     dist.all_reduce(facts_)
     table = facts_[: len(languages) ** 2].view(len(languages), -1).cpu().numpy()
-    facts = {"lr": learning_rate(engine.config.train, engine.updates + 1), "loss_scale": engine.scale.value}
+    facts = {"lr": engine.learning_rate, "loss_scale": engine.scale.value}
     facts |= engine.loss_facts(languages, facts_[len(languages) ** 2 :].view(-1, 2))
     random = np.random.default_rng([seed, engine.step])
     if engine.settle(bool(np.isfinite(table).all()), facts):
         total, projections = project(gradients, table, random)
-        squared = space.squared_norm(total).to(engine.device)
-        dist.all_reduce(squared)
-        facts["gradient_norm"] = length = math.sqrt(squared.item())
+        facts["gradient_norm"] = length = norm(space, total)
         facts["pcgrad/projections"] = float(projections)
-        clip = engine.config.train.clip
-        engine.update(space, total, min(1.0, clip / (length + 1e-6)) if clip else 1.0, facts["lr"])
+        engine.update(space, total, clip_factor(length, engine.training.clip), facts["lr"])
     return facts | {"skipped": float(engine.skipped)}

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from mlinterf_ds.errors import UserError, refusing
-from mlinterf_ds.pretrain.config import RunConfig
+from mlinterf_ds.sections import TrainConfig
 
 # What the loss scale reads of DeepSpeed's JSON, with the least value of each.
 FP16 = {"loss_scale": 0, "initial_scale_power": 0, "loss_scale_window": 1, "hysteresis": 1, "min_loss_scale": 1e-6}
@@ -83,15 +83,15 @@ def choose_precision(wanted: str, found: dict[str, Any]) -> tuple[str, str]:
     return choice, why
 
 
-def resolve(found: dict[str, Any], config: RunConfig, precision: str, data_ranks: int) -> dict[str, Any]:
+def resolve(found: dict[str, Any], training: TrainConfig, precision: str, data_ranks: int) -> dict[str, Any]:
     """DeepSpeed's JSON with every "auto" decided; a contradiction with the run configuration is an error."""
-    rows = rows_per_rank(config, data_ranks)
-    micro = config.train.micro_batch or rows
+    rows = rows_per_rank(training, data_ranks)
+    micro = training.micro_batch or rows
     decided = {
-        "train_batch_size": ("train.batch", config.train.batch),
+        "train_batch_size": ("train.batch", training.batch),
         "train_micro_batch_size_per_gpu": ("train.micro_batch", micro),
         "gradient_accumulation_steps": ("train.batch / ranks / train.micro_batch", rows // micro),
-        "gradient_clipping": ("train.clip", config.train.clip),
+        "gradient_clipping": ("train.clip", training.clip),
     }
     for key, (ours, value) in decided.items():
         said = found.get(key, "auto")
@@ -120,9 +120,9 @@ def resolve(found: dict[str, Any], config: RunConfig, precision: str, data_ranks
     return resolved
 
 
-def rows_per_rank(config: RunConfig, data_ranks: int) -> int:
+def rows_per_rank(training: TrainConfig, data_ranks: int) -> int:
     """Rows of a global batch that one data-parallel rank takes."""
-    batch, micro = config.train.batch, config.train.micro_batch
+    batch, micro = training.batch, training.micro_batch
     if batch % data_ranks:
         raise UserError(f"train.batch={batch} is not divisible by {data_ranks} data-parallel ranks: change one of them")
     rows = batch // data_ranks

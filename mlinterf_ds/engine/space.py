@@ -10,6 +10,7 @@ Legend: shard = 1-d fp32 tensor; Vector = list of shards, one for each of the sp
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -37,8 +38,9 @@ class Segment:
 
 
 class Space:
-    """One parameter group as flat fp32 shards, hiding ZeRO and tensor parallelism."""
+    """One parameter group as flat fp32 shards, hiding ZeRO and tensor parallelism (a `meta.bilevel.ParameterSpace`)."""
 
+    name: str  # of the group: `SHARED`, a language's code, ...
     masters: Vector
     segments: list[Segment]
     parameters: dict[str, nn.Parameter]
@@ -62,16 +64,28 @@ class Space:
         finally:
             self.write()
 
-    def dot(self, left: Vector, right: Vector) -> Tensor:
-        """This rank's share of <left, right> (float64): sums to the whole over all ranks, replicas counted once."""
+    def dot(self, left: Vector, right: Vector) -> float:
+        """<left, right> over all ranks, replicas counted once."""
+        total = self.share_of_dot(left, right).to(self.device)
+        dist.all_reduce(total)
+        return total.item()
+
+    def weights_norm(self) -> float:
+        """Norm of the masters over all ranks, replicas counted once."""
+        masters = [master.detach() for master in self.masters]
+        return math.sqrt(self.dot(masters, masters))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the working weights are; masters may be offloaded to where no collective is."""
+        return next(iter(self.parameters.values())).device
+
+    def share_of_dot(self, left: Vector, right: Vector) -> Tensor:
+        """This rank's summand of <left, right> (float64), on the masters' device."""
         total = torch.zeros((), dtype=torch.float64, device=left[0].device)
         for shard, begin, end in self._counted:
             total += torch.dot(left[shard][begin:end], right[shard][begin:end])
         return total
-
-    def squared_norm(self, vector: Vector) -> Tensor:
-        """This rank's share of |vector|^2, as `dot`."""
-        return self.dot(vector, vector)
 
     def _count(self, tensor_rank: int, whole: bool = True) -> None:
         """Decide which elements of the shards this rank contributes to a sum over all ranks."""
@@ -106,6 +120,7 @@ class FlatSpace(Space):
 
     def __init__(
         self,
+        name: str,
         parameters: Mapping[str, nn.Parameter],
         partition_dims: Mapping[str, int | None],
         group: dist.ProcessGroup | None,
@@ -114,7 +129,7 @@ class FlatSpace(Space):
         device: torch.device,
         tensor_rank: int = 0,
     ):
-        self.parameters = dict(parameters)
+        self.name, self.parameters = name, dict(parameters)
         self.group, self.ranks = group, dist.get_world_size(group)
         self.partitions = self.ranks if sharded else 1
         self.index = dist.get_rank(group) if sharded else 0
@@ -255,3 +270,35 @@ class FlatSpace(Space):
 def shape_numel(shape: tuple[int, ...]) -> int:
     """Elements of a tensor of this shape."""
     return int(torch.Size(shape).numel())
+
+
+class NewRows:
+    """The elements of the shared space that belong to the vocabulary's pieces from number `old` on, on this rank.
+
+    With the shared parameters frozen and the vocabulary extended, these are trained all the same.
+    """
+
+    ROWS = ("embeddings.word.weight", "head.bias")  # parameters with a row for each piece
+
+    def __init__(self, space: Space, old: int, tensor_rank: int):
+        self.masks = [torch.zeros_like(master, dtype=torch.bool) for master in space.masters]
+        for segment in space.segments:
+            if segment.name in self.ROWS:
+                rows = segment.shape[0]
+                element = torch.arange(segment.start, segment.start + segment.length)
+                piece = tensor_rank * rows + element // (shape_numel(segment.shape) // rows)
+                mask = self.masks[segment.shard]
+                mask[segment.offset : segment.offset + segment.length] = (piece >= old).to(mask.device)
+
+    def only(self, gradient: Vector) -> Vector:
+        """The gradient of the new rows, 0 elsewhere."""
+        return [shard * mask for shard, mask in zip(gradient, self.masks, strict=True)]
+
+    @contextmanager
+    def alone_change(self, masters: Vector) -> Iterator[None]:
+        """Puts all but the new rows back afterwards, bit for bit: weight decay moves what has no gradient, too."""
+        before = [master.detach().clone() for master in masters]
+        yield
+        with torch.no_grad():
+            for master, old, mask in zip(masters, before, self.masks, strict=True):
+                master.copy_(torch.where(mask, master, old))

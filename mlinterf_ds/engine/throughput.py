@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
-from mlinterf_ds.pretrain.config import RunConfig
+from mlinterf_ds.sections import ModelConfig
 
 if TYPE_CHECKING:
     import torch  # a plan of a study counts FLOPs without it
@@ -14,16 +14,15 @@ if TYPE_CHECKING:
 PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "V100": 125e12, "L40": 181e12, "A10": 125e12}
 
 
-def flops_per_row(config: RunConfig, vocabulary: int, masked: int) -> float:
+def flops_per_row(model: ModelConfig, length: int, vocabulary: int, masked: int, *, adapters: bool) -> float:
     """FLOPs of one training row, forward and backward (three times forward); matrix products only.
 
     Per token and layer: 4 projections of width x inner, 2 of width x ffn, 2 score products of length x inner; per
-    masked position the head's dense layer and the decoder; adapters where the variant has them.
+    masked position the head's dense layer and the decoder; two adapters a layer where the model has them.
     """
-    model, length = config.model, config.data.sequence_length
     inner = model.heads * model.kv_channels
     per_token = 2 * (4 * model.width * inner + 2 * model.width * model.ffn + 2 * length * inner)
-    if config.variant.endswith("adpt"):
+    if adapters:
         per_token += 2 * 2 * 2 * model.width * model.adapter_width
     head = 2 * masked * model.width * (model.width + vocabulary)
     return 3.0 * (length * model.layers * per_token + head)

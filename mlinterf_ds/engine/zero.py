@@ -19,10 +19,15 @@ class Zero12Space(Space):
     """The shared parameters under DeepSpeed's ZeRO 1 and 2: one flat group, partitioned over data-parallel ranks."""
 
     def __init__(
-        self, engine: Any, parameters: Mapping[str, nn.Parameter], dims: Mapping[str, int | None], tensor_rank: int
+        self,
+        name: str,
+        engine: Any,
+        parameters: Mapping[str, nn.Parameter],
+        dims: Mapping[str, int | None],
+        tensor_rank: int,
     ):
         self.zero = engine.optimizer
-        self.parameters = dict(parameters)
+        self.name, self.parameters = name, dict(parameters)
         members, self._flat, self._partitions, master = self._parts()
         assert len(members) == 1, "one group: languages are kept elsewhere"
         self.masters = [master.detach().requires_grad_()]  # DeepSpeed's `.grad` stays its own (offload's buffer)
@@ -105,10 +110,15 @@ class Zero3Space(Space):
     """The shared parameters under DeepSpeed's ZeRO 3: sub-groups of per-parameter partitions."""
 
     def __init__(
-        self, engine: Any, parameters: Mapping[str, nn.Parameter], dims: Mapping[str, int | None], tensor_rank: int
+        self,
+        name: str,
+        engine: Any,
+        parameters: Mapping[str, nn.Parameter],
+        dims: Mapping[str, int | None],
+        tensor_rank: int,
     ):
         self.zero = engine.optimizer
-        self.parameters = dict(parameters)
+        self.name, self.parameters = name, dict(parameters)
         names = {id(parameter): name for name, parameter in self.parameters.items()}
         zero = self.zero
         self.offloaded = bool(zero.offload_optimizer)
@@ -163,7 +173,7 @@ class Zero3Space(Space):
             zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
 
 
-def forget_idle_persistence(engine: Any, parameters: Any) -> None:
+def release_small_parameters(engine: Any, parameters: Any) -> None:
     """Under ZeRO 3, let DeepSpeed release small language-specific parameters like large ones.
 
     It keeps small ('persistent') parameters whole on every rank and gathers all of them in every step: a cost that
@@ -176,8 +186,8 @@ def forget_idle_persistence(engine: Any, parameters: Any) -> None:
     kept[:] = [parameter for parameter in kept if id(parameter) not in mine]
 
 
-def shared_space(engine: Any, parameters: Mapping[str, nn.Parameter], dims: Any, tensor_rank: int) -> Space:
+def shared_space(name: str, engine: Any, parameters: Mapping[str, nn.Parameter], dims: Any, tensor_rank: int) -> Space:
     """The space of the parameters that DeepSpeed keeps, by the ZeRO optimizer it chose."""
     kind = type(engine.optimizer).__name__
     kinds = {"DeepSpeedZeroOptimizer_Stage3": Zero3Space, "BF16_Optimizer": Zero1Bf16Space}
-    return kinds.get(kind, Zero12Space)(engine, parameters, dims, tensor_rank)
+    return kinds.get(kind, Zero12Space)(name, engine, parameters, dims, tensor_rank)

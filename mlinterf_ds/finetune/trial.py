@@ -14,17 +14,17 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from mlinterf_ds.engine import checkpoint
-from mlinterf_ds.engine.engine import SHARED, Engine
-from mlinterf_ds.engine.space import Space, Vector
+from mlinterf_ds.engine.engine import Engine
 from mlinterf_ds.engine.weights import Source
 from mlinterf_ds.errors import UserError, refusing
 from mlinterf_ds.files import write_json
 from mlinterf_ds.finetune.config import FinetuneConfig
-from mlinterf_ds.pretrain.config import RunConfig
+from mlinterf_ds.model.encoder import SHARED
 from mlinterf_ds.pretrained import Pretrained, asked_to_stop
 from mlinterf_ds.ranks import from_first
 from mlinterf_ds.runtime.parallel import Layout
 from mlinterf_ds.runtime.session import Signals
+from mlinterf_ds.sections import TrainConfig
 from mlinterf_ds.tasks import Limits, Row, Task
 from mlinterf_ds.tasks.batches import TrainBatches, evaluation_batches
 from mlinterf_ds.tasks.heads import CLASSIFIER, TaskModel
@@ -76,29 +76,6 @@ class Point:
         return f"seed{self.seed}-batch{self.batch}-lr{self.lr:g}{head}"
 
 
-class TaskEngine(Engine):
-    """The engine with a rate of its own for the classifier, a linear schedule, and frozen groups."""
-
-    def __init__(self, model: TaskModel, run: RunConfig, job: Job, point: Point, steps: int):
-        self.freeze, self.steps = job.config.finetune.freeze, steps
-        self.head_ratio = point.head_lr / point.lr
-        self.linear = job.config.finetune.schedule == "linear"
-        super().__init__(model, run, job.deepspeed_json, job.precision, job.layout)
-
-    def trained(self, step_languages: Sequence[int]) -> list[Space]:
-        """The groups that a step over these languages trains."""
-        names = [] if self.freeze == "shared" else [SHARED]
-        if self.freeze != "language":
-            names += [self.languages[index] for index in step_languages]
-        return [self.spaces[name] for name in [*names, CLASSIFIER] if name in self.spaces]
-
-    def update(self, space: Space, gradient: Vector, factor: float, lr: float) -> None:
-        """AdamW at this step's rate: `lr` (which knows the warm-up), the linear descent, the classifier's ratio."""
-        if self.linear and self.updates > self.config.train.warmup:
-            lr *= (self.steps - self.updates + 1) / (self.steps - self.config.train.warmup + 1)
-        super().update(space, gradient, factor, lr * (self.head_ratio if space is self.spaces[CLASSIFIER] else 1.0))
-
-
 @dataclass
 class Progress:
     """What a fine-tuning has found so far; saved in its checkpoints."""
@@ -125,12 +102,12 @@ class Finetuning:
         self.batches = TrainBatches(rows, np.array(languages), point.batch, point.seed)
         self.steps = settings.epochs * self.batches.epoch_steps
         self.progress = Progress()
-        self._engine: TaskEngine | None = None
+        self._engine: Engine | None = None
 
     # -- the engine ------------------------------------------------------------------------------------------------
 
     @property
-    def engine(self) -> TaskEngine:
+    def engine(self) -> Engine:
         """Built when first needed, with the pretrained weights and a fresh classifier."""
         if self._engine is None:
             self._engine = self._build()
@@ -145,10 +122,10 @@ class Finetuning:
         """Let go of the engine's memory."""
         self._engine = None
 
-    def _build(self) -> TaskEngine:
+    def _build(self) -> Engine:
         job, settings, pretrained = self.job, self.job.config.finetune, self.job.pretrained
         shape = pretrained.shape(settings.dropout)
-        train = {
+        training = {
             "batch": self.point.batch,
             "micro_batch": settings.micro_batch,
             "lr": self.point.lr,
@@ -160,9 +137,6 @@ class Finetuning:
             "seed": self.point.seed,
             "spike": None,  # near its end a hard batch costs many times the usual loss, and is worth it
         }
-        run = RunConfig.model_validate(
-            {"variant": "joint", "model": shape, "train": train, "parallel": job.config.parallel.model_dump()}
-        )
         model = TaskModel(
             shape,
             kind=job.task.kind,
@@ -177,7 +151,7 @@ class Finetuning:
         known = Source(pretrained.path).addresses
         if missing := sorted(names - known.keys()):
             raise UserError(f"{pretrained.path}: has no parameter {missing[0]} ({len(missing)} in all)")
-        engine = TaskEngine(model, run, job, self.point, self.steps)
+        engine = Engine(model, TrainConfig.model_validate(training), job.deepspeed_json, job.precision, job.layout)
         checkpoint.load(pretrained.path, engine, moments=False, missing=True)
         return engine
 
@@ -198,7 +172,7 @@ class Finetuning:
         while engine.step < self.steps:
             step = engine.step
             micro = [self.batches.at(step, *slice_) for slice_ in engine.slices(self.point.batch)]
-            facts = engine.train_step(micro, engine.trained(micro[0].step_languages))
+            facts = engine.train_step(micro, self._rates(micro[0].step_languages))
             self.progress.epoch_loss.append(facts["loss"])
             bar.set_postfix_str(f"loss {facts['loss']:.3f}", refresh=False)
             bar.update()
@@ -213,6 +187,18 @@ class Finetuning:
             write_json(self.result, vars(self.progress))
         dist.barrier()
         return self.progress
+
+    def _rates(self, step_languages: Sequence[int]) -> dict[str, float]:
+        """The learning rate of every group that the next step trains: the classifier has its own, frozen groups none."""
+        engine, settings = self.engine, self.job.config.finetune
+        rate, number, warmup = engine.learning_rate, engine.updates + 1, engine.training.warmup
+        if settings.schedule == "linear" and number > warmup:  # the engine's rate is constant after the warm-up
+            rate *= (self.steps - number + 1) / (self.steps - warmup + 1)
+        names = [] if settings.freeze == "shared" else [SHARED]
+        if settings.freeze != "language":
+            names += [engine.languages[index] for index in step_languages]
+        rates = {name: rate for name in names if name in engine.spaces}
+        return rates | {CLASSIFIER: rate * (self.point.head_lr / self.point.lr)}
 
     def _end_epoch(self) -> None:
         """Dev scores and a checkpoint."""

@@ -11,13 +11,14 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 
 import numpy as np
-import torch.distributed as dist
 
 from mlinterf_ds.data.batch import Batch, Masker, key
 from mlinterf_ds.data.windows import TokenSource, Windows
-from mlinterf_ds.engine.engine import SHARED, Engine, Rows
+from mlinterf_ds.engine.engine import Engine, Rows
 from mlinterf_ds.engine.space import Vector
 from mlinterf_ds.errors import UserError
+from mlinterf_ds.meta.bilevel import norm
+from mlinterf_ds.model.encoder import SHARED
 from mlinterf_ds.sections import ConflictSection
 
 DRAWS = 2
@@ -122,15 +123,12 @@ def gradient(engine: Engine, batches: Sequence[Rows]) -> Vector:
     try:
         while True:
             engine.accumulate(batches, [space])
-            found = space.gradient()
-            now = engine.scale.value
-            if now == 1.0:
-                return found
-            square = space.squared_norm(found).to(engine.device)
-            dist.all_reduce(square)
-            if math.isfinite(square.item()):
-                return [piece.div_(now) for piece in found]
-            engine.scale.value = max(1.0, now / 2)
+            scaled = space.gradient()
+            if engine.scale.value == 1.0:
+                return scaled
+            if math.isfinite(norm(space, scaled)):
+                return [shard.div_(engine.scale.value) for shard in scaled]
+            engine.scale.value = max(1.0, engine.scale.value / 2)
     finally:
         engine.scale.value = scale
 

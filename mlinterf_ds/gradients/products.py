@@ -14,9 +14,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mlinterf_ds.data.batch import generator, key
-from mlinterf_ds.engine.engine import SHARED, Engine
+from mlinterf_ds.engine.engine import Engine
 from mlinterf_ds.engine.space import Segment, Space, Vector, shape_numel
 from mlinterf_ds.gradients.collect import Group, group_of
+from mlinterf_ds.model.encoder import SHARED
 
 CHUNK = 1 << 18  # elements of each gradient multiplied at once, in float64
 SIGNS = 1 << 20  # least size of the table of random signs

@@ -1,7 +1,11 @@
 """The paper's Algorithm 1, phase 1: the gradient of the languages' validation loss through one step of the shared weights.
 
-theta are the shared parameters, phi_i those of the step's language i. With P the update rule of the lookahead
-(the identity in the paper, optionally Adam's own):
+A step of Algorithm 1 over language i changes its own parameters phi_i, then the shared parameters theta:
+
+    phi_i <- GradientUpdate(phi_i, h_i)                                                                    (line 6)
+    theta <- GradientUpdate(theta, grad_theta L_i^train(theta, phi_i))     with the new phi_i        (line 7, Eq. 5)
+
+`hypergradient` is h_i. With the update rule P of the lookahead (the identity in the paper, optionally Adam's own):
 
     theta' = theta - beta P(g),   g = grad_theta L_i^train(theta, phi_i)                                      (Eq. 3)
     L^val  = 1/L sum_j L_j^val(theta', phi_j)                                                                  (Eq. 2)
@@ -9,7 +13,8 @@ theta are the shared parameters, phi_i those of the step's language i. With P th
     d2 L_i^train / dphi_i dtheta . v  ~  [grad_phi_i L_i^train(theta + e v) - grad_phi_i L_i^train(theta - e v)] / 2e
                                                                                                                (Eq. 8)
 
-A Vector is a list of flat tensors: a space's shards on this rank. Nothing here knows about ranks, dtypes or models.
+Nothing here knows about ranks, dtypes or models: `engine/meta_step.py` takes the steps on the engine, and
+`meta/local.py` is the same in plain torch, with exact double backward beside it.
 """
 
 from __future__ import annotations
@@ -23,15 +28,15 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
-Vector = list[Tensor]
+Vector = list[Tensor]  # a parameter group flattened: this rank's shards of it
 Difference = Literal["central", "one_sided"]
 
 
 class ParameterSpace(Protocol):
-    """One parameter group as flat vectors."""
+    """One parameter group (theta, or a language's phi_i) as flat vectors."""
 
     def displaced(self, offset: Vector, scale: float) -> AbstractContextManager[None]:
-        """The weights moved by scale * offset inside; restored exactly after."""
+        """The weights are moved by scale * offset inside, and restored exactly after."""
 
     def dot(self, left: Vector, right: Vector) -> float:
         """<left, right> over all ranks, replicas counted once."""
@@ -40,74 +45,20 @@ class ParameterSpace(Protocol):
         """Norm of the weights over all ranks, replicas counted once."""
 
 
-# The gradients of a loss at the current weights, for some of the spaces: the same batch, the same dropout every time.
+# The gradients of one loss at the current weights, for some of the spaces. Every call sees the same batch and dropout.
 Gradients = Callable[[Sequence[Any]], list[Vector]]
-
-
-class Lookahead(Protocol):
-    """The update rule P of the lookahead and the transpose of its derivative."""
-
-    def step(self, gradient: Vector) -> Vector: ...
-    def pull_back(self, gradient: Vector, cotangent: Vector) -> Vector: ...
-
-
-class GradientDescent:
-    """P(g) = g: the paper's lookahead."""
-
-    def step(self, gradient: Vector) -> Vector:
-        return gradient
-
-    def pull_back(self, gradient: Vector, cotangent: Vector) -> Vector:
-        return cotangent
-
-
-@dataclass(frozen=True)
-class AdamLookahead:
-    """P(g) = Adam's own step from these moments (read, never advanced); `step_number` counts from 1.
-
-    dP/dg is diagonal: c1 / (sqrt(u) + eps) - c2 g m / (sqrt(u) (sqrt(u) + eps)^2), with m, u the bias-corrected moments
-    after the step, c1 = (1 - b1) / (1 - b1^t) and c2 = (1 - b2) / (1 - b2^t).
-    """
-
-    first: Vector
-    second: Vector
-    step_number: int
-    beta1: float
-    beta2: float
-    eps: float
-
-    def _moments(self, gradient: Vector) -> list[tuple[Tensor, Tensor, Tensor]]:
-        c1 = 1 / (1 - self.beta1**self.step_number)
-        c2 = 1 / (1 - self.beta2**self.step_number)
-        return [
-            (g, c1 * (self.beta1 * m + (1 - self.beta1) * g), (c2 * (self.beta2 * u + (1 - self.beta2) * g * g)).sqrt())
-            for g, m, u in zip(gradient, self.first, self.second, strict=True)
-        ]
-
-    def step(self, gradient: Vector) -> Vector:
-        return [m / (root + self.eps) for _, m, root in self._moments(gradient)]
-
-    def pull_back(self, gradient: Vector, cotangent: Vector) -> Vector:
-        c1 = (1 - self.beta1) / (1 - self.beta1**self.step_number)
-        c2 = (1 - self.beta2) / (1 - self.beta2**self.step_number)
-        result = []
-        for piece, (g, m, root) in zip(cotangent, self._moments(gradient), strict=True):
-            slope = c1 / (root + self.eps)
-            bend = c2 * g * m / (root * (root + self.eps) ** 2)  # 0 / 0 where no gradient ever came
-            result.append(piece * torch.where(root > 0, slope - bend, slope))
-        return result
 
 
 @dataclass(frozen=True)
 class Hypergradient:
-    """h_i and what it is made of: h_i = direct - beta * mixed."""
+    """h_i, the terms it is made of (h_i = direct - beta * mixed), and how it came about."""
 
-    total: Vector
-    direct: Vector
-    mixed: Vector | None  # None where only the direct term was asked for
+    total: Vector  # h_i
+    direct: Vector  # grad_phi_i L^val
+    mixed: Vector | None  # d2 L_i^train / dphi_i dtheta . v; None where only the direct term was asked for
     direction: Vector | None  # v
-    change: float  # |g+ - g-| / |g|: the relative change of phi's gradient over the difference
-    descent_norm: float
+    change: float  # |g+ - g-| / |g|: the relative change of phi_i's gradient over the difference
+    descent_norm: float  # |g|
 
 
 def hypergradient(
@@ -122,94 +73,158 @@ def hypergradient(
     difference: Difference = "central",
     second_order: bool = True,
 ) -> Hypergradient:
-    """The gradient of the validation loss after the lookahead, with respect to phi_i (Eq. 3, 4 and 8).
+    """h_i, the gradient of the validation loss after the lookahead with respect to phi_i (Eq. 3, 4 and 8).
 
-    radius is the displacement |e v| / |theta| of the finite difference; one_sided saves a pass by reusing the gradient
-    at theta. Raises FloatingPointError as soon as a pass is not finite (then nothing was changed).
+    radius: the displacement |e v| / |theta| of the finite difference. difference: `one_sided` saves a pass by reusing the
+    gradient at theta. second_order=False leaves the mixed term out. Raises FloatingPointError as soon as a pass is not
+    finite; the weights are then as before.
     """
     one_sided = second_order and difference == "one_sided"
-    descent, *here = train([theta, phi] if one_sided else [theta])
-    descent_norm = finite(theta, descent, "descent")
+    descent, *phi_at_theta = train([theta, phi] if one_sided else [theta])
+    descent_norm = finite_norm(theta, descent, "descent")
     with theta.displaced(lookahead.step(descent), -beta):
         value, direct = validation([theta, phi])
-    finite(phi, direct, "validation")
+    finite_norm(phi, direct, "validation")
     if not second_order:
         return Hypergradient(direct, direct, None, None, math.nan, descent_norm)
     v = lookahead.pull_back(descent, value)
-    del descent, value
-    mixed, change = mixed_product(train, theta, phi, v, radius, here[0] if one_sided else None)
+    del descent, value  # the passes that follow need their memory
+    mixed, change = mixed_product(train, theta, phi, v, radius, phi_at_theta[0] if one_sided else None)
     total = [first - beta * second for first, second in zip(direct, mixed, strict=True)]
     return Hypergradient(total, direct, mixed, v, change, descent_norm)
 
 
 def mixed_product(
-    train: Gradients, theta: ParameterSpace, phi: ParameterSpace, v: Vector, radius: float, here: Vector | None = None
+    train: Gradients,
+    theta: ParameterSpace,
+    phi: ParameterSpace,
+    v: Vector,
+    radius: float,
+    at_theta: Vector | None = None,
 ) -> tuple[Vector, float]:
-    """(d2 L^train / dphi dtheta . v by differences of phi's gradient, the relative change of that gradient) (Eq. 8).
+    """d2 L^train / dphi dtheta . v by differences of phi's gradient, and that gradient's relative change (Eq. 8).
 
-    here: phi's gradient at theta, for a one-sided difference.
+    at_theta: phi's gradient at theta, if the difference shall be one-sided.
     """
-    length = finite(theta, v, "direction")
-    if length == 0.0:  # nothing to follow: the product is zero
-        return [torch.zeros_like(piece) for piece in (here or train([phi])[0])], 0.0
+    length = finite_norm(theta, v, "direction")
+    if length == 0.0:  # there is no direction, so the product is zero
+        return [torch.zeros_like(shard) for shard in (at_theta or train([phi])[0])], 0.0
     epsilon = radius * theta.weights_norm() / length
     with theta.displaced(v, epsilon):
         (plus,) = train([phi])
-    finite(phi, plus, "displaced")
-    if here is None:
+    finite_norm(phi, plus, "displaced")
+    if at_theta is None:
         with theta.displaced(v, -epsilon):
             (minus,) = train([phi])
-        finite(phi, minus, "displaced")
+        finite_norm(phi, minus, "displaced")
         width = 2 * epsilon
     else:
-        minus, width = here, epsilon
+        minus, width = at_theta, epsilon
     size = 0.5 * (norm(phi, plus) + norm(phi, minus))
     apart = [first - second for first, second in zip(plus, minus, strict=True)]
     change = norm(phi, apart) / size if size else 0.0
-    return [piece / width for piece in apart], change
+    return [shard / width for shard in apart], change
 
 
-def norm(space: ParameterSpace, vector: Vector) -> float:
-    """|vector| over all ranks."""
-    squared = space.dot(vector, vector)
-    return math.sqrt(squared) if squared >= 0 else math.nan
+class Lookahead(Protocol):
+    """The update rule P of the lookahead, and the transpose of its derivative."""
+
+    def step(self, gradient: Vector) -> Vector:
+        """P(gradient)."""
+
+    def pull_back(self, gradient: Vector, cotangent: Vector) -> Vector:
+        """(dP/dg)^T cotangent, with the derivative at `gradient`."""
 
 
-def finite(space: ParameterSpace, vector: Vector, what: str) -> float:
-    """|vector|, the same on every rank; FloatingPointError if it is not finite."""
-    length = norm(space, vector)
-    if not math.isfinite(length):
-        raise FloatingPointError(what)
-    return length
+class GradientDescent:
+    """P(g) = g: the paper's lookahead."""
+
+    def step(self, gradient: Vector) -> Vector:
+        return gradient
+
+    def pull_back(self, gradient: Vector, cotangent: Vector) -> Vector:
+        return cotangent
 
 
-def cosine(space: ParameterSpace, left: Vector, right: Vector) -> float:
-    """Cosine similarity; 0 where one of them vanishes."""
-    product = norm(space, left) * norm(space, right)
-    return space.dot(left, right) / product if product else 0.0
+@dataclass(frozen=True)
+class AdamLookahead:
+    """P(g) = Adam's own step from these moments, which are read and never advanced; `step_number` counts from 1.
+
+    dP/dg is diagonal: c1 / (sqrt(u) + eps) - c2 g m / (sqrt(u) (sqrt(u) + eps)^2), with m, u the bias-corrected moments
+    after the step, c1 = (1 - b1) / (1 - b1^t) and c2 = (1 - b2) / (1 - b2^t).
+    """
+
+    first: Vector
+    second: Vector
+    step_number: int
+    beta1: float
+    beta2: float
+    eps: float
+
+    def _moments(self, gradient: Vector) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """(g, m, sqrt(u)) of every shard."""
+        c1 = 1 / (1 - self.beta1**self.step_number)
+        c2 = 1 / (1 - self.beta2**self.step_number)
+        return [
+            (g, c1 * (self.beta1 * m + (1 - self.beta1) * g), (c2 * (self.beta2 * u + (1 - self.beta2) * g * g)).sqrt())
+            for g, m, u in zip(gradient, self.first, self.second, strict=True)
+        ]
+
+    def step(self, gradient: Vector) -> Vector:
+        return [m / (root + self.eps) for _, m, root in self._moments(gradient)]
+
+    def pull_back(self, gradient: Vector, cotangent: Vector) -> Vector:
+        c1 = (1 - self.beta1) / (1 - self.beta1**self.step_number)
+        c2 = (1 - self.beta2) / (1 - self.beta2**self.step_number)
+        result = []
+        for shard, (g, m, root) in zip(cotangent, self._moments(gradient), strict=True):
+            slope = c1 / (root + self.eps)
+            bend = c2 * g * m / (root * (root + self.eps) ** 2)  # 0 / 0 where no gradient ever came
+            result.append(shard * torch.where(root > 0, slope - bend, slope))
+        return result
 
 
 @dataclass
 class RadiusControl:
     """Holds the relative change of phi's gradient near `target` by moving the radius of the difference.
 
-    Too small a radius drowns in round-off, too large a one sees curvature; the best one moves with training, and the
-    relative change tracks it.
+    A small radius drowns in round-off, a large one sees curvature. The best one moves with training, and the relative
+    change tracks it.
     """
 
     radius: float = 1e-3
     target: float = 0.3
-    fixed: bool = False
+    fixed: bool = False  # the radius never moves
 
     LOW, HIGH = 1e-6, 0.3
 
     def near(self, change: float) -> bool:
-        """Whether this relative change is about what is aimed at, or the radius is not to be moved."""
+        """Whether this relative change is within a factor of two of the target (always, where the radius cannot move)."""
         return self.fixed or not math.isfinite(change) or 0.5 * self.target < change < 2 * self.target
 
     def update(self, change: float) -> None:
-        """After a difference that changed the gradient by this much."""
+        """Moves the radius after a difference that changed phi's gradient by this much."""
         if self.fixed or not math.isfinite(change):
             return
         factor = 2.0 if change <= 0 else min(2.0, max(0.5, (self.target / change) ** 0.5))
         self.radius = min(self.HIGH, max(self.LOW, self.radius * factor))
+
+
+def norm(space: ParameterSpace, vector: Vector) -> float:
+    """|vector| over all ranks; infinite or NaN if it is not finite."""
+    squared = space.dot(vector, vector)
+    return math.sqrt(squared) if squared >= 0 else math.nan
+
+
+def finite_norm(space: ParameterSpace, vector: Vector, name: str) -> float:
+    """|vector|, the same on every rank; FloatingPointError with `name` if it is not finite."""
+    length = norm(space, vector)
+    if not math.isfinite(length):
+        raise FloatingPointError(name)
+    return length
+
+
+def cosine(space: ParameterSpace, left: Vector, right: Vector) -> float:
+    """Cosine similarity over all ranks; 0 where one of the vectors vanishes."""
+    product = norm(space, left) * norm(space, right)
+    return space.dot(left, right) / product if product else 0.0

@@ -27,6 +27,8 @@ from mlinterf_ds.model.routing import Routed, Router
 from mlinterf_ds.runtime.parallel import replayed
 from mlinterf_ds.sections import ModelConfig
 
+SHARED = "shared"  # the name of the parameter group that all languages share
+
 
 class Batch(Protocol):
     """What a forward pass reads."""
@@ -166,20 +168,17 @@ class Encoder(nn.Module):
         """Logits (..., vocabulary) of hidden states (..., width), gathered over tensor-parallel ranks, fp32."""
         return gathered(self.head(hidden, self.embeddings.word.weight), self.vocabulary)
 
-    def language_parameters(self) -> dict[str, dict[str, nn.Parameter]]:
-        """Each language's own parameters by full name; empty where nothing is routed."""
-        own: dict[str, dict[str, nn.Parameter]] = {code: {} for code in self.languages}
-        names = {id(parameter): name for name, parameter in self.named_parameters()}
+    def parameter_groups(self) -> dict[str, dict[str, nn.Parameter]]:
+        """The parameters by group and full name: `SHARED`, then each language's own where modules are routed."""
+        full_names = {id(parameter): name for name, parameter in self.named_parameters()}
+        groups: dict[str, dict[str, nn.Parameter]] = {SHARED: {}}
         for module in self.modules():
             if isinstance(module, Routed):
                 for code in self.languages:
-                    own[code] |= {names[id(parameter)]: parameter for parameter in module.language(code).parameters()}
-        return own
-
-    def shared_parameters(self) -> dict[str, nn.Parameter]:
-        """All other parameters by full name."""
-        owned = {name for parameters in self.language_parameters().values() for name in parameters}
-        return {name: parameter for name, parameter in self.named_parameters() if name not in owned}
+                    own = {full_names.pop(id(parameter)): parameter for parameter in module.language(code).parameters()}
+                    groups.setdefault(code, {}).update(own)
+        groups[SHARED] = {name: parameter for name, parameter in self.named_parameters() if id(parameter) in full_names}
+        return groups
 
 
 def at_positions(hidden: Tensor, positions: Tensor) -> Tensor:

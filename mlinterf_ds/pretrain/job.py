@@ -22,13 +22,14 @@ from mlinterf_ds.data.corpus import Corpus
 from mlinterf_ds.data.evaluation import EvaluationSet
 from mlinterf_ds.data.stream import TrainStream, ValidationStream, prefetch
 from mlinterf_ds.engine import checkpoint
-from mlinterf_ds.engine.engine import SHARED, Engine
-from mlinterf_ds.engine.frozen import NewRows
+from mlinterf_ds.engine.engine import Engine
 from mlinterf_ds.engine.meta_step import AGREEMENT, MetaStep
 from mlinterf_ds.engine.pcgrad import pcgrad_step
 from mlinterf_ds.engine.precision import DTYPES
+from mlinterf_ds.engine.space import NewRows
 from mlinterf_ds.engine.throughput import flops_per_row, peak_flops, peak_memory
 from mlinterf_ds.errors import UserError
+from mlinterf_ds.model.encoder import SHARED
 from mlinterf_ds.plots.style import perplexity_curves
 from mlinterf_ds.pretrain import initial, report
 from mlinterf_ds.pretrain.config import RunConfig
@@ -100,7 +101,7 @@ class Job:
         split = [partition_dim(parameter) is not None for parameter in model.parameters()]
         copies = [layout.tensor if cut else 1 for cut in split]
         self.parameters = sum(n * p.numel() for n, p in zip(copies, model.parameters(), strict=True))
-        self.engine = Engine(model, config, deepspeed_json, precision, layout)
+        self.engine = Engine(model, train, deepspeed_json, precision, layout)
         self._prepare_meta()
         self.history: dict[str, list[tuple[int, float]]] = {language: [] for language in self.languages}
         self.best, self.seconds, self.run_id = math.inf, 0.0, None
@@ -113,10 +114,25 @@ class Job:
         self.conflict = None
         if config.conflict.every:
             self.conflict = Monitor(
-                self.engine, corpus, self.languages, config.conflict, output, name=f"{config.name}: {config.variant}"
+                self.engine,
+                corpus,
+                self.languages,
+                config.conflict,
+                output,
+                name=f"{config.name}: {config.variant}",
+                length=data.sequence_length,
+                mask_share=data.mask,
+                seed=train.seed,
+                text=Path(config.corpus).name,
             )
         masked = self.stream.batch(0, 0, 1).positions.shape[1]
-        self.row_flops = flops_per_row(config, corpus.vocabulary_size, masked)
+        self.row_flops = flops_per_row(
+            config.model,
+            data.sequence_length,
+            corpus.vocabulary_size,
+            masked,
+            adapters=config.variant.endswith("adpt"),
+        )
         self.peak = peak_flops(self.engine.device, DTYPES[precision]) * layout.world
 
     def _prepare_meta(self) -> None:

@@ -45,7 +45,7 @@ def run(config: RunConfig, deepspeed_json: dict[str, Any]) -> dict[str, Any]:
     if not config.resume and any((output / "checkpoints").glob("step-*")):
         raise UserError(f"{output} holds checkpoints: continue with --set resume=auto, or choose another output")
     precision, why = choose_precision(config.train.precision, deepspeed_json)
-    rows_per_rank(config, layout.data)  # refused before anything is built
+    rows_per_rank(config.train, layout.data)  # refused before anything is built
     session.quiet(log)
     with session.noted(log):
         corpus = open_corpus(config)

@@ -110,7 +110,7 @@ def _pretraining(config: StudyConfig, model: Model, corpora: Corpora) -> tuple[U
     facts = model.facts | {
         "tokens": rows * length,
         "steps": run.train.steps,
-        "flops": rows * flops_per_row(run, corpora.vocabulary, round(run.data.mask * length)),
+        "flops": rows * _row_flops(run, corpora.vocabulary, round(run.data.mask * length)),
         "warmup": run.train.warmup,
         "conflict_every": run.conflict.every,
     }
@@ -188,8 +188,14 @@ def _work(run: FinetuneConfig, files: dict[str, dict[str, str]], pretrained: Run
     return {
         "steps": trained / own.batch[0],
         "tokens": rows * pretrained.data.sequence_length,
-        "flops": rows * flops_per_row(pretrained, 0, 0),
+        "flops": rows * _row_flops(pretrained, 0, 0),
     }
+
+
+def _row_flops(run: RunConfig, vocabulary: int, masked: int) -> float:
+    """FLOPs of training the run's model on one row."""
+    adapters = run.variant.endswith("adpt")
+    return flops_per_row(run.model, run.data.sequence_length, vocabulary, masked, adapters=adapters)
 
 
 def _analyses(config: StudyConfig, model: Model) -> Iterator[Unit]:

@@ -16,13 +16,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mlinterf_ds.model.encoder import Encoder, at_positions
+from mlinterf_ds.model.encoder import SHARED, Encoder, at_positions
 from mlinterf_ds.runtime.parallel import replayed
 from mlinterf_ds.sections import ModelConfig
 from mlinterf_ds.tasks.base import Kind
 
 HEAD_STD = 0.02  # of a new classifier, as BERT
-CLASSIFIER = "task classifier"  # its name among the languages' parameter groups; no language's code has a space
+CLASSIFIER = "task classifier"  # the name of its parameter group, in checkpoints too
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,8 @@ class TaskModel(Encoder):
         counted = (batch.weights > 0).float()
         return loss, ((counted * nll).sum(1, keepdim=True) / counted.sum(1, keepdim=True).clamp(min=1)).detach()
 
-    def language_parameters(self) -> dict[str, dict[str, nn.Parameter]]:
-        """Each language's own parameters by full name, and the classifier's under CLASSIFIER."""
-        classifier = {f"classifier.{name}": parameter for name, parameter in self.classifier.named_parameters()}
-        return super().language_parameters() | {CLASSIFIER: classifier}
+    def parameter_groups(self) -> dict[str, dict[str, nn.Parameter]]:
+        """The encoder's groups, and the classifier's parameters as the group `CLASSIFIER`."""
+        groups = super().parameter_groups()
+        classifier = {name: groups[SHARED].pop(name) for name in list(groups[SHARED]) if name.startswith("classifier.")}
+        return groups | {CLASSIFIER: classifier}

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from mlinterf_ds.engine import checkpoint, spikes
+from mlinterf_ds.engine import checkpoint, optimizer
 from mlinterf_ds.engine.engine import Engine
 from mlinterf_ds.engine.meta_step import MetaStep
 from mlinterf_ds.engine.pcgrad import pcgrad_step
@@ -92,7 +92,7 @@ def spiked(settings: list[str], json_name: str, out: str, source: str | None, li
     With limit "ever", they are so from SPIKE on.
     """
     ever = limit == "ever"
-    spikes.FEWEST = 1
+    optimizer.FEWEST = 1
     engine, stream, config = bodies.make([*settings, f"train.spike={'10' if ever else limit}"], json_name, 1)
     meta = MetaStep(engine, config.meta) if config.variant.startswith("meta_") else None
 
@@ -134,4 +134,4 @@ def spiked(settings: list[str], json_name: str, out: str, source: str | None, li
     except UserError as error:
         return found | {"lost": str(error), "step": engine.step}
     finally:
-        spikes.FEWEST = 10
+        optimizer.FEWEST = 20

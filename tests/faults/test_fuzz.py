@@ -161,7 +161,7 @@ def test_deepspeeds_json(tmp_path: Path) -> None:
         def read() -> None:
             found = read_json(path)
             precision, _ = choose_precision("fp32", found)
-            resolved = resolve(found, config, precision, 1)
+            resolved = resolve(found, config.train, precision, 1)
             assert resolved["zero_optimization"]["stage"] in (0, 1, 2, 3)
             assert resolved["train_micro_batch_size_per_gpu"] == config.train.batch
 

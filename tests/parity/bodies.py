@@ -85,7 +85,7 @@ def make(
         found["zero_optimization"] |= {"reduce_bucket_size": bucket, "allgather_bucket_size": bucket}
         if json_name == "zero3":  # weights are gathered ahead only as far as this
             found["zero_optimization"] |= {"stage3_prefetch_bucket_size": bucket, "stage3_max_live_parameters": bucket}
-    return Engine(model, config, found, config.train.precision, layout), stream, config
+    return Engine(model, config.train, found, config.train.precision, layout), stream, config
 
 
 def advance(engine: Engine, stream: TrainStream, config: RunConfig, until: int) -> list[dict[str, float]]:

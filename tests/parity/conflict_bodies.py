@@ -32,7 +32,7 @@ class Same(Draws):
 
 def drawn(engine: Engine, languages: tuple[str, ...], micro: int, rows: int = ROWS, kind: type[Draws] = Draws) -> Draws:
     config = ConflictConfig(sequences=rows, micro_batch=micro)  # type: ignore[call-arg]
-    length = engine.config.data.sequence_length
+    length = engine.model.embeddings.position.num_embeddings
     known = engine.languages
     return kind(
         bodies.Made(known), languages, known, config=config, length=length, mask_share=0.15, seed=4, engine=engine
@@ -62,7 +62,7 @@ def similarities(
 
 def plain(settings: list[str]) -> dict[Key, np.ndarray]:
     """The same by torch's autograd on whole batches: no engine's pass, no micro-batch, torch's cross entropy."""
-    from mlinterf_ds.model.encoder import Encoder, at_positions
+    from mlinterf_ds.model.encoder import SHARED, Encoder, at_positions
 
     engine, _, config = bodies.make(settings, "zero0", 1)
     draws = drawn(engine, bodies.LANGUAGES, micro=ROWS)
@@ -70,7 +70,7 @@ def plain(settings: list[str]) -> dict[Key, np.ndarray]:
         config.model, variant=config.routing, languages=bodies.LANGUAGES, vocabulary=bodies.Made.vocabulary_size,
         positions=config.data.sequence_length, seed=config.train.seed,
     ).eval()  # fmt: skip
-    names, parameters = zip(*model.shared_parameters().items(), strict=True)
+    names, parameters = zip(*model.parameter_groups()[SHARED].items(), strict=True)
     flat: list[dict[str, torch.Tensor]] = []
     for language in bodies.LANGUAGES:
         for draw in range(DRAWS):

@@ -61,7 +61,7 @@ def started(
     model = Encoder(
         config.model, variant=config.routing, languages=LANGUAGES, vocabulary=tokenizer.size, positions=LENGTH, seed=9
     )
-    engine = Engine(model, config, read_json(REPOSITORY / "ds_configs" / f"{json_name}.json"), "fp32", layout)
+    engine = Engine(model, config.train, read_json(REPOSITORY / "ds_configs" / f"{json_name}.json"), "fp32", layout)
     try:
         checkpoint.fill(engine, initial.weights(place, config.model, tokenizer, LANGUAGES), missing=True)
     except UserError as error:

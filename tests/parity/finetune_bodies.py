@@ -68,7 +68,7 @@ def pretrain(
         for number, parameter in enumerate(model.parameters()):
             if parameter.ndim == 1:
                 parameter += noise * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number))
-    engine = Engine(model, config, read_json(REPOSITORY / "ds_configs" / f"{json_name}.json"), "fp32", layout)
+    engine = Engine(model, config.train, read_json(REPOSITORY / "ds_configs" / f"{json_name}.json"), "fp32", layout)
     state = {"config": config.model_dump(), "languages": list(LANGUAGES), "vocabulary": size, "run_id": None}
     checkpoint.save(folder, engine, state, {"tokenizer.model": folder / "tokenizer.model"}, 1)
 

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 import torch
 
 from mlinterf_ds.data.stream import ValidationStream
-from mlinterf_ds.engine.engine import SHARED, Engine
-from mlinterf_ds.engine.meta_step import MetaStep, WholeSpace
-from mlinterf_ds.engine.optimizer import learning_rate
+from mlinterf_ds.engine.engine import Engine
+from mlinterf_ds.engine.meta_step import MetaStep, Phases
 from mlinterf_ds.engine.space import Vector
 from mlinterf_ds.meta.bilevel import AdamLookahead, GradientDescent, mixed_product
 from mlinterf_ds.meta.local import LocalSpace, exact_hypergradient, exact_mixed_product, gradients_of
-from mlinterf_ds.model.encoder import Encoder
+from mlinterf_ds.model.encoder import SHARED, Encoder
 from tests.parity import bodies
 
 
@@ -26,13 +26,13 @@ class Exact:
     """A float64 copy of an engine's model, and the losses of one step as functions of its weights."""
 
     def __init__(self, engine: Engine, batch: Any, held_out: Any):
-        config, model = engine.config, engine.model
+        model = engine.model
         self.model = Encoder(
-            config.model,
-            variant=config.routing,
+            model.config,
+            variant=model.variant,
             languages=model.languages,
             vocabulary=model.vocabulary,
-            positions=config.data.sequence_length,
+            positions=model.embeddings.position.num_embeddings,
         ).double()
         self.model.twice_differentiable = True
         self.model.train()
@@ -42,15 +42,15 @@ class Exact:
                 parameter.copy_(masters[name].view_as(parameter))
                 parameter.requires_grad_(True)
         self.language = engine.languages[batch.step_languages[0]]
-        self.theta_names = list(self.model.shared_parameters())
-        self.phi_names = list(self.model.language_parameters()[self.language])
+        groups = self.model.parameter_groups()
+        self.theta_names, self.phi_names = list(groups[SHARED]), list(groups[self.language])
         self.theta = LocalSpace([self.model.get_parameter(name) for name in self.theta_names])
         self.phi = LocalSpace([self.model.get_parameter(name) for name in self.phi_names])
         self.train = lambda: self.model(double(batch))[0]
         self.validation = lambda: self.model(double(held_out))[0]
 
     def moments(self, engine: Engine) -> AdamLookahead:
-        config = engine.config.train
+        config = engine.training
         first, second = (gathered(engine, SHARED, kind, self.theta_names) for kind in ("exp_avg", "exp_avg_sq"))
         space = engine.spaces[SHARED]
         number = int(engine.optimizers[SHARED].state[space.masters[0]]["step"].item()) + 1
@@ -91,9 +91,8 @@ def shard(engine: Engine, space_name: str, names: list[str], pieces: Vector) -> 
     return vector
 
 
-def batches(engine: Engine, stream: Any, step: int) -> tuple[Any, Any]:
+def batches(stream: Any, config: Any, step: int) -> tuple[Any, Any]:
     """The step's train batch and validation batch, whole."""
-    config = engine.config
     rows = config.meta.batch or config.train.batch
     validation = ValidationStream(
         bodies.Made(stream.languages),
@@ -110,21 +109,21 @@ def mixed_products(settings: list[str], warm: int, lookahead: str, difference: s
     """Cosine and relative error of the engine's mixed product against double backward, after `warm` plain steps."""
     engine, stream, config = bodies.make(settings, "zero1")
     bodies.advance(engine, stream, config, warm)
-    batch, held_out = batches(engine, stream, engine.step)
+    batch, held_out = batches(stream, config, engine.step)
     exact = Exact(engine, batch, held_out)
     rule = GradientDescent() if lookahead == "sgd" else exact.moments(engine)
     (descent,) = gradients_of(exact.train)([exact.theta])
-    with exact.theta.displaced(rule.step(descent), -learning_rate(config.train, engine.updates + 1)):
+    with exact.theta.displaced(rule.step(descent), -engine.learning_rate):
         (value,) = gradients_of(exact.validation)([exact.theta])
     v = rule.pull_back(descent, value)
     wanted = torch.cat(exact_mixed_product(exact.train, exact.theta, exact.phi, v))
     meta = MetaStep(engine, config.meta)
-    theta, phi = WholeSpace(engine.spaces[SHARED]), WholeSpace(engine.spaces[exact.language])
+    theta, phi = engine.spaces[SHARED], engine.spaces[exact.language]
     direction = shard(engine, SHARED, exact.theta_names, v)
 
     def train(spaces: Any) -> list[Vector]:
-        engine.accumulate([batch], [space.space for space in spaces])
-        return [[piece / engine.scale.value for piece in space.space.gradient()] for space in spaces]
+        engine.accumulate([batch], spaces)
+        return [[piece / engine.scale.value for piece in space.gradient()] for space in spaces]
 
     for _ in range(12):  # let the controller find its radius, as it would over the first steps
         here = train([phi])[0] if difference == "one_sided" else None
@@ -145,7 +144,7 @@ def local_mixed_products(settings: list[str], lookahead: str, radius: float) -> 
     """Relative error of the central difference itself, float64 throughout (the algorithm file on LocalSpaces)."""
     engine, stream, config = bodies.make(settings, "zero0")
     bodies.advance(engine, stream, config, 3)
-    batch, held_out = batches(engine, stream, engine.step)
+    batch, held_out = batches(stream, config, engine.step)
     exact = Exact(engine, batch, held_out)
     rule = GradientDescent() if lookahead == "sgd" else exact.moments(engine)
     (descent,) = gradients_of(exact.train)([exact.theta])
@@ -162,9 +161,9 @@ def whole_step(settings: list[str]) -> dict[str, float]:
     engine, stream, config = bodies.make(settings, "zero1")
     meta = MetaStep(engine, config.meta)
     bodies.advance_meta(engine, stream, config, meta, 2)
-    batch, held_out = batches(engine, stream, engine.step)
+    batch, held_out = batches(stream, config, engine.step)
     exact = Exact(engine, batch, held_out)
-    lr = learning_rate(config.train, engine.updates + 1)
+    lr = engine.learning_rate
     beta = config.meta.beta or lr
     rule = GradientDescent() if config.meta.lookahead == "sgd" else exact.moments(engine)
     updates = {name: local_adamw(engine, name, exact, lr) for name in (SHARED, exact.language)}
@@ -195,7 +194,7 @@ def local_adamw(engine: Engine, space_name: str, exact: Exact, lr: float) -> Any
     """torch's AdamW in float64 on the copy, continuing from the engine's moments."""
     names = exact.theta_names if space_name == SHARED else exact.phi_names
     parameters = [exact.model.get_parameter(name) for name in names]
-    train = engine.config.train
+    train = engine.training
     optimizer = torch.optim.AdamW(
         parameters, lr=lr, betas=(train.beta1, train.beta2), eps=train.eps, weight_decay=train.weight_decay
     )
@@ -231,24 +230,19 @@ def same(left: list[torch.Tensor], right: list[torch.Tensor]) -> bool:
 
 def what_moves(settings: list[str], json_name: str) -> tuple[int, bool]:
     """(languages whose state changed in a meta step, whether theta changed before phase 2)."""
-    from mlinterf_ds.engine import meta_step
-
     engine, stream, config = bodies.make(settings, json_name)
     meta = MetaStep(engine, config.meta)
     bodies.advance_meta(engine, stream, config, meta, 2)
     before = {name: state_of(engine, name) for name in engine.spaces}
     seen: list[bool] = []
-    phase_2 = meta_step._Run.phase_2
+    update_theta = Phases.update_theta
 
-    def watched(run: Any) -> None:
+    def watched(phases: Phases) -> None:
         seen.append(not same(before[SHARED], state_of(engine, SHARED)))
-        phase_2(run)
+        update_theta(phases)
 
-    meta_step._Run.phase_2 = watched  # type: ignore[method-assign]
-    try:
+    with mock.patch.object(Phases, "update_theta", watched):
         bodies.advance_meta(engine, stream, config, meta, 3)
-    finally:
-        meta_step._Run.phase_2 = phase_2  # type: ignore[method-assign]
     assert len(seen) == 1 and not same(before[SHARED], state_of(engine, SHARED))
     moved = [name for name in engine.languages if not same(before[name], state_of(engine, name))]
     return len(moved), seen[0]
@@ -272,7 +266,7 @@ def overflow(settings: list[str], json_name: str, failing: int) -> dict[str, Any
         return accumulate(batches_, spaces)
 
     engine.accumulate = planted  # type: ignore[method-assign]
-    batch, held_out = batches(engine, stream, engine.step)
+    batch, held_out = batches(stream, config, engine.step)
     meta.step([batch], [held_out])
     assert len(passes) == failing + 1, "later passes must not run"
     unchanged = all(same(before[name], state_of(engine, name)) for name in engine.spaces)
@@ -306,21 +300,19 @@ def largest_tensor(json_name: str) -> tuple[int, int, int]:
         engine, stream, config = bodies.make(settings, json_name, bucket=2000)
         meta = MetaStep(engine, config.meta)
         bodies.advance_meta(engine, stream, config, meta, 2)
-        _, held_out = batches(engine, stream, engine.step)
+        _, held_out = batches(stream, config, engine.step)
         slices = engine.slices(4)
         with Watch():
             meta.step([stream.batch(engine.step, *s) for s in slices], [held_out])
     finally:
         space.BUCKET = bucket
-    groups = [engine.model.shared_parameters(), *engine.model.language_parameters().values()]
+    groups = engine.model.parameter_groups().values()
     whole = [sum(space.shape_numel(tuple(getattr(p, "ds_shape", p.shape))) for p in group.values()) for group in groups]
     return max(sizes), min(whole[0], whole[1]), max(whole) // 2
 
 
 def subsets_error(settings: list[str]) -> float:
     """Relative difference of the mean direct and mixed terms over all pairs of languages and the full estimate."""
-    from mlinterf_ds.engine.meta_step import _Run
-
     settings = [*settings, "meta.batch=6", "train.lr=0.003"]
     engine, stream, config = bodies.make(settings, "zero1")
     bodies.advance(engine, stream, config, 3)
@@ -336,8 +328,8 @@ def subsets_error(settings: list[str]) -> float:
     def gradient(weights: dict[int, float]) -> torch.Tensor:
         factors = torch.tensor([weights.get(int(j), 0.0) * count for j in validation.languages])
         weighted = replace(validation, weights=validation.weights * factors.view(-1, 1))
-        run = _Run(meta, [batch], [weighted], engine.languages[language], 0.01, {})
-        value, direct = run.validation([run.theta, run.phi])
+        phases = Phases(meta, [batch], [weighted])
+        value, direct = phases.validation([phases.theta, phases.phi])
         return torch.cat([*value, *direct]).double()
 
     full = gradient(dict.fromkeys(range(count), 1 / count))
@@ -359,7 +351,7 @@ def routed_names(languages: tuple[str, ...]) -> set[str]:
     meta = MetaStep(engine, config.meta)
     right = set()
     for _ in range(200):
-        batch, held_out = batches(engine, stream, engine.step)
+        batch, held_out = batches(stream, config, engine.step)
         name = languages[batch.step_languages[0]]
         if name in right:
             engine.skipped += 1  # on to the next batch
@@ -391,6 +383,6 @@ def first_steps(settings: list[str]) -> list[dict[str, float]]:
     meta = MetaStep(engine, config.meta)
     facts = []
     for _ in range(2):
-        batch, held_out = batches(engine, stream, engine.step)
+        batch, held_out = batches(stream, config, engine.step)
         facts.append(meta.step([batch], [held_out]))
     return facts

@@ -11,8 +11,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from mlinterf_ds.engine.engine import SHARED, Engine
+from mlinterf_ds.engine.engine import Engine
 from mlinterf_ds.engine.meta_step import MetaStep
+from mlinterf_ds.model.encoder import SHARED
 from tests.parity import bodies
 
 Storages = dict[int, int]  # address -> bytes
@@ -152,8 +153,8 @@ def held(engine: Engine) -> dict[str, float]:
 def elements(settings: list[str], tensor: int, languages: tuple[str, ...]) -> tuple[int, int]:
     """(shared, one language's) elements of this rank's encoder."""
     engine, _, _ = bodies.make(settings, "zero0", tensor, languages)
-    own = next(iter(engine.model.language_parameters().values()))
-    return sum(p.numel() for p in engine.model.shared_parameters().values()), sum(p.numel() for p in own.values())
+    shared, own, *_ = engine.model.parameter_groups().values()
+    return sum(p.numel() for p in shared.values()), sum(p.numel() for p in own.values())
 
 
 def _attention(query: Any, key: Any, *_: Any, **__: Any) -> int:

@@ -38,7 +38,7 @@ def checkpoint(folder: str) -> None:
     model = Encoder(
         config.model, variant="attn", languages=LANGUAGES, vocabulary=corpus.vocabulary_size, positions=16, seed=0
     )
-    engine = Engine(model, config, read_json(REPOSITORY / "ds_configs/zero0.json"), "fp32", layout)
+    engine = Engine(model, config.train, read_json(REPOSITORY / "ds_configs/zero0.json"), "fp32", layout)
     state = {"config": config.model_dump(), "languages": LANGUAGES, "vocabulary": corpus.vocabulary_size}
     files = {"tokenizer.model": corpus.folder / "tokenizer.model"}
     checkpoint.save(Path(folder) / "run", engine, {**state, "run_id": None}, files, 1)

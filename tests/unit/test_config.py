@@ -25,7 +25,7 @@ def test_every_shipped_recipe_loads(recipe: Path) -> None:
 @pytest.mark.parametrize("path", JSONS, ids=lambda path: path.stem)
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_every_shipped_json_resolves(path: Path, precision: str) -> None:
-    resolved = resolve(read_json(path), load_run(["tiny"]), precision, 2)
+    resolved = resolve(read_json(path), load_run(["tiny"]).train, precision, 2)
     assert "auto" not in str(resolved)
     assert resolved["train_micro_batch_size_per_gpu"] == 16
     assert [name for name in ("fp16", "bf16") if name in resolved] == [precision] * (precision != "fp32")
@@ -112,11 +112,11 @@ def test_contradictions_between_json_and_run_are_errors(tmp_path: Path) -> None:
     config = load_run(["tiny"])
     for key, value in [("train_batch_size", 999), ("gradient_clipping", 1.0)]:
         with pytest.raises(UserError, match=f"{key}.*train."):
-            resolve({key: value}, config, "fp32", 1)
+            resolve({key: value}, config.train, "fp32", 1)
     with pytest.raises(UserError, match="batch=32.*3 data-parallel"):
-        resolve({}, config, "fp32", 3)
+        resolve({}, config.train, "fp32", 3)
     with pytest.raises(UserError, match="micro_batch=5"):
-        resolve({}, load_run(["tiny"], ["train.micro_batch=5"]), "fp32", 1)
+        resolve({}, load_run(["tiny"], ["train.micro_batch=5"]).train, "fp32", 1)
     with pytest.raises(UserError, match="bf16.*fp16"):
         choose_precision("bf16", {"fp16": {"enabled": True}})
     with pytest.raises(UserError, match="both"):

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from mlinterf_ds.errors import UserError
-from mlinterf_ds.model.encoder import Encoder, partition_dim
+from mlinterf_ds.model.encoder import SHARED, Encoder, partition_dim
 from mlinterf_ds.runtime import parallel
 from mlinterf_ds.sections import ModelConfig
 from tests.model_batches import CODES, LENGTH, ROUTED, VARIANTS, VOCABULARY, batch, encoder, gradients
@@ -59,7 +59,7 @@ def test_a_language_changes_only_with_its_own_module(variant: str) -> None:
     model = encoder(variant)
     rows = batch([0, 1, 2, 1])
     _, before = model(rows)
-    own = model.language_parameters()
+    own = model.parameter_groups()
     assert all(own[code] for code in CODES)
     with torch.no_grad():
         for parameter in own["to"].values():
@@ -76,23 +76,22 @@ def test_a_step_language_without_rows_gets_zero_gradients(variant: str) -> None:
         loss, _ = model(batch(rows, step_languages=(0, 1)))
         loss.backward()
         found = gradients(model)
-        for name in model.language_parameters()["te"]:
+        groups = model.parameter_groups()
+        for name in groups["te"]:
             assert torch.count_nonzero(found[name]) == 0
-        assert not found.keys() & model.language_parameters()["keys"].keys()
-        assert found.keys() >= model.shared_parameters().keys() and torch.isfinite(loss)
+        assert not found.keys() & groups["keys"].keys()
+        assert found.keys() >= groups[SHARED].keys() and torch.isfinite(loss)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_parameter_is_either_shared_or_one_languages(variant: str) -> None:
     model = encoder(variant)
-    own, shared = model.language_parameters(), model.shared_parameters()
-    parameters = dict(model.named_parameters())
-    names = [*shared, *(name for code in CODES for name in own[code])]
-    assert sorted(names) == sorted(parameters)
-    assert all(parameters[name] is parameter for part in (shared, *own.values()) for name, parameter in part.items())
-    assert all(bool(own[code]) == (variant in ROUTED) for code in CODES)
+    groups, parameters = model.parameter_groups(), dict(model.named_parameters())
+    assert list(groups) == [SHARED, *(CODES if variant in ROUTED else ())]
+    assert sorted(name for group in groups.values() for name in group) == sorted(parameters)
+    assert all(parameters[name] is parameter for group in groups.values() for name, parameter in group.items())
     counts = {"ffn": 4, "attn": 4, "adpt": 8}  # tensors a layer: two linear layers, or two adapters of two
-    assert all(len(own[code]) == 2 * counts.get(variant, 0) for code in CODES)
+    assert all(len(own) == 2 * counts[variant] for code, own in groups.items() if code != SHARED)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -141,8 +140,8 @@ def test_partial_gradients(variant: str, recompute: bool) -> None:
     rows = batch([1, 1, 1])
     model(rows)[0].backward()
     whole = gradients(model)
-    own, shared = model.language_parameters()["to"], model.shared_parameters()
-    for wanted in (own, shared):
+    groups = model.parameter_groups()
+    for wanted in (groups["to"], groups[SHARED]):
         model.requires_grad_(False)
         for parameter in wanted.values():
             parameter.requires_grad_(True)
@@ -158,7 +157,7 @@ def test_a_pass_for_one_language_computes_no_shared_weight_gradient() -> None:
     with FlopCounterMode(display=False) as forward, torch.no_grad():
         model(rows)
     flops = []
-    for wanted in (model.language_parameters()["to"].values(), model.parameters()):
+    for wanted in (model.parameter_groups()["to"].values(), model.parameters()):
         for parameter in wanted:
             parameter.requires_grad_(True)
         loss, _ = model(rows)
@@ -214,7 +213,7 @@ def test_padding_is_not_attended() -> None:
 def test_the_oracle_mode_is_the_same_function_and_twice_differentiable() -> None:
     model = encoder("adpt").double()
     rows = batch([0, 1])
-    shared = list(model.shared_parameters().values())
+    shared = list(model.parameter_groups()[SHARED].values())
     plain = torch.autograd.grad(model(rows)[0], shared)
     model.twice_differentiable = True
     exact = torch.autograd.grad(model(rows)[0], shared, create_graph=True)

@@ -15,11 +15,11 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
     count = options.languages[-1]
     settings = ["variant=joint", *shapes(options), "meta.languages_per_step=2"]
-    engine, _, _ = build(options, CODES[:count], "paper", settings, "zero0")
-    config = engine.config.conflict.model_copy(update={"sequences": options.rows, "micro_batch": options.rows})
+    engine, config, _, _ = build(options, CODES[:count], "paper", settings, "zero0")
+    section = config.conflict.model_copy(update={"sequences": options.rows, "micro_batch": options.rows})
     corpus = RandomCorpus(CODES[:count], options.vocabulary)
     draws = Draws(
-        corpus, corpus.languages, corpus.languages, config=config, length=options.length, mask_share=0.15, seed=0,
+        corpus, corpus.languages, corpus.languages, config=section, length=options.length, mask_share=0.15, seed=0,
         engine=engine,
     )  # fmt: skip
     for _ in range(2):

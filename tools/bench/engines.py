@@ -46,7 +46,10 @@ def start(rank: int, world: int, folder: str, threads: int) -> None:
 
 
 def build(options: argparse.Namespace, languages: Sequence[str], recipe: str, settings: list[str], ds: str) -> Any:
-    """Builds an engine with ds_configs/`ds`.json; returns it with two functions of a step: training and validation batches."""
+    """Builds an engine with ds_configs/`ds`.json.
+
+    Returns it with its configuration and two functions of a step: training and validation batches.
+    """
     from mlinterf_ds.data.stream import TrainStream, ValidationStream
     from mlinterf_ds.engine.engine import Engine
     from mlinterf_ds.engine.precision import read_json
@@ -61,7 +64,7 @@ def build(options: argparse.Namespace, languages: Sequence[str], recipe: str, se
         config.model, variant=config.routing, languages=languages, vocabulary=options.vocabulary, positions=length
     )
     layout = parallel.current(1)
-    engine = Engine(model, config, read_json(ROOT / "ds_configs" / f"{ds}.json"), options.precision, layout)
+    engine = Engine(model, config.train, read_json(ROOT / "ds_configs" / f"{ds}.json"), options.precision, layout)
     stream = TrainStream(corpus, languages, rows=config.train.batch, length=length, seed=0)
     held_out = None
     if len(languages) > 1:
@@ -78,7 +81,7 @@ def build(options: argparse.Namespace, languages: Sequence[str], recipe: str, se
         language = train(step)[0].step_languages[0]
         return [held_out.batch(step, language, *rows) for rows in engine.slices(held_out.rows)]
 
-    return engine, train, validation
+    return engine, config, train, validation
 
 
 def shapes(options: argparse.Namespace) -> list[str]:
@@ -92,9 +95,9 @@ def plain_step(engine: Any, batches: list[Any]) -> Callable[[], Any]:
     return lambda: engine.train_step(batches)
 
 
-def meta_step(engine: Any, batches: list[Any], validation: list[Any], **changes: Any) -> Callable[[], Any]:
-    """A meta step on these batches, as a function to time; `changes` replace keys of the [meta] section."""
+def meta_step(engine: Any, section: Any, batches: list[Any], validation: list[Any]) -> Callable[[], Any]:
+    """A meta step as the [meta] section says on these batches, as a function to time."""
     from mlinterf_ds.engine.meta_step import MetaStep
 
-    step = MetaStep(engine, engine.config.meta.model_copy(update=changes))
+    step = MetaStep(engine, section)
     return lambda: step.step(batches, validation)

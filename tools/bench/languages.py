@@ -36,10 +36,10 @@ def _rank(rank: int, options: argparse.Namespace, folder: str, send: Any) -> Non
         for count in (2, 100):
             some = ["meta.languages_per_step=4"] if count > 2 else []
             settings = ["variant=meta_adpt", "meta.check_every=0", *some]
-            engine, train, validation = build(options, CODES[:count], "tiny", settings, ds)
+            engine, config, train, validation = build(options, CODES[:count], "tiny", settings, ds)
             batches = train(0)
             work[f"plain {count}"] = plain_step(engine, batches)
-            work[f"meta {count}"] = meta_step(engine, batches, validation(0))
+            work[f"meta {count}"] = meta_step(engine, config.meta, batches, validation(0))
         seconds = interleaved(work, options.rounds)
         for kind in ("plain", "meta"):
             result[f"{ds} {kind}: 100 languages in steps of 2"] = ratio(seconds[f"{kind} 100"], seconds[f"{kind} 2"])

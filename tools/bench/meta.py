@@ -33,12 +33,13 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 def steps(options: argparse.Namespace, count: int) -> Work:
     """The plain step and the meta steps of a model of `count` languages, all on the same batches."""
     settings = ["variant=meta_adpt", "meta.check_every=0", *shapes(options)]
-    engine, train, validation = build(options, CODES[:count], "paper_8heads", settings, "zero1")
+    engine, config, train, validation = build(options, CODES[:count], "paper_8heads", settings, "zero1")
     batches, held_out = train(0), validation(0)
+    one_sided = config.meta.model_copy(update={"difference": "one_sided"})
     return {
         "plain": plain_step(engine, batches),
-        "central": meta_step(engine, batches, held_out),
-        "one_sided": meta_step(engine, batches, held_out, difference="one_sided"),
+        "central": meta_step(engine, config.meta, batches, held_out),
+        "one_sided": meta_step(engine, one_sided, batches, held_out),
         "double_backward": exact_step(engine, batches[0], held_out[0]),
     }
 
@@ -47,18 +48,18 @@ def exact_step(engine: Any, batch: Any, held_out: Any) -> Callable[[], None]:
     """The same hypergradient and updates by double backward, in one process and plain torch."""
     from mlinterf_ds.meta.bilevel import GradientDescent
     from mlinterf_ds.meta.local import LocalSpace, exact_hypergradient, gradients_of
-    from mlinterf_ds.model.encoder import Encoder
+    from mlinterf_ds.model.encoder import SHARED, Encoder
 
-    config, trained = engine.config, engine.model
+    trained = engine.model
     model = Encoder(
-        config.model, variant=config.routing, languages=trained.languages, vocabulary=trained.vocabulary,
-        positions=config.data.sequence_length,
+        trained.config, variant=trained.variant, languages=trained.languages, vocabulary=trained.vocabulary,
+        positions=trained.embeddings.position.num_embeddings,
     ).to(engine.device, next(trained.parameters()).dtype)  # fmt: skip
     model.twice_differentiable = True
     batch, held_out = batch.to(engine.device), held_out.to(engine.device)
     language = trained.languages[batch.step_languages[0]]
-    theta = LocalSpace(list(model.shared_parameters().values()))
-    phi = LocalSpace(list(model.language_parameters()[language].values()))
+    groups = model.parameter_groups()
+    theta, phi = (LocalSpace(list(groups[name].values())) for name in (SHARED, language))
     optimizers = [torch.optim.AdamW(space.parameters, lr=1e-4, fused=True) for space in (phi, theta)]
 
     def update(optimizer: torch.optim.Optimizer, space: Any, gradient: list[Any]) -> None:

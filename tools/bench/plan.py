@@ -30,10 +30,10 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     flops: dict[str, float] = {}
     for name, own in changed.items():
         settings = ["variant=joint", *shapes(options), *base, *own]
-        engine, train, validation = build(options, CODES[:4], "tiny", settings, "zero1")
-        flops[name] = arithmetic.step_flops(engine.config, options.vocabulary)
-        if engine.config.variant.startswith("meta_"):
-            work[name] = meta_step(engine, train(0), validation(0))
+        engine, config, train, validation = build(options, CODES[:4], "tiny", settings, "zero1")
+        flops[name] = arithmetic.step_flops(config, options.vocabulary)
+        if config.variant.startswith("meta_"):
+            work[name] = meta_step(engine, config.meta, train(0), validation(0))
         else:
             work[name] = plain_step(engine, train(0))
     seconds = interleaved(work, options.rounds)

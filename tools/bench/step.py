@@ -15,7 +15,9 @@ from tools.bench.timing import interleaved, ratio
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    engine, train, _ = build(options, ["l0"], "paper_8heads", [f"variant={options.variant}", *shapes(options)], "zero0")
+    engine, _, train, _ = build(
+        options, ["l0"], "paper_8heads", [f"variant={options.variant}", *shapes(options)], "zero0"
+    )
     (batch,) = train(0)
     work = {
         "ours": plain_step(engine, [batch]),
@@ -39,7 +41,7 @@ def transformers_step(options: argparse.Namespace, engine: Any, batch: Any) -> C
         from transformers import XLMRobertaConfig, XLMRobertaForMaskedLM
     except ImportError:
         sys.exit("error: this comparison needs transformers: pip install transformers")
-    shape, dtype = engine.config.model, next(engine.model.parameters()).dtype
+    shape, dtype = engine.model.config, next(engine.model.parameters()).dtype
     config = XLMRobertaConfig(
         vocab_size=options.vocabulary, hidden_size=shape.width, num_hidden_layers=shape.layers,
         num_attention_heads=shape.heads, intermediate_size=shape.ffn, max_position_embeddings=options.length + 2,
@@ -61,7 +63,7 @@ def transformers_step(options: argparse.Namespace, engine: Any, batch: Any) -> C
 
 def products(options: argparse.Namespace, engine: Any, masked: int) -> Callable[[], None]:
     """The matrix products of a step alone: each forward product and the two products of its backward pass."""
-    shape, dtype = engine.config.model, next(engine.model.parameters()).dtype
+    shape, dtype = engine.model.config, next(engine.model.parameters()).dtype
     tokens, inner = options.rows * options.length, shape.heads * shape.kv_channels
     linear = [(tokens, shape.width, 3 * inner), (tokens, inner, shape.width)] * shape.layers
     linear += [(tokens, shape.width, shape.ffn), (tokens, shape.ffn, shape.width)] * shape.layers

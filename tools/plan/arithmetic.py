@@ -233,7 +233,9 @@ def step_flops(config: RunConfig, vocabulary: int) -> float:
     masked = masked_per_row(config.data.sequence_length, config.data.mask)
     times = passes(config)
     only_own = times["forward"] - times["shared"]
-    row = flops_per_row(config, vocabulary, masked)
+    row = flops_per_row(
+        config.model, config.data.sequence_length, vocabulary, masked, adapters=config.variant.endswith("adpt")
+    )
     return config.train.batch * row * (times["shared"] + only_own * 2 / 3) * (4 / 3 if config.model.recompute else 1)
 
 
