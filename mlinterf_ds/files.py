@@ -1,10 +1,15 @@
-"""Whole files or none: everything is written under a temporary name and then renamed."""
+"""Files that appear whole or not at all (text, JSON, CSV, arrays), and the digests that tell whether one was altered.
+
+Every writer writes under a temporary name in the same folder and then renames: a reader never meets half a file, and
+whatever stood under the name stays if writing fails.
+"""
 
 import csv
+import hashlib
 import io
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -18,7 +23,7 @@ PARTIAL = ".partial"  # ending of a file that is still being written
 
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """Open a file that takes the place of `path` when the block ends, and is removed if the block fails."""
+    """Opens a file that replaces `path` when the block ends, and that is removed if the block fails."""
     temporary = path.with_name(path.name + PARTIAL)
     try:
         with temporary.open("wb") as file:
@@ -34,6 +39,12 @@ def write_bytes(path: Path, data: bytes | memoryview) -> None:
         file.write(data)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Writes UTF-8 text; the parent folder is created."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_bytes(path, text.encode())
+
+
 def write_json(path: Path, value: Any) -> None:
     write_bytes(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
 
@@ -43,17 +54,17 @@ def read_json(path: Path) -> Any:
 
 
 def write_csv(path: Path, fields: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    """A table with a heading; its folder is made. Nothing stands for NaN and None."""
+    """Writes a table with a header row; the parent folder is created. NaN and None become empty cells."""
     buffer = io.StringIO()
     table = csv.writer(buffer, lineterminator="\n")
     table.writerow(fields)
     table.writerows(["" if value != value else value for value in row] for row in rows)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_bytes(path, buffer.getvalue().encode())
+    write_text(path, buffer.getvalue())
 
 
-def read_rows(path: Path, fields: Sequence[str], remedy: str) -> list[dict[str, str]]:
-    """The rows of a table with these fields in its heading. UserError, with `remedy` if it is missing, unless it is one."""
+def read_csv(path: Path, fields: Sequence[str], remedy: str) -> list[dict[str, str]]:
+    """Reads a table whose header row has at least `fields`. Raises UserError for anything else; `remedy` says what to do
+    about a file that is missing."""
     try:
         text = path.read_bytes()
     except OSError as error:
@@ -70,14 +81,48 @@ def read_rows(path: Path, fields: Sequence[str], remedy: str) -> list[dict[str, 
 
 
 def write_arrays(path: Path, **arrays: np.ndarray) -> None:
-    """Several arrays in one file. By way of memory: numpy hides the reason when a disk fills up under it."""
+    """Writes several arrays to one .npz file. They are packed in memory first: writing to a disk that fills up, numpy hides
+    the reason."""
     buffer = io.BytesIO()
     np.savez(buffer, **arrays)  # type: ignore[arg-type]
     write_bytes(path, buffer.getbuffer())
 
 
 def write_array(path: Path, array: np.ndarray) -> None:
-    """One array that can be memory-mapped."""
+    """Writes one array to a .npy file, which can be memory-mapped."""
     buffer = io.BytesIO()
     np.save(buffer, array)
     write_bytes(path, buffer.getbuffer())
+
+
+def sha256(path: Path) -> str:
+    """Returns the SHA-256 of a file's contents in hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def file_facts(path: Path) -> dict[str, Any]:
+    """Returns the "bytes" and the "sha256" of a file, as checkpoints, corpora and exported models list them."""
+    return {"bytes": path.stat().st_size, "sha256": sha256(path)}
+
+
+def flushed_facts(paths: Iterable[Path]) -> dict[str, Any]:
+    """Returns the `file_facts` of files by name, once the system has put their contents on the disk."""
+    facts = {}
+    for path in paths:
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+        facts[path.name] = file_facts(path)
+    return facts
+
+
+def check_files(folder: Path, listed: Mapping[str, Any], remedy: str) -> None:
+    """Raises UserError, ending in `remedy`, unless every listed file is there and has its listed `file_facts`."""
+    for name, facts in listed.items():
+        path = folder / Path(name).name
+        if not path.is_file():
+            raise UserError(f"{path} is missing{remedy}")
+        if (size := path.stat().st_size) != facts["bytes"]:
+            raise UserError(f"{path}: {size} bytes, expected {facts['bytes']} (truncated?){remedy}")
+        if sha256(path) != facts["sha256"]:
+            raise UserError(f"{path}: altered since it was saved (sha256 differs){remedy}")

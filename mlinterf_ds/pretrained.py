@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +15,7 @@ from mlinterf_ds.engine import checkpoint
 from mlinterf_ds.engine.space import Segment
 from mlinterf_ds.engine.weights import Source
 from mlinterf_ds.errors import UserError
+from mlinterf_ds.files import sha256
 from mlinterf_ds.ranks import agreed
 from mlinterf_ds.runtime.session import Signals
 from mlinterf_ds.sections import ModelConfig
@@ -45,7 +45,7 @@ class Pretrained:
     @property
     def digest(self) -> str:
         """Of what it holds: sha256 of complete.json, which has every file's own."""
-        return hashlib.sha256((self.path / "complete.json").read_bytes()).hexdigest()
+        return sha256(self.path / "complete.json")
 
     @property
     def languages(self) -> list[str]:

@@ -12,6 +12,7 @@ import numpy as np
 
 from mlinterf_ds.data.tokenizer import Tokenizer
 from mlinterf_ds.errors import UserError, refusing
+from mlinterf_ds.files import sha256
 
 MANIFEST = "manifest.json"
 FORMAT, VERSION = "mlinterf_ds corpus", 1
@@ -118,9 +119,9 @@ class Corpus:
 
     def _check_hash(self, entry: dict[str, Any]) -> None:
         path = self._path(entry)
-        with refusing(f"{path}: cannot be read", AGAIN), path.open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
-        if found != entry["sha256"]:
+        with refusing(f"{path}: cannot be read", AGAIN):
+            digest = sha256(path)
+        if digest != entry["sha256"]:
             raise UserError(
                 f"{path}: its contents are not those that were prepared (SHA-256 differs from {MANIFEST}){AGAIN}"
             )

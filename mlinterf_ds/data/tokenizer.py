@@ -1,7 +1,6 @@
 """A SentencePiece BPE vocabulary shared by all languages of a corpus."""
 
 import io
-import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,6 +12,7 @@ import sentencepiece
 
 from mlinterf_ds.data.text import normalise
 from mlinterf_ds.errors import UserError
+from mlinterf_ds.files import write_bytes
 
 BOS, PAD, EOS, UNK, MASK = range(5)  # <s> <pad> </s> <unk> as in XLM-R, then <mask>
 MANY_UNKNOWN = 0.02  # share of <unk> among a text's pieces from which on its reader should be told
@@ -95,12 +95,8 @@ class Tokenizer:
         words.sort(key=counts.__getitem__, reverse=True)  # stable: equal counts stay in alphabetical order
         used = np.searchsorted(np.cumsum([len(word) for word in words]), distinct_characters(size), side="right")
         words = [f"{word}\t{counts[word]}" for word in words[: max(1, int(used))]]
-        model = _learn(words, size)
-        target = Path(out)
-        temporary = target.with_name(target.name + ".partial")
-        temporary.write_bytes(model)
-        os.replace(temporary, target)
-        return Tokenizer(target)
+        write_bytes(Path(out), _learn(words, size))
+        return Tokenizer(out)
 
 
 def distinct_characters(size: int) -> int:

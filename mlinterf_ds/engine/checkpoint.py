@@ -13,7 +13,6 @@ saved it this is a copy, at another one a re-slicing (tensor-parallel parameters
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -30,6 +29,7 @@ from torch import Tensor
 from mlinterf_ds.engine.space import FlatSpace
 from mlinterf_ds.engine.weights import Source, Weights
 from mlinterf_ds.errors import UserError, refusing
+from mlinterf_ds.files import PARTIAL, check_files, flushed_facts, write_bytes
 from mlinterf_ds.ranks import agreed
 
 if TYPE_CHECKING:  # reading a checkpoint needs neither DeepSpeed nor megatron
@@ -43,7 +43,7 @@ Found = TypeVar("Found")
 def save(run: Path, engine: Engine, state: Mapping[str, Any], files: Mapping[str, Path], keep: int) -> Path:
     """Write <run>/checkpoints/step-N from all ranks; it appears whole or not at all. Returns its path."""
     target = run / "checkpoints" / f"step-{engine.step:08d}"
-    partial = target.with_name(target.name + ".partial")
+    partial = target.with_name(target.name + PARTIAL)
     rank = dist.get_rank()
 
     def begin() -> None:
@@ -53,12 +53,12 @@ def save(run: Path, engine: Engine, state: Mapping[str, Any], files: Mapping[str
 
     def write() -> dict[str, Any]:
         shard = _write_shard(partial, engine, rank)
-        listed = digests([shard] if shard else [])
+        listed = flushed_facts([shard] if shard else [])
         if rank == 0:
             (partial / "run.json").write_text(json.dumps({"format": FORMAT, **_counters(engine), **state}, indent=1))
             for name, source in files.items():
                 shutil.copyfile(source, partial / name)
-            listed |= digests([partial / name for name in ("run.json", *files)])
+            listed |= flushed_facts([partial / name for name in ("run.json", *files)])
         return listed
 
     def complete() -> None:
@@ -129,17 +129,6 @@ def _write_shard(folder: Path, engine: Engine, rank: int) -> Path | None:
     return path
 
 
-def digests(paths: list[Path]) -> dict[str, Any]:
-    """Name to size and SHA-256 of files, which are on disk after this."""
-    facts = {}
-    for path in paths:
-        with path.open("rb") as handle:
-            os.fsync(handle.fileno())
-            digest = hashlib.file_digest(handle, "sha256").hexdigest()
-        facts[path.name] = {"bytes": path.stat().st_size, "sha256": digest}
-    return facts
-
-
 def prune(run: Path, keep: int) -> None:
     """Remove all but the newest `keep` checkpoints and the best one."""
     best = _best_name(run)
@@ -150,9 +139,7 @@ def prune(run: Path, keep: int) -> None:
 
 def mark_best(run: Path, checkpoint: Path) -> None:
     """Remember this checkpoint as the best of the run."""
-    pointer = run / "checkpoints" / "best"
-    pointer.with_suffix(".partial").write_text(checkpoint.name)
-    os.replace(pointer.with_suffix(".partial"), pointer)
+    write_bytes(run / "checkpoints" / "best", checkpoint.name.encode())
 
 
 def _best_name(run: Path) -> str:
@@ -189,19 +176,6 @@ def verify(path: Path) -> dict[str, Any]:
         check_files(path, listed["files"], _fallback(path))
         state: dict[str, Any] = json.loads((path / "run.json").read_bytes())
     return state
-
-
-def check_files(folder: Path, listed: Mapping[str, Any], remedy: str) -> None:
-    """UserError, ended by `remedy`, unless every file is there with its listed size and digest (as of `digests`)."""
-    for name, facts in listed.items():
-        file = folder / Path(name).name
-        if not file.is_file():
-            raise UserError(f"{file} is missing{remedy}")
-        if (size := file.stat().st_size) != facts["bytes"]:
-            raise UserError(f"{file}: {size} bytes, expected {facts['bytes']} (truncated?){remedy}")
-        with file.open("rb") as handle:
-            if hashlib.file_digest(handle, "sha256").hexdigest() != facts["sha256"]:
-                raise UserError(f"{file}: altered since it was saved (sha256 differs){remedy}")
 
 
 def _fallback(path: Path) -> str:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 
+from mlinterf_ds.files import sha256
 from mlinterf_ds.pretrained import Pretrained
 
 ROUTED = {
@@ -89,7 +89,7 @@ def _licence(pretrained: Pretrained) -> str:
     """What is known of the texts' licences: the corpus manifest's note, if the corpus is still at its place."""
     note = ""
     manifest = Path(pretrained.saved["config"].get("corpus", "")) / "manifest.json"
-    if manifest.is_file() and hashlib.sha256(manifest.read_bytes()).hexdigest() == pretrained.saved.get("manifest"):
+    if manifest.is_file() and sha256(manifest) == pretrained.saved.get("manifest"):
         note = json.loads(manifest.read_text()).get("licence", "")
     corpus = pretrained.saved["config"].get("corpus", "synthetic")
     if corpus == "synthetic":

@@ -14,12 +14,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from mlinterf_ds.engine import checkpoint
 from mlinterf_ds.engine.space import Segment
 from mlinterf_ds.engine.weights import sliced
 from mlinterf_ds.errors import MALFORMED, UserError, refusing
 from mlinterf_ds.export import tokenizer
 from mlinterf_ds.export.names import from_stock, stock_name
+from mlinterf_ds.files import check_files
 
 OURS, STOCK = "mlinterf", "xlm-roberta-xl"
 LISTING = "export.json"  # size and digest of every file
@@ -41,7 +41,7 @@ def verify(place: Path) -> None:
         return
     with refusing(f"{listing}: damaged", "; export the model again"):
         files = json.loads(listing.read_bytes())["files"]
-        checkpoint.check_files(place, files, f"; export it again, or delete {listing} if the change is meant")
+        check_files(place, files, f"; export it again, or delete {listing} if the change is meant")
 
 
 class Folder:

@@ -17,13 +17,13 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from mlinterf_ds.data.tokenizer import BOS, EOS, PAD
-from mlinterf_ds.engine.checkpoint import digests
 from mlinterf_ds.engine.weights import Source
 from mlinterf_ds.errors import UserError
 from mlinterf_ds.export import tokenizer
 from mlinterf_ds.export.card import card
 from mlinterf_ds.export.folder import LISTING, OURS, STOCK, VOCABULARY
 from mlinterf_ds.export.names import FIRST_POSITION, to_stock
+from mlinterf_ds.files import flushed_facts
 from mlinterf_ds.pretrained import Pretrained
 from mlinterf_ds.sections import ModelConfig
 
@@ -74,7 +74,7 @@ def _write(pretrained: Pretrained, folder: Path) -> dict[str, Any]:
     if not stock:
         shutil.copyfile(Path(__file__).with_name(f"{MODELLING}.py"), folder / f"{MODELLING}.py")
     (folder / "README.md").write_text(card(pretrained, stock))
-    files = digests(sorted(path for path in folder.iterdir() if path.name != "README.md"))
+    files = flushed_facts(sorted(path for path in folder.iterdir() if path.name != "README.md"))
     (folder / LISTING).write_text(json.dumps({"checkpoint": pretrained.path.name, "files": files}, indent=1) + "\n")
     return config
 

@@ -23,7 +23,7 @@ from mlinterf_ds.config import decisive, differences, load_config
 from mlinterf_ds.data.tokenizer import MANY_UNKNOWN, UNK
 from mlinterf_ds.engine.precision import choose_precision, read_json
 from mlinterf_ds.errors import UserError, refusing
-from mlinterf_ds.files import write_json
+from mlinterf_ds.files import write_json, write_text
 from mlinterf_ds.finetune.config import FinetuneConfig
 from mlinterf_ds.finetune.report import show, summarise, table
 from mlinterf_ds.finetune.trial import Finetuning, Job, Point, Stopped
@@ -31,7 +31,6 @@ from mlinterf_ds.pretrained import Pretrained
 from mlinterf_ds.ranks import agreed, from_first
 from mlinterf_ds.runtime import parallel, session
 from mlinterf_ds.tasks import TASKS, Limits
-from mlinterf_ds.tasks.files import write_text
 from mlinterf_ds.tasks.sources import SPLITS, Sets, load, parse
 from mlinterf_ds.tracking import Tracker, environment_facts
 

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from mlinterf_ds.errors import UserError, refusing
-from mlinterf_ds.files import read_rows
+from mlinterf_ds.files import read_csv
 from mlinterf_ds.plots import style
 from mlinterf_ds.plots.heatmaps import heading
 
@@ -28,7 +28,7 @@ Curves = dict[tuple[str, str], list[tuple[int, float]]]  # (left, right) -> (ste
 def read_curves(path: Path, scope: str = "model") -> Curves:
     """The lines of a conflict.csv. UserError if it is not one."""
     found: Curves = {}
-    for row in read_rows(path, FIELDS, "a run writes it with --set conflict.every=N (its output folder is meant)"):
+    for row in read_csv(path, FIELDS, "a run writes it with --set conflict.every=N (its output folder is meant)"):
         if row["scope"] == scope:
             with refusing(f"{path}: not a table of {','.join(FIELDS)}"):
                 found.setdefault((row["left"], row["right"]), []).append((int(row["step"]), float(row["cosine"])))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,6 +28,7 @@ from mlinterf_ds.engine.precision import DTYPES
 from mlinterf_ds.engine.space import NewRows
 from mlinterf_ds.engine.throughput import flops_per_row, peak_flops, peak_memory
 from mlinterf_ds.errors import UserError
+from mlinterf_ds.files import write_text
 from mlinterf_ds.model.encoder import SHARED
 from mlinterf_ds.plots.style import perplexity_curves
 from mlinterf_ds.pretrain import initial, report
@@ -402,9 +402,7 @@ class Job:
             "stopped_by": stopped,
         }
         if self.first:
-            partial = self.output / "summary.json.partial"
-            partial.write_text(json.dumps(summary, indent=1) + "\n")
-            os.replace(partial, self.output / "summary.json")
+            write_text(self.output / "summary.json", json.dumps(summary, indent=1) + "\n")
             self.tracker.artifact(self.output / "summary.json")
             if self.losses:
                 self.losses.close()

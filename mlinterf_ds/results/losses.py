@@ -13,7 +13,7 @@ import io
 from pathlib import Path
 
 from mlinterf_ds.errors import refusing
-from mlinterf_ds.files import read_rows, replacing
+from mlinterf_ds.files import read_csv, replacing
 
 FIELDS = ["step", "language", "loss", "lr", "tokens"]
 
@@ -57,7 +57,7 @@ def _sound(row: list[str]) -> bool:
 def read_losses(path: Path) -> dict[str, Points]:
     """language -> (step, loss) in the order of the steps. UserError if the file is missing or no such table."""
     found: dict[str, Points] = {}
-    for row in read_rows(path, FIELDS, "pretraining writes it into the run's output folder"):
+    for row in read_csv(path, FIELDS, "pretraining writes it into the run's output folder"):
         with refusing(f"{path}: not a table of {','.join(FIELDS)}"):
             found.setdefault(row["language"], []).append((int(row["step"]), float(row["loss"])))
     return {language: sorted(points) for language, points in found.items()}

@@ -10,7 +10,7 @@ from typing import Any
 
 from mlinterf_ds.data.corpus import MANIFEST, Corpus
 from mlinterf_ds.data.prepare.main import prepare
-from mlinterf_ds.data.synthetic import write_text
+from mlinterf_ds.data.synthetic import write_sentences
 from mlinterf_ds.errors import UserError
 from mlinterf_ds.study.config import SYNTHETIC, StudyConfig
 
@@ -84,7 +84,7 @@ class Corpora:
         path = self.root / "text" / f"{language}.txt"
         if not path.is_file():
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_text(language, path, self.given.sentences, seed=0)
+            write_sentences(language, path, self.given.sentences, seed=0)
         return path
 
 

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from mlinterf_ds.errors import UserError
-from mlinterf_ds.files import write_bytes
 
 KINDS = {str: "text", int: "a whole number", bool: "true or false", list: "a list"}
 
@@ -36,12 +35,6 @@ def typed(value: Any, kind: type, name: str) -> Any:
     if isinstance(value, str):
         value.encode()  # half a surrogate pair is no character
     return value
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all; its folder is made."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_bytes(path, text.encode())
 
 
 def bad(path: Path, line: int, message: str) -> UserError:

@@ -15,9 +15,10 @@ from typing import Any
 
 from mlinterf_ds.data.tokenizer import BOS, EOS, Tokenizer
 from mlinterf_ds.errors import UserError, refusing
+from mlinterf_ds.files import write_text
 from mlinterf_ds.tasks import metrics
 from mlinterf_ds.tasks.base import Kind, Limits, Row
-from mlinterf_ds.tasks.files import bad, read_text, typed, write_text
+from mlinterf_ds.tasks.files import bad, read_text, typed
 
 LABELS = ["entailment", "neutral", "contradiction"]
 ALIASES = {"contradictory": "contradiction"}  # in machine-translated MNLI

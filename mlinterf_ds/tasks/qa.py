@@ -21,9 +21,10 @@ import numpy as np
 from mlinterf_ds.data.text import normalise
 from mlinterf_ds.data.tokenizer import BOS, EOS, UNK, Tokenizer
 from mlinterf_ds.errors import UserError, refusing
+from mlinterf_ds.files import write_text
 from mlinterf_ds.tasks import metrics
 from mlinterf_ds.tasks.base import Kind, Limits, Row
-from mlinterf_ds.tasks.files import bad, read_text, typed, write_text
+from mlinterf_ds.tasks.files import bad, read_text, typed
 
 FIRST_WORDS, MOST_WORDS, SAMPLE = 12, 12, 500  # fixed spans tried as a baseline: where they start, how long they are
 FEWEST_PIECES = 8  # of context in a window

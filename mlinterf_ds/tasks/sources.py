@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mlinterf_ds.errors import UserError
+from mlinterf_ds.files import sha256
 from mlinterf_ds.sections import LANGUAGE_PATTERN
 from mlinterf_ds.tasks.base import Task
 
@@ -72,8 +73,7 @@ def load(
                 sets.origin[f"{split} {language}"] = f"synthetic, {synthetic[split]} examples"
             else:
                 examples = task.read(Path(source), language)
-                digest = hashlib.sha256(Path(source).read_bytes()).hexdigest()
-                sets.origin[f"{split} {language}"] = f"{Path(source).name}, sha256 {digest}"
+                sets.origin[f"{split} {language}"] = f"{Path(source).name}, sha256 {sha256(Path(source))}"
             sets.of(split)[language] = examples[:limit]
     sizes = {code: len({task.group(example) for example in examples}) for code, examples in sets.train.items()}
     for split in ("test", "dev"):

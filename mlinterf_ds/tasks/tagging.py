@@ -15,8 +15,9 @@ from pathlib import Path
 
 from mlinterf_ds.data.tokenizer import BOS, EOS, UNK, Tokenizer
 from mlinterf_ds.errors import UserError
+from mlinterf_ds.files import write_text
 from mlinterf_ds.tasks.base import Limits, Row
-from mlinterf_ds.tasks.files import bad, read_text, write_text
+from mlinterf_ds.tasks.files import bad, read_text
 
 Predictions = Sequence[Sequence[str]]
 

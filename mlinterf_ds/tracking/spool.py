@@ -15,13 +15,13 @@ import fcntl
 import itertools
 import json
 import math
-import os
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
+from mlinterf_ds.files import write_bytes
 from mlinterf_ds.tracking.facts import first_line, scrub
 from mlinterf_ds.tracking.store import NotYet, Store, error_code
 
@@ -152,10 +152,8 @@ class Sender:
 
     def _save(self) -> None:
         state = {"uri": scrub(self.store.uri), "offset": self.offset, "runs": self.runs, "later": self.postponed}
-        temporary = self.folder / (SENT + ".new")
         with contextlib.suppress(OSError):  # on a full disk a batch may be sent twice, and MLflow keeps it once
-            temporary.write_text(json.dumps(state), "utf-8")
-            os.replace(temporary, self.folder / SENT)
+            write_bytes(self.folder / SENT, json.dumps(state).encode())
 
     def _acquire(self) -> None:
         if self._lock:

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from mlinterf_ds.engine import checkpoint
 from mlinterf_ds.errors import UserError
+from mlinterf_ds.files import check_files, file_facts
 from mlinterf_ds.runtime import launchers
 from tests.ranks import pool
 
@@ -38,10 +38,10 @@ def test_a_checkpoints_list_of_files_cannot_lead_out_of_it(tmp_path: Path) -> No
     (tmp_path / "secret").write_text("x")
     folder = tmp_path / "step-1"
     folder.mkdir()
-    facts = checkpoint.digests([tmp_path / "secret"])["secret"]
+    facts = file_facts(tmp_path / "secret")
     for name in ("../secret", str(tmp_path / "secret")):
         with pytest.raises(UserError, match=f"{folder}/secret is missing"):
-            checkpoint.check_files(folder, {name: facts}, "")
+            check_files(folder, {name: facts}, "")
 
 
 def test_ranks_meet_in_a_folder_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

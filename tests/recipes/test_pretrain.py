@@ -160,12 +160,12 @@ def test_max_hours_are_those_of_a_start(folder: Path, default) -> None:
 
 def altered(state: Path, told: dict) -> None:
     """Write another run.json, with its digest."""
-    from mlinterf_ds.engine.checkpoint import digests
+    from mlinterf_ds.files import flushed_facts
 
     state.write_text(json.dumps(told))
     complete = state.with_name("complete.json")
     listed = json.loads(complete.read_text())
-    listed["files"] |= digests([state])
+    listed["files"] |= flushed_facts([state])
     complete.write_text(json.dumps(listed))
 
 

@@ -16,7 +16,7 @@ from mlinterf_ds.analysis import distance
 from mlinterf_ds.analysis.interference import correlations
 from mlinterf_ds.analysis.interference_figures import draw
 from mlinterf_ds.data.prepare.main import prepare
-from mlinterf_ds.data.synthetic import write_text
+from mlinterf_ds.data.synthetic import write_sentences
 from mlinterf_ds.errors import UserError
 from mlinterf_ds.plots import bars as figures
 from mlinterf_ds.plots.bars import Value
@@ -103,7 +103,7 @@ def test_synthetic_languages_in_order(tmp_path: Path) -> None:
     """`far` is farthest in shared words and letters; `close` and `mid` differ in word order, which these do not see."""
     codes = ["syn", "syn-close", "syn-mid", "syn-far"]
     for code in codes:
-        write_text(code, tmp_path / code, 400, seed=0)
+        write_sentences(code, tmp_path / code, 400, seed=0)
     corpus = prepare(
         {code: [tmp_path / code] for code in codes}, tmp_path / "corpus", vocabulary_size=900, progress=False, workers=1
     )
@@ -121,7 +121,7 @@ def test_synthetic_languages_in_order(tmp_path: Path) -> None:
 
 def test_a_low_resource_version_beside_the_whole_language(tmp_path: Path) -> None:
     """As launch/recipes/low_resource_fr.toml says: same vocabulary, same held-out text, a subset to train on."""
-    write_text("syn", tmp_path / "text", 500, seed=0)
+    write_sentences("syn", tmp_path / "text", 500, seed=0)
     sources = {"fr": [tmp_path / "text"], "frl": [tmp_path / "text"]}
     corpus = prepare(sources, tmp_path / "corpus", vocabulary_size=500, limits={"frl": 120}, progress=False, workers=1)
     for split in ("valid", "test"):

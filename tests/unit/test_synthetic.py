@@ -25,7 +25,7 @@ from mlinterf_ds.data.synthetic import (
     language,
     questions,
     sentences,
-    write_text,
+    write_sentences,
 )
 from mlinterf_ds.data.synthetic.entropy import Forced, entropy, masked_nats
 from mlinterf_ds.data.synthetic.grammar import (
@@ -414,7 +414,7 @@ def counted(train: list, test: list, contexts: Callable[[list[str], int], list])
 # --- files -----------------------------------------------------------------------------------------------------------
 def test_text_files_hold_the_sentences(tmp_path: Path) -> None:
     path = tmp_path / "syn-far.txt"
-    write_text("syn-far", path, 300, 4)
+    write_sentences("syn-far", path, 300, 4)
     assert path.read_text(encoding="utf-8").splitlines() == list(sentences("syn-far", 300, 4))
     assert list(tmp_path.iterdir()) == [path]
 
@@ -428,8 +428,8 @@ def test_a_failed_write_loses_nothing(tmp_path: Path, monkeypatch: pytest.Monkey
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(synthetic, "sentences", full_disk)
-    with pytest.raises(UserError, match=r"syn\.txt: could not write synthetic text \(No space left on device\)"):
-        write_text("syn", path, 10, 0)
+    with pytest.raises(UserError, match=r"syn\.txt: synthetic text cannot be written \(No space left on device\)"):
+        write_sentences("syn", path, 10, 0)
     assert path.read_text() == "kept\n" and list(tmp_path.iterdir()) == [path]
-    with pytest.raises(UserError, match="could not write"):
-        write_text("syn", tmp_path / "nowhere" / "syn.txt", 10, 0)
+    with pytest.raises(UserError, match="cannot be written"):
+        write_sentences("syn", tmp_path / "nowhere" / "syn.txt", 10, 0)

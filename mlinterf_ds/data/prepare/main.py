@@ -12,11 +12,10 @@ from typing import Any
 from mlinterf_ds.data.corpus import FORMAT, LANGUAGE, MANIFEST, VERSION, Corpus, manifest_digest
 from mlinterf_ds.data.prepare import stages
 from mlinterf_ds.data.prepare.inputs import STANDARD_INPUT, STANDARD_INPUT_NAME, find_sources, source_identity
-from mlinterf_ds.data.prepare.shards import file_facts
 from mlinterf_ds.data.prepare.workers import WorkerKilled, Workers
 from mlinterf_ds.data.tokenizer import Tokenizer
 from mlinterf_ds.errors import UserError, refusing
-from mlinterf_ds.files import read_json, write_bytes, write_json
+from mlinterf_ds.files import file_facts, read_json, write_bytes, write_json
 
 WORK = ".work"  # what an interrupted run had finished; removed at the end
 ARGUMENTS = "arguments.json"  # what a folder was, or is being, prepared from
@@ -63,8 +62,8 @@ def prepare(
     old = None if extends is None else Corpus.open(extends)
     arguments = {
         "sources": {code: [source_identity(source) for source in of] for code, of in found.items()},
-        "vocabulary": [vocabulary_size, temperature] if tokenizer is None else file_facts(Tokenizer(tokenizer).path),
-        **({} if old is None else {"extends": file_facts(old.tokenizer.path)}),
+        "vocabulary": [vocabulary_size, temperature] if tokenizer is None else _entry(Tokenizer(tokenizer).path),
+        **({} if old is None else {"extends": _entry(old.tokenizer.path)}),
         "limits": limits,
         "licence": licence,
     }
@@ -113,7 +112,7 @@ def _run(
         tokenizer = stages.learn(languages, size, temperature, path, pool, show)
     splits = stages.encode(languages, tokenizer, folder, pool, show)
     return {
-        "vocabulary": {"size": tokenizer.size, "temperature": None if given else temperature, **file_facts(path)},
+        "vocabulary": {"size": tokenizer.size, "temperature": None if given else temperature, **_entry(path)},
         "dtype": tokenizer.dtype.__name__,
         "languages": {
             x.code: {
@@ -125,6 +124,11 @@ def _run(
             for x in languages
         },
     }
+
+
+def _entry(path: Path) -> dict[str, Any]:
+    """Returns what the manifest says of a file: its name, size and digest."""
+    return {"file": path.name, **file_facts(path)}
 
 
 def limits_of(arguments: Sequence[str]) -> dict[str, int]:

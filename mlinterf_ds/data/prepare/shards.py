@@ -65,13 +65,3 @@ def _write(path: Path, arrays: Iterable[np.ndarray]) -> dict[str, Any]:
             digest.update(data)
             size += len(data)
     return {"file": path.name, "bytes": size, "sha256": digest.hexdigest()}
-
-
-def file_facts(path: Path) -> dict[str, Any]:
-    """Name, size in bytes and SHA-256 of a file, as `write_shard` gives them."""
-    with path.open("rb") as file:
-        return {
-            "file": path.name,
-            "bytes": path.stat().st_size,
-            "sha256": hashlib.file_digest(file, "sha256").hexdigest(),
-        }

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from mlinterf_ds.data.corpus import MANIFEST, synthetic_folder
 from mlinterf_ds.data.prepare.main import TOKENIZER, limits_of, prepare
-from mlinterf_ds.data.synthetic import write_text
+from mlinterf_ds.data.synthetic import write_sentences
 from mlinterf_ds.errors import UserError
 
 VOCABULARY = 2000
@@ -48,7 +48,7 @@ def prepare_synthetic(
         text.mkdir(exist_ok=True)
         inputs: dict[str, list[str | Path]] = {language: [text / f"{language}.txt"] for language in languages}
         for language in languages:
-            write_text(language, text / f"{language}.txt", sentences, seed=0)
+            write_sentences(language, text / f"{language}.txt", sentences, seed=0)
         prepare(inputs, folder, vocabulary_size=VOCABULARY, tokenizer=tokenizer, limits=limits, progress=False)
         shutil.rmtree(text)
 

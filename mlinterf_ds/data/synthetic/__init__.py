@@ -33,6 +33,7 @@ from mlinterf_ds.data.synthetic.language import SyntheticLanguage, distance, lan
 from mlinterf_ds.data.synthetic.sentence import grammar
 from mlinterf_ds.data.synthetic.tasks import Entailment, Question, entailments, questions
 from mlinterf_ds.errors import UserError
+from mlinterf_ds.files import replacing
 
 __all__ = [
     "Annotated",
@@ -47,7 +48,7 @@ __all__ = [
     "language",
     "questions",
     "sentences",
-    "write_text",
+    "write_sentences",
 ]
 
 
@@ -78,22 +79,17 @@ def annotated(name: str | SyntheticLanguage, count: int, seed: int, split: str =
         yield Annotated(forms, pos, entities, meaning)
 
 
-def write_text(
+def write_sentences(
     name: str | SyntheticLanguage, path: str | os.PathLike[str], count: int, seed: int, split: str = "train"
 ) -> None:
-    """Writes `count` sentences, one a line, UTF-8; the file appears whole or not at all.
+    """Writes `count` sentences, one a line; the file appears whole or not at all.
 
-    Raises UserError if it can't be written (no such folder, no permission, disk full).
+    Raises UserError if it cannot be written: the folder is missing, permission is denied, the disk is full.
     """
-    path = Path(path)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("w", encoding="utf-8", newline="\n") as file:
-            file.writelines(sentence + "\n" for sentence in sentences(name, count, seed, split))
-        os.replace(temporary, path)
+        with replacing(Path(path)) as file:
+            file.writelines(f"{sentence}\n".encode() for sentence in sentences(name, count, seed, split))
     except OSError as error:
         raise UserError(
-            f"{path}: could not write synthetic text ({error.strerror}); choose another folder or free some space"
+            f"{path}: synthetic text cannot be written ({error.strerror}); choose another folder or free some space"
         ) from error
-    finally:
-        temporary.unlink(missing_ok=True)
