@@ -1,8 +1,15 @@
 """Fixtures every test may use."""
 
+from __future__ import annotations
+
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @pytest.fixture(scope="session")
@@ -12,3 +19,46 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"needs real data in {folder}")
     return folder
+
+
+@pytest.fixture(scope="module")
+def ground(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `model`, an untrained checkpoint, and `data`, tiny files of all tasks, in the languages te and as."""
+    from tests.parity import finetune_bodies
+    from tests.ranks import pool
+
+    folder = tmp_path_factory.mktemp("ground")
+    pool(1).run(finetune_bodies.pretrain, str(folder / "model"))
+    finetune_bodies.write_data(folder / "data")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Makes this process the only rank of a process group, on one thread."""
+    import torch
+
+    from mlinterf_ds.runtime import parallel
+
+    parallel.start(1, f"file://{tmp_path_factory.mktemp('rendezvous')}/file")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+    parallel.stop()
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
+    """The figures that the test saves."""
+    from mlinterf_ds.plots import style
+
+    figures: list[Figure] = []
+    save = style._save
+
+    def keep(figure: Figure, path: Path) -> None:
+        figures.append(figure)
+        save(figure, path)
+
+    monkeypatch.setattr(style, "_save", keep)
+    return figures

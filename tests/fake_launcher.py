@@ -82,11 +82,12 @@ def analysed(name: str, settings: dict[str, str], _: Any) -> dict[str, Any]:
 def study(output: str, *settings: str, report: bool = False) -> int:
     """The study of `launch/recipes/study_ci.toml` with these settings, one job at a time; or only its report."""
     from mlinterf_ds.study import main, runner
+    from tests.commands import flags
 
     runner.run.__defaults__ = (*runner.run.__defaults__[:-1], command)  # type: ignore[index]
     words = [f"output={output}", "tracking.enabled=false", "parallel=1", *settings]
     options = ["--recipe", "study_ci", *["--report"] * report]
-    return main.main([*options, *(word for setting in words for word in ("--set", setting))])
+    return main.main([*options, *flags(*words)])
 
 
 if __name__ == "__main__":

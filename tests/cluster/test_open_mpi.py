@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.commands import ROOT, flags
+
 pytestmark = pytest.mark.skipif(not shutil.which("mpirun"), reason="no mpirun (Debian: openmpi-bin)")
 SETTINGS = ["train.steps=4", "train.batch=8", "train.warmup=2", "train.epoch_steps=4", "model.width=32", "model.ffn=64"]
 SETTINGS += ["data.eval_rows=8", "data.synthetic_sentences=600", "tracking.enabled=false", "parallel.timeout=1"]
@@ -19,8 +20,13 @@ def run(folder: Path, *more: str) -> subprocess.CompletedProcess[str]:
     (folder / "hostfile").write_text("# this one\nlocalhost slots=2\n")
     root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1", "MPIRUN_ARGUMENTS": "--oversubscribe"}
     environment = os.environ | root | {"PYTHON": sys.executable, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    flags = [word for setting in (*SETTINGS, *more) for word in ("--set", setting)]
-    line = ["bash", "launch/cluster/pretrain.mpirun", str(folder / "hostfile"), str(folder / "run"), *flags]
+    line = [
+        "bash",
+        "launch/cluster/pretrain.mpirun",
+        str(folder / "hostfile"),
+        str(folder / "run"),
+        *flags(*SETTINGS, *more),
+    ]
     return subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
 
 

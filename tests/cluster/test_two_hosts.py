@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from tests.cluster import hosts
+from tests.commands import ROOT, flags
 
-ROOT = Path(__file__).resolve().parents[2]
 REASON = hosts.why_not()
 pytestmark = [pytest.mark.skipif(bool(REASON), reason=REASON), pytest.mark.timeout(900)]
 # The job must be down this long after a cut: a rank waits parallel.timeout (30 s), the launcher gives the other ranks
@@ -24,7 +24,6 @@ SETTINGS += ["parallel.tensor=2", "parallel.timeout=0.5", "tracking.enabled=fals
 
 def line(*more: str) -> list[str]:
     """launch/cluster/README.md's command, run on the first host."""
-    flags = [word for setting in (*SETTINGS, *more) for word in ("--set", setting)]
     launcher = [str(Path(sys.executable).with_name("deepspeed")), "--hostfile", "hostfile", "--no_ssh_check"]
     launcher += ["--master_addr", hosts.ADDRESSES[hosts.FIRST], "--master_port", "29611"]
     return hosts.inside(hosts.FIRST, *launcher, str(ROOT / "launch/pretrain.py"),

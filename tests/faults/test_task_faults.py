@@ -12,14 +12,6 @@ from tests.parity import finetune_bodies as bodies
 from tests.ranks import pool
 
 
-@pytest.fixture(scope="module")
-def ground(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("ground")
-    pool(1).run(bodies.pretrain, str(folder / "model"))
-    bodies.write_data(folder / "data")
-    return folder
-
-
 def refusal(task: str, model: Path, data: Path, out: Path, settings: list[str]) -> str:
     """The message with which preparing a fine-tuning is refused."""
     from mlinterf_ds.errors import UserError

@@ -16,12 +16,9 @@ EXACT = ["finetune.dropout=0"]
 
 
 @pytest.fixture(scope="module")
-def ground(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
-    """(pretrained model, folder of task files)."""
-    folder = tmp_path_factory.mktemp("ground")
-    pool(1).run(bodies.pretrain, str(folder / "model"))
-    bodies.write_data(folder / "data")
-    return str(folder / "model"), str(folder / "data")
+def ground(ground: Path) -> tuple[str, str]:
+    """The pretrained model and the folder of task files."""
+    return str(ground / "model"), str(ground / "data")
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,5 @@
 """Our encoder against transformers' XLM-RoBERTa-XL (pre-norm) on copied weights: an independent implementation."""
 
-from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,7 +8,6 @@ import torch
 
 from mlinterf_ds.export.names import FIRST_POSITION, from_stock
 from mlinterf_ds.model.encoder import Encoder, at_positions
-from mlinterf_ds.runtime import parallel
 from mlinterf_ds.sections import ModelConfig
 
 transformers = pytest.importorskip("transformers")
@@ -17,12 +15,7 @@ transformers = pytest.importorskip("transformers")
 LAYERS, HEADS, WIDTH, FFN, VOCABULARY, LENGTH, ROWS = 3, 4, 32, 96, 150, 20, 4
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    parallel.start(1, f"file://{tmp_path_factory.mktemp('rendezvous')}/file")
-    torch.set_num_threads(1)
-    yield
-    parallel.stop()
+pytestmark = pytest.mark.usefixtures("one_rank")
 
 
 def theirs() -> Any:

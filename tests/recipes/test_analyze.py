@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import csv
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
-from unittest import mock
 
 import numpy as np
 import pytest
@@ -22,35 +17,13 @@ from mlinterf_ds.data.corpus import SYNTHETIC_LANGUAGES, synthetic_folder
 from mlinterf_ds.data.prepare.synthetic import prepare_synthetic
 from mlinterf_ds.errors import UserError
 from mlinterf_ds.pretrained import Pretrained
+from tests.commands import arguments, call, launch, table
 from tests.parity.bodies import weights
 from tests.ranks import pool
 
-ROOT = Path(__file__).resolve().parents[2]
 SHORT = ["train.steps=6", "train.epoch_steps=3", "data.eval_rows=8", "data.synthetic_sentences=600", "train.batch=8"]
 SHORT += ["model.width=32", "model.ffn=64", "train.warmup=2", "train.precision=fp32", "model.dropout=0.1"]
 PAIRS = {("syn", "syn"), ("syn-mid", "syn-mid"), ("syn", "syn-mid")}
-
-
-def call(recipe: str, folder: str, settings: list[str]) -> str:
-    """A recipe's `main` on a rank of the pool, in `folder`; '' or the mistake it names."""
-    import importlib
-
-    from mlinterf_ds.runtime import parallel
-
-    os.chdir(folder)
-    flags = [word for setting in settings for word in ("--set", setting)]
-    main = importlib.import_module(f"mlinterf_ds.{recipe}").main
-    with mock.patch.object(parallel, "stop"):  # the pool goes on
-        try:
-            main(["--deepspeed_config", str(ROOT / "ds_configs/zero1.json"), *flags])
-        except UserError as error:
-            return str(error)
-    return ""
-
-
-def table(path: Path) -> list[dict[str, str]]:
-    with path.open(encoding="utf-8") as file:
-        return list(csv.DictReader(file))
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +41,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, starts in runs.items():
         for more in starts:
             own = [f"output=runs/{name}", f"tracking.enabled={str(name == 'measured').lower()}"]
-            assert pool(1).run(call, "pretrain", str(folder), [*SHORT, *own, *more]) == [""]
+            assert pool(1).run(call, "pretrain", str(folder), arguments(*SHORT, *own, *more)) == [""]
     return folder
 
 
@@ -106,12 +79,8 @@ def test_the_command_on_two_ranks(folder: Path) -> None:
     """As a user starts it; nested under the pretraining run in MLflow; then a refusal without a traceback."""
     from mlflow.tracking import MlflowClient
 
-    launcher = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "2", str(ROOT / "launch/analyze.py")]
-    command = [*launcher, "--deepspeed_config", str(ROOT / "ds_configs/zero2.json")]
-    for setting in ("checkpoint=runs/measured", "output=runs/conflict", "conflict.sequences=8", "train.precision=fp32"):
-        command += ["--set", setting]
-    options = {"cwd": folder, "env": os.environ | {"OMP_NUM_THREADS": "1"}, "capture_output": True, "text": True}
-    done = subprocess.run(command, timeout=300, **options)
+    settings = ["checkpoint=runs/measured", "output=runs/conflict", "conflict.sequences=8", "train.precision=fp32"]
+    done = launch(folder, "analyze", *settings, ranks=2)
     assert done.returncode == 0, done.stderr[-3000:]
     out = folder / "runs/conflict"
     summary = json.loads((out / "summary.json").read_text())
@@ -135,7 +104,7 @@ def test_the_command_on_two_ranks(folder: Path) -> None:
     assert by_name["conflict"].data.metrics["conflict/between"] == pytest.approx(matrix[0, 1])
     names = {artifact.path for artifact in client.list_artifacts(by_name["conflict"].info.run_id)}
     assert {"summary.json", "matrix.png", "similarity.csv"} <= names
-    again = subprocess.run(command, timeout=300, **options)
+    again = launch(folder, "analyze", *settings, ranks=2)
     assert again.returncode != 0 and "Traceback" not in again.stderr and "holds an analysis" in again.stderr
 
 

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
-BENCH = Path(__file__).resolve().parents[2] / "tools" / "bench.py"
+from tests.commands import ROOT, flags
+
+BENCH = ROOT / "tools" / "bench.py"
 SMALL = ["model.layers=1", "model.width=32", "model.heads=2", "model.ffn=64"]
 FLAGS = ["--rows", "8", "--length", "16", "--vocabulary", "200", "--rounds", "2", "--threads", "1"]
 
@@ -16,26 +18,21 @@ FLAGS = ["--rows", "8", "--length", "16", "--vocabulary", "200", "--rounds", "2"
 def test_every_mode(mode: str, tmp_path: Path) -> None:
     if mode == "step":
         pytest.importorskip("transformers")
-    flags = [word for setting in SMALL for word in ("--set", setting)]
-    flags += ["--languages", "2", "4"] if mode in ("meta", "conflict") else []
+    more = ["--languages", "2", "4"] if mode in ("meta", "conflict") else []
     out = tmp_path / "bench.json"
-    done = subprocess.run(
-        [sys.executable, str(BENCH), mode, *FLAGS, *flags, "--json", str(out)],
-        capture_output=True,
-        text=True,
-        timeout=400,
-    )
+    line = [sys.executable, str(BENCH), mode, *FLAGS, *flags(*SMALL), *more, "--json", str(out)]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr[-2000:]
-    found = json.loads(out.read_text())
-    assert found["mode"] == mode and found["threads"] == 1
+    result = json.loads(out.read_text())
+    assert result["mode"] == mode and result["threads"] == 1
 
     def numbers(tree: dict) -> list[float]:
         return [n for v in tree.values() for n in (numbers(v) if isinstance(v, dict) else [v]) if isinstance(n, float)]
 
-    assert len(numbers(found)) >= 5 and min(numbers(found)) >= 0
+    assert len(numbers(result)) >= 5 and min(numbers(result)) >= 0
     if mode == "conflict":
-        assert found["languages"] == 4 and found["times the gradients alone"] > 1
+        assert result["languages"] == 4 and result["times the gradients alone"] > 1
     if mode == "step":
-        assert found["times_products"]["most"] > 1, "a step does more than its matrix products"
+        assert result["times_products"]["most"] > 1, "a step does more than its matrix products"
     if mode == "meta":
-        assert found["2 languages"]["central in plain steps"]["most"] > 1
+        assert result["2 languages"]["central in plain steps"]["most"] > 1

@@ -17,13 +17,12 @@ from tests.ranks import pool
 
 
 @pytest.fixture(scope="module")
-def ground(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("ground")
-    pool(1).run(bodies.pretrain, str(folder / "model"))
+def ground(ground: Path) -> Path:
+    """The folder of every test, with a file `text`."""
     words = bodies.WORDS
     lines = [" ".join(words[(n * k + n) % len(words)] for k in range(2 + n % 7)) + " ." for n in range(30)]
-    (folder / "text").write_text("\n".join(lines) + "\n\n")
-    return folder
+    (ground / "text").write_text("\n".join(lines) + "\n\n")
+    return ground
 
 
 def scored(ground: str, tensor: int) -> dict[str, Any]:

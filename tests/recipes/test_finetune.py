@@ -15,44 +15,28 @@ import pytest
 from mlinterf_ds.config import describe, load_config
 from mlinterf_ds.errors import UserError
 from mlinterf_ds.finetune.config import FinetuneConfig
-from mlinterf_ds.finetune.main import main, serving
+from mlinterf_ds.finetune.main import serving
 from mlinterf_ds.finetune.report import _transfer
 from mlinterf_ds.finetune.trial import Point
 from mlinterf_ds.pretrained import Pretrained
 from mlinterf_ds.tasks import TASKS
+from tests.commands import ROOT, arguments, call, flags
 from tests.parity import finetune_bodies as bodies
 from tests.ranks import pool
 
-ROOT = Path(__file__).resolve().parents[2]
 RECIPES = sorted((ROOT / "launch" / "recipes").glob("finetune*.toml"))
 
 
-@pytest.fixture(scope="module")
-def ground(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with `model` and `data`."""
-    folder = tmp_path_factory.mktemp("ground")
-    pool(1).run(bodies.pretrain, str(folder / "model"))
-    bodies.write_data(folder / "data")
-    return folder
-
-
 def command(ground: Path, task: str, out: Path, *more: str) -> list[str]:
-    files = {language: f"{language}={ground}/data/{task}-{language}" for language in bodies.LANGUAGES}
+    """The arguments of a fine-tuning on "te" that is tested on both languages."""
     settings = [f"checkpoint={ground}/model", f"task={task}", f"output={out}", *bodies.FINETUNE]
-    arguments = ["--deepspeed_config", str(ROOT / "ds_configs" / "zero1.json")]
-    arguments += [part for setting in settings for part in ("--set", setting)]
-    return [
-        *arguments,
-        "--train",
-        files["te"],
-        "--dev",
-        "te=split",
-        "--test",
-        files["te"],
-        "--test",
-        files["as"],
-        *more,
-    ]
+    te, other = (f"{language}={ground}/data/{task}-{language}" for language in bodies.LANGUAGES)
+    return [*arguments(*settings), "--train", te, "--dev", "te=split", "--test", te, "--test", other, *more]
+
+
+def run(words: list[str], ranks: int = 1) -> str:
+    """Fine-tunes on ranks of the pool; returns the message with which the first refuses, or ''."""
+    return pool(ranks).run(call, "finetune", "/", words)[0]
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
@@ -73,7 +57,7 @@ def test_the_appendix_grids() -> None:
 @pytest.mark.parametrize("task", TASKS)
 def test_from_a_checkpoint_to_a_table(task: str, ground: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    assert pool(1).run(run_main, command(ground, task, out, "--set", "finetune.seeds=0,1")) == [0]
+    assert not run(command(ground, task, out, *flags("finetune.seeds=0,1")))
     summary = json.loads((out / "summary.json").read_text())
     assert (summary["task"], summary["metric"], summary["seeds"]) == (task, TASKS[task].metric, [0, 1])
     assert set(summary["scores"]) == set(summary["baseline"]) == {"te", "as"}
@@ -106,24 +90,12 @@ def test_from_a_checkpoint_to_a_table(task: str, ground: Path, tmp_path: Path) -
     assert (out / "report.md").read_text().startswith("# Errors of seed0")
 
 
-def run_main(arguments: list[str]) -> int:
-    """`main` in a rank of the pool, whose process group must outlive it."""
-    from mlinterf_ds.runtime import parallel
-
-    start, stop = parallel.start, parallel.stop
-    parallel.start, parallel.stop = lambda tensor, **_: parallel.relayout(tensor), lambda: None  # type: ignore[assignment]
-    try:
-        return main(arguments)
-    finally:
-        parallel.start, parallel.stop = start, stop
-
-
 def test_the_grid_is_searched_by_the_dev_set_and_resumed(ground: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    grid = ["--set", "finetune.lr=1e-9,0.02", "--set", "finetune.head_lr=none", "--set", "finetune.seeds=3,4"]
-    arguments = [*command(ground, "pos", out, *grid, "--set", "finetune.epochs=6")]
-    arguments[arguments.index("te=split")] = f"te={ground}/data/pos-te"
-    pool(1).run(run_main, arguments)
+    grid = flags("finetune.lr=1e-9,0.02", "finetune.head_lr=none", "finetune.seeds=3,4", "finetune.epochs=6")
+    words = command(ground, "pos", out, *grid)
+    words[words.index("te=split")] = f"te={ground}/data/pos-te"
+    assert not run(words)
     summary = json.loads((out / "summary.json").read_text())
     assert summary["chosen"]["lr"] == 0.02  # at 1e-9 nothing is learnt
     assert sorted(path.parent.name for path in out.glob("*/result.json")) == [
@@ -135,25 +107,23 @@ def test_the_grid_is_searched_by_the_dev_set_and_resumed(ground: Path, tmp_path:
     assert dev["seed3-batch4-lr0.02"] > dev["seed3-batch4-lr1e-09"]
     # done once more it trains nothing and reports the same
     stamps = {path: path.stat().st_mtime_ns for path in out.glob("*/checkpoints/step-*/run.json")}
-    pool(1).run(run_main, [*arguments, "--set", "resume=auto"])
+    words += flags("resume=auto")
+    assert not run(words)
     assert {path: path.stat().st_mtime_ns for path in out.glob("*/checkpoints/step-*/run.json")} == stamps
     assert json.loads((out / "summary.json").read_text()) == summary
-    with pytest.raises(AssertionError, match="finetune.epochs is 4, was 6"):
-        pool(1).run(run_main, [*arguments, "--set", "resume=auto", "--set", "finetune.epochs=4"])
+    assert "finetune.epochs is 4, was 6" in run([*words, *flags("finetune.epochs=4")])
     other = tmp_path / "other"  # of the same step
     shutil.copytree(ground / "model", other)
     rewrite(next(other.glob("checkpoints/step-*")), "another run")
-    with pytest.raises(AssertionError, match="pretrained weights is"):
-        pool(1).run(run_main, [*arguments, "--set", "resume=auto", "--set", f"checkpoint={other}"])
+    assert "pretrained weights is" in run([*words, *flags(f"checkpoint={other}")])
 
 
 @pytest.mark.parametrize("task, tensor", [("ner", 1), ("qa", 2)])
 def test_two_ranks_report_what_one_does(task: str, tensor: int, ground: Path, tmp_path: Path) -> None:
-    exact = ["--set", "finetune.dropout=0", "--set", "finetune.lr=0.01,0.02", "--set", f"parallel.tensor={tensor}"]
-    one = command(ground, task, tmp_path / "one", *exact[:4])
-    two = command(ground, task, tmp_path / "two", *exact)
-    pool(1).run(run_main, one)
-    assert pool(2).run(run_main, two) == [0, 0]
+    exact = flags("finetune.dropout=0", "finetune.lr=0.01,0.02")
+    one = command(ground, task, tmp_path / "one", *exact)
+    two = command(ground, task, tmp_path / "two", *exact, *flags(f"parallel.tensor={tensor}"))
+    assert not run(one) and not run(two, ranks=2)
     wanted, found = (json.loads((tmp_path / name / "summary.json").read_text()) for name in ("one", "two"))
     assert found == wanted
     for file in (tmp_path / "one" / "predictions" / "seed0").iterdir():
@@ -182,17 +152,17 @@ def test_as_a_command_under_mlflow(ground: Path, tmp_path: Path) -> None:
     pool(1).run(bodies.pretrain, str(model))
     (checkpoint,) = model.glob("checkpoints/step-*")
     rewrite(checkpoint, parent)
-    arguments = [*command(ground, "ner", tmp_path / "run", "--set", f"checkpoint={model}")]
-    arguments[arguments.index("tracking.enabled=false")] = "tracking.enabled=true"
+    words = command(ground, "ner", tmp_path / "run", *flags(f"checkpoint={model}"))
+    words[words.index("tracking.enabled=false")] = "tracking.enabled=true"
     environment = os.environ | {"MLFLOW_TRACKING_URI": uri, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     script = [sys.executable, str(ROOT / "launch" / "finetune.py")]
-    done = subprocess.run([*script, *arguments], env=environment, cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run([*script, *words], env=environment, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "zero-shot" in done.stdout
     found = [run for run in client.search_runs(["1"]) if run.info.run_id != parent]
     assert [run.data.tags["mlflow.parentRunId"] for run in found] == [parent]
     assert {"ner/test/f1/te", "ner/test/f1/as"} <= found[0].data.metrics.keys() and found[0].info.status == "FINISHED"
-    again = subprocess.run([*script, *arguments], env=environment, cwd=tmp_path, capture_output=True, text=True)
+    again = subprocess.run([*script, *words], env=environment, cwd=tmp_path, capture_output=True, text=True)
     assert again.returncode == 2 and "Traceback" not in again.stderr and "resume=auto" in again.stderr
     # perplexity on any text is a run of its own there
     (tmp_path / "text").write_text("bak den\n" * 20)
@@ -289,11 +259,10 @@ REAL = {
 def test_real_files_run(task: str, ground: Path, shared_data: Path, tmp_path: Path) -> None:
     """A few real examples through everything; TyDiQA's withheld answers are predicted and not scored."""
     train, test = (shared_data / "tasks" / name for name in REAL[task])
-    arguments = command(ground, task, tmp_path / "run")[:-8]
-    settings = ["finetune.limit=12", "finetune.epochs=1", "finetune.unseen=te", "finetune.max_question=6"]
-    arguments += [part for setting in settings for part in ("--set", setting)]
-    arguments += ["--train", f"sw={train}", "--dev", "sw=split", "--test", "sw=split", "--test", f"te={test}"]
-    assert pool(1).run(run_main, arguments) == [0]
+    words = command(ground, task, tmp_path / "run")[:-8]
+    words += flags("finetune.limit=12", "finetune.epochs=1", "finetune.unseen=te", "finetune.max_question=6")
+    words += ["--train", f"sw={train}", "--dev", "sw=split", "--test", "sw=split", "--test", f"te={test}"]
+    assert not run(words)
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["examples"]["test"]["te"] == 12 and "sw" in summary["scores"]
     assert summary["unscored"] == (["te"] if task == "qa" else [])

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import csv
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,9 +13,9 @@ import pytest
 
 from mlinterf_ds.data.prepare.synthetic import prepare_synthetic
 from mlinterf_ds.pretrain.config import load_run
+from tests.commands import arguments, call, table
 from tests.ranks import pool
 
-ROOT = Path(__file__).resolve().parents[2]
 CORPUS = "corpora/synthetic-800-syn+syn-far-syn-far=150"
 SHORT = ["train.steps=6", "train.epoch_steps=6", "data.eval_rows=8", "data.synthetic_sentences=800", "train.batch=8"]
 SHORT += ["model.layers=1", "model.width=32", "model.ffn=64", "train.warmup=2", "train.precision=fp32"]
@@ -41,36 +39,9 @@ PAIR = [
 ]
 
 
-def pretrain(folder: str) -> None:
-    """On a rank of the pool: all RUNS."""
-    from unittest import mock
-
-    from mlinterf_ds.pretrain.main import main
-    from mlinterf_ds.runtime import parallel
-
-    os.chdir(folder)
-    with mock.patch.object(parallel, "stop"):  # the pool goes on
-        for name, settings in RUNS.items():
-            flags = [word for each in [*SHORT, *settings, f"output=runs/{name}"] for word in ("--set", each)]
-            main.main(["--deepspeed_config", str(ROOT / "ds_configs/zero1.json"), *flags])
-
-
-def analyse(folder: str, settings: list[str]) -> str:
-    """On a rank of the pool: what the analysis says to these settings ('' if it is content)."""
-    from unittest import mock
-
-    from mlinterf_ds.analysis import main
-    from mlinterf_ds.errors import UserError
-    from mlinterf_ds.runtime import parallel
-
-    os.chdir(folder)
-    flags = [word for each in [*ANALYSIS, *settings] for word in ("--set", each)]
-    try:
-        with mock.patch.object(parallel, "stop"):
-            main.main(["--deepspeed_config", str(ROOT / "ds_configs/zero1.json"), *flags])
-    except UserError as error:
-        return str(error)
-    return ""
+def analyse(ranks: int, folder: Path, *settings: str) -> list[str]:
+    """The messages with which the ranks refuse these settings; '' where the analysis runs."""
+    return pool(ranks).run(call, "analysis", str(folder), arguments(*ANALYSIS, *settings))
 
 
 @pytest.fixture(scope="module")
@@ -81,14 +52,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             config = load_run([], [*SHORT, *settings])
             data = config.data
             prepare_synthetic(config.languages or [], data.synthetic_sentences, data.synthetic_limit)
-    pool(1).run(pretrain, str(found))
+    for name, settings in RUNS.items():
+        words = arguments(*SHORT, *settings, f"output=runs/{name}")
+        assert pool(1).run(call, "pretrain", str(found), words) == [""]
     return found
 
 
 @pytest.fixture(scope="module")
 def summary(folder: Path) -> dict[str, Any]:
     out = ["output=found", "interference.split=valid", "interference.rows=8", "interference.larger=runs/joint-1"]
-    assert pool(1).run(analyse, str(folder), [*PAIR, *out]) == [""]
+    assert analyse(1, folder, *PAIR, *out) == [""]
     return json.loads((folder / "found/summary.json").read_text())
 
 
@@ -127,7 +100,7 @@ def test_bits_per_character_are_those_of_the_runs(folder: Path, summary: dict[st
 def test_two_ranks_find_the_same(folder: Path, summary: dict[str, Any]) -> None:
     settings = ["output=two", "interference.split=valid", "interference.rows=7"]
     for ranks, out in ((1, "one"), (2, "two")):
-        assert pool(ranks).run(analyse, str(folder), [*PAIR, *settings, f"output={out}"]) == [""] * ranks
+        assert analyse(ranks, folder, *PAIR, *settings, f"output={out}") == [""] * ranks
     found = [json.loads((folder / out / "summary.json").read_text())["comparisons"] for out in ("one", "two")]
     for one, two in zip(*found, strict=True):
         assert one["rows"] == 7
@@ -141,21 +114,21 @@ def test_every_figure_and_its_table(folder: Path, summary: dict[str, Any]) -> No
         assert {f"{stem}-bits-per-character.{kind}" for kind in ("png", "svg", "csv")} <= names
     for stem in ("distance", "validation", "training"):
         assert {f"{stem}.{kind}" for kind in ("png", "svg", "csv")} <= names
-    with (folder / "found/interference.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = table(folder / "found/interference.csv")
     assert [float(row["interference"]) for row in rows] == [row["interference"] for row in summary["comparisons"]]
-    with (folder / "found/bars-bits-per-character.csv").open(newline="") as file:
-        bars = {(row["category"], row["series"]): float(row["value"]) for row in csv.DictReader(file)}
+    bars = {
+        (row["category"], row["series"]): float(row["value"])
+        for row in table(folder / "found/bars-bits-per-character.csv")
+    }
     assert bars["syn with syn-far", "larger"] == pytest.approx(own(folder, "joint-1", "syn"), rel=1e-5)
-    with (folder / "found/validation.csv").open(newline="") as file:
-        last = [row for row in csv.DictReader(file) if row["model"] == "mono" and row["language"] == "syn-far"][-1]
+    validation = table(folder / "found/validation.csv")
+    last = [row for row in validation if row["model"] == "mono" and row["language"] == "syn-far"][-1]
     saved = json.loads((folder / "runs/far-0/summary.json").read_text())
     assert (last["step"], float(last["value"])) == ("6", saved["valid_perplexity"]["syn-far"])
 
 
 def test_train_csv_has_every_step_of_a_run(folder: Path) -> None:
-    with (folder / "runs/joint-0/train.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = table(folder / "runs/joint-0/train.csv")
     assert [int(row["step"]) for row in rows] == [1, 2, 3, 4, 5, 6]
     assert {row["language"] for row in rows} <= {"syn", "syn-far"}
     assert [int(row["tokens"]) for row in rows] == [n * 8 * 31 for n in range(1, 7)]
@@ -203,5 +176,5 @@ def test_a_users_mistake(folder: Path, settings: list[str], words: list[str]) ->
     if not (folder / "runs/stopped").exists():
         shutil.copytree(folder / "runs/syn-0", folder / "runs/stopped")
         (folder / "runs/stopped/summary.json").unlink()
-    (said,) = pool(1).run(analyse, str(folder), [*settings, "output=refused"])
+    (said,) = analyse(1, folder, *settings, "output=refused")
     assert all(word in said for word in words), said

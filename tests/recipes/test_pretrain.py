@@ -7,34 +7,20 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
+from tests.commands import arguments, call, command, launch
 from tests.ranks import pool
 
-ROOT = Path(__file__).resolve().parents[2]
 SHORT = ["train.steps=6", "train.epoch_steps=3", "data.eval_rows=8", "data.synthetic_sentences=600", "train.batch=8"]
 SHORT += ["model.width=32", "model.ffn=64", "train.warmup=2"]
 
 
-def command(*settings: str, ranks: int = 1, config: str = "zero2") -> list[str]:
-    flags = [word for setting in (*SHORT, *settings) for word in ("--set", setting)]
-    launcher = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", str(ranks)]
-    return [
-        *launcher,
-        str(ROOT / "launch/pretrain.py"),
-        "--deepspeed_config",
-        str(ROOT / f"ds_configs/{config}.json"),
-        *flags,
-    ]
-
-
-def run(folder: Path, *settings: str, ranks: int = 1, config: str = "zero2") -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    arguments = command(*settings, ranks=ranks, config=config)
-    return subprocess.run(arguments, cwd=folder, env=environment, capture_output=True, text=True, timeout=400)
+def run(folder: Path, *settings: str, ranks: int = 1) -> subprocess.CompletedProcess[str]:
+    return launch(folder, "pretrain", *SHORT, *settings, ranks=ranks)
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +68,7 @@ def test_a_run_stopped_by_the_scheduler_resumes_to_the_same_end(folder: Path, de
     """SIGTERM saves and ends; the resumed run's validation perplexities equal the uninterrupted run's, digit for digit."""
     settings = ["output=runs/stopped", "train.steps=6", "tracking.enabled=false"]
     process = subprocess.Popen(
-        command(*settings, ranks=2), cwd=folder, env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True,
+        command("pretrain", *SHORT, *settings, ranks=2), cwd=folder, env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
     )  # fmt: skip
     seen = ""
@@ -110,21 +96,12 @@ def test_a_run_stopped_by_the_scheduler_resumes_to_the_same_end(folder: Path, de
 
 
 def scripted(folder: str, output: str, settings: list[str], losses: dict[int, float]) -> dict[int, dict]:
-    """On a rank of the pool: pretrain with these validation losses, by step; every checkpoint's run.json by its step."""
-    from unittest import mock
-
+    """Pretrains on a rank of the pool with these validation losses by step; returns each checkpoint's run.json by step."""
     from mlinterf_ds.engine.engine import Engine
-    from mlinterf_ds.pretrain.main import main
-    from mlinterf_ds.runtime import parallel
 
-    os.chdir(folder)
     settings = [*SHORT, "tracking.enabled=false", "train.keep=9", f"output={output}", *settings]
-    flags = [word for setting in settings for word in ("--set", setting)]
-    with (
-        mock.patch.object(parallel, "stop"),  # the pool goes on
-        mock.patch.object(Engine, "evaluate", lambda self, _: losses[self.step]),
-    ):
-        main.main(["--deepspeed_config", str(ROOT / "ds_configs/zero1.json"), *flags])
+    with mock.patch.object(Engine, "evaluate", lambda self, _: losses[self.step]):
+        assert not call("pretrain", folder, arguments(*settings))
     saved = Path(folder, output, "checkpoints").glob("step-*")
     return {int(path.name[5:]): json.loads((path / "run.json").read_text()) for path in saved}
 
@@ -169,24 +146,6 @@ def altered(state: Path, told: dict) -> None:
     complete.write_text(json.dumps(listed))
 
 
-def refusal(folder: str, settings: list[str]) -> str:
-    """On a rank of the pool: what `pretrain` says to these settings."""
-    from unittest import mock
-
-    from mlinterf_ds.errors import UserError
-    from mlinterf_ds.pretrain.main import main
-    from mlinterf_ds.runtime import parallel
-
-    os.chdir(folder)
-    flags = [word for setting in (*SHORT, *settings) for word in ("--set", setting)]
-    try:
-        with mock.patch.object(parallel, "stop"):  # the pool goes on
-            main.main(["--deepspeed_config", str(ROOT / "ds_configs/zero1.json"), *flags])
-    except UserError as error:
-        return str(error)
-    return "accepted"
-
-
 @pytest.mark.parametrize(
     "settings, ranks, words",
     [
@@ -206,9 +165,8 @@ def refusal(folder: str, settings: list[str]) -> str:
 def test_a_users_mistake_is_one_clear_sentence(
     folder: Path, default, settings: list[str], ranks: int, words: list[str]
 ) -> None:
-    for said in pool(ranks).run(refusal, str(folder), settings):
-        for word in words:
-            assert word in said
+    for message in pool(ranks).run(call, "pretrain", str(folder), arguments(*SHORT, *settings)):
+        assert all(word in message for word in words), message
 
 
 def test_a_mistake_ends_the_job_with_its_reason_and_no_traceback(folder: Path) -> None:

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import csv
 import json
-import os
 from pathlib import Path
-from unittest import mock
 
 import numpy as np
 import pytest
@@ -15,8 +12,8 @@ from mlinterf_ds.analysis.config import AnalyzeConfig
 from mlinterf_ds.config import load_config
 from mlinterf_ds.data.corpus import SYNTHETIC_LANGUAGES as LANGUAGES
 from mlinterf_ds.data.prepare.synthetic import prepare_synthetic
-from mlinterf_ds.errors import UserError
 from mlinterf_ds.pretrain.config import load_run
+from tests.commands import arguments, call, table
 from tests.parity.bodies import REPOSITORY
 from tests.ranks import pool
 
@@ -44,19 +41,10 @@ def checkpoint(folder: str) -> None:
     checkpoint.save(Path(folder) / "run", engine, {**state, "run_id": None}, files, 1)
 
 
-def analyse(folder: str, settings: list[str]) -> str:
-    """`analyze.main` on a rank of the pool, in `folder`; '' or the mistake it names."""
-    from mlinterf_ds.analysis.main import main
-    from mlinterf_ds.runtime import parallel
-
-    os.chdir(folder)
-    flags = [word for setting in (*SHORT, "checkpoint=run", *settings) for word in ("--set", setting)]
-    with mock.patch.object(parallel, "stop"):  # the pool goes on
-        try:
-            main(["--deepspeed_config", str(REPOSITORY / "ds_configs/zero1.json"), *flags])
-        except UserError as error:
-            return str(error)
-    return ""
+def analyse(ranks: int, folder: Path, *settings: str) -> list[str]:
+    """The messages with which the ranks refuse an analysis of the model in `folder`; '' where it runs."""
+    words = arguments(*SHORT, "checkpoint=run", *settings)
+    return pool(ranks).run(call, "analysis", str(folder), words)
 
 
 @pytest.fixture(scope="module")
@@ -67,13 +55,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def table(path: Path) -> list[dict[str, str]]:
-    with path.open(encoding="utf-8") as file:
-        return list(csv.DictReader(file))
-
-
 def test_tables_summary_and_figures(folder: Path) -> None:
-    assert pool(1).run(analyse, str(folder), ["output=found", "prune.groups=heads,neurons,rows"]) == [""]
+    assert analyse(1, folder, "output=found", "prune.groups=heads,neurons,rows") == [""]
     found = folder / "found"
     masks, codes = table(found / "masks.csv"), LANGUAGES
     assert {row["component"] for row in masks} == {"ffn"}  # attention belongs to one language each
@@ -112,7 +95,7 @@ def test_tables_summary_and_figures(folder: Path) -> None:
 
 
 def test_one_language_and_one_seed_have_nothing_to_compare(folder: Path) -> None:
-    assert pool(1).run(analyse, str(folder), ["output=alone", f"languages={LANGUAGES[1]}", "prune.seeds=7"]) == [""]
+    assert analyse(1, folder, "output=alone", f"languages={LANGUAGES[1]}", "prune.seeds=7") == [""]
     summary = json.loads((folder / "alone/summary.json").read_text())
     assert summary["cosine"] == {"within": None} and list(summary["pruned"]) == [LANGUAGES[1]]
 
@@ -129,13 +112,13 @@ def test_one_language_and_one_seed_have_nothing_to_compare(folder: Path) -> None
     ],
 )
 def test_mistakes_are_named(folder: Path, settings: list[str], words: list[str]) -> None:
-    (message,) = pool(1).run(analyse, str(folder), [f"output=bad-{len(settings[0])}", *settings])
+    (message,) = analyse(1, folder, f"output=bad-{len(settings[0])}", *settings)
     for word in words:
         assert word in message, message
 
 
 def test_rows_that_ranks_cannot_share(folder: Path) -> None:
-    for message in pool(2).run(analyse, str(folder), ["output=uneven", "prune.rows=3"]):
+    for message in analyse(2, folder, "output=uneven", "prune.rows=3"):
         assert "prune.rows=3" in message and "2 data-parallel ranks" in message
 
 

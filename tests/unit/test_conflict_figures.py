@@ -11,23 +11,8 @@ import pytest
 from matplotlib.figure import Figure
 
 from mlinterf_ds.errors import UserError
-from mlinterf_ds.plots import style
 from mlinterf_ds.plots.conflict import Curves, by_component, read_curves, training_curves
 from mlinterf_ds.plots.heatmaps import heatmaps
-
-
-@pytest.fixture
-def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
-    """The figures that are saved."""
-    kept: list[Figure] = []
-    save = style._save
-
-    def keep(figure: Figure, path: Path) -> None:
-        kept.append(figure)
-        save(figure, path)
-
-    monkeypatch.setattr(style, "_save", keep)
-    return kept
 
 
 def texts(figure: Figure) -> list[str]:

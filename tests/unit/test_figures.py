@@ -21,20 +21,6 @@ def curve(final: float, start: float = 500.0, points: int = 12) -> Points:
     return [(100 * (i + 1), final + (start - final) * 0.6**i) for i in range(points)]
 
 
-@pytest.fixture
-def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
-    """The figures that are saved."""
-    kept: list[Figure] = []
-    save = style._save
-
-    def keep(figure: Figure, path: Path) -> None:
-        kept.append(figure)
-        save(figure, path)
-
-    monkeypatch.setattr(style, "_save", keep)
-    return kept
-
-
 def texts(figure: Figure) -> list[str]:
     return [text.get_text() for text in figure.axes[0].texts]
 

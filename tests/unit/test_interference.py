@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 from collections import Counter
@@ -24,11 +23,7 @@ from mlinterf_ds.results import comparison, task_scores
 from mlinterf_ds.results.comparison import BITS, Comparison
 from mlinterf_ds.results.interference import Findings, pairs
 from mlinterf_ds.results.losses import LossTable, read_losses
-
-
-def table(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
+from tests.commands import table
 
 
 # --- intervals -------------------------------------------------------------------------------------------------------

@@ -1,6 +1,5 @@
 """The encoder on one rank: routing, replay, recomputation, partial gradients, precision."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -12,19 +11,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mlinterf_ds.errors import UserError
 from mlinterf_ds.model.encoder import SHARED, Encoder, partition_dim
-from mlinterf_ds.runtime import parallel
 from mlinterf_ds.sections import ModelConfig
 from tests.model_batches import CODES, LENGTH, ROUTED, VARIANTS, VOCABULARY, batch, encoder, gradients
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    parallel.start(1, f"file://{tmp_path_factory.mktemp('rendezvous')}/file")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-    parallel.stop()
+pytestmark = pytest.mark.usefixtures("one_rank")
 
 
 def close(left: dict[str, Tensor], right: dict[str, Tensor], tolerance: float = 1e-5) -> None:

@@ -21,6 +21,7 @@ from mlinterf_ds.errors import UserError
 from mlinterf_ds.results.records import Records
 from mlinterf_ds.study import runner, worker
 from tests import fake_launcher
+from tests.commands import flags
 from tests.ranks import pool
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -333,7 +334,7 @@ def submit(folder: Path, *settings: str) -> int:
     options = folder.parent / "sbatch.toml"
     options.write_text('sbatch = ["--partition=cpu"]')
     recipe = ["--recipe", "study_ci", "--recipe", str(options), "--executor", "slurm"]
-    return main([*recipe, *(word for setting in words for word in ("--set", setting))])
+    return main([*recipe, *flags(*words)])
 
 
 def test_slurm_jobs_depend_on_what_they_need(slurm: Path, tmp_path: Path) -> None:

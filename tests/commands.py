@@ -1,0 +1,59 @@
+"""How tests start the project's commands: as processes, as a user does, or as a function on a rank of the pool."""
+
+from __future__ import annotations
+
+import csv
+import importlib
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from unittest import mock
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def flags(*settings: str) -> list[str]:
+    """The `--set` arguments of these settings."""
+    return [word for setting in settings for word in ("--set", setting)]
+
+
+def arguments(*settings: str, ds: str = "zero1") -> list[str]:
+    """The arguments of a launcher: DeepSpeed's configuration and the settings."""
+    return ["--deepspeed_config", str(ROOT / "ds_configs" / f"{ds}.json"), *flags(*settings)]
+
+
+def command(program: str, *settings: str, ranks: int = 1, ds: str = "zero2") -> list[str]:
+    """The command line that starts launch/`program`.py through DeepSpeed's launcher."""
+    launcher = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", str(ranks)]
+    return [*launcher, str(ROOT / "launch" / f"{program}.py"), *arguments(*settings, ds=ds)]
+
+
+def launch(
+    folder: Path, program: str, *settings: str, ranks: int = 1, ds: str = "zero2"
+) -> subprocess.CompletedProcess[str]:
+    """Runs launch/`program`.py in a folder to its end."""
+    line, environment = command(program, *settings, ranks=ranks, ds=ds), os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(line, cwd=folder, env=environment, capture_output=True, text=True, timeout=400)
+
+
+def call(recipe: str, folder: str, words: Sequence[str]) -> str:
+    """Runs a recipe's `main` on a rank of the pool, in a folder; returns '' or the message with which it refuses."""
+    from mlinterf_ds.errors import UserError
+    from mlinterf_ds.runtime import parallel
+
+    os.chdir(folder)
+    recipe_main = importlib.import_module(f"mlinterf_ds.{recipe}.main").main
+    with mock.patch.object(parallel, "stop"):  # the process group of the pool outlives the run
+        try:
+            recipe_main(list(words))
+        except UserError as error:
+            return str(error)
+    return ""
+
+
+def table(path: Path) -> list[dict[str, str]]:
+    """The rows of a CSV file."""
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
