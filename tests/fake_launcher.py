@@ -13,6 +13,7 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 ROOT = Path(__file__).resolve().parents[1]
 PAUSE = 0.05  # seconds a unit takes
@@ -81,13 +82,13 @@ def analysed(name: str, settings: dict[str, str], _: Any) -> dict[str, Any]:
 
 def study(output: str, *settings: str, report: bool = False) -> int:
     """The study of `launch/recipes/study_ci.toml` with these settings, one job at a time; or only its report."""
-    from mlinterf_ds.study import main, runner
+    from mlinterf_ds.study import launch, main
     from tests.commands import flags
 
-    runner.run.__defaults__ = (*runner.run.__defaults__[:-1], command)  # type: ignore[index]
     words = [f"output={output}", "tracking.enabled=false", "parallel=1", *settings]
     options = ["--recipe", "study_ci", *["--report"] * report]
-    return main.main([*options, *flags(*words)])
+    with mock.patch.object(launch, "launch_command", command):
+        return main.main([*options, *flags(*words)])
 
 
 if __name__ == "__main__":

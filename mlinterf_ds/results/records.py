@@ -15,7 +15,7 @@ from pydantic import ConfigDict, TypeAdapter
 from mlinterf_ds.errors import refusing
 from mlinterf_ds.files import write_json
 from mlinterf_ds.results.losses import read_losses
-from mlinterf_ds.study.plan import Job, Unit
+from mlinterf_ds.study.jobs import Job, Unit
 
 KNOWN_ONLY = ConfigDict(extra="forbid")
 

@@ -1,4 +1,4 @@
-"""The configuration of a study: a grid of models, what each is fine-tuned on, analysed for and compared with."""
+"""The configuration of a study: its grid of models, and their fine-tunings, analyses and controls."""
 
 from __future__ import annotations
 
@@ -16,18 +16,20 @@ SYNTHETIC = "synthetic"
 
 
 class CorpusSection(Section):
-    """The text of every model: one corpus, so that all share a vocabulary and their perplexities compare."""
+    """The text of every model: one corpus, so that all models share a vocabulary and their perplexities can be compared."""
 
-    folder: str = Field(SYNTHETIC, description="folder made by tools/prepare_corpus.py; or 'synthetic', made on demand")
-    text: dict[Language, str] = Field(
-        {}, description="LANG = FILE: prepare the corpus from these into the study's folder"
+    folder: str = Field(
+        SYNTHETIC, description="folder written by tools/prepare_corpus.py; or 'synthetic', which the study prepares"
     )
-    sentences: int = Field(4000, ge=200, description="sentences a language of the synthetic corpus")
-    vocabulary: int = Field(2000, ge=50, description="pieces of a vocabulary learnt here")
+    text: dict[Language, str] = Field(
+        {}, description="LANG = FILE of text, from which the study prepares the corpus in its own folder"
+    )
+    sentences: int = Field(4000, ge=200, description="sentences of each synthetic language")
+    vocabulary: int = Field(2000, ge=50, description="pieces of the vocabulary, if the study prepares the corpus")
 
 
 class SetSection(Section):
-    """Languages that one model of each variant is trained on. The first is the source of zero-shot transfer."""
+    """A set of languages, on which one model of each variant is trained. The first is the source of zero-shot transfer."""
 
     name: str = Field("", pattern=r"^[a-z0-9][a-z0-9_.-]*$", description="names the set in jobs and tables")
     kind: Literal["pair", "low", "triple", "many"] = Field(
@@ -36,10 +38,14 @@ class SetSection(Section):
         "third language (table 4); many: the row that the paper calls XLM",
     )
     languages: Languages = Field([], description="comma-separated codes")
-    limits: dict[Language, Annotated[int, Field(ge=1)]] = Field({}, description="training sentences kept of a language")
-    variants: Variants | None = Field(None, description="default: the study's (joint for low, triple and many)")
+    limits: dict[Language, Annotated[int, Field(ge=1)]] = Field(
+        {}, description="LANG = training sentences that are kept of it"
+    )
+    variants: Variants | None = Field(None, description="default: the study's for pair, joint for low, triple and many")
     settings: list[str] = Field([], description="further settings of pretraining, such as a larger model.width")
-    distance: float | None = Field(None, ge=0, description="between the first two; default: planted or measured")
+    distance: float | None = Field(
+        None, ge=0, description="distance of the first two languages; default: planted or measured"
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> SetSection:
@@ -52,65 +58,75 @@ class SetSection(Section):
             )
         if (self.kind == "low") != bool(self.limits) or not self.limits.keys() <= set(self.languages[1:]):
             raise ValueError(
-                f"sets: {self.name!r}: a set of kind low, and no other, has limits, on languages after the first"
+                f"sets: {self.name!r}: limits belong to sets of kind low, which need them, on languages after the first"
             )
         return self
 
 
 class TaskSection(Section):
-    """A downstream task: what is fine-tuned, and how."""
+    """A downstream task, on which every model is fine-tuned."""
 
-    task: TaskName = Field("ner", description="which")
+    task: TaskName = Field("ner", description="name of the task")
     recipes: list[str] = Field([], description="fine-tuning recipes")
     settings: list[str] = Field([], description="further settings of fine-tuning")
     within: bool = Field(True, description="also fine-tune on each target language (the paper does not for nli)")
-    train: dict[Language, str] = Field({}, description="LANG = FILE; default: synthetic")
-    dev: dict[Language, str] = Field({}, description="LANG = FILE or split; default: synthetic")
-    test: dict[Language, str] = Field({}, description="LANG = FILE or split; default: synthetic")
+    train: dict[Language, str] = Field({}, description="LANG = FILE of training examples; default: synthetic")
+    dev: dict[Language, str] = Field(
+        {}, description="LANG = FILE of examples for model selection, or split: a share of train; default: synthetic"
+    )
+    test: dict[Language, str] = Field(
+        {}, description="LANG = FILE of test examples, or split: a share of train; default: synthetic"
+    )
 
 
 class AnalysisSection(Section):
-    """An analysis of trained models (`launch/analyze.py`)."""
+    """An analysis of the pretrained models (`launch/analyze.py`)."""
 
     analysis: Literal["conflict", "prune", "interference"] = Field(
-        "conflict", description="which; interference compares all monolingual models with all joint ones, once"
+        "conflict", description="name of the analysis; interference runs once, on all monolingual and joint models"
     )
     settings: list[str] = Field([], description="further settings of the analysis")
-    variants: Variants = Field(["joint"], description="of which models of the pair sets")
+    variants: Variants = Field(["joint"], description="variants of the pair sets that are analysed")
 
 
 class ControlsSection(Section):
-    """What a gain of the meta step is compared with, beside the plain variant."""
+    """Control models and fine-tunings, which a gain of the meta step is compared with."""
 
-    direct: bool = Field(False, description="each meta_* model again without the second-order term")
+    direct: bool = Field(False, description="also train each meta_* model without the second-order term")
     compute: float | None = Field(
-        None, gt=1, description="the plain variant of each meta_* model again, with so many times the steps"
+        None, gt=1, description="also train the plain variant of each meta_* model, with this many times the steps"
     )
     freeze: list[TaskName] = Field(
-        [], description="tasks fine-tuned again with the language modules frozen, for variants that have some"
+        [], description="tasks on which variants with language modules are also fine-tuned with these frozen"
     )
 
 
 class StudyConfig(Section):
-    """Everything a study depends on."""
+    """Everything that a study depends on."""
 
-    name: str = Field("study", pattern=r"^[A-Za-z0-9][\w.-]*$", description="names the study in MLflow and its folder")
-    output: str | None = Field(None, description="folder of jobs, tables and report; default runs/<name>")
-    seeds: Seeds = Field([0], description="of pretraining and fine-tuning together: paired over variants")
-    variants: Variants = Field(
-        ["joint", "ffn", "attn", "adpt", "share_adpt", "meta_adpt"], description="of the pair sets"
+    name: str = Field(
+        "study", pattern=r"^[A-Za-z0-9][\w.-]*$", description="name of the study in MLflow and of its folder"
     )
-    mono: bool = Field(True, description="also a monolingual model of each language of a pair or low set")
+    output: str | None = Field(None, description="folder of the jobs, tables and report; default runs/<name>")
+    seeds: Seeds = Field(
+        [0], description="seeds of both pretraining and fine-tuning; the variants are compared seed by seed"
+    )
+    variants: Variants = Field(
+        ["joint", "ffn", "attn", "adpt", "share_adpt", "meta_adpt"], description="variants of the pair sets"
+    )
+    mono: bool = Field(True, description="also train a monolingual model of each language of a pair or low set")
     recipes: list[str] = Field(["tiny"], description="pretraining recipes of all models")
     settings: list[str] = Field([], description="further settings of pretraining")
     sets: list[SetSection] = Field([], description="[[sets]] of languages")
-    tasks: list[TaskSection] = Field([], description="[[tasks]] every model is fine-tuned on")
-    analyses: list[AnalysisSection] = Field([], description="[[analyses]] of the pair sets' models")
+    tasks: list[TaskSection] = Field([], description="[[tasks]] that every model is fine-tuned on")
+    analyses: list[AnalysisSection] = Field([], description="[[analyses]] of the models of the pair sets")
     ranks: int = Field(1, ge=1, description="processes of a job")
-    parallel: int | None = Field(None, ge=1, description="jobs at once; default: cores / ranks")
+    parallel: int | None = Field(None, ge=1, description="jobs that run at once; default: cores / ranks")
     margin: float = Field(1.0, gt=0, description="points within which two scores count as the same")
     confidence: float = Field(0.95, gt=0.5, lt=1, description="of every interval and verdict")
-    departures: list[str] = Field([], description="from the paper's protocol, a sentence each: notes under every table")
+    departures: list[str] = Field(
+        [], description="departures from the paper's protocol, a sentence each; they become notes under every table"
+    )
     sbatch: list[str] = Field([], description="options of sbatch for --executor slurm, such as --partition=gpu")
     corpus: CorpusSection = CorpusSection()  # type: ignore[call-arg]
     controls: ControlsSection = ControlsSection()  # type: ignore[call-arg]
@@ -121,19 +137,20 @@ class StudyConfig(Section):
         if not self.sets:
             raise ValueError("sets is empty: a study needs [[sets]] of languages; see launch/recipes/study_cpu.toml")
         named: dict[str, list[str]] = {"sets": [s.name for s in self.sets], "tasks": [t.task for t in self.tasks]}
-        named["analyses"] = [found.analysis for found in self.analyses]
-        for what, names in named.items():
+        named["analyses"] = [section.analysis for section in self.analyses]
+        for key, names in named.items():
             if twice := sorted({name for name in names if list(names).count(name) > 1}):
-                raise ValueError(f"{what}: {', '.join(map(repr, twice))} is there twice")
-        if sources := {found.languages[0] for found in self.sets} - {self.source}:
+                raise ValueError(f"{key}: {', '.join(map(repr, twice))} is there twice")
+        if sources := {group.languages[0] for group in self.sets} - {self.source}:
             raise ValueError(
-                f"sets: all must start with the same source language of transfer, not {self.source} and {', '.join(sources)}"
+                f"sets: all must start with the same source language of transfer, but start with {self.source} and "
+                f"{', '.join(sources)}"
             )
         kept: dict[str, int] = {}
-        for code, count in (limit for found in self.sets for limit in found.limits.items()):
+        for code, count in (limit for group in self.sets for limit in group.limits.items()):
             if kept.setdefault(code, count) != count:
                 raise ValueError(
-                    f"sets: {code} is limited to {kept[code]} and to {count} sentences, but table 5 has one low-resource "
+                    f"sets: {code} is limited to {kept[code]} and to {count} sentences, but table 5 shows one low-resource "
                     "version of a language: make two studies"
                 )
         if "mono" in self.variants:
@@ -142,14 +159,14 @@ class StudyConfig(Section):
 
     @property
     def source(self) -> str:
-        """The language of zero-shot transfer's training data (the paper's English)."""
+        """The source of zero-shot transfer, which is English in the paper."""
         return self.sets[0].languages[0]
 
     @property
     def languages(self) -> list[str]:
-        """All of the study, in order of appearance."""
-        return list(dict.fromkeys(language for found in self.sets for language in found.languages))
+        """All languages of the study, in order of appearance."""
+        return list(dict.fromkeys(language for group in self.sets for language in group.languages))
 
-    def variants_of(self, found: SetSection) -> list[Any]:
-        """The variants a set is trained in."""
-        return found.variants or (self.variants if found.kind == "pair" else ["joint"])
+    def variants_of(self, group: SetSection) -> list[Any]:
+        """The variants in which a set's models are trained."""
+        return group.variants or (self.variants if group.kind == "pair" else ["joint"])

@@ -1,4 +1,4 @@
-"""What a study will take: from jobs that are finished where there are some, else from figures measured once."""
+"""An estimate of a study's time: from jobs that have finished if there are some, else from figures that were measured once."""
 
 from __future__ import annotations
 
@@ -9,28 +9,28 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 
-from mlinterf_ds.study.plan import Job, Unit
-from mlinterf_ds.study.runner import is_finished
+from mlinterf_ds.study.jobs import Job, Unit
+from mlinterf_ds.study.outcomes import is_finished
 from mlinterf_ds.study.worker import DONE
 
-STEP, TOKEN, FLOP = 0.012, 12e-6, 7e-12  # seconds; fitted to the recipe `tiny` at widths 64 and 128 on one idle core
-UNIT = 2.0  # seconds to build a model and write what was found
+STEP, TOKEN, FLOP = 0.012, 12e-6, 7e-12  # seconds each; fitted to the recipe `tiny`, widths 64 and 128, one idle core
+UNIT = 2.0  # seconds to build a model and to write its results
 
 
 @dataclass
 class Calibration:
-    """Seconds of each kind of work; the defaults were measured on one core that had nothing else to do."""
+    """Seconds of each kind of work; the defaults were measured on one idle core."""
 
-    startup: float = 12.0  # of a job: launcher, imports, process group
-    factor: dict[str, float] = field(default_factory=lambda: {"meta": 4.0})  # by kind of unit, of what its work says
+    startup: float = 12.0  # a job's launcher, imports and process group
+    factor: dict[str, float] = field(default_factory=lambda: {"meta": 4.0})  # by kind of unit: seconds / `_work`
     analysis: dict[str, float] = field(
         default_factory=lambda: {"conflict": 15.0, "prune": 60.0, "interference": 60.0, "conflict-training": 5.0}
     )
-    measured: int = 0  # finished jobs behind these figures
+    measured: int = 0  # finished jobs that these figures come from
 
     @classmethod
     def of(cls, jobs: Sequence[Job], output: Path) -> Calibration:
-        """Medians over the finished jobs; the defaults where there are none of a kind."""
+        """Medians over the finished jobs; the defaults for kinds of which none has finished."""
         startups, factors, analyses = [], defaultdict(list), defaultdict(list)
         for job in jobs:
             try:
@@ -46,51 +46,56 @@ class Calibration:
                 if job.kind == "analyze":
                     analyses[unit.facts["analysis"]].append(facts["seconds"])
                 else:
-                    factors[_what(unit)].append(facts["seconds"] / _work(unit))
-        found = cls(measured=len(startups))
-        found.startup = median(startups) if startups else found.startup
-        found.factor |= {name: median(values) for name, values in factors.items()}
-        found.analysis |= {name: median(values) for name, values in analyses.items()}
-        return found
+                    factors[_kind(unit)].append(facts["seconds"] / _work(unit))
+        costs = cls(measured=len(startups))
+        costs.startup = median(startups) if startups else costs.startup
+        costs.factor |= {name: median(values) for name, values in factors.items()}
+        costs.analysis |= {name: median(values) for name, values in analyses.items()}
+        return costs
 
     def seconds(self, job: Job) -> float:
-        """Of one job, on cores of its own."""
+        """The seconds of one job, on cores of its own."""
         return self.startup + sum(self._unit(job, unit) for unit in job.units)
 
     def _unit(self, job: Job, unit: Unit) -> float:
         if job.kind == "analyze":
             return self.analysis.get(unit.facts["analysis"], 60.0)
-        return _work(unit) * self.factor.get(_what(unit), 1.0)
+        return _work(unit) * self.factor.get(_kind(unit), 1.0)
 
 
 def _work(unit: Unit) -> float:
-    """Seconds of a unit by its steps, tokens and FLOPs, as if it were plain training."""
+    """The seconds of a unit by its steps, tokens and FLOPs, as if it were plain training."""
     return UNIT + STEP * unit.facts["steps"] + TOKEN * unit.facts["tokens"] + FLOP * unit.facts["flops"]
 
 
-def _what(unit: Unit) -> str:
+def _kind(unit: Unit) -> str:
+    """The kind of a unit: units of one kind cost the same for the same work."""
     if "task" in unit.facts:
         return str(unit.facts["task"])
     return "meta" if unit.facts["variant"].startswith("meta_") else "plain"
 
 
-def show(jobs: Sequence[Job], output: Path, slots: int, every: bool = False) -> str:
-    """The plan as text: launches by kind with their estimated cost, finished ones apart; with `every`, job by job."""
+def show(jobs: Sequence[Job], output: Path, slots: int, by_job: bool = False) -> str:
+    """The plan as text: launches by kind, how many have finished, and the estimated cost of the rest.
+
+    slots: jobs that run at once. by_job: also list every job.
+    """
     costs = Calibration.of(jobs, output)
     left = [job for job in jobs if not is_finished(job, output)]
     lines = [f"{'':<10}{'launches':>9}{'units':>7}{'finished':>10}{'left, core-minutes':>20}"]
     for kind in ("pretrain", "finetune", "analyze"):
-        mine = [job for job in jobs if job.kind == kind]
-        todo = [job for job in mine if job in left]
-        seconds = sum(costs.seconds(job) for job in todo)
-        units = sum(len(job.units) for job in mine)
-        lines.append(f"{kind:<10}{len(mine):>9}{units:>7}{len(mine) - len(todo):>10}{seconds / 60:>20.1f}")
+        of_kind = [job for job in jobs if job.kind == kind]
+        left_of_kind = [job for job in of_kind if job in left]
+        seconds = sum(costs.seconds(job) for job in left_of_kind)
+        units = sum(len(job.units) for job in of_kind)
+        finished = len(of_kind) - len(left_of_kind)
+        lines.append(f"{kind:<10}{len(of_kind):>9}{units:>7}{finished:>10}{seconds / 60:>20.1f}")
     total = sum(costs.seconds(job) for job in left)
-    source = f"{costs.measured} finished jobs" if costs.measured else "default figures: no job is finished yet"
+    source = f"{costs.measured} finished jobs" if costs.measured else "default figures: no job has finished yet"
     lines.append(
         f"{len(jobs)} launches, {len(left)} to do, about {total / 60 / slots:.0f} minutes with {slots} at once (by {source})"
     )
-    if every:
+    if by_job:
         done = {job.name for job in jobs} - {job.name for job in left}
         for job in jobs:
             names = job.needs[0].name if len(job.needs) == 1 else f"{len(job.needs)} jobs"

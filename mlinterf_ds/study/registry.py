@@ -1,4 +1,4 @@
-"""The study's best joint model in MLflow's registry, with signature and model card."""
+"""Register the study's best joint model in MLflow, with its signature and model card."""
 
 from __future__ import annotations
 
@@ -9,31 +9,43 @@ from pathlib import Path
 from typing import Any
 
 from mlinterf_ds.results.records import Records, Trained
+from mlinterf_ds.tracking.facts import first_line
 
 REQUIREMENTS = ["mlinterf_ds", "torch", "transformers>=5", "pandas"]
 
 
 def best(records: Records) -> Trained | None:
-    """The pair model with the best zero-shot scores, averaged over tasks and targets, of those that have all of their
-    set's: a model is not the better for a hard task that failed. Without scores, the lowest bits per character."""
-    models = [m for m in records.models if m.kind == "pair" and not m.control]
+    """The pair model with the best zero-shot score, averaged over tasks and target languages.
+
+    A model that lacks a score which others of its set have comes last: a hard task that failed must not raise its average. Among
+    models without scores, the one with the fewest bits per character is the best.
+    """
+    models = [model for model in records.models if model.kind == "pair" and not model.control]
     scores: dict[tuple[str, str, int], dict[tuple[str, str], float]] = {}
     wanted: dict[str, set[tuple[str, str]]] = {}
-    for s in records.scores:
-        if s.kind == "pair" and not s.control and not s.within:
-            scores.setdefault((s.set, s.variant, s.seed), {})[s.task, s.language] = s.score
-            wanted.setdefault(s.set, set()).add((s.task, s.language))
+    for score in records.scores:
+        if score.kind == "pair" and not score.control and not score.within:
+            scores.setdefault((score.set, score.variant, score.seed), {})[score.task, score.language] = score.score
+            wanted.setdefault(score.set, set()).add((score.task, score.language))
 
     def worth(model: Trained) -> tuple[float, float]:
-        mine = scores.get((model.set, model.variant, model.seed), {})
-        whole = mine and mine.keys() == wanted[model.set]
-        return statistics.fmean(mine.values()) if whole else -1.0, -statistics.fmean(model.bits_per_character.values())
+        own = scores.get((model.set, model.variant, model.seed), {})
+        has_all = own and own.keys() == wanted[model.set]
+        return statistics.fmean(own.values()) if has_all else -1.0, -statistics.fmean(model.bits_per_character.values())
 
     return max(models, key=worth, default=None)
 
 
+def try_to_register(records: Records, name: str, output: Path, run_id: str) -> None:
+    """Register the best model and print what was done. The registry is a convenience: its failure is only a warning."""
+    try:
+        print(register(records, name, output, run_id), flush=True)
+    except Exception as error:  # MLflow and its servers raise many kinds
+        print(f"warning: no model was registered: {first_line(error)}", flush=True)
+
+
 def register(records: Records, name: str, output: Path, run_id: str) -> str:
-    """Export the best model to `<output>/best_model` and register it under `name`; what was done, in words."""
+    """Export the best model to `<output>/best_model` and register it under `name`; a sentence that says what was done."""
     import mlflow
     from mlflow.models.signature import ModelSignature
     from mlflow.types.schema import ColSpec, Schema
@@ -45,9 +57,9 @@ def register(records: Records, name: str, output: Path, run_id: str) -> str:
     if chosen is None:
         return "no joint model to register"
     mlflow.set_tracking_uri(tracking_uri())
-    client, label = mlflow.MlflowClient(), Path(chosen.folder).parent.name  # its job, hash and all
-    known = client.search_model_versions(f"name='{name}'")
-    if label in {found.tags.get("job") for found in known}:
+    client, label = mlflow.MlflowClient(), Path(chosen.folder).parent.name  # its job with the hash
+    versions = client.search_model_versions(f"name='{name}'")
+    if label in {version.tags.get("job") for version in versions}:
         return f"the best model is still {label}, registered as {name}"
     folder = output / "best_model"
     shutil.rmtree(folder, ignore_errors=True)
@@ -61,11 +73,11 @@ def register(records: Records, name: str, output: Path, run_id: str) -> str:
         "registered_model_name": name,
     }
     with warnings.catch_warnings(), mlflow.start_run(run_id=run_id):
-        warnings.filterwarnings("ignore", message=".*input example.*")  # it would be loaded and run here
+        warnings.filterwarnings("ignore", message=".*input example.*")  # with one MLflow would run the model here
         mlflow.pyfunc.log_model(name="best_model", **options)
-    version = str(max(int(found.version) for found in client.search_model_versions(f"name='{name}'")))
-    client.update_model_version(name, version, description=(folder / "README.md").read_text())
+    newest = str(max(int(version.version) for version in client.search_model_versions(f"name='{name}'")))
+    client.update_model_version(name, newest, description=(folder / "README.md").read_text())
     facts = {"job": label, "variant": chosen.variant, "languages": ",".join(chosen.languages), "seed": str(chosen.seed)}
     for key, value in facts.items():
-        client.set_model_version_tag(name, version, key, value)
-    return f"registered {label} as models:/{name}/{version}"
+        client.set_model_version_tag(name, newest, key, value)
+    return f"registered {label} as models:/{name}/{newest}"

@@ -1,73 +1,74 @@
-"""Inside a job's processes: its units, one after the other, in one process group.
+"""The inside of a job's processes: its units, one after the other, in one process group.
 
 <job>/job.json    what to run, written by the study
-<job>/done.json   what became of each unit: {"units": {name: {"state", "reason", "seconds"}}}
+<job>/done.json   what became of each unit: {"units": {name: {"state", "reason", "seconds"}}, "seconds", "startup"}
 
-A unit that is finished is not run again, one that was interrupted goes on from its checkpoint. On one rank a unit that fails
-is noted and the next one runs; with more ranks the job ends, since the ranks may have parted ways.
+A finished unit is not run again, and an interrupted one resumes from its checkpoint. On one rank a failure is noted and the next
+unit runs. With more ranks it ends the job, because the ranks may have stopped at different collectives.
 """
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import importlib
 import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from mlinterf_ds import ranks
 from mlinterf_ds.files import read_json, write_json
 from mlinterf_ds.study.code import RECIPES
+from mlinterf_ds.study.lock import wait_for_lock
 from mlinterf_ds.tracking.facts import first_line
 
 DONE = "done.json"
-STARTED = "MLINTERF_STUDY_STARTED"  # variable: when the launcher was started, seconds since the epoch
+STARTED = "MLINTERF_STUDY_STARTED"  # environment variable: when the launcher was started, in seconds since the epoch
 
 
 def work(folder: Path) -> int:
-    """Run the job of a folder on this rank; 1 if a unit failed."""
+    """Run the job of a folder on this rank; 1 if a unit failed or the job was asked to end."""
     from mlinterf_ds.runtime import parallel
 
-    job, first = read_json(folder / "job.json"), os.environ.get("RANK", "0") == "0"
+    job, rank = read_json(folder / "job.json"), int(os.environ.get("RANK", "0"))
     started, busy = float(os.environ.get(STARTED, time.time())), 0.0
-    with only_here(folder, int(os.environ.get("RANK", "0"))):
-        units = read_done(folder)  # after waiting: it may be another process that wrote it
+    with wait_for_lock(folder, rank):
+        units = finished_units(folder)  # only now: another process may have worked on the job until the lock was free
         with parallel.together(job["tensor"]) as layout:
             for unit in job["units"]:
-                if finished(folder / unit["name"]):
+                name, begin = unit["name"], time.time()
+                if is_complete(folder / name):
                     continue
-                clock = time.time()
                 facts: dict[str, Any] = {"state": "finished"}
                 try:
-                    _run(job["kind"], folder / unit["name"], unit["arguments"])
-                    if not finished(folder / unit["name"]):
-                        return 1  # asked to end: the next start goes on
-                except Exception as error:  # whatever a unit fails of, the others go on
+                    _run(job["kind"], folder / name, unit["arguments"])
+                    if not is_complete(folder / name):
+                        return 1  # the run was asked to end, and the next start of the job resumes it
+                except Exception as error:  # whatever it is, the other units can run
                     facts = {"state": "failed", "reason": first_line(error)}
                     if layout.world > 1:
                         raise
-                busy += time.time() - clock
-                units[unit["name"]] = facts | {"seconds": round(time.time() - clock, 2)}
-                if first:
+                busy += time.time() - begin
+                units[name] = facts | {"seconds": round(time.time() - begin, 2)}
+                if rank == 0:
                     write_json(folder / DONE, {"units": units})
-        if first and busy:
+        if rank == 0 and busy:
             total = time.time() - started
-            write_json(folder / DONE, {"units": units, "seconds": round(total, 2), "startup": round(total - busy, 2)})
+            times = {"seconds": round(total, 2), "startup": round(total - busy, 2)}
+            write_json(folder / DONE, {"units": units} | times)
     return int(any(facts["state"] == "failed" for facts in units.values()))
 
 
 def _run(kind: str, folder: Path, arguments: list[str]) -> None:
+    """Run a unit with its recipe. A fine-tuning's checkpoints are removed: a study needs its scores and predictions alone."""
     main: Callable[[list[str]], int] = importlib.import_module(RECIPES[kind]).main
     if kind == "analyze":
-        ranks.agreed(lambda: _remove(folder))  # a half-done one can't be continued
+        ranks.agreed(lambda: _remove(folder))  # an interrupted analysis can't be resumed
     main([*arguments, "--set", f"output={folder}", *(["--set", "resume=auto"] if kind != "analyze" else [])])
-    if kind == "finetune":  # its scores and predictions are what a study needs
-        ranks.together()  # none reads them any more
+    if kind == "finetune":
+        ranks.together()  # all ranks have read their checkpoints
         ranks.agreed(lambda: _remove(*folder.glob("seed*/checkpoints")))
 
 
@@ -76,29 +77,18 @@ def _remove(*folders: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def finished(folder: Path) -> bool:
-    """Whether a unit's summary is there and says so."""
+def is_complete(folder: Path) -> bool:
+    """Whether a unit's summary.json is there and reports the end of the run."""
     try:
         return bool(json.loads((folder / "summary.json").read_text()).get("finished", True))
     except (OSError, ValueError):
         return False
 
 
-def read_done(folder: Path) -> dict[str, Any]:
-    """What became of the job's units so far; those that failed are tried again."""
+def finished_units(folder: Path) -> dict[str, Any]:
+    """The units of a job that have finished, by its done.json; those that failed are tried again."""
     try:
         units = read_json(folder / DONE)["units"]
     except (OSError, ValueError, KeyError):
         return {}
     return {name: facts for name, facts in units.items() if facts["state"] == "finished"}
-
-
-@contextlib.contextmanager
-def only_here(folder: Path, rank: int = 0) -> Iterator[None]:
-    """Wait for another process that still works on the job: a study that was killed leaves its jobs running.
-
-    Each rank waits for its like, before any of them waits for the others in a process group, which has a time limit.
-    """
-    with (folder / (f".lock{rank}" if rank else ".lock")).open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield

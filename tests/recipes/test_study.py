@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from mlinterf_ds.results.records import Records
-from mlinterf_ds.study import runner
+from mlinterf_ds.study.launch import launch_command
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.timeout(1800)  # the first test waits for the whole study
@@ -61,7 +61,7 @@ def test_the_killed_model_is_as_if_it_had_not_been(folder: Path, tmp_path: Path)
     facts = json.loads((job / "job.json").read_text())
     facts["units"][0]["arguments"] += ["--set", "tracking.enabled=false"]
     (tmp_path / "job.json").write_text(json.dumps(facts))
-    words = runner.launch_command(tmp_path, 1)
+    words = launch_command(tmp_path, 1)
     done = subprocess.run(words, cwd=folder, env=environment(folder), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout[-2000:]
     found = json.loads((tmp_path / unit / "summary.json").read_text())

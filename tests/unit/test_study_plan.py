@@ -12,9 +12,10 @@ import pytest
 
 from mlinterf_ds.config import load_config
 from mlinterf_ds.errors import UserError
-from mlinterf_ds.study import code, cost, main, plan
+from mlinterf_ds.study import code, cost, plan, report, units
 from mlinterf_ds.study.config import StudyConfig
 from mlinterf_ds.study.corpora import Corpora
+from mlinterf_ds.study.jobs import Job, Unit
 
 ROOT = Path(__file__).resolve().parents[2]
 ZERO1 = str(ROOT / "ds_configs" / "zero1.json")
@@ -22,17 +23,17 @@ ZERO1 = str(ROOT / "ds_configs" / "zero1.json")
 
 def expanded(
     *recipes: str, settings: list[str] | None = None, deepspeed: str = ZERO1, output: str = "nowhere"
-) -> list[plan.Job]:
+) -> list[Job]:
     config = load_config(StudyConfig, [*recipes], settings or [])
     return plan.expand(config, Corpora(config, Path(output)), deepspeed)
 
 
 @pytest.fixture(scope="module")
-def jobs() -> list[plan.Job]:
+def jobs() -> list[Job]:
     return expanded("study_cpu")
 
 
-def test_the_cpu_study_is_what_the_issue_asks_for(jobs: list[plan.Job]) -> None:
+def test_the_cpu_study_is_what_the_issue_asks_for(jobs: list[Job]) -> None:
     assert len(jobs) <= 150
     pairs = {
         (j.model.set, j.model.variant, j.model.seed) for j in jobs if j.kind == "pretrain" and j.model.kind == "pair"
@@ -45,7 +46,7 @@ def test_the_cpu_study_is_what_the_issue_asks_for(jobs: list[plan.Job]) -> None:
     assert analyses == {"conflict", "prune", "interference", "conflict-training"}
 
 
-def test_what_the_analyses_of_all_models_are_given(jobs: list[plan.Job]) -> None:
+def test_what_the_analyses_of_all_models_are_given(jobs: list[Job]) -> None:
     last = jobs[-1]
     by_name = {unit.name: dict(word.split("=", 1) for word in unit.arguments if "=" in word) for unit in last.units}
     inputs = by_name["interference.all"]
@@ -58,7 +59,7 @@ def test_what_the_analyses_of_all_models_are_given(jobs: list[plan.Job]) -> None
     assert folders.issuperset([*mono, *joint, *curves])
 
 
-def test_shared_work_is_done_once_and_in_order(jobs: list[plan.Job]) -> None:
+def test_shared_work_is_done_once_and_in_order(jobs: list[Job]) -> None:
     assert len({j.name for j in jobs}) == len({j.digest for j in jobs}) == len(jobs)
     mono = [j.model.set for j in jobs if j.kind == "pretrain" and j.model.variant == "mono" and j.model.seed == 0]
     assert sorted(mono) == ["syn", "syn-close", "syn-far", "syn-far@400"]
@@ -68,11 +69,11 @@ def test_shared_work_is_done_once_and_in_order(jobs: list[plan.Job]) -> None:
         seen.add(job.name)
 
 
-def test_what_is_fine_tuned_and_tested(jobs: list[plan.Job]) -> None:
-    def units(name: str) -> dict[str, plan.Unit]:
+def test_what_is_fine_tuned_and_tested(jobs: list[Job]) -> None:
+    def units(name: str) -> dict[str, Unit]:
         return {u.name.split(".")[0]: u for j in jobs if j.name == f"finetune.{name}" for u in j.units}
 
-    def tested(unit: plan.Unit) -> list[str]:
+    def tested(unit: Unit) -> list[str]:
         return [b for a, b in zip(unit.arguments, unit.arguments[1:], strict=False) if a == "--test"]
 
     joint = units("joint.far.seed1")
@@ -112,7 +113,7 @@ def test_controls() -> None:
     assert compute.units[0].facts["steps"] == 4 * plain["steps"] and compute.model.variant == "adpt"
 
 
-def test_the_larger_study_finds_the_smaller_ones_models(jobs: list[plan.Job]) -> None:
+def test_the_larger_study_finds_the_smaller_ones_models(jobs: list[Job]) -> None:
     larger = {j.digest for j in expanded("study_cpu", "study_cpu_full")}
     assert {j.digest for j in jobs if j.kind == "pretrain"} <= larger
 
@@ -151,7 +152,7 @@ def test_a_changed_data_file_changes_the_fine_tunings_that_read_it(tmp_path: Pat
     )
 
     def found() -> dict[str, str]:
-        plan._digest.cache_clear()
+        units._data_hash.cache_clear()
         return {job.name: job.digest for job in expanded(str(recipe))}
 
     file.write_text("one")
@@ -184,7 +185,7 @@ def test_a_changed_initial_model_changes_its_jobs(tmp_path: Path) -> None:
     recipe.write_text(f'settings = ["init={tmp_path}/model", "train.steps=20"]')
     for words in ("one", "two"):
         (tmp_path / "model" / "weights").write_text(words)
-        plan._content.cache_clear()
+        units._folder_hash.cache_clear()
         found.append({job.digest for job in expanded("study_ci", str(recipe))})
     assert not found[0] & found[1]
     recipe.write_text(f'settings = ["init={tmp_path}/gone"]')
@@ -257,16 +258,16 @@ def test_every_recipe_is_hashed_with_what_its_numbers_come_from() -> None:
 
 def test_distances_are_measured_where_the_recipe_gives_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     texts = {"en": ["ab ab"], "fr": ["ab ac"], "hi": ["xyz"]}
-    monkeypatch.setattr("mlinterf_ds.study.main.Corpus.open", lambda folder: None)
+    monkeypatch.setattr("mlinterf_ds.study.report.Corpus.open", lambda folder: None)
     monkeypatch.setattr("mlinterf_ds.analysis.distance.sentences", lambda corpus, code, most: texts[code])
     prepared: Any = SimpleNamespace(of=lambda limits: ("folder", "hash"))
     recipe, pair = tmp_path / "real.toml", '[[sets]]\nname = "{0}"\nlanguages = "en,{0}"\n'
     text = f'[corpus]\nfolder = "prepared"\n{pair.format("fr")}{pair.format("hi")}'
     recipe.write_text(text)
-    found, what = main.distances(load_config(StudyConfig, [str(recipe)]), prepared)
+    found, what = report.distances(load_config(StudyConfig, [str(recipe)]), prepared)
     assert 0 < found["fr"] < found["hi"] == pytest.approx(1) and "characters" in what
     recipe.write_text(f"{text}distance = 3\n")
-    found, what = main.distances(load_config(StudyConfig, [str(recipe)]), prepared)
+    found, what = report.distances(load_config(StudyConfig, [str(recipe)]), prepared)
     assert found == {"hi": 3.0} and "recipe" in what
 
 

@@ -19,7 +19,9 @@ import pytest
 
 from mlinterf_ds.errors import UserError
 from mlinterf_ds.results.records import Records
-from mlinterf_ds.study import runner, worker
+from mlinterf_ds.study import launch, main, runner, worker
+from mlinterf_ds.study.lock import try_lock, wait_for_lock
+from mlinterf_ds.tracking import Tracker
 from tests import fake_launcher
 from tests.commands import flags
 from tests.ranks import pool
@@ -97,12 +99,12 @@ def test_a_failed_job_is_isolated_and_tried_again(
     assert tables(tmp_path) == wanted
 
 
-def test_a_killed_retry_does_not_give_the_last_attempts_reason(tmp_path: Path) -> None:
+def test_a_killed_retry_does_not_give_the_last_attempts_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """done.json and the log tell of an earlier failure; this attempt dies without a word."""
     from mlinterf_ds.config import load_config
     from mlinterf_ds.study.config import StudyConfig
     from mlinterf_ds.study.grid import Model
-    from mlinterf_ds.study.plan import Job, Unit
+    from mlinterf_ds.study.jobs import Job, Unit
 
     config = load_config(StudyConfig, ["study_ci"], ["parallel=1"])
     units = (Unit("a", (), {}), Unit("b", (), {}))
@@ -115,9 +117,10 @@ def test_a_killed_retry_does_not_give_the_last_attempts_reason(tmp_path: Path) -
     script = "import os; os.kill(os.getpid(), 9)"
 
     def write(job: Job) -> Path:
-        return runner.write_job(job, config, tmp_path, "zero1.json", None)
+        return launch.write_job(job, config, tmp_path, "zero1.json", None)
 
-    (found,) = runner.run([job], config, tmp_path, write, print, lambda *_: [sys.executable, "-c", script])
+    monkeypatch.setattr(launch, "launch_command", lambda *_: [sys.executable, "-c", script])
+    (found,) = runner.run([job], config, tmp_path, write)
     assert found.state == "failed" and found.reason.startswith("exit status -9") and "yesterday" not in found.reason
     assert list(json.loads((folder / "done.json").read_text())["units"]) == ["a"]  # what is finished stays
 
@@ -143,17 +146,17 @@ def test_threads_are_shared_out_to_ranks(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_without_the_launcher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runner.shutil, "which", lambda *_, **__: None)
+    monkeypatch.setattr(launch.shutil, "which", lambda *_, **__: None)
     with pytest.raises(UserError, match="no deepspeed beside"):
-        runner.launch_command(tmp_path, 1)
+        launch.launch_command(tmp_path, 1)
 
 
 def test_two_studies_don_t_share_a_folder(tmp_path: Path) -> None:
-    with runner.alone(tmp_path) as free:
+    with try_lock(tmp_path) as free:
         assert free
         with pytest.raises(UserError, match="another study works on"):
             fake_launcher.study(str(tmp_path))
-    with runner.alone(tmp_path) as free:
+    with try_lock(tmp_path) as free:
         assert free
 
 
@@ -178,7 +181,7 @@ def test_a_study_that_is_killed_ends_with_the_same_tables(how: signal.Signals, w
 # --- inside a job ------------------------------------------------------------------------------------------------------
 def test_a_place_that_is_no_folder(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match=r"output=.*file: cannot write there"), runner.alone(tmp_path / "file"):
+    with pytest.raises(UserError, match=r"output=.*file: cannot write there"), try_lock(tmp_path / "file"):
         pass
 
 
@@ -219,11 +222,11 @@ def test_one_of_several_ranks_clears_up(kind: str, removed: list[str], left: lis
 
 
 def test_a_job_waits_for_another_process_that_works_on_it(tmp_path: Path) -> None:
-    script = f"import sys, time; sys.path.insert(0, {str(ROOT)!r}); from pathlib import Path; from mlinterf_ds.study.worker import only_here\n"
-    script += f"with only_here(Path({str(tmp_path)!r})): print('in', flush=True); time.sleep(1)"
+    script = f"import sys, time; sys.path.insert(0, {str(ROOT)!r}); from pathlib import Path; from mlinterf_ds.study.lock import wait_for_lock\n"
+    script += f"with wait_for_lock(Path({str(tmp_path)!r})): print('in', flush=True); time.sleep(1)"
     process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE)
     assert process.stdout is not None and process.stdout.readline() == b"in\n"
-    with worker.only_here(tmp_path):
+    with wait_for_lock(tmp_path):
         assert process.wait(10) == 0 or process.poll() is not None
 
 
@@ -239,8 +242,8 @@ def test_every_rank_waits_for_its_like(one_rank: None, tmp_path: Path, monkeypat
         yield
 
     read: list[Path] = []
-    monkeypatch.setattr(worker, "only_here", waiting)
-    monkeypatch.setattr(worker, "read_done", lambda folder: read.append(folder) or {})
+    monkeypatch.setattr(worker, "wait_for_lock", waiting)
+    monkeypatch.setattr(worker, "finished_units", lambda folder: read.append(folder) or {})
     for rank in ("0", "1"):
         monkeypatch.setenv("RANK", rank)
         assert worker.work(tmp_path) == 0 and read
@@ -248,10 +251,10 @@ def test_every_rank_waits_for_its_like(one_rank: None, tmp_path: Path, monkeypat
 
 
 def test_only_a_whole_summary_is_a_finished_unit(tmp_path: Path) -> None:
-    assert not worker.finished(tmp_path)
+    assert not worker.is_complete(tmp_path)
     for text, wanted in (("{", False), ('{"finished": false}', False), ('{"finished": true}', True), ("{}", True)):
         (tmp_path / "summary.json").write_text(text)
-        assert worker.finished(tmp_path) is wanted
+        assert worker.is_complete(tmp_path) is wanted
 
 
 @pytest.fixture
@@ -328,13 +331,11 @@ def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def submit(folder: Path, *settings: str) -> int:
-    from mlinterf_ds.study.main import main
-
     words = [f"output={folder}", "tracking.enabled=false", *settings]
     options = folder.parent / "sbatch.toml"
     options.write_text('sbatch = ["--partition=cpu"]')
     recipe = ["--recipe", "study_ci", "--recipe", str(options), "--executor", "slurm"]
-    return main([*recipe, *flags(*words)])
+    return main.main([*recipe, *flags(*words)])
 
 
 def test_slurm_jobs_depend_on_what_they_need(slurm: Path, tmp_path: Path) -> None:
@@ -394,7 +395,7 @@ def test_a_report_alone_tells_of_failed_jobs(whole: Path, tmp_path: Path) -> Non
     assert rows["pretrain.adpt.close.seed0"]["state"] == "failed"
     assert "planted mistake" in rows["pretrain.adpt.close.seed0"]["reason"]
     assert rows["finetune.adpt.close.seed0"]["state"] == "blocked"
-    with runner.alone(job):  # it is tried again at this moment
+    with try_lock(job):  # it is tried again at this moment
         assert fake_launcher.study(str(tmp_path), report=True) == 0
     states = {row["job"]: row["state"] for row in Records.load(tmp_path / "records.json").status}
     assert states["pretrain.adpt.close.seed0"] == states["finetune.adpt.close.seed0"] == "waiting"
@@ -415,13 +416,11 @@ def test_a_report_after_an_edit_shows_what_there_is_and_says_so(
 
 
 def test_a_report_alone_reaches_the_studys_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from mlinterf_ds.study.main import Study
-
     assert fake_launcher.study(str(tmp_path)) == 0
     opened: list[str | None] = []
-    monkeypatch.setattr(Study, "_open_tracker", lambda self: opened.append("run") or None)
+    monkeypatch.setattr(main.mlflow_run, "start", lambda *_: opened.append("run") or Tracker.off())
     assert fake_launcher.study(str(tmp_path), report=True) == 0 and opened == ["run"]
-    with runner.alone(tmp_path):  # the study goes on: its own process writes to the run
+    with try_lock(tmp_path):  # the study goes on: its own process writes to the run
         assert fake_launcher.study(str(tmp_path), report=True) == 0 and opened == ["run"]
     (tmp_path / "study.json").unlink()
     assert fake_launcher.study(str(tmp_path), report=True) == 0 and opened == ["run"]

@@ -1,0 +1,41 @@
+"""Jobs and units: what a study starts, and what runs inside.
+
+A job is one set of processes. It pretrains a model, fine-tunes a model on all tasks, or runs all analyses of a model; each of
+these runs is a unit.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from mlinterf_ds.study.grid import Model
+
+Kind = Literal["pretrain", "finetune", "analyze"]
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One run of a recipe, in a folder of its own that holds a summary.json when the run has finished."""
+
+    name: str
+    arguments: tuple[str, ...]  # the launcher's; output, checkpoint and tracking are added when the job is written
+    facts: dict[str, Any]  # what the records and the cost estimate need to know about the run
+    identity: Any = field(repr=False, default=None)  # everything that decides its results, as JSON values
+
+
+@dataclass(frozen=True)
+class Job:
+    """One set of processes, which runs its units one after the other."""
+
+    name: str
+    kind: Kind
+    model: Model
+    units: tuple[Unit, ...]
+    needs: tuple[Job, ...]  # these must finish first
+    digest: str  # hash of everything that decides the results
+
+    @property
+    def folder(self) -> str:
+        """The job's folder, relative to the study's output."""
+        return f"jobs/{self.name}-{self.digest[:10]}"

@@ -1,0 +1,66 @@
+"""How a job is started: its job.json, and the command of its launcher."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import sys
+from pathlib import Path
+
+from mlinterf_ds.errors import UserError
+from mlinterf_ds.files import write_json
+from mlinterf_ds.study.config import StudyConfig
+from mlinterf_ds.study.jobs import Job, Unit
+from mlinterf_ds.study.worker import DONE, finished_units
+
+SCRIPT = Path(__file__).resolve().parents[2] / "launch" / "study.py"
+
+
+def write_job(job: Job, config: StudyConfig, output: Path, deepspeed_config: str, parent: str | None) -> Path:
+    """Write the job's folder and job.json; the folder. The failures of the last attempt leave its done.json.
+
+    parent: id of the study's run in MLflow, under which the job's runs are nested.
+    """
+    folder = output / job.folder
+    folder.mkdir(parents=True, exist_ok=True)
+    if (folder / DONE).is_file():
+        write_json(folder / DONE, {"units": finished_units(folder)})
+    settings = [f"tracking.enabled={config.tracking.enabled}", f"tracking.experiment={config.tracking.experiment}"]
+    settings += [f"tracking.parent={parent}"] * bool(parent)
+    checkpoints = [
+        f"checkpoint={output / need.folder / need.units[0].name}"
+        for need in job.needs
+        if need.kind == "pretrain" and need.model == job.model
+    ]
+    units = []
+    for unit in job.units:
+        words = [word.replace("{output}", str(output)) for word in unit.arguments]
+        tags = [f"tracking.tags.{name}={value}" for name, value in _tags(job, unit, config.name).items()]
+        words += [word for setting in (*settings, *tags, *checkpoints) for word in ("--set", setting)]
+        units.append({"name": unit.name, "arguments": ["--deepspeed_config", deepspeed_config, *words]})
+    write_json(folder / "job.json", {"name": job.name, "kind": job.kind, "tensor": 1, "units": units})
+    return folder
+
+
+def _tags(job: Job, unit: Unit, study: str) -> dict[str, object]:
+    """The tags of a unit's run in MLflow."""
+    model = job.model
+    tags = {"study": study, "set": model.set, "pair": "-".join(model.languages), "seed": model.seed}
+    tags["variant"] = model.variant
+    return tags | {name: unit.facts[name] for name in ("control", "task", "train", "analysis") if unit.facts.get(name)}
+
+
+def launch_command(folder: Path, ranks: int) -> list[str]:
+    """The command that starts a job's ranks with DeepSpeed's launcher, on a free port."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    deepspeed = shutil.which("deepspeed", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}")
+    if deepspeed is None:
+        raise UserError(
+            f"no deepspeed beside {sys.executable} or on PATH: install the package's requirements, or activate the "
+            "environment that has them"
+        )
+    start = [deepspeed, "--num_gpus", str(ranks), "--master_port", str(port)]
+    return [*start, str(SCRIPT), "--job", str(folder)]

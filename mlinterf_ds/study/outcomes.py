@@ -1,0 +1,95 @@
+"""What became of a study's jobs, read from their folders."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from mlinterf_ds.files import read_json
+from mlinterf_ds.study.jobs import Job
+from mlinterf_ds.study.lock import try_lock
+from mlinterf_ds.study.worker import DONE, is_complete
+
+State = Literal["waiting", "running", "finished", "failed", "blocked"]
+REASON_LENGTH = 400  # characters of an error that are kept
+
+
+@dataclass
+class Outcome:
+    """The state of a job; a blocked one needs a job that failed."""
+
+    job: Job
+    state: State
+    reason: str = ""
+    seconds: float = 0.0
+
+    def row(self) -> dict[str, Any]:
+        """The job's row in records.json."""
+        return {
+            "job": self.job.name, "kind": self.job.kind, "state": self.state, "reason": self.reason,
+            "seconds": self.seconds, "folder": self.job.folder,
+        }  # fmt: skip
+
+
+def is_finished(job: Job, output: Path) -> bool:
+    """Whether every unit of the job has its results."""
+    return all(is_complete(output / job.folder / unit.name) for unit in job.units)
+
+
+def read_outcome(job: Job, output: Path, outcomes: Mapping[str, Outcome]) -> Outcome:
+    """The outcome of a job that another process ran. outcomes: by name, of the jobs it needs."""
+    folder = output / job.folder
+    record = read_record(folder)
+    if is_finished(job, output):
+        return Outcome(job, "finished", seconds=float(record.get("seconds", 0.0)))
+    if reason := blocked_by(job, outcomes):
+        return Outcome(job, "blocked", reason)
+    if reason := failures(record) or last_error(folder / "launch.log"):
+        with try_lock(folder) as free:  # a job that holds its folder is being tried again
+            if free:
+                return Outcome(job, "failed", reason)
+    return Outcome(job, "waiting")
+
+
+def blocked_by(job: Job, outcomes: Mapping[str, Outcome]) -> str:
+    """Which needed jobs will not finish, as a reason; '' if none."""
+    lost = [need.name for need in job.needs if outcomes[need.name].state in ("failed", "blocked")]
+    return f"needs {', '.join(lost)}" if lost else ""
+
+
+def last_known(job: Job, output: Path) -> Job:
+    """The job, or if it was never started, its last version that was, from other code, settings or data.
+
+    Of several earlier versions the last complete one is taken, else the last.
+    """
+    if (output / job.folder).is_dir():
+        return job
+    folders = (output / "jobs").glob(f"{job.name}-{'[0-9a-f]' * 10}")
+    oldest_first = sorted(folders, key=lambda folder: folder.stat().st_mtime)
+    earlier = [replace(job, digest=folder.name[-10:]) for folder in oldest_first]
+    complete = [version for version in earlier if is_finished(version, output)]
+    return [job, *earlier, *complete][-1]
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """The job's done.json; without units if it is missing or damaged."""
+    try:
+        record: dict[str, Any] = read_json(folder / DONE)
+    except (OSError, ValueError):
+        return {"units": {}}
+    return record
+
+
+def failures(record: Mapping[str, Any]) -> str:
+    """Which units failed and why, by the job's done.json; '' if none did."""
+    units = record.get("units", {}).items()
+    return "; ".join(f"{name}: {facts['reason']}" for name, facts in units if "reason" in facts)
+
+
+def last_error(log: Path, begin: int = 0) -> str:
+    """The last line of a job's log that reports an error, after the first `begin` bytes; '' if there is none."""
+    lines = log.read_bytes()[begin:].decode(errors="replace").splitlines() if log.is_file() else []
+    errors = [line.strip() for line in lines if line.startswith("error:") or "Error" in line]
+    return errors[-1][:REASON_LENGTH] if errors else ""

@@ -1,0 +1,112 @@
+"""The report of a study: records of what its jobs measured, and the tables, findings and page made from them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from mlinterf_ds.data.corpus import Corpus
+from mlinterf_ds.files import write_bytes, write_json
+from mlinterf_ds.results.findings import Finding
+from mlinterf_ds.results.records import Records, collect
+from mlinterf_ds.study.config import SYNTHETIC, StudyConfig
+from mlinterf_ds.study.corpora import Corpora
+from mlinterf_ds.study.jobs import Job
+from mlinterf_ds.study.outcomes import Outcome
+from mlinterf_ds.tracking import environment_facts
+
+
+def write(
+    config: StudyConfig,
+    corpora: Corpora,
+    output: Path,
+    jobs: Sequence[Job],
+    outcomes: Sequence[Outcome],
+    notes: Sequence[str] = (),
+) -> tuple[Records, list[Finding]]:
+    """Write records, tables, figures, findings and the page. notes: stand under every table, before the departures."""
+    from mlinterf_ds.plots import convergence
+    from mlinterf_ds.results import claims, findings, forms, tables
+    from mlinterf_ds.study import page
+
+    output.mkdir(parents=True, exist_ok=True)
+    records = gather(config, corpora, output, jobs, outcomes, notes)
+    records.analyses += convergence.draw(records, output / "figures")
+    records.save(output / "records.json")
+    made, tested = tables.all_tables(records), claims.all_findings(records)
+    (output / "tables").mkdir(exist_ok=True)
+    for table in made:
+        for ending, form in (("md", forms.markdown), ("csv", forms.comma_separated), ("tex", forms.latex)):
+            write_bytes(output / "tables" / f"{table.name}.{ending}", form(table).encode())
+    write_json(output / "findings.json", [finding.row() for finding in tested])
+    write_bytes(output / "findings.md", findings.markdown(tested, records.confidence).encode())
+    facts = environment_facts() | {"made": time.strftime("%Y-%m-%d %H:%M")}
+    write_bytes(output / "report.html", page.render(config, records, made, tested, facts).encode())
+    return records, tested
+
+
+def gather(
+    config: StudyConfig,
+    corpora: Corpora,
+    output: Path,
+    jobs: Sequence[Job],
+    outcomes: Sequence[Outcome],
+    notes: Sequence[str],
+) -> Records:
+    """The records of all that has finished."""
+    records = Records(source=config.source, margin=config.margin, confidence=config.confidence)
+    records.departures = [*notes, *config.departures]
+    records.status = [outcome.row() for outcome in outcomes]
+    records.distances, records.distance = distances(config, corpora)
+    records.sizes = training_sizes(config, corpora)
+    return collect(jobs, output, records)
+
+
+def training_sizes(config: StudyConfig, corpora: Corpora) -> dict[str, dict[str, int]]:
+    """Sentences and tokens of every language's training text; LANG@N is a language of which N sentences were kept."""
+    sizes: dict[str, dict[str, int]] = {}
+    for limits in [{}, *filter(None, corpora.limits)]:
+        folder, manifest_hash = corpora.of(limits)
+        if not manifest_hash:
+            continue
+        corpus = Corpus.open(folder)
+        for code in limits or config.languages:
+            tokens = len(corpus.tokens(code, "train"))
+            name = f"{code}@{limits[code]}" if limits else code
+            sizes.setdefault(name, {"sentences": corpus.sentences(code, "train"), "tokens": tokens})
+    return sizes
+
+
+def distances(config: StudyConfig, corpora: Corpora) -> tuple[dict[str, float], str]:
+    """The distance of the first two languages of each set, and where it comes from.
+
+    Synthetic languages have the distance that they were planted with. For other text the recipe's distances count, and if it
+    gives none, those measured on the text.
+    """
+    given = {group.name: group.distance for group in config.sets if group.distance is not None}
+    pairs = {group.name: group.languages[:2] for group in config.sets if group.kind == "pair"}
+    if config.corpus.folder == SYNTHETIC and not config.corpus.text:
+        from mlinterf_ds.data.synthetic import distance
+
+        return {name: distance(*languages) for name, languages in pairs.items()} | given, "planted"
+    folder, manifest_hash = corpora.of({})
+    if given or not manifest_hash:
+        return given, "as the recipe states"
+    from mlinterf_ds.analysis.distance import SENTENCES, character_distance, ngrams, sentences
+
+    corpus = Corpus.open(folder)
+    counts = {code: ngrams(sentences(corpus, code, SENTENCES)) for pair in pairs.values() for code in pair}
+    measured = {name: character_distance(counts[left], counts[right]) for name, (left, right) in pairs.items()}
+    return measured, "between the texts' characters, 1 to 3 in a row"
+
+
+def announce(records: Records, findings: Sequence[Finding], output: Path) -> int:
+    """Print the jobs that failed or were blocked, the verdicts, and where the report is; 1 if there were such jobs."""
+    lost = [row for row in records.status if row["state"] in ("failed", "blocked")]
+    for row in lost:
+        print(f"{row['job']}: {row['state']}: {row['reason']}")
+    verdicts = [finding.verdict for finding in findings]
+    print("claims: " + ", ".join(f"{verdicts.count(verdict)} {verdict}" for verdict in ("holds", "fails", "undecided")))
+    print(f"{output}/report.html, tables/, findings.md, records.json", flush=True)
+    return int(bool(lost))
