@@ -1,10 +1,10 @@
 #!/usr/bin/env python
-"""Kill random ranks at random moments of short runs that restart by themselves; every run must end as one left alone.
+"""Kills random ranks at random moments of short runs that restart by themselves; every run must end as a run left alone.
 
     python tests/faults/kill_many.py --kills 100
 
-"As one left alone": the final checkpoint in its canonical form (masters, moments, step counts) and the validation perplexities
-of all evaluations are equal bit for bit. Prints a line a run; exit code 1 if any differed.
+That means: master weights, moments and step counts of the final checkpoint, and the validation perplexities of all evaluations,
+are equal bit for bit. Prints a line for each run; the exit code is 1 if a run differed.
 """
 
 from __future__ import annotations
@@ -31,38 +31,39 @@ SETTINGS = [f"train.steps={STEPS}", "train.epoch_steps=20", "train.save_steps=2"
 SETTINGS += ["model.width=32", "model.ffn=64", "model.dropout=0.1", "data.eval_rows=8", "data.synthetic_sentences=600"]
 SETTINGS += ["tracking.enabled=false", "parallel.timeout=2"]
 MARK = "KILL_MANY"
-REACH = 0.6  # of a whole run's time: an attempt that goes on from a checkpoint is shorter, and most should be killed
+REACH = (
+    0.6  # kills come in this share of a whole run's time; attempts that resume are shorter, and most should be killed
+)
 
 
 def start(folder: Path, output: str, restarts: int) -> subprocess.Popen[str]:
-    """The main job in this folder, in the background; its ranks carry a mark in their environment."""
+    """Starts a run in this folder, in the background; its processes carry a mark in their environment."""
     settings = [*SETTINGS, f"output={output}", f"restarts={restarts}"]
     flags = [word for setting in settings for word in ("--set", setting)]
-    launcher = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", str(RANKS)]
     line = [
-        *launcher,
+        str(Path(sys.executable).with_name("deepspeed")),
+        "--num_gpus",
+        str(RANKS),
         str(ROOT / "launch/pretrain.py"),
-        "--deepspeed_config",
-        str(ROOT / "ds_configs/zero2.json"),
-        *flags,
     ]
+    line += ["--deepspeed_config", str(ROOT / "ds_configs/zero2.json"), *flags]
     marked = os.environ | {MARK: mark(output), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     log = (folder / f"{output}.log").open("w")
     return subprocess.Popen(line, cwd=folder, env=marked, stdout=log, stderr=subprocess.STDOUT, text=True)
 
 
 def mark(output: str) -> str:
-    """Of a job's processes: another program may do the same on this machine."""
+    """The mark of the processes of this job, which no other job on this machine has."""
     return f"{os.getpid()}:{output}"
 
 
 def ranks(output: str, attempt: int) -> list[int]:
-    """The ranks proper of this attempt, in no particular order."""
+    """The process ids of the ranks of this attempt, without their launcher."""
     return carrying(f"{MARK}={mark(output)}", f"MLINTERF_DS_ATTEMPT={attempt}")
 
 
 def end(job: subprocess.Popen[str], output: str) -> None:
-    """Kill a job and all that it started: a launcher that is ended leaves its ranks."""
+    """Kills a job and all processes that it started; a killed launcher leaves its ranks running."""
     job.kill()
     for process in carrying(f"{MARK}={mark(output)}"):
         with contextlib.suppress(ProcessLookupError):
@@ -71,17 +72,17 @@ def end(job: subprocess.Popen[str], output: str) -> None:
 
 
 def carrying(*variables: str) -> list[int]:
-    """Processes with these in their environment."""
-    found, wanted = [], {variable.encode() for variable in variables}
-    for place in Path("/proc").glob("[0-9]*"):
+    """The ids of the processes that have these variables in their environment."""
+    ids, wanted = [], {variable.encode() for variable in variables}
+    for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
-            if wanted <= set((place / "environ").read_bytes().split(b"\0")):
-                found.append(int(place.name))
-    return found
+            if wanted <= set((process / "environ").read_bytes().split(b"\0")):
+                ids.append(int(process.name))
+    return ids
 
 
 def outcome(folder: Path, output: str) -> dict[str, object]:
-    """What must not depend on kills: every parameter and moment at the end, and every evaluation."""
+    """A digest of all parameters and moments at the end, and the history of evaluations; kills must not change them."""
     path = folder / output / "checkpoints" / f"step-{STEPS:08d}"
     history, weights, digest = verify(path)["history"], Source(path), hashlib.sha256()
     for name in sorted(weights.addresses):
@@ -92,20 +93,20 @@ def outcome(folder: Path, output: str) -> dict[str, object]:
 
 
 def killed(folder: Path, output: str, kills: int, seconds: float, draw: random.Random) -> tuple[int, int]:
-    """Run with up to `kills` kills, each at a random moment of an attempt's first `seconds`; (kills done, exit code)."""
+    """Runs with up to `kills` kills, each in the first `seconds` of an attempt; returns the kills done and the exit code."""
     job = start(folder, output, kills)
     done = 0
     try:
         while done < kills and job.poll() is None:
-            found = ranks(output, done)
-            if len(found) < RANKS:
+            processes = ranks(output, done)
+            if len(processes) < RANKS:
                 time.sleep(0.05)
                 continue
             moment = time.monotonic() + draw.uniform(0, seconds)
             while time.monotonic() < moment and job.poll() is None:
                 time.sleep(0.02)
-            with contextlib.suppress(ProcessLookupError):  # it ended first
-                os.kill(draw.choice(found), signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):  # the rank may have ended by itself
+                os.kill(draw.choice(processes), signal.SIGKILL)
                 done += 1
         return done, job.wait(timeout=600)
     finally:
@@ -114,9 +115,9 @@ def killed(folder: Path, output: str, kills: int, seconds: float, draw: random.R
 
 def main(words: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=5)
-    parser.add_argument("--per-run", type=int, default=20)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--kills", type=int, default=5, help="kills in all runs together (default 5)")
+    parser.add_argument("--per-run", type=int, default=20, help="kills of a run at most (default 20)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the choice of ranks and moments (default 0)")
     options = parser.parse_args(words)
     folder, draw = Path(tempfile.mkdtemp(prefix="kill-many-")), random.Random(options.seed)
     alone = start(folder, "alone", 1)
@@ -136,9 +137,9 @@ def main(words: list[str] | None = None) -> int:
         done, status = killed(folder, output, min(options.per_run, options.kills - total), seconds, draw)
         same = status == 0 and outcome(folder, output) == wanted
         total, differing = total + done, differing + (not same)
-        said = "equal, bit for bit" if same else f"DIFFERENT (exit code {status}): {folder}/{output}.log"
-        print(f"{output}: {done} kills, {said}", flush=True)
-    print(f"{total} kills in {number} runs: {number - differing} runs ended as the one left alone, {differing} did not")
+        result = "equal, bit for bit" if same else f"DIFFERENT (exit code {status}): {folder}/{output}.log"
+        print(f"{output}: {done} kills, {result}", flush=True)
+    print(f"{total} kills in {number} runs: {number - differing} runs ended as the run left alone, {differing} did not")
     if not differing:
         shutil.rmtree(folder)
     return int(differing > 0)
