@@ -378,12 +378,12 @@ def test_masked_bound_of_a_sentence_equals_one_worked_out_by_hand() -> None:
 
 @pytest.mark.parametrize("name", ["syn", "syn-mid", "syn-far"])
 def test_counting_models_score_between_the_floor_and_the_unigrams(name: str) -> None:
-    floor = entropy_floor(name, count=5_000, masked_count=20)
+    floor = entropy_floor(name, count=2_000, masked_count=20)
     assert 0 < floor.masked_lower < floor.text_lower <= floor.text_upper < floor.unigram
     assert floor.bits_per_character(math.log(2) * floor.characters_per_word) == pytest.approx(1)
     train, test = (
         [["<s>", *sentence.split(), "</s>"] for sentence in sentences(name, count, 0, split)]
-        for count, split in ((10_000, "train"), (500, "valid"))
+        for count, split in ((4_000, "train"), (500, "valid"))
     )
     left_to_right = counted(train, test, lambda s, n: [s[n - 1]])
     both_sides = counted(train, test, lambda s, n: [s[n - 1], (s[n - 1], s[n + 1])])
