@@ -8,6 +8,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from mlinterf_ds.config import ADDRESS, RESUMABLE, Section
 from mlinterf_ds.sections import LANGUAGE_PATTERN, ParallelConfig, PrecisionSection, Seeds, TrackingConfig, listed
+from mlinterf_ds.tasks import TaskName
 
 Rates = Annotated[list[Annotated[float, Field(gt=0)]], BeforeValidator(listed), Field(min_length=1)]
 Batches = Annotated[list[Annotated[int, Field(ge=1)]], BeforeValidator(listed), Field(min_length=1)]
@@ -84,7 +85,7 @@ class FinetuneConfig(Section):
         json_schema_extra=ADDRESS,
         description="pretraining run's output folder (its best checkpoint) or a checkpoint",
     )
-    task: Literal["ner", "pos", "qa", "nli"] = Field("ner", description="the task to learn")
+    task: TaskName = Field("ner", description="the task to learn")
     output: str | None = Field(
         None,
         json_schema_extra=ADDRESS,

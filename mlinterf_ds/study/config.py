@@ -8,9 +8,9 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from mlinterf_ds.config import Section
 from mlinterf_ds.sections import LANGUAGE_PATTERN, Languages, Seeds, TrackingConfig, Variant, comma_list
+from mlinterf_ds.tasks import TaskName
 
 Language = Annotated[str, Field(pattern=LANGUAGE_PATTERN)]
-TaskName = Literal["ner", "pos", "qa", "nli"]
 Variants = Annotated[list[Variant], BeforeValidator(comma_list)]
 SYNTHETIC = "synthetic"
 

@@ -1,4 +1,4 @@
-"""What the four tasks have in common: the row a model reads, the limits on its length, and the interface."""
+"""The interface of a task, and the rows that it makes for the model."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from mlinterf_ds.data.tokenizer import Tokenizer
+from mlinterf_ds.errors import UserError
 
 Kind = Literal["labels", "span"]
 
 
 @dataclass(frozen=True)
 class Limits:
-    """How long rows may be, in pieces; `<s>` and `</s>` included."""
+    """How long rows may be, in pieces. `<s>` and `</s>` count."""
 
     max_length: int
     stride: int  # pieces by which a question's window moves on; pieces of context that a cut sentence keeps on its left
@@ -24,50 +25,53 @@ class Limits:
 
 @dataclass(frozen=True)
 class Row:
-    """One input of the encoder and what is to be predicted from it.
+    """One input of the encoder and what the model should predict from it.
 
-    Labels: `targets[k]` is the class at column `positions[k]`. Span: `targets` is (start, end), two indices into
-    `positions`, whose first entry is column 0 (`<s>`: "no answer in this window").
+    Kind "labels": `targets[k]` is the class at column `positions[k]`. Kind "span": `targets` is (start, end), two indices
+    into `positions`, whose first entry is column 0 (`<s>`, which stands for "no answer in this window").
     """
 
-    example: int  # which example of the set it belongs to
+    example: int  # index of the example that the row belongs to
     tokens: list[int]
     positions: list[int]
-    targets: list[int]  # -1: not known, not trained on
-    detail: Any = field(default=None, compare=False)  # the task's own: what the positions stand for
+    targets: list[int]  # -1: the file does not give the answer; it is not trained on
+    detail: Any = field(default=None, compare=False)  # what the task's `predict` needs to read the outputs
 
 
 class Task(Protocol):
-    """One downstream task. Examples and predictions are the task's own types."""
+    """A downstream task. Each task chooses the types of its examples and of its predictions.
+
+    `examples`, `rows`, `outputs` and `predictions` are aligned: one prediction for each example, one output for each row.
+    """
 
     name: str
-    metric: str  # of `score`'s result: selects models and fills the tables
-    kind: Kind
+    metric: str  # the key of `score`'s result that selects models and fills the tables
+    kind: Kind  # the classifier: a class at each position of a row, or the start and end of a span
 
     def read(self, path: Path, language: str) -> list[Any]:
-        """The examples of a file. UserError names the file and line of what is wrong."""
+        """Reads the examples of a file. UserError names the file and the line of a mistake."""
         ...
 
     def synthetic(self, language: str, count: int, seed: int, split: str) -> list[Any]:
-        """Gold examples of a synthetic language."""
-        ...
+        """Makes labelled examples in a synthetic language. UserError if the task has none."""
+        raise UserError(f"task {self.name} has no synthetic examples: give {language}=FILE")
 
     def group(self, example: Any) -> str:
-        """Examples of one group stay together when a set is split."""
+        """A key of the example: LANG=split puts examples with equal keys into the same set."""
         ...
 
     def labelled(self, example: Any) -> bool:
-        """Whether the file gives this example's answer (some published test sets withhold them)."""
-        ...
+        """Whether the file gives this example's answer. Some published test sets withhold answers."""
+        return True
 
     def labels(self, train: Sequence[Any]) -> list[str]:
-        """The classes, by number, that a training set defines."""
+        """The names of the classes, in the order of the classifier's outputs."""
         ...
 
     def rows(
         self, examples: Sequence[Any], tokenizer: Tokenizer, labels: Sequence[str], limits: Limits
     ) -> tuple[list[Row], list[str]]:
-        """The rows of these examples, and notes in plain words on what did not fit. UserError for an unknown label."""
+        """The rows of the examples, and notes for the user on what was cut. UserError for a label not in `labels`."""
         ...
 
     def predict(
@@ -78,9 +82,9 @@ class Task(Protocol):
         labels: Sequence[str],
         limits: Limits,
     ) -> list[Any]:
-        """One prediction for each example from one output for each row.
+        """The predictions that follow from the model's outputs.
 
-        Outputs of kind "labels": (positions,) classes. "span": (2, positions) start and end scores.
+        An output of kind "labels" is (positions,) classes, one of kind "span" (2, positions) scores of start and end.
         """
         ...
 
@@ -89,21 +93,21 @@ class Task(Protocol):
         ...
 
     def counts(self, examples: Sequence[Any], predictions: Sequence[Any]) -> list[tuple[float, float, float]]:
-        """(right, predicted, gold) of each labelled example: 200 right / (predicted + gold) of their sums is the metric."""
+        """(right, predicted, gold) of each labelled example: the metric is 200 right / (predicted + gold) of their sums."""
         ...
 
     def baselines(self, train: Sequence[Any], test: Sequence[Any]) -> dict[str, dict[str, float]]:
-        """Metrics on `test` of predictions that look at no input ("majority") or hardly any ("lexical"), from `train`."""
+        """Scores on `test` without a model: "majority" ignores the input, "lexical" (optional) looks words up in `train`."""
         ...
 
     def write(self, examples: Sequence[Any], predictions: Sequence[Any], path: Path) -> None:
-        """Predictions in the task's own file format."""
+        """Writes the predictions in the task's file format."""
         ...
 
     def suffix(self, examples: Sequence[Any]) -> str:
-        """Ending of the name of a file that `write` makes."""
+        """The ending of the name of a file that `write` makes, such as `.tsv`."""
         ...
 
     def report(self, examples: Sequence[Any], predictions: Sequence[Any]) -> str:
-        """Where the errors are, as Markdown."""
+        """Markdown that shows which errors the predictions make."""
         ...

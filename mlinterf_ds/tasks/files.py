@@ -1,4 +1,4 @@
-"""Task files as text: whole, UTF-8, and with the place of every mistake."""
+"""Reading task files as text; messages that name the line of a mistake."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ def read_text(path: Path) -> str:
 
 
 def typed(value: Any, kind: type, name: str) -> Any:
-    """The value of a JSON field, if it is of this kind (and, being text, can be written); else TypeError or ValueError."""
+    """The value of a JSON field. Raises TypeError if it is of another type, ValueError if it is text that UTF-8 cannot hold."""
     if type(value) is not kind:
         raise TypeError(f"{name} is {value!r}, expected {KINDS[kind]}")
     if isinstance(value, str):
-        value.encode()  # half a surrogate pair is no character
+        value.encode()  # fails on half a surrogate pair
     return value
 
 
 def bad(path: Path, line: int, message: str) -> UserError:
-    """A mistake in a line of a file."""
+    """The error that names a mistake in a line of a file."""
     return UserError(f"{path}, line {line}: {message}")

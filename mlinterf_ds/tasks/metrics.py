@@ -18,44 +18,44 @@ Counts = tuple[float, float, float]  # right, predicted, gold; a share of right 
 
 # --- tags ------------------------------------------------------------------------------------------------------------
 def entity_scores(gold: Tags, predicted: Tags) -> dict[str, float]:
-    """Micro F1, precision and recall over entities: an entity counts if its type and both ends are right (seqeval)."""
+    """Micro-averaged F1, precision and recall by seqeval: an entity is right if its type and both ends are."""
     from seqeval.metrics import f1_score, precision_score, recall_score
 
-    ours, theirs = [list(tags) for tags in predicted], [list(tags) for tags in gold]
+    lists = [list(tags) for tags in gold], [list(tags) for tags in predicted]
     scorers = {"f1": f1_score, "precision": precision_score, "recall": recall_score}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # says that a metric without predictions is set to 0: so it is
-        return {name: 100 * float(score(theirs, ours, zero_division=0)) for name, score in scorers.items()}
+        warnings.simplefilter("ignore")  # that a metric without predictions is set to 0, as `zero_division` asks
+        return {name: 100 * float(score(*lists, zero_division=0)) for name, score in scorers.items()}
 
 
 def entity_counts(gold: Tags, predicted: Tags) -> list[Counts]:
     """(right, predicted, gold) entities of each sentence, from which `entity_scores` of any sample of them follow."""
     from seqeval.metrics.sequence_labeling import get_entities
 
-    found = []
-    for theirs, ours in zip(gold, predicted, strict=True):
-        a, b = set(get_entities(list(theirs))), set(get_entities(list(ours)))
-        found.append((float(len(a & b)), float(len(b)), float(len(a))))
-    return found
+    counts = []
+    for pair in zip(gold, predicted, strict=True):
+        right, guessed = (set(get_entities(list(tags))) for tags in pair)
+        counts.append((float(len(right & guessed)), float(len(guessed)), float(len(right))))
+    return counts
 
 
 def run_counts(gold: Tags, predicted: Tags) -> list[Counts]:
-    """As `entity_counts`, over the runs of `run_f1`."""
+    """As `entity_counts`, for the runs that `run_f1` scores."""
     return entity_counts(*([[f"I-{tag}" for tag in tags] for tags in side] for side in (gold, predicted)))
 
 
 def run_f1(gold: Tags, predicted: Tags) -> float:
-    """Micro F1 over runs of equal tags: what seqeval makes of part-of-speech tags, hence what XTREME reports.
+    """Micro-averaged F1 over runs of equal tags: seqeval's score of part-of-speech tags, which XTREME reports.
 
-    Except that seqeval, given bare tags, takes SCONJ and SYM for one-word entities (S) and loses X beside a sentence's end.
+    One difference: seqeval takes bare SCONJ and SYM for one-word entities (S), and loses X at a sentence's end.
     """
     inside = [[[f"I-{tag}" for tag in tags] for tags in side] for side in (gold, predicted)]
     return entity_scores(*inside)["f1"]
 
 
 def tag_accuracy(gold: Tags, predicted: Tags) -> float:
-    """Share of words with the right tag."""
-    pairs = [pair for ours, theirs in zip(gold, predicted, strict=True) for pair in zip(ours, theirs, strict=True)]
+    """Percentage of words with the right tag."""
+    pairs = [pair for sentence in zip(gold, predicted, strict=True) for pair in zip(*sentence, strict=True)]
     return 100 * sum(a == b for a, b in pairs) / len(pairs)
 
 
@@ -65,11 +65,11 @@ def entity_report(gold: Tags, predicted: Tags) -> str:
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        found: Any = classification_report(
+        report: Any = classification_report(
             [list(tags) for tags in gold], [list(tags) for tags in predicted], output_dict=True, zero_division=0
         )
     lines = ["| type | precision | recall | F1 | entities |", "|---|---|---|---|---|"]
-    for kind, facts in found.items():
+    for kind, facts in report.items():
         if "macro" not in kind and "weighted" not in kind:
             numbers = " | ".join(f"{100 * facts[key]:.1f}" for key in ("precision", "recall", "f1-score"))
             lines.append(f"| {kind.removesuffix(' avg')} | {numbers} | {int(facts['support'])} |")
@@ -77,10 +77,13 @@ def entity_report(gold: Tags, predicted: Tags) -> str:
 
 
 def confusion(gold: Tags, predicted: Tags, name: Callable[[str], str]) -> str:
-    """How often each class (rows) was taken for each (columns), in words; as a Markdown table."""
+    """Confusion matrix over words, as a Markdown table: gold classes in rows, predicted ones in columns.
+
+    name: the class that a tag counts under.
+    """
     counts: Counter[tuple[str, str]] = Counter()
-    for ours, theirs in zip(gold, predicted, strict=True):
-        counts.update((name(a), name(b)) for a, b in zip(ours, theirs, strict=True))
+    for sentence in zip(gold, predicted, strict=True):
+        counts.update((name(right), name(guess)) for right, guess in zip(*sentence, strict=True))
     classes = sorted({name for pair in counts for name in pair})
     lines = [f"| gold \\ predicted | {' | '.join(classes)} |", "|---" * (len(classes) + 1) + "|"]
     for row in classes:
@@ -94,13 +97,13 @@ PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def normalise_answer(text: str) -> str:
-    """SQuAD's: lower case, without punctuation (ASCII), English articles and surplus space."""
+    """SQuAD's normal form: lower case, without ASCII punctuation, English articles and extra spaces."""
     return " ".join(ARTICLES.sub(" ", text.lower().translate(PUNCTUATION)).split())
 
 
 def normalised_answers(answers: Sequence[str]) -> list[str]:
-    """Those of which something is left ("the" is nothing), or nothing alone: SQuAD 2.0's rule; 1.1's has no such case."""
-    return [found for answer in answers if (found := normalise_answer(answer))] or [""]
+    """The normalised answers that are not empty ("the" becomes empty), or else one empty answer: the rule of SQuAD 2.0."""
+    return [normal for answer in answers if (normal := normalise_answer(answer))] or [""]
 
 
 def exact_match(prediction: str, answers: Sequence[str]) -> float:
@@ -109,16 +112,16 @@ def exact_match(prediction: str, answers: Sequence[str]) -> float:
 
 
 def answer_f1(prediction: str, answers: Sequence[str]) -> float:
-    """The best word overlap (F1, 0 to 1) with one of the answers; with no words on a side, 1 only if both have none."""
-    ours = normalise_answer(prediction).split()
-    return max(_overlap(ours, answer.split()) for answer in normalised_answers(answers))
+    """The best word overlap (F1, 0 to 1) with any of the answers; it is 1 if both sides are empty and 0 if one is."""
+    words = normalise_answer(prediction).split()
+    return max(_overlap(words, answer.split()) for answer in normalised_answers(answers))
 
 
-def _overlap(ours: list[str], theirs: list[str]) -> float:
-    if not ours or not theirs:
-        return float(ours == theirs)
-    common = sum((Counter(ours) & Counter(theirs)).values())
-    return 2 * common / (len(ours) + len(theirs))
+def _overlap(prediction: list[str], answer: list[str]) -> float:
+    if not prediction or not answer:
+        return float(prediction == answer)
+    common = sum((Counter(prediction) & Counter(answer)).values())
+    return 2 * common / (len(prediction) + len(answer))
 
 
 # --- uncertainty -----------------------------------------------------------------------------------------------------

@@ -1,47 +1,46 @@
-"""Named entities: WikiAnn/PAN-X and CoNLL columns in IOB1, IOB2 or IOBES (BILOU), learnt and predicted in IOB2."""
+"""Named entities: WikiAnn/PAN-X and CoNLL columns in IOB1, IOB2, IOBES or BILOU. The model learns and predicts IOB2."""
 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from mlinterf_ds.data.tokenizer import Tokenizer
-from mlinterf_ds.tasks import metrics, tagging
-from mlinterf_ds.tasks.base import Kind, Limits, Row
-from mlinterf_ds.tasks.tagging import Predictions, Sentence
+from mlinterf_ds.errors import UserError
+from mlinterf_ds.tasks import columns, metrics, tagging
+from mlinterf_ds.tasks.base import Kind, Limits, Row, Task
+from mlinterf_ds.tasks.columns import Sentence, Tags
 
 TAG = re.compile(r"O|[BIESLU]-\S+")
+WIKI_PREFIX = re.compile(r"((?:[a-z]{2,3}(?:-[a-z]+)*|simple):).")  # a wiki's code and a colon, before a word
 Span = tuple[str, int, int]  # (type, first word, word after the last)
 
 
 def check_tag(tag: str) -> str:
+    """What is wrong with a tag, or ''."""
     return "" if TAG.fullmatch(tag) else f"tag {tag!r}: expected O or B-, I-, E-, S- and a type, such as B-PER"
 
 
-class Ner:
-    """Predictions are IOB2 tags, one a word; the metric is seqeval's entity F1."""
+class Ner(Task):
+    """Predictions are IOB2 tags, one for each word; the metric is seqeval's entity F1."""
 
     name, metric = "ner", "f1"
     kind: Kind = "labels"
 
     def read(self, path: Path, language: str) -> list[Sentence]:
-        return tagging.strip_language_prefix(tagging.read_columns(path, check_tag))
+        return strip_wiki_prefix(columns.read_columns(path, check_tag))
 
     def synthetic(self, language: str, count: int, seed: int, split: str) -> list[Sentence]:
         from mlinterf_ds.data.synthetic import annotated
 
-        path, line, found = Path(f"synthetic-{language}-{split}"), 1, []
-        for example in annotated(language, count, seed, split):
-            found.append(tagging.made(example.tokens, example.entities, path, line))
-            line += len(example.tokens) + 1
-        return found
+        examples = annotated(language, count, seed, split)
+        return columns.synthetic(language, split, ((e.tokens, e.entities) for e in examples))
 
     def group(self, example: Sentence) -> str:
         return " ".join(example.words)
-
-    def labelled(self, example: Sentence) -> bool:
-        return True
 
     def labels(self, train: Sequence[Sentence]) -> list[str]:
         types = sorted({kind for sentence in train for kind, _, _ in spans(sentence.tags)})
@@ -62,14 +61,14 @@ class Ner:
     ) -> list[list[str]]:
         return tagging.predict(examples, rows, outputs, labels)
 
-    def score(self, examples: Sequence[Sentence], predictions: Predictions) -> dict[str, float]:
+    def score(self, examples: Sequence[Sentence], predictions: Tags) -> dict[str, float]:
         return metrics.entity_scores([iob2(s.tags) for s in examples], predictions)
 
-    def counts(self, examples: Sequence[Sentence], predictions: Predictions) -> list[metrics.Counts]:
+    def counts(self, examples: Sequence[Sentence], predictions: Tags) -> list[metrics.Counts]:
         return metrics.entity_counts([iob2(s.tags) for s in examples], predictions)
 
     def baselines(self, train: Sequence[Sentence], test: Sequence[Sentence]) -> dict[str, dict[str, float]]:
-        """majority: the one tag for every word that scores best on `train` (all O scores 0, every word a place does not)."""
+        """majority: every word gets the one tag that scores best on `train`; lexical: each word's commonest tag."""
         gold = [iob2(s.tags) for s in train]
         best = max(
             self.labels(train), key=lambda tag: metrics.entity_scores(gold, tagging.constant(train, tag))[self.metric]
@@ -80,14 +79,14 @@ class Ner:
         }
         return {name: self.score(test, tags) for name, tags in guesses.items()}
 
-    def write(self, examples: Sequence[Sentence], predictions: Predictions, path: Path) -> None:
+    def write(self, examples: Sequence[Sentence], predictions: Tags, path: Path) -> None:
         scheme = scheme_of([s.tags for s in examples])
-        tagging.write(examples, [in_scheme(tags, scheme) for tags in predictions], path)
+        columns.write(examples, [in_scheme(tags, scheme) for tags in predictions], path)
 
     def suffix(self, examples: Sequence[Sentence]) -> str:
         return ".tsv"
 
-    def report(self, examples: Sequence[Sentence], predictions: Predictions) -> str:
+    def report(self, examples: Sequence[Sentence], predictions: Tags) -> str:
         gold = [iob2(s.tags) for s in examples]
         return metrics.entity_report(gold, predictions) + "\n" + metrics.confusion(gold, predictions, _type)
 
@@ -97,23 +96,23 @@ def _type(tag: str) -> str:
 
 
 def spans(tags: Sequence[str]) -> list[Span]:
-    """Entities of a tagged sentence by the rule of the CoNLL scorer, which reads IOB1, IOB2 and IOBES alike.
+    """The entities of a tagged sentence, by the rule of the CoNLL scorer, which reads IOB1, IOB2 and IOBES alike.
 
-    B, S and U open an entity; E, S, L and U close it; I and E open one where the word before is of no or another entity.
+    B, S and U open an entity; E, S, L and U close it; I and E open one if the word before is in no entity or in another.
     """
-    found: list[Span] = []
+    entities: list[Span] = []
     open_type, first = "", 0
     for index, tag in enumerate([*tags, "O"]):
         prefix, kind = tag[0], tag[2:]
         if open_type and (prefix in "OBSU" or kind != open_type):
-            found.append((open_type, first, index))
+            entities.append((open_type, first, index))
             open_type = ""
         if prefix != "O" and not open_type:
             open_type, first = kind, index
         if prefix in "ESLU" and open_type:
-            found.append((open_type, first, index + 1))
+            entities.append((open_type, first, index + 1))
             open_type = ""
-    return found
+    return entities
 
 
 def iob2(tags: Sequence[str]) -> list[str]:
@@ -122,23 +121,23 @@ def iob2(tags: Sequence[str]) -> list[str]:
 
 
 def scheme_of(sentences: Sequence[Sequence[str]]) -> str:
-    """'IOBES', 'BILOU', 'IOB1' or 'IOB2': which scheme a file's tags are in."""
+    """The scheme of a file's tags: 'IOBES', 'BILOU', 'IOB1' or 'IOB2'."""
     prefixes = {tag[0] for tags in sentences for tag in tags}
     if prefixes & set("LU"):
         return "BILOU"
     if prefixes & set("ES"):
         return "IOBES"
     opening = {tags[first][0] for tags in sentences for _, first, _ in spans(tags)}
-    after_own = any(
+    opens_apart = any(  # whether a B opens an entity that follows none of its type, which IOB1 never has
         tags[first][0] == "B" and not (first and tags[first - 1][0] != "O" and tags[first - 1][2:] == kind)
         for tags in sentences
         for kind, first, _ in spans(tags)
     )
-    return "IOB1" if "I" in opening and not after_own else "IOB2"
+    return "IOB1" if "I" in opening and not opens_apart else "IOB2"
 
 
 def in_scheme(tags: Sequence[str], scheme: str) -> list[str]:
-    """The entities of a tagged sentence, tagged by another scheme."""
+    """The same entities, tagged in another scheme."""
     first_tag, last_tag, single_tag = tuple({"IOBES": "BES", "BILOU": "BLU"}.get(scheme, "BIB"))
     result = ["O"] * len(tags)
     before: Span = ("", 0, 0)
@@ -151,3 +150,24 @@ def in_scheme(tags: Sequence[str], scheme: str) -> list[str]:
         result[first] = f"{opens}-{kind}"
         before = (kind, first, end)
     return result
+
+
+def strip_wiki_prefix(sentences: list[Sentence]) -> list[Sentence]:
+    """Removes the prefix that WikiAnn's first version has before every word, such as `en:word` or `zh-yue:word`.
+
+    UserError if most words have it and some have not: such a file is damaged.
+    """
+    matches = (WIKI_PREFIX.match(word) for sentence in sentences for word in sentence.words)
+    counts = Counter(match.group(1) for match in matches if match)
+    prefix, count = counts.most_common(1)[0] if counts else ("", 0)
+    if count <= sum(len(sentence.words) for sentence in sentences) / 2:
+        return sentences
+    for sentence in sentences:
+        for index, word in enumerate(sentence.words):
+            if word == prefix:
+                raise UserError(f"{sentence.location(index)}: no word after the prefix {prefix!r}")
+            if not word.startswith(prefix):
+                raise UserError(
+                    f"{sentence.location(index)}: {word!r} lacks the prefix {prefix!r} that most words here have"
+                )
+    return [replace(s, words=tuple(word.removeprefix(prefix) for word in s.words)) for s in sentences]

@@ -1,7 +1,7 @@
 """Natural language inference: XNLI and MNLI as TSV (with or without a header) and JSONL.
 
-A row is `<s> premise </s> hypothesis </s>`; a pair too long for it loses pieces from the end of the longer sentence, one
-by one. The label `-` (annotators did not agree) is no label: such pairs are neither trained on nor scored.
+A row is `<s> premise </s> hypothesis </s>`. A pair too long for a row loses pieces from the end of the longer sentence, one
+by one. Pairs with the label `-` (the annotators did not agree) are neither trained on nor scored.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from mlinterf_ds.data.tokenizer import BOS, EOS, Tokenizer
 from mlinterf_ds.errors import UserError, refusing
 from mlinterf_ds.files import write_text
 from mlinterf_ds.tasks import metrics
-from mlinterf_ds.tasks.base import Kind, Limits, Row
+from mlinterf_ds.tasks.base import Kind, Limits, Row, Task
 from mlinterf_ds.tasks.files import bad, read_text, typed
 
 LABELS = ["entailment", "neutral", "contradiction"]
-ALIASES = {"contradictory": "contradiction"}  # in machine-translated MNLI
+ALIASES = {"contradictory": "contradiction"}  # the machine-translated MNLI spells it so
 NO_LABEL = "-"
 FIELDS = ("sentence1", "sentence2", "gold_label")
 HEADERS = (FIELDS, ("premise", "hypo", "label"), ("premise", "hypothesis", "label"))  # XNLI, MNLI; XNLI-MT; others
@@ -29,25 +29,25 @@ HEADERS = (FIELDS, ("premise", "hypo", "label"), ("premise", "hypothesis", "labe
 
 @dataclass(frozen=True)
 class Pair:
-    """A premise, a hypothesis and one of LABELS or NO_LABEL; and the line of the file they came from."""
+    """A premise, a hypothesis, one of LABELS or NO_LABEL, and the line of the file that they came from."""
 
     premise: str
     hypothesis: str
     label: str
-    raw: str = ""
-    column: int | None = 2  # of the label in a TSV; None: JSON
-    header: str = ""  # the file's, if it has one
+    raw: str = ""  # the line; "" if the pair comes from no file
+    column: int | None = 2  # the label's column in a TSV file; None: the file is JSONL
+    header: str = ""  # the header of the TSV file, if it has one
 
     @property
     def spelt(self) -> str:
-        """The label as the file has it."""
+        """The label as the file spells it."""
         if not self.raw:
             return self.label
         body = self.raw.rstrip("\r")
         return str(json.loads(body)["gold_label"]) if self.column is None else body.split("\t")[self.column]
 
     def relabelled(self, label: str) -> str:
-        """The line of the file with another label."""
+        """The pair's line with another label."""
         if self.raw and label == self.spelt:
             return self.raw
         body = self.raw.rstrip("\r")
@@ -59,22 +59,23 @@ class Pair:
         return "\t".join(columns) + end
 
 
-class Nli:
+class Nli(Task):
     """Predictions are labels; the metric is accuracy."""
 
     name, metric = "nli", "accuracy"
     kind: Kind = "labels"
 
     def read(self, path: Path, language: str) -> list[Pair]:
-        text, others = read_text(path), set[str]()
-        pairs = _json_pairs if text.lstrip().startswith("{") else _tsv_pairs
-        found = list(pairs(path, text.split("\n"), language, others))
-        if not found:
+        text, skipped = read_text(path), set[str]()
+        parse = _json_pairs if text.lstrip().startswith("{") else _tsv_pairs
+        pairs = list(parse(path, text.split("\n"), language, skipped))
+        if not pairs:
+            languages = ", ".join(sorted(skipped)) or "none"
             raise UserError(
-                f"{path}: no pairs in language {language!r}: its 'language' column has {', '.join(sorted(others)) or 'none'}; "
+                f"{path}: no pairs in language {language!r}: its 'language' column has {languages}; "
                 "name one of these, or leave the column out"
             )
-        return found
+        return pairs
 
     def synthetic(self, language: str, count: int, seed: int, split: str) -> list[Pair]:
         from mlinterf_ds.data.synthetic import entailments
@@ -93,15 +94,15 @@ class Nli:
     def rows(
         self, examples: Sequence[Pair], tokenizer: Tokenizer, labels: Sequence[str], limits: Limits
     ) -> tuple[list[Row], list[str]]:
-        found: list[Row] = []
+        rows: list[Row] = []
         cut = 0
         for index, pair in enumerate(examples):
             first, second = tokenizer.encode(pair.premise), tokenizer.encode(pair.hypothesis)
             cut += len(first) + len(second) > limits.max_length - 3
             first, second = shortened(first, second, limits.max_length - 3)
             target = labels.index(pair.label) if pair.label in labels else -1
-            found.append(Row(index, [BOS, *first, EOS, *second, EOS], [0], [target]))
-        return found, [f"{cut} pairs are longer than {limits.max_length} pieces and were cut"] if cut else []
+            rows.append(Row(index, [BOS, *first, EOS, *second, EOS], [0], [target]))
+        return rows, [f"{cut} pairs are longer than {limits.max_length} pieces and were cut"] if cut else []
 
     def predict(
         self,
@@ -122,30 +123,28 @@ class Nli:
         return [(float(e.label == p), 1.0, 1.0) for e, p in pairs if self.labelled(e)]
 
     def baselines(self, train: Sequence[Pair], test: Sequence[Pair]) -> dict[str, dict[str, float]]:
-        """majority: the commonest label of `train`."""
+        """majority: every pair gets the commonest label of `train`."""
         counts = Counter(pair.label for pair in train if self.labelled(pair))
         return {"majority": self.score(test, [max(LABELS, key=counts.__getitem__)] * len(test))}
 
     def write(self, examples: Sequence[Pair], predictions: Sequence[str], path: Path) -> None:
         lines = [examples[0].header] if examples[0].header else []
-        spelt = {
-            ALIASES[pair.spelt]: pair.spelt for pair in examples if pair.spelt in ALIASES
-        }  # no label shows its gold
-        lines += [pair.relabelled(spelt.get(label, label)) for pair, label in zip(examples, predictions, strict=True)]
+        # All predictions of a label are spelt as the file spells it: the spelling must not show which are right.
+        spelling = {ALIASES[pair.spelt]: pair.spelt for pair in examples if pair.spelt in ALIASES}
+        labels = [spelling.get(label, label) for label in predictions]
+        lines += [pair.relabelled(label) for pair, label in zip(examples, labels, strict=True)]
         write_text(path, "\n".join(lines) + "\n")
 
     def suffix(self, examples: Sequence[Pair]) -> str:
         return ".jsonl" if examples[0].column is None else ".tsv"
 
     def report(self, examples: Sequence[Pair], predictions: Sequence[str]) -> str:
-        gold = [[pair.label for pair in examples if self.labelled(pair)]]
-        return metrics.confusion(
-            gold, [[p for e, p in zip(examples, predictions, strict=True) if self.labelled(e)]], str
-        )
+        pairs = [(e.label, p) for e, p in zip(examples, predictions, strict=True) if self.labelled(e)]
+        return metrics.confusion([[gold for gold, _ in pairs]], [[label for _, label in pairs]], str)
 
 
 def shortened(first: list[int], second: list[int], room: int) -> tuple[list[int], list[int]]:
-    """Both sequences within `room` together: the longer one loses its end, piece by piece."""
+    """Cuts both sequences to `room` pieces together: the longer one loses its last piece, again and again."""
     a, b = len(first), len(second)
     while a + b > room:
         a, b = (a - 1, b) if a >= b else (a, b - 1)
@@ -159,38 +158,42 @@ def _label(path: Path, line: int, label: str) -> str:
     return label
 
 
-def _tsv_pairs(path: Path, lines: list[str], language: str, others: set[str]) -> Iterator[Pair]:
-    """Columns by the header's names (as HEADERS has them), or premise, hypothesis, label. `others`: languages passed over."""
+def _tsv_pairs(path: Path, lines: list[str], language: str, skipped: set[str]) -> Iterator[Pair]:
+    """Pairs of a TSV file. A header in HEADERS names the columns; without one they are premise, hypothesis, label.
+
+    Pairs in other languages are left out, and their languages added to `skipped`.
+    """
     first = next(number for number, line in enumerate(lines) if line.strip())
-    head = lines[first].rstrip("\r").split("\t")
-    fields = next((names for names in HEADERS if set(names) <= set(head)), None)
+    header = lines[first].rstrip("\r").split("\t")
+    fields = next((names for names in HEADERS if set(names) <= set(header)), None)
     named = fields is not None
-    at = [head.index(field) for field in fields] if fields else [0, 1, 2]
-    code = head.index("language") if named and "language" in head else None
+    indices = [header.index(field) for field in fields] if fields else [0, 1, 2]
+    code = header.index("language") if named and "language" in header else None
     for number, line in enumerate(lines[first + named :], first + named + 1):
         if not line.strip():
             continue
         columns = line.rstrip("\r").split("\t")
-        if len(columns) != (len(head) if named else 3):
-            wanted = f"{len(head)} as in the header" if named else "3: premise, hypothesis, label"
-            raise bad(path, number, f"{len(columns)} columns separated by tabs, expected {wanted}")
+        if len(columns) != (len(header) if named else 3):
+            expected = f"{len(header)} as in the header" if named else "3: premise, hypothesis, label"
+            raise bad(path, number, f"{len(columns)} columns separated by tabs, expected {expected}")
         if code is not None and columns[code] != language:
-            others.add(columns[code])
+            skipped.add(columns[code])
             continue
-        premise, hypothesis, label = (columns[index] for index in at)
-        yield Pair(premise, hypothesis, _label(path, number, label), line, at[2], lines[first] if named else "")
+        premise, hypothesis, label = (columns[index] for index in indices)
+        yield Pair(premise, hypothesis, _label(path, number, label), line, indices[2], lines[first] if named else "")
 
 
-def _json_pairs(path: Path, lines: list[str], language: str, others: set[str]) -> Iterator[Pair]:
+def _json_pairs(path: Path, lines: list[str], language: str, skipped: set[str]) -> Iterator[Pair]:
+    """As `_tsv_pairs`, of a file with one JSON object a line."""
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         with refusing(f"{path}, line {number}: expected a JSON object with {', '.join(FIELDS)}"):
-            found = json.loads(line)
-            premise, hypothesis, label = (typed(found[field], str, field) for field in FIELDS)
-            of = typed(found.get("language", language), str, "language")
-            json.dumps(found, ensure_ascii=False).encode()  # half a surrogate pair could not be written back
-        if of != language:
-            others.add(of)
+            fields = json.loads(line)
+            premise, hypothesis, label = (typed(fields[name], str, name) for name in FIELDS)
+            code = typed(fields.get("language", language), str, "language")
+            json.dumps(fields, ensure_ascii=False).encode()  # fails on half a surrogate pair, which no file can hold
+        if code != language:
+            skipped.add(code)
         else:
             yield Pair(premise, hypothesis, _label(path, number, label), line, None)

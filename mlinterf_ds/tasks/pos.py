@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mlinterf_ds.data.tokenizer import Tokenizer
-from mlinterf_ds.tasks import metrics, tagging
-from mlinterf_ds.tasks.base import Kind, Limits, Row
+from mlinterf_ds.tasks import columns, metrics, tagging
+from mlinterf_ds.tasks.base import Kind, Limits, Row, Task
+from mlinterf_ds.tasks.columns import Sentence, Tags, Words
 from mlinterf_ds.tasks.files import bad
-from mlinterf_ds.tasks.tagging import Found, Predictions, Sentence
 
 UPOS = [
     "ADJ",
@@ -32,63 +32,56 @@ UPOS = [
     "X",
 ]
 UPOS_COLUMN, COLUMNS = 3, 10
-NO_WORD = re.compile(r"\d+-\d+|\d+\.\d+")  # multiword tokens (their words follow) and empty nodes have no tag to learn
+NO_WORD = re.compile(r"\d+-\d+|\d+\.\d+")  # IDs of multiword tokens (their words follow) and of empty nodes
 
 
 def check_tag(tag: str) -> str:
+    """What is wrong with a tag, or ''."""
     return "" if tag in UPOS else f"tag {tag!r}: expected one of {' '.join(UPOS)}"
 
 
 def read_conllu(path: Path) -> list[Sentence]:
-    """The syntactic words of a CoNLL-U file."""
+    """The sentences of a CoNLL-U file, in syntactic words."""
 
-    def parse(lines: list[str], number: int) -> Found:
-        found: Found = []
+    def parse(lines: list[str], number: int) -> Words:
+        words: Words = []
         for index, line in enumerate(lines):
-            columns = line.rstrip("\r").split("\t")
             if line.startswith("#"):
                 continue
-            if len(columns) != COLUMNS:
-                raise bad(
-                    path, number + index, f"{len(columns)} columns, expected {COLUMNS} separated by tabs (CoNLL-U)"
-                )
-            if NO_WORD.fullmatch(columns[0]):
+            fields = line.rstrip("\r").split("\t")
+            if len(fields) != COLUMNS:
+                message = f"{len(fields)} columns, expected {COLUMNS} separated by tabs (CoNLL-U)"
+                raise bad(path, number + index, message)
+            if NO_WORD.fullmatch(fields[0]):
                 continue
-            if columns[0] != str(len(found) + 1):
-                raise bad(path, number + index, f"ID {columns[0]!r}: expected {len(found) + 1}, N-M or N.M")
-            if not columns[1]:
+            if fields[0] != str(len(words) + 1):
+                raise bad(path, number + index, f"ID {fields[0]!r}: expected {len(words) + 1}, N-M or N.M")
+            if not fields[1]:
                 raise bad(path, number + index, "FORM is empty")
-            if why := check_tag(columns[UPOS_COLUMN]):
+            if why := check_tag(fields[UPOS_COLUMN]):
                 raise bad(path, number + index, why)
-            found.append((index, columns[1], columns[UPOS_COLUMN]))
-        return found
+            words.append((index, fields[1], fields[UPOS_COLUMN]))
+        return words
 
-    return tagging.read_blocks(path, parse, UPOS_COLUMN)
+    return columns.read_blocks(path, parse, UPOS_COLUMN)
 
 
-class Pos:
-    """Predictions are UPOS tags. The metric is F1 "as in NER" (paper): seqeval's over runs of equal tags, as XTREME's."""
+class Pos(Task):
+    """Predictions are UPOS tags. The metric is F1 "as in NER" (paper): seqeval's F1 over runs of equal tags, as in XTREME."""
 
     name, metric = "pos", "f1"
     kind: Kind = "labels"
 
     def read(self, path: Path, language: str) -> list[Sentence]:
-        return read_conllu(path) if path.suffix.lower() == ".conllu" else tagging.read_columns(path, check_tag, 2)
+        return read_conllu(path) if path.suffix.lower() == ".conllu" else columns.read_columns(path, check_tag, 2)
 
     def synthetic(self, language: str, count: int, seed: int, split: str) -> list[Sentence]:
         from mlinterf_ds.data.synthetic import annotated
 
-        path, line, found = Path(f"synthetic-{language}-{split}"), 1, []
-        for example in annotated(language, count, seed, split):
-            found.append(tagging.made(example.tokens, example.pos, path, line))
-            line += len(example.tokens) + 1
-        return found
+        return columns.synthetic(language, split, ((e.tokens, e.pos) for e in annotated(language, count, seed, split)))
 
     def group(self, example: Sentence) -> str:
         return " ".join(example.words)
-
-    def labelled(self, example: Sentence) -> bool:
-        return True
 
     def labels(self, train: Sequence[Sentence]) -> list[str]:
         return list(UPOS)
@@ -108,15 +101,15 @@ class Pos:
     ) -> list[list[str]]:
         return tagging.predict(examples, rows, outputs, labels)
 
-    def score(self, examples: Sequence[Sentence], predictions: Predictions) -> dict[str, float]:
+    def score(self, examples: Sequence[Sentence], predictions: Tags) -> dict[str, float]:
         gold = [s.tags for s in examples]
         return {"f1": metrics.run_f1(gold, predictions), "accuracy": metrics.tag_accuracy(gold, predictions)}
 
-    def counts(self, examples: Sequence[Sentence], predictions: Predictions) -> list[metrics.Counts]:
+    def counts(self, examples: Sequence[Sentence], predictions: Tags) -> list[metrics.Counts]:
         return metrics.run_counts([s.tags for s in examples], predictions)
 
     def baselines(self, train: Sequence[Sentence], test: Sequence[Sentence]) -> dict[str, dict[str, float]]:
-        """majority: the commonest tag of `train` on every word."""
+        """majority: every word gets the commonest tag of `train`; lexical: each word's commonest tag."""
         counts = {tag: sum(s.tags.count(tag) for s in train) for tag in UPOS}
         commonest = max(UPOS, key=counts.__getitem__)
         guesses = {
@@ -125,11 +118,11 @@ class Pos:
         }
         return {name: self.score(test, tags) for name, tags in guesses.items()}
 
-    def write(self, examples: Sequence[Sentence], predictions: Predictions, path: Path) -> None:
-        tagging.write(examples, predictions, path)
+    def write(self, examples: Sequence[Sentence], predictions: Tags, path: Path) -> None:
+        columns.write(examples, predictions, path)
 
     def suffix(self, examples: Sequence[Sentence]) -> str:
         return ".conllu" if examples[0].column == UPOS_COLUMN else ".txt"
 
-    def report(self, examples: Sequence[Sentence], predictions: Predictions) -> str:
+    def report(self, examples: Sequence[Sentence], predictions: Tags) -> str:
         return metrics.confusion([s.tags for s in examples], predictions, str)

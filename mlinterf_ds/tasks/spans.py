@@ -1,0 +1,98 @@
+"""Contexts as pieces: where each piece lies in the text, the windows that rows read, and the best span of a window."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from mlinterf_ds.data.text import SPACE_PIECE, normalise
+from mlinterf_ds.data.tokenizer import BOS, EOS, UNK, Tokenizer
+from mlinterf_ds.errors import UserError
+from mlinterf_ds.tasks.base import Limits, Row
+
+FEWEST_PIECES = 8  # of context in a window
+
+Offsets = list[tuple[int, int]]  # (start, end) of each piece in the context, in characters
+
+
+def locate(context: str, tokenizer: Tokenizer) -> tuple[list[int], Offsets]:
+    """The context's pieces, and the characters of the context that each stands for.
+
+    The offsets are exact in words that normalising leaves unchanged; in other words each piece stands for the whole word.
+    """
+    ids: list[int] = []
+    offsets: Offsets = []
+    for match in re.finditer(r"\S+", context):
+        word, start = match.group(), match.start()
+        pieces = tokenizer.encode(word)
+        if normalise(word) == word:
+            offsets += [(start + low, start + high) for low, high in _within_word(word, pieces, tokenizer.pieces)]
+        else:
+            offsets += [(start, match.end())] * len(pieces)
+        ids += pieces
+    return ids, offsets
+
+
+def _within_word(word: str, ids: Sequence[int], pieces: Sequence[str]) -> Offsets:
+    """Where the pieces of a word lie in it. `<unk>` stands for characters that no piece has, up to the next piece."""
+    offsets: Offsets = []
+    start = 0
+    texts = [None if i == UNK else pieces[i].removeprefix(SPACE_PIECE) for i in ids]
+    for index, text in enumerate(texts):
+        if text is None:
+            following = next((t for t in texts[index + 1 :] if t), None)
+            end = word.find(following, start + 1) if following else len(word)
+        else:
+            end = start + len(text)
+        offsets.append((start, end))
+        start = end
+    assert start == len(word), f"{word!r}: pieces {texts} do not spell it"
+    return offsets
+
+
+def cover(offsets: Offsets, answer: tuple[str, int]) -> tuple[int, int] | None:
+    """(first, last) piece of the smallest span that covers the answer (text, start); None if it has no piece."""
+    text, start = answer
+    inside = [k for k, (low, high) in enumerate(offsets) if high > start and low < start + len(text)]
+    return (inside[0], inside[-1]) if inside else None
+
+
+def windows(
+    example: int, question: list[int], ids: list[int], offsets: Offsets, span: tuple[int, int] | None, limits: Limits
+) -> Iterator[Row]:
+    """Rows `<s> question </s> part of the context </s>`; their targets are the span where a window holds it whole.
+
+    UserError if the question leaves too little room for the context.
+    """
+    room = limits.max_length - len(question) - 3
+    if room < FEWEST_PIECES:
+        raise UserError(
+            f"finetune.max_length={limits.max_length} leaves {room} pieces of context beside a question of "
+            f"{len(question)}: lower finetune.max_question or raise finetune.max_length"
+        )
+    first = 0
+    while True:
+        end = min(first + room, len(ids))
+        tokens = [BOS, *question, EOS, *ids[first:end], EOS]
+        shift = len(question) + 2 - first
+        positions = [0, *range(first + shift, end + shift)]
+        targets = [0, 0]
+        if span and first <= span[0] and span[1] < end:
+            targets = [span[0] - first + 1, span[1] - first + 1]
+        yield Row(example, tokens, positions, targets, offsets[first:end])
+        if end == len(ids):
+            return
+        first += min(limits.stride, room)
+
+
+def best_span(start: np.ndarray, end: np.ndarray, longest: int) -> tuple[float, int, int]:
+    """(score, first, last) of the best span of at most `longest` pieces; start, end: scores (pieces,)."""
+    best = (-np.inf, 0, 0)
+    for more in range(min(longest, len(start))):
+        sums = start[: len(start) - more] + end[more:]
+        first = int(sums.argmax())
+        if sums[first] > best[0]:
+            best = (float(sums[first]), first, first + more)
+    return best
