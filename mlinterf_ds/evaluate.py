@@ -23,6 +23,7 @@ from mlinterf_ds.data.batch import Batch
 from mlinterf_ds.data.evaluation import EvaluationSet
 from mlinterf_ds.data.text import normalise
 from mlinterf_ds.data.tokenizer import BOS, EOS, MANY_UNKNOWN, MASK, UNK, Tokenizer
+from mlinterf_ds.engine.engine import weighted_loss
 from mlinterf_ds.engine.precision import DTYPES, choose_precision
 from mlinterf_ds.errors import UserError
 from mlinterf_ds.files import write_json
@@ -160,10 +161,7 @@ def score(model: Model, language: str, path: Path, sentences: int) -> dict[str, 
     rows = EvaluationSet(
         text, language, "test", languages=model.languages, length=model.length, mask_share=model.mask_share
     )
-    total = 0.0
-    for batch in rows.batches(ROWS, layout.data_rank, layout.data):
-        total += float((batch.weights * model.surprisals(batch)).sum())
-    (nll,) = model.summed([total])
+    nll = weighted_loss(model.encoder, rows.batches(ROWS, layout.data_rank, layout.data), model.device, layout)
     found = {
         "perplexity": math.exp(nll),
         "bits_per_character": rows.bits_per_character(nll),

@@ -13,7 +13,7 @@ from mlinterf_ds.config import without_removed
 from mlinterf_ds.data.tokenizer import Tokenizer
 from mlinterf_ds.engine import checkpoint
 from mlinterf_ds.engine.space import Segment
-from mlinterf_ds.engine.weights import Source
+from mlinterf_ds.engine.weights import CheckpointReader
 from mlinterf_ds.errors import UserError
 from mlinterf_ds.files import sha256
 from mlinterf_ds.ranks import agreed
@@ -100,12 +100,12 @@ class Pretrained:
             vocabulary=int(self.saved["vocabulary"]),
             positions=self.positions,
         )
-        source = Source(self.path)
+        reader = CheckpointReader(self.path)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 size = tuple(parameter.shape)
                 whole = Segment(name, size, 0, parameter.numel(), 0, 0, partition_dim(parameter))
-                parameter.copy_(source.read(whole, "master", tensor, layout.tensor_rank).view(size))
+                parameter.copy_(reader.read(whole, "master", tensor, layout.tensor_rank).view(size))
         return model.to(device, dtype).eval()
 
 

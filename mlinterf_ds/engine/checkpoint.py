@@ -5,10 +5,10 @@
         tokenizer.model          the vocabulary the weights belong to
         shard-00000.safetensors  rank 0's fp32 masters and Adam moments, and which parameter each element belongs to
         complete.json            written last: size and digest of every file
-    <run>/checkpoints/best       the name of the best one by validation loss
+    <run>/checkpoints/best       the name of the best checkpoint by validation loss
 
 Every element is stored with its address (parameter, position), so a checkpoint is read by name: at the layout that
-saved it this is a copy, at another one a re-slicing (tensor-parallel parameters along their `partition_dim`).
+saved it reading is a copy, at another layout a re-slicing (of tensor-parallel parameters along their `partition_dim`).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mlinterf_ds.engine.space import FlatSpace
-from mlinterf_ds.engine.weights import Source, Weights
+from mlinterf_ds.engine.weights import CheckpointReader, Weights
 from mlinterf_ds.errors import UserError, refusing
 from mlinterf_ds.files import PARTIAL, check_files, flushed_facts, write_bytes
 from mlinterf_ds.ranks import agreed
@@ -37,11 +37,15 @@ if TYPE_CHECKING:  # reading a checkpoint needs neither DeepSpeed nor megatron
 
 FORMAT = 1
 MOMENTS = ("exp_avg", "exp_avg_sq")
-Found = TypeVar("Found")
+Result = TypeVar("Result")
 
 
 def save(run: Path, engine: Engine, state: Mapping[str, Any], files: Mapping[str, Path], keep: int) -> Path:
-    """Write <run>/checkpoints/step-N from all ranks; it appears whole or not at all. Returns its path."""
+    """Writes <run>/checkpoints/step-N from all ranks, which appears whole or not at all; returns its path.
+
+    state: what goes into run.json beside the engine's counters. files: name to file, copied into the checkpoint. keep:
+    how many of the newest checkpoints stay.
+    """
     target = run / "checkpoints" / f"step-{engine.step:08d}"
     partial = target.with_name(target.name + PARTIAL)
     rank = dist.get_rank()
@@ -63,7 +67,7 @@ def save(run: Path, engine: Engine, state: Mapping[str, Any], files: Mapping[str
 
     def complete() -> None:
         if rank == 0:
-            listed = {name: facts for digest in found for name, facts in digest.items()}
+            listed = {name: facts for of_rank in written for name, facts in of_rank.items()}
             (partial / "complete.json").write_text(json.dumps({"format": FORMAT, "files": listed}, indent=1))
             shutil.rmtree(target, ignore_errors=True)
             os.replace(partial, target)
@@ -71,7 +75,7 @@ def save(run: Path, engine: Engine, state: Mapping[str, Any], files: Mapping[str
 
     try:
         _on_all(begin)
-        found = _on_all(write)
+        written = _on_all(write)
         _on_all(complete)
     except UserError as error:
         if rank == 0:
@@ -83,21 +87,22 @@ def save(run: Path, engine: Engine, state: Mapping[str, Any], files: Mapping[str
     return target
 
 
-def _on_all(work: Callable[[], Found]) -> list[Found]:
-    """What `work` gives on every rank; if files fail it on any, a UserError on all of them. A barrier, too."""
-    done, problem = None, ""
+def _on_all(work: Callable[[], Result]) -> list[Result]:
+    """Does `work` on every rank and returns every rank's result; a file error on one rank is a UserError on all."""
+    result, problem = None, ""
     try:
-        done = work()
+        result = work()
     except (OSError, SafetensorError) as error:
         problem = f"rank {dist.get_rank()}: {error}"
-    found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, (done, problem))
-    if problems := [why for _, why in found if why]:
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, (result, problem))
+    if problems := [problem for _, problem in gathered if problem]:
         raise UserError("; ".join(problems))
-    return [part for part, _ in found]
+    return [result for result, _ in gathered]
 
 
 def _counters(engine: Engine) -> dict[str, Any]:
+    """What run.json holds of the engine."""
     return {
         "updates": engine.updates,
         "skipped": engine.skipped,
@@ -108,18 +113,19 @@ def _counters(engine: Engine) -> dict[str, Any]:
 
 
 def _write_shard(folder: Path, engine: Engine, rank: int) -> Path | None:
+    """Writes this rank's masters, moments and segments; returns the file, or None if other ranks hold all of them."""
     tensors: dict[str, Tensor] = {}
     table = []
     for name, space in engine.spaces.items():
         if isinstance(space, FlatSpace) and space.partitions == 1 and engine.layout.data_rank != 0:
-            continue  # a replica: data-parallel rank 0 writes it
+            continue  # a replica, which data-parallel rank 0 writes
         for shard, master in enumerate(space.masters):
-            kept = engine.optimizers[name].state[master]
+            adam = engine.optimizers[name].state[master]
             key = f"{name}/{shard}"
             tensors[f"{key}/master"] = master.detach()
-            tensors[f"{key}/step"] = kept["step"].detach().clone().reshape(1)
+            tensors[f"{key}/step"] = adam["step"].detach().clone().reshape(1)
             for moment in MOMENTS:
-                tensors[f"{key}/{moment}"] = kept[moment]
+                tensors[f"{key}/{moment}"] = adam[moment]
         table += [{"space": name, **asdict(segment)} for segment in space.segments]
     if not tensors:
         return None
@@ -130,7 +136,7 @@ def _write_shard(folder: Path, engine: Engine, rank: int) -> Path | None:
 
 
 def prune(run: Path, keep: int) -> None:
-    """Remove all but the newest `keep` checkpoints and the best one."""
+    """Removes all but the newest `keep` checkpoints and the best one."""
     best = _best_name(run)
     for path in _all(run)[:-keep]:
         if path.name != best:
@@ -138,7 +144,7 @@ def prune(run: Path, keep: int) -> None:
 
 
 def mark_best(run: Path, checkpoint: Path) -> None:
-    """Remember this checkpoint as the best of the run."""
+    """Notes this checkpoint as the best of the run."""
     write_bytes(run / "checkpoints" / "best", checkpoint.name.encode())
 
 
@@ -152,23 +158,29 @@ def _all(run: Path) -> list[Path]:
 
 
 def find(path: str | Path, prefer: str = "newest") -> Path:
-    """The checkpoint meant by a checkpoint folder or a run's output folder (its newest, or its best)."""
+    """The checkpoint that `path` names: a checkpoint's own folder, or a run's output folder.
+
+    Of a run's folder it is the newest one, or with prefer="best" the best one, if there is one.
+    """
     folder = Path(path)
     if (folder / "complete.json").is_file() or folder.name.startswith("step-"):
         return folder
-    found = _all(folder)
+    saved = _all(folder)
     best = folder / "checkpoints" / _best_name(folder)
-    if prefer == "best" and best in found:
+    if prefer == "best" and best in saved:
         return best
-    if not found:
+    if not saved:
         raise UserError(
             f"{folder}: no checkpoint here; expected a run's output folder or one of its checkpoints/step-*"
         )
-    return found[-1]
+    return saved[-1]
 
 
 def verify(path: Path) -> dict[str, Any]:
-    """run.json of a checkpoint all of whose files are there and unaltered; else an error naming file and remedy."""
+    """The content of run.json, if all files of the checkpoint are there and unaltered.
+
+    Raises UserError, which names the file and the remedy, if not.
+    """
     with refusing(f"{path}: not a checkpoint of mlinterf_ds", _fallback(path)):
         listed = json.loads((path / "complete.json").read_bytes())
         if listed["format"] != FORMAT:
@@ -179,6 +191,7 @@ def verify(path: Path) -> dict[str, Any]:
 
 
 def _fallback(path: Path) -> str:
+    """The remedy of a damaged checkpoint: the one before it, if there is one."""
     earlier = [other for other in _all(path.parent.parent) if other.name < path.name]
     return f"; the one before it is {earlier[-1]}: --set resume={earlier[-1]}" if earlier else ""
 
@@ -186,37 +199,37 @@ def _fallback(path: Path) -> str:
 def load(
     path: Path, engine: Engine, *, moments: bool = True, missing: bool = False, state: dict[str, Any] | None = None
 ) -> dict[str, Any]:
-    """Fill the engine's masters (and moments, counters) from a checkpoint, then the working weights; its `state`.
+    """Fills the engine's masters (and moments and counters) from a checkpoint, then its working weights; returns run.json.
 
-    missing=True leaves parameters that the checkpoint does not have as they were initialised (a classifier).
-    state: what `verify` said of the checkpoint, if it was asked just now: every file is read for it.
+    missing=True leaves parameters that the checkpoint does not have as they were initialised (a classifier). state: what
+    `verify` returned of this checkpoint, which spares reading every file again.
     """
     state = state or agreed(lambda: verify(path))
-    source = Source(path)
-    fill(engine, source, ("master", *MOMENTS) if moments else ("master",), missing)
+    reader = CheckpointReader(path)
+    fill(engine, reader, ("master", *MOMENTS) if moments else ("master",), missing)
     if moments:
         for name, space in engine.spaces.items():
             for segment in space.segments:
-                kept = engine.optimizers[name].state[space.masters[segment.shard]]
-                kept["step"].fill_(source.steps(segment.name))
+                adam = engine.optimizers[name].state[space.masters[segment.shard]]
+                adam["step"].fill_(reader.steps(segment.name))
         engine.updates, engine.skipped = int(state["updates"]), int(state["skipped"])
         engine.scale.load(state["loss_scale"])
-        engine.spikes.seen = state.get("losses", {})  # older ones have none
+        engine.spikes.seen = state.get("losses", {})  # older checkpoints have none
     return state
 
 
-def fill(engine: Engine, source: Weights, kinds: Sequence[str] = ("master",), missing: bool = False) -> None:
-    """Fill the engine's masters (and moments) from any source, then the working weights.
+def fill(engine: Engine, weights: Weights, kinds: Sequence[str] = ("master",), missing: bool = False) -> None:
+    """Fills the engine's masters (and moments) from any weights, then its working weights.
 
-    missing=True leaves parameters that the source does not have as they were initialised.
+    missing=True leaves parameters that `weights` does not have as they were initialised.
     """
     for name, space in engine.spaces.items():
         for segment in space.segments:
-            if missing and not source.has(segment.name):
+            if missing and not weights.has(segment.name):
                 continue
             master = space.masters[segment.shard]
             for kind in kinds:
                 target = master.detach() if kind == "master" else engine.optimizers[name].state[master][kind]
-                piece = source.read(segment, kind, engine.layout.tensor, engine.layout.tensor_rank)
-                target[segment.offset : segment.offset + segment.length].copy_(piece)
+                elements = weights.read(segment, kind, engine.layout.tensor, engine.layout.tensor_rank)
+                target[segment.offset : segment.offset + segment.length].copy_(elements)
         space.write()

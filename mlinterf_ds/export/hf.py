@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from mlinterf_ds.data.tokenizer import BOS, EOS, PAD
-from mlinterf_ds.engine.weights import Source
+from mlinterf_ds.engine.weights import CheckpointReader
 from mlinterf_ds.errors import UserError
 from mlinterf_ds.export import tokenizer
 from mlinterf_ds.export.card import card
@@ -59,8 +59,8 @@ def is_stock(shape: ModelConfig, variant: str) -> bool:
 def _write(pretrained: Pretrained, folder: Path) -> dict[str, Any]:
     shape, vocabulary = pretrained.shape(), int(pretrained.saved["vocabulary"])
     stock = is_stock(shape, pretrained.variant)
-    source = Source(pretrained.path)
-    weights = {name: source.whole(name) for name in source.addresses}
+    reader = CheckpointReader(pretrained.path)
+    weights = {name: reader.whole(name) for name in reader.names}
     weights |= {name: weights[name][:vocabulary].contiguous() for name in VOCABULARY}
     if stock:
         weights = to_stock(weights, shape.heads)

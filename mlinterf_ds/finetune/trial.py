@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from mlinterf_ds.engine import checkpoint
 from mlinterf_ds.engine.engine import Engine
-from mlinterf_ds.engine.weights import Source
+from mlinterf_ds.engine.weights import CheckpointReader
 from mlinterf_ds.errors import UserError, refusing
 from mlinterf_ds.files import write_json
 from mlinterf_ds.finetune.config import FinetuneConfig
@@ -148,8 +148,8 @@ class Finetuning:
             seed=self.point.seed,
         )
         names = {name for name, _ in model.named_parameters() if not name.startswith("classifier.")}
-        known = Source(pretrained.path).addresses
-        if missing := sorted(names - known.keys()):
+        known = set(CheckpointReader(pretrained.path).names)
+        if missing := sorted(names - known):
             raise UserError(f"{pretrained.path}: has no parameter {missing[0]} ({len(missing)} in all)")
         engine = Engine(model, TrainConfig.model_validate(training), job.deepspeed_json, job.precision, job.layout)
         checkpoint.load(pretrained.path, engine, moments=False, missing=True)

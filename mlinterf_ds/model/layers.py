@@ -1,4 +1,8 @@
-"""The pre-norm Transformer layer as megatron module specs, and the places where a variant puts its routed modules."""
+"""The pre-norm Transformer layer as megatron module specs, with the modules that a variant routes by language.
+
+Hidden states are (rows, length, width): megatron's layers never look at the order of the first two dimensions unless
+they use sequence parallelism, and rows first spares every layer two transposed copies.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +15,7 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.attention import SelfAttention as MegatronSelfAttention
 from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
@@ -22,8 +27,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from mlinterf_ds.model.attention import CoreAttention, SelfAttention
 from mlinterf_ds.model.routing import Router, routed
+from mlinterf_ds.runtime.parallel import replayed
 from mlinterf_ds.sections import ModelConfig
 
 VARIANTS = ("mono", "joint", "ffn", "attn", "adpt", "share_adpt")
@@ -36,19 +41,19 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class ColumnLinear(ColumnParallelLinear):
-    """megatron's column-parallel linear layer, adding its own bias; on one rank torch's fused one.
+    """megatron's column-parallel linear layer, which adds its own bias; on one rank torch's fused one.
 
-    torch's computes gradients of what needs them only, and is twice differentiable.
+    torch's computes the gradients that are needed and no others, and is twice differentiable.
     """
 
     def __init__(self, *arguments: Any, **options: Any):
         super().__init__(*arguments, **(options | {"skip_bias_add": False}))
         _drop_extra_state(self)
 
-    def _forward_impl(self, input: Tensor, weight: Tensor, bias: Tensor | None, **options: Any) -> Tensor:
-        if self.allreduce_dgrad:
-            return super()._forward_impl(input=input, weight=weight, bias=bias, **options)
-        return F.linear(input, weight, bias)
+    def forward(self, input_: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor | None]:
+        if self.tp_group.size() == 1:
+            return F.linear(input_, self.weight, self.bias), None
+        return super().forward(input_)
 
     get_extra_state, set_extra_state = nn.Module.get_extra_state, nn.Module.set_extra_state
 
@@ -69,8 +74,59 @@ class RowLinear(RowParallelLinear):
 
 
 def _drop_extra_state(linear: nn.Module) -> None:
-    """megatron's linears add an empty `_extra_state` to every state dict; checkpoints are better without."""
+    """Keeps the empty `_extra_state` of megatron's linear layers out of state dicts, and so out of checkpoints."""
     linear._load_state_dict_pre_hooks.clear()
+
+
+class CoreAttention(nn.Module):
+    """softmax(q k' / sqrt(head width)) v on this rank's heads, with dropout on the probabilities."""
+
+    def __init__(self, config: TransformerConfig, pg_collection: Any, **_: Any):
+        super().__init__()
+        self.dropout = config.attention_dropout
+        self.group = pg_collection.tp
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **_: Any) -> Tensor:
+        """query, key, value: (rows, length, heads, head width); mask: (rows, 1, 1, length) bool, True = attend, or None.
+
+        Returns (rows, length, heads * head width).
+        """
+        if not len(query):  # a language without rows here; torch's kernels need some
+            return (query + key + value).flatten(2)
+        query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+        dropout = self.dropout if self.training else 0.0
+        if dropout and self.group.size() > 1:
+            # heads of different ranks drop different probabilities; every other dropout is the same on all of them
+            seed = int(torch.randint(2**62, ())) + self.group.rank()
+            with replayed(seed):
+                mixed = attend(query, key, value, mask, dropout)
+        else:
+            mixed = attend(query, key, value, mask, dropout)
+        return mixed.transpose(1, 2).flatten(2)
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
+    """softmax(q k' / sqrt(head width)) v, (rows, heads, length, head width); torch's kernel except where it is slow.
+
+    On a CPU its backward pass in 16 bits, and its dropout, take two to ten times as long as the products written out.
+    """
+    if query.device.type != "cpu" or (query.dtype is torch.float32 and not dropout) or query.dtype is torch.float64:
+        return F.scaled_dot_product_attention(query, key, value, mask, dropout)
+    scores = torch.matmul(query * query.shape[-1] ** -0.5, key.transpose(-2, -1))
+    if mask is not None:
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    return torch.matmul(F.dropout(scores.softmax(-1), dropout, dropout > 0), value)
+
+
+class SelfAttention(MegatronSelfAttention):
+    """megatron's self-attention, for rows first; its splitting of q, k and v fails without rows."""
+
+    def get_query_key_value_tensors(self, hidden_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """(rows, length, width) to three of (rows, length, heads, head width); each head's q, k and v are neighbours."""
+        joint, _bias = self.linear_qkv(hidden_states)
+        heads, width = self.num_attention_heads_per_partition, self.hidden_size_per_attention_head
+        query, key, value = joint.view(*joint.shape[:2], heads, 3 * width).split(width, dim=-1)
+        return query, key, value
 
 
 class Adapter(nn.Module):
@@ -85,7 +141,7 @@ class Adapter(nn.Module):
         self.up = RowLinear(bottleneck, config.hidden_size, input_is_parallel=True, **shared)
 
     def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
-        """(rows, length, width) to what the adapter adds to it, and a bias yet to add."""
+        """What the adapter adds to hidden (rows, length, width), and a bias that the caller adds to it."""
         inner, _ = self.down(hidden)
         return self.up(self.activation(inner))
 
@@ -98,7 +154,7 @@ class AdaptedResidual(nn.Module):
         self.adapter = build_module(adapter, config=config)
 
     def forward(self, training: bool, _fused: bool) -> Callable[..., Tensor]:
-        """megatron first asks for the function, then calls it with ((output, bias), residual, probability)."""
+        """The function that megatron then calls with ((output, bias), residual, dropout probability)."""
         return partial(self._add, training)
 
     def _add(self, training: bool, output_and_bias: tuple[Tensor, Tensor | None], residual: Tensor, p: float) -> Tensor:
@@ -109,7 +165,7 @@ class AdaptedResidual(nn.Module):
 
 
 class Layer(TransformerLayer):
-    """megatron's layer; optionally recomputed in the backward pass, with the dropout and the route of the forward."""
+    """megatron's layer, which may be recomputed in the backward pass with the dropout and the route of the forward pass."""
 
     def __init__(self, *arguments: Any, router: Router, recompute: bool, **options: Any):
         super().__init__(*arguments, **options)
@@ -121,19 +177,19 @@ class Layer(TransformerLayer):
             return super().forward(hidden_states, attention_mask=attention_mask)
         route = self.router.route
 
-        def once_more(hidden: Tensor, mask: Tensor | None) -> Tensor:
-            with self.router.following(route):  # the forward pass is over when this runs again
+        def with_route(hidden: Tensor, mask: Tensor | None) -> Tensor:
+            with self.router.following(route):  # the backward pass runs this outside the forward pass's route
                 return super(Layer, self).forward(hidden, attention_mask=mask)[0]
 
-        return checkpoint(once_more, hidden_states, attention_mask, use_reentrant=False), None
+        return checkpoint(with_route, hidden_states, attention_mask, use_reentrant=False), None
 
 
-def _leave(_weight: Tensor) -> None:
-    """megatron's initialiser here: the encoder initialises by name."""
+def _uninitialised(_weight: Tensor) -> None:
+    """The initialiser given to megatron: it does nothing, because the encoder initialises by name."""
 
 
 def megatron_config(config: ModelConfig, tensor: int) -> TransformerConfig:
-    """Our shape in megatron's terms, with what needs CUDA or megatron's extensions switched off."""
+    """The model's shape in megatron's terms; what needs CUDA or megatron's extensions is off."""
     return TransformerConfig(
         num_layers=config.layers,
         hidden_size=config.width,
@@ -146,9 +202,9 @@ def megatron_config(config: ModelConfig, tensor: int) -> TransformerConfig:
         attention_dropout=config.attention_dropout,
         tensor_model_parallel_size=tensor,
         use_cpu_initialization=True,
-        init_method=_leave,
-        output_layer_init_method=_leave,
-        embedding_init_method=_leave,
+        init_method=_uninitialised,
+        output_layer_init_method=_uninitialised,
+        embedding_init_method=_uninitialised,
         bias_dropout_fusion=False,
         bias_activation_fusion=False,
         masked_softmax_fusion=False,
@@ -161,7 +217,7 @@ def megatron_config(config: ModelConfig, tensor: int) -> TransformerConfig:
 def block_spec(
     config: ModelConfig, shape: TransformerConfig, variant: str, router: Router
 ) -> TransformerBlockSubmodules:
-    """All layers of a variant, and the LayerNorm after the last; shape: config in megatron's terms."""
+    """The spec of all layers of a variant and of the LayerNorm after the last; shape: `config` in megatron's terms."""
     assert variant in VARIANTS, f"variant {variant!r}: expected one of {VARIANTS}"
     attention = ModuleSpec(
         module=SelfAttention,
@@ -175,7 +231,9 @@ def block_spec(
         submodules=MLPSubmodules(linear_fc1=ColumnLinear, linear_fc2=RowLinear),
     )
     if variant == "ffn":
-        mlp.params["tp_group"] = parallel_state.get_tensor_model_parallel_group()  # megatron gives it to its own alone
+        mlp.params["tp_group"] = (
+            parallel_state.get_tensor_model_parallel_group()
+        )  # megatron gives it to its own modules alone
     adapter = ModuleSpec(
         module=Adapter, params={"bottleneck": config.adapter_width, "activation": config.adapter_activation}
     )

@@ -13,7 +13,7 @@ from mlinterf_ds.config import without_removed
 from mlinterf_ds.data.tokenizer import SPECIAL_PIECES, Tokenizer
 from mlinterf_ds.engine import checkpoint
 from mlinterf_ds.engine.space import Segment
-from mlinterf_ds.engine.weights import Source, sliced
+from mlinterf_ds.engine.weights import CheckpointReader, sliced
 from mlinterf_ds.errors import UserError
 from mlinterf_ds.export import folder
 from mlinterf_ds.export.folder import VOCABULARY, Folder
@@ -29,7 +29,7 @@ def weights(place: str, model: ModelConfig, tokenizer: Tokenizer, languages: Seq
     Raises UserError where the weights would load and mean something else: other heads, activation or pieces, language
     embeddings that the run has not.
     """
-    source: Source | Folder
+    source: CheckpointReader | Folder
     if folder.is_folder(Path(place)):
         agreed(lambda: folder.verify(Path(place)))
         source = Folder(Path(place))
@@ -40,7 +40,7 @@ def weights(place: str, model: ModelConfig, tokenizer: Tokenizer, languages: Seq
         saved = agreed(lambda: checkpoint.verify(path))
         shape = ModelConfig(**without_removed(saved.get("pretrained", saved["config"]))["model"])  # of the encoder
         heads, activation, pieces = shape.heads, shape.adapter_activation, Tokenizer(path / "tokenizer.model").pieces
-        source, theirs = Source(path), saved["languages"]
+        source, theirs = CheckpointReader(path), saved["languages"]
     if source.has(LANGUAGE_ROWS) and not model.language_embeddings:
         raise UserError(f"init={place}: its model has language embeddings: set model.language_embeddings=true")
     if heads != model.heads:
@@ -80,7 +80,7 @@ class WithLanguages:
     embeddings, or at zero where there are none.
     """
 
-    def __init__(self, source: Source | Folder, pieces: int, wanted: int, rows: Sequence[int | None]):
+    def __init__(self, source: CheckpointReader | Folder, pieces: int, wanted: int, rows: Sequence[int | None]):
         self.source, self.old, self.new = source, pieces, wanted - pieces  # pieces of the vocabulary
         self.rows = rows  # of each language in the source's language embeddings; None: it is new
 

@@ -23,7 +23,7 @@ import time
 from pathlib import Path
 
 from mlinterf_ds.engine.checkpoint import MOMENTS, verify
-from mlinterf_ds.engine.weights import Source
+from mlinterf_ds.engine.weights import CheckpointReader
 
 ROOT = Path(__file__).resolve().parents[2]
 RANKS, STEPS = 2, 60
@@ -84,8 +84,8 @@ def carrying(*variables: str) -> list[int]:
 def outcome(folder: Path, output: str) -> dict[str, object]:
     """A digest of all parameters and moments at the end, and the history of evaluations; kills must not change them."""
     path = folder / output / "checkpoints" / f"step-{STEPS:08d}"
-    history, weights, digest = verify(path)["history"], Source(path), hashlib.sha256()
-    for name in sorted(weights.addresses):
+    history, weights, digest = verify(path)["history"], CheckpointReader(path), hashlib.sha256()
+    for name in sorted(weights.names):
         digest.update(f"{name} {weights.steps(name)}".encode())
         for kind in ("master", *MOMENTS):
             digest.update(weights.whole(name, kind).numpy().tobytes())

@@ -14,6 +14,7 @@ from mlinterf_ds.engine.engine import Engine
 from mlinterf_ds.engine.meta_step import MetaStep
 from mlinterf_ds.engine.optimizer import LossScale
 from mlinterf_ds.engine.precision import read_json
+from mlinterf_ds.engine.weights import CheckpointReader
 from mlinterf_ds.pretrain.config import RunConfig, load_run
 from mlinterf_ds.runtime import parallel
 
@@ -114,8 +115,8 @@ def resumed(settings: list[str], json_name: str, tensor: int, source: str, steps
 
 def weights(folder: str | Path, kind: str = "master") -> dict[str, torch.Tensor]:
     """Every parameter of a checkpoint, whole."""
-    source = checkpoint.Source(Path(folder))
-    return {name: source.whole(name, kind) for name in source.addresses}
+    reader = CheckpointReader(Path(folder))
+    return {name: reader.whole(name, kind) for name in reader.names}
 
 
 def train_fp16(out: str, steps: int, source: str | None = None) -> tuple[list[dict[str, float]], list[float]]:

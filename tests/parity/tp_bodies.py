@@ -8,8 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from mlinterf_ds.model.attention import CoreAttention
 from mlinterf_ds.model.encoder import Encoder, partition_dim
+from mlinterf_ds.model.layers import CoreAttention
 from mlinterf_ds.runtime import parallel
 from mlinterf_ds.sections import ModelConfig
 from tests.model_batches import CODES, LENGTH, SHAPE, batch

@@ -298,7 +298,7 @@ def test_mistakes_are_named() -> None:
 @pytest.mark.parametrize("masked", [False, True])
 def test_attention_written_out_equals_torchs_kernel(masked: bool) -> None:
     """16 bits take the written-out products on a CPU: within their round-off of float64, as torch's kernel is."""
-    from mlinterf_ds.model.attention import attend
+    from mlinterf_ds.model.layers import attend
 
     query, key, value = torch.randn(3, 2, 4, 12, 16, dtype=torch.float64)
     mask = torch.rand(2, 1, 1, 12) < 0.7 if masked else None
@@ -308,7 +308,7 @@ def test_attention_written_out_equals_torchs_kernel(masked: bool) -> None:
 
 
 def test_attention_dropout_keeps_the_mean() -> None:
-    from mlinterf_ds.model.attention import attend
+    from mlinterf_ds.model.layers import attend
 
     query, key, value = torch.randn(3, 512, 1, 8, 4)
     query[:], key[:], value[:] = query[:1].clone(), key[:1].clone(), value[:1].clone()  # one row, many draws

@@ -27,6 +27,7 @@ from mlinterf_ds.data.batch import Batch, generator, key
 from mlinterf_ds.data.evaluation import EvaluationSet
 from mlinterf_ds.data.stream import TrainStream
 from mlinterf_ds.data.windows import TokenSource
+from mlinterf_ds.engine.engine import weighted_loss
 from mlinterf_ds.engine.optimizer import LossScale
 from mlinterf_ds.errors import UserError
 from mlinterf_ds.model.encoder import Encoder
@@ -117,7 +118,6 @@ class Subject:
         self.scale.update(not finite)
         return finite
 
-    @torch.no_grad()
     def perplexity(self, language: str, gates: Tensor, rows: int) -> float:
         """Of `rows` rows of the language's validation split, at gates (groups,)."""
         text = EvaluationSet(
@@ -129,14 +129,10 @@ class Subject:
             max_rows=rows,
             mask_share=self.mask_share,
         )
-        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        batches = text.batches(EVALUATED, self.layout.data_rank, self.layout.data)
         with self.gates.applied(gates.to(self.device)[None]):
-            for batch in text.batches(EVALUATED, self.layout.data_rank, self.layout.data):
-                total += self.model(batch.to(self.device))[0].double()
-        dist.all_reduce(total)
-        return math.exp(
-            min(total.item() / self.layout.tensor, 700.0)
-        )  # a ruined model's loss may be past what exp takes
+            loss = weighted_loss(self.model, batches, self.device, self.layout)
+        return math.exp(min(loss, 700.0))  # a ruined model's loss may be past what exp takes
 
     def scores(self, language: str, pi: Tensor, seed: int, rows: int) -> dict[str, float]:
         """Perplexities of the full model, the pruned one, and random prunings (mean and standard error).
