@@ -19,7 +19,7 @@ import pytest
 
 from mlinterf_ds import files
 from mlinterf_ds.data.corpus import Corpus
-from mlinterf_ds.data.prepare import inputs as sources_module
+from mlinterf_ds.data.prepare import inputs as inputs_module
 from mlinterf_ds.data.prepare import main as prepare_module
 from mlinterf_ds.data.prepare.main import prepare
 from mlinterf_ds.data.prepare.workers import WorkerKilled, Workers
@@ -51,7 +51,7 @@ def test_arguments_that_cannot_be_meant(tmp_path: Path, lines_file: Path) -> Non
     refused("language '../x'", out, {"../x": [lines_file]})
     refused("language 'en': no input", out, {"en": []})
     refused("given twice", out, {"en": ["-"], "sw": ["-"]})
-    refused("limit fr=10: no such language here; there are: en", out, {"en": [lines_file]}, limits={"fr": 10})
+    refused("limit fr=10: no such language in this corpus; it has en", out, {"en": [lines_file]}, limits={"fr": 10})
     refused("limit en=0: must be at least 1", out, {"en": [lines_file]}, limits={"en": 0})
     refused("vocabulary size -5", out, {"en": [lines_file]}, vocabulary_size=-5)
     refused("temperature 0: must be above 0", out, {"en": [lines_file]}, temperature=0)
@@ -79,7 +79,7 @@ def test_a_file_of_blank_lines_or_too_few_sentences(tmp_path: Path) -> None:
 
 
 def test_binary_input_is_refused_by_file_and_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources_module, "BLOCK", 1000)
+    monkeypatch.setattr(inputs_module, "BLOCK", 1000)
     file = tmp_path / "en.bin"
     file.write_bytes("\n".join(some_lines(500)).encode() + b"\n\nab\0cd\nxyz\n")
     with pytest.raises(UserError, match=r"en.bin, line 502: a NUL byte"):
@@ -167,7 +167,7 @@ def test_a_vocabulary_too_large_can_be_mended_in_the_same_folder(tmp_path: Path,
 
 
 def test_folders_in_use_are_left_alone(tmp_path: Path, lines_file: Path) -> None:
-    with pytest.raises(UserError, match=r"en.txt: a file; give a folder"):
+    with pytest.raises(UserError, match=r"en.txt: is a file; give a folder"):
         build(lines_file, en=lines_file)
     (tmp_path / "mine").mkdir()
     written(tmp_path / "mine" / "thesis.txt", ["precious"])
@@ -204,7 +204,7 @@ def test_two_at_once_in_one_folder(tmp_path: Path, lines_file: Path) -> None:
 @pytest.fixture
 def two_languages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Path]:
     """Inputs of several small blocks, and what is made of them."""
-    monkeypatch.setattr(sources_module, "BLOCK", 4000)
+    monkeypatch.setattr(inputs_module, "BLOCK", 4000)
     lines = some_lines(200)
     return {
         "en": written(tmp_path / "en.txt", lines + lines[:50]),

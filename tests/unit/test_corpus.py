@@ -16,8 +16,9 @@ import numpy as np
 import pytest
 
 from mlinterf_ds.data.corpus import Corpus
-from mlinterf_ds.data.prepare import inputs as sources_module
-from mlinterf_ds.data.prepare.main import prepare, stages
+from mlinterf_ds.data.prepare import inputs as inputs_module
+from mlinterf_ds.data.prepare import stages, vocabulary
+from mlinterf_ds.data.prepare.main import prepare
 from mlinterf_ds.data.prepare.shards import write_shard
 from mlinterf_ds.data.prepare.splits import held_out
 from mlinterf_ds.data.text import normalise
@@ -169,7 +170,7 @@ def test_shards_equal_megatrons_builders_byte_for_byte(tmp_path: Path) -> None:
 
 
 def test_any_number_of_workers_gives_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources_module, "BLOCK", 1 << 14)
+    monkeypatch.setattr(inputs_module, "BLOCK", 1 << 14)
     monkeypatch.setattr(stages, "LINES_PER_BUCKET", 1000)
     lines = some_lines(3000)
     files: dict[str, Any] = {
@@ -185,7 +186,7 @@ def test_the_size_of_blocks_and_buckets_doesnt_matter(tmp_path: Path, monkeypatc
     lines = some_lines(2000)
     file = written(tmp_path / "en.txt", [*lines, "", "\x07", *[""] * 20_000, *lines[::2]])  # some blocks are all blank
     whole = prepare({"en": [file]}, tmp_path / "whole", vocabulary_size=200, workers=1)
-    monkeypatch.setattr(sources_module, "BLOCK", 7777)
+    monkeypatch.setattr(inputs_module, "BLOCK", 7777)
     monkeypatch.setattr(stages, "LINES_PER_BUCKET", 700)
     pieces = prepare({"en": [file]}, tmp_path / "pieces", vocabulary_size=200, workers=1)
     assert contents(whole.folder) == contents(pieces.folder)
@@ -252,7 +253,7 @@ def test_temperature_gives_small_languages_more_of_the_vocabulary(tmp_path: Path
 def test_a_part_of_a_large_language_is_sampled_with_the_right_weight(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stages, "distinct_characters", lambda size: 1000)  # so that 20,000 characters are read
+    monkeypatch.setattr(vocabulary, "distinct_characters", lambda size: 1000)  # so that 20,000 characters are read
     seen: list[Any] = []
     real = Tokenizer.learn_from_counts
     monkeypatch.setattr(
@@ -320,7 +321,7 @@ def check_documents_are_whole(corpus: Corpus, expected: list[list[str]]) -> None
 
 
 def test_extracted_dump_is_split_by_document(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources_module, "BLOCK", 500)
+    monkeypatch.setattr(inputs_module, "BLOCK", 500)
     expected = documents(120)
     text = "".join(
         f'<doc id="{n}" url="u?curid={n}" title="T">\n{" ".join(of[:2])}\n\n{" ".join(of[2:])}\n</doc>\n'

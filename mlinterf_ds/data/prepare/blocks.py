@@ -1,7 +1,7 @@
-"""What is done to one clean block on disk, or one bucket of hashes, in a worker: duplicates, splits, counts, tokens.
+"""The work of one process on one clean block, or on one bucket of hashes: find duplicates, split, count words, encode.
 
-A language's blocks are numbered files in one folder: N.block.npz and N.hash.npy (cleaning.clean_block), N.keep.npz (which
-of its sentences stay), N.tokens.npz (their ids by split).
+A language's blocks are numbered files in one folder: N.block.npz and N.hash.npy (written by `cleaning.clean_block`),
+N.keep.npz (which of the block's sentences are kept) and N.tokens.npz (their token ids by split).
 """
 
 from collections import Counter
@@ -14,12 +14,11 @@ from typing import Any
 import numpy as np
 
 from mlinterf_ds.data.prepare.cleaning import FIRST_NUMBERS, hash_path
+from mlinterf_ds.data.prepare.splits import HISTOGRAM_BITS, SPLIT_ORDER
 from mlinterf_ds.data.tokenizer import EOS, UNK, Tokenizer
 from mlinterf_ds.files import read_json, write_array, write_arrays, write_json
 
-SPLITS = ("valid", "test", "meta", "train")  # in the order of the hashes that go to each
-HISTOGRAM_BITS = 12
-FACTS = ("sentences", "words", "characters", "tokens", "unknown")
+BLOCK_COUNTS = ("sentences", "words", "characters", "tokens", "unknown")
 
 
 def block_path(folder: Path, number: int) -> Path:
@@ -40,57 +39,56 @@ def _duplicates_path(folder: Path, bucket: int) -> Path:
 
 @dataclass(frozen=True)
 class Bucket:
-    """The lines of a language in the `number`-th of `count` ranges of hashes. `starts`: lines before each block."""
+    """The lines of a language whose hash is in one of `count` equal ranges."""
 
     folder: Path
-    starts: tuple[int, ...]  # (blocks + 1,)
-    number: int
+    starts: tuple[int, ...]  # (blocks + 1,) lines of the language before each block, and in all
+    number: int  # of the range
     count: int
 
 
 def find_duplicates(bucket: Bucket) -> None:
-    """Write the positions, in the whole language, of the bucket's lines that occur earlier; sorted, int64."""
+    """Writes the positions, in the whole language, of the bucket's lines that repeat an earlier line; sorted, int64."""
     edges = [number * 2**64 // bucket.count for number in (bucket.number, bucket.number + 1)]
-    found, positions = [], []
+    hashes, positions = [], []
     for number, start in enumerate(bucket.starts[:-1]):
         line, position = np.load(hash_path(block_path(bucket.folder, number)), mmap_mode="r")
         low = np.searchsorted(line, np.uint64(edges[0]))
         high = np.searchsorted(line, np.uint64(edges[1])) if edges[1] < 2**64 else len(line)
-        found.append(line[low:high].copy())  # a view would keep the whole file mapped
+        hashes.append(line[low:high].copy())  # a view would keep the whole file mapped
         positions.append(position[low:high].astype(np.int64) + start)
-    line, position = np.concatenate(found), np.concatenate(positions)
+    line, position = np.concatenate(hashes), np.concatenate(positions)
     again = np.ones(len(line), dtype=bool)
-    again[np.unique(line, return_index=True)[1]] = (
-        False  # of equal hashes, the first block's first line is no duplicate
-    )
+    # np.unique gives the first of equal hashes, which is the language's first such line and no duplicate.
+    again[np.unique(line, return_index=True)[1]] = False
     write_array(_duplicates_path(bucket.folder, bucket.number), np.sort(position[again]))
 
 
 @dataclass(frozen=True)
 class BlockTask:
-    """A block of one language, and what its work needs."""
+    """One block of one language, and what a process needs to know for its work on it."""
 
     folder: Path
     number: int
     start: int = 0  # lines of the language before the block
     buckets: int = 0
-    cuts: tuple[int, ...] = ()  # the last unit hash of each split
-    fraction: float = 1.0  # of the training sentences, for learning the vocabulary
+    cuts: tuple[int, ...] = ()  # the last unit hash of each split, in SPLIT_ORDER
+    fraction: float = 1.0  # share of the training sentences whose words are counted
     tokenizer: Path = Path()
 
 
 @dataclass(frozen=True)
 class Kept:
-    """What stays of a block once duplicates are gone."""
+    """What is left of a block without its duplicates."""
 
     histogram: np.ndarray  # (2^HISTOGRAM_BITS,) sentences by the leading bits of their unit hash
     units: int  # documents, or sentences that stand alone
-    dropped: int
-    first_dropped: list[int]  # line numbers of the first few
+    dropped: int  # duplicates
+    first_dropped: list[int]  # line numbers of the first few duplicates
 
 
 def mark_kept(task: BlockTask) -> Kept:
-    """Note on disk which sentences of a block stay."""
+    """Writes which sentences of a block are kept."""
     with np.load(block_path(task.folder, task.number)) as block:
         unit, document, line_number = block["unit"], block["document"], block["number"]
     keep = np.ones(len(unit), dtype=bool)
@@ -110,16 +108,16 @@ def mark_kept(task: BlockTask) -> Kept:
 
 
 def kept_units(folder: Path, number: int) -> np.ndarray:
-    """Unit hash of each sentence of a block that stays.  # (kept sentences,) uint64"""
+    """Returns the unit hash of each kept sentence of a block.  # (kept sentences,) uint64"""
     with np.load(block_path(folder, number)) as block, np.load(keep_path(folder, number)) as kept:
         return block["unit"][kept["keep"]]
 
 
 def _split_of(task: BlockTask, block: Any) -> np.ndarray:
-    """Number in SPLITS of each sentence, len(SPLITS) where it is left out.  # (sentences,)"""
+    """Returns for each sentence its split's index in SPLIT_ORDER, or len(SPLIT_ORDER) if it is dropped.  # (sentences,)"""
     split = np.searchsorted(np.array(task.cuts, dtype=np.uint64), block["unit"], side="left")
     with np.load(keep_path(task.folder, task.number)) as kept:
-        split[~kept["keep"]] = len(SPLITS)
+        split[~kept["keep"]] = len(SPLIT_ORDER)
     return split
 
 
@@ -128,10 +126,10 @@ def _words(block: Any) -> list[str]:
 
 
 def count_words(task: BlockTask) -> tuple[Counter[str], int]:
-    """How often each word occurs in a share of the block's training sentences, and how many sentences that is."""
+    """Returns how often each word occurs in `fraction` of the block's training sentences, and how many sentences those are."""
     with np.load(block_path(task.folder, task.number)) as block:
-        chosen = _split_of(task, block) == SPLITS.index("train")
-        if task.fraction < 1:  # by other bits of the hash than the split
+        chosen = _split_of(task, block) == SPLIT_ORDER.index("train")
+        if task.fraction < 1:  # chosen by other bits of the hash than the split
             chosen &= (block["line"] & np.uint64(0xFFFFFFFF)) < np.uint64(task.fraction * 2**32)
         words, index = _words(block), block["index"][np.repeat(chosen, block["lengths"])]
     counts = np.bincount(index, minlength=len(words))
@@ -144,7 +142,7 @@ def _tokenizer(path: Path) -> Tokenizer:
 
 
 def encode_block(task: BlockTask) -> dict[str, dict[str, int]]:
-    """Write a block's token ids by split; returns the FACTS of each split."""
+    """Writes a block's token ids by split, unless that is done; returns the BLOCK_COUNTS of each split."""
     facts_path = tokens_path(task.folder, task.number).with_suffix(".json")
     if facts_path.exists():
         return read_json(facts_path)
@@ -152,43 +150,45 @@ def encode_block(task: BlockTask) -> dict[str, dict[str, int]]:
         split, words = _split_of(task, block), _words(block)
         index, lengths, document = block["index"], block["lengths"], block["document"]
     ids, counts = _tokenizer(task.tokenizer).encode_words(words)
-    # One more "word" closes every sentence.
+    # </s> closes every sentence as one more word.
     ids, counts = np.append(ids, np.array([EOS], ids.dtype)), np.append(counts, 1)
     index = np.insert(index, np.cumsum(lengths), len(words))
-    characters = np.array([len(word) + 1 for word in words] + [-1])  # with the space after it, but the last has none
+    characters = np.array(
+        [len(word) + 1 for word in words] + [-1]
+    )  # each with the space after it; a sentence's last word has none
     arrays: dict[str, np.ndarray] = {}
     facts = {}
-    for number, name in enumerate(SPLITS):
-        mine = split == number
-        sequence = index[np.repeat(mine, lengths + 1)]
+    for number, name in enumerate(SPLIT_ORDER):
+        chosen = split == number
+        sequence = index[np.repeat(chosen, lengths + 1)]
         tokens = _gather(ids, counts, sequence)
         ends = np.flatnonzero(tokens == EOS) + 1
         arrays[f"{name}.ids"] = tokens
         arrays[f"{name}.lengths"] = np.diff(ends, prepend=0).astype(np.int32)
-        arrays[f"{name}.ends"] = _document_ends(document[mine])
-        values = (mine.sum(), lengths[mine].sum(), characters[sequence].sum(), len(tokens), (tokens == UNK).sum())
-        facts[name] = dict(zip(FACTS, map(int, values), strict=True))
+        arrays[f"{name}.ends"] = _document_ends(document[chosen])
+        values = (chosen.sum(), lengths[chosen].sum(), characters[sequence].sum(), len(tokens), (tokens == UNK).sum())
+        facts[name] = dict(zip(BLOCK_COUNTS, map(int, values), strict=True))
     write_arrays(tokens_path(task.folder, task.number), **arrays)
     write_json(facts_path, facts)
     return facts
 
 
 def _gather(ids: np.ndarray, counts: np.ndarray, sequence: np.ndarray) -> np.ndarray:
-    """The ids of each word of `sequence` end to end, where word w has counts[w] of `ids`, after those of words < w."""
+    """Joins the ids of the words in `sequence`. `ids` holds the ids of word 0, then of word 1, ...: counts[w] for word w."""
     starts, size = (np.cumsum(counts) - counts)[sequence], counts[sequence]
     before = np.cumsum(size) - size
     return ids[np.repeat(starts - before, size) + np.arange(size.sum())]
 
 
 def _document_ends(document: np.ndarray) -> np.ndarray:
-    """How many sentences have gone by at the end of each document.  # (documents,) int32"""
+    """Returns the number of sentences up to the end of each document.  # (documents,) int32"""
     if not len(document):
         return np.zeros(0, np.int32)
     return np.append(np.flatnonzero(np.diff(document)) + 1, len(document)).astype(np.int32)
 
 
 def read_parts(folder: Path, blocks: int, name: str) -> Iterator[np.ndarray]:
-    """One of the arrays that encode_block wrote ("SPLIT.ids", "SPLIT.lengths", "SPLIT.ends"), block by block."""
+    """Yields one of the arrays that encode_block wrote ("SPLIT.ids", "SPLIT.lengths", "SPLIT.ends"), block by block."""
     for number in range(blocks):
         with np.load(tokens_path(folder, number)) as file:
             yield file[name]

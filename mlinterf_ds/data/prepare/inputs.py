@@ -1,8 +1,8 @@
 """Inputs of a corpus, read as a stream and cut into raw blocks of about 2 MB, whatever they are.
 
-A source is a path (plain text, or .gz, .bz2, .xz of it; a Wikipedia XML dump; the <doc ...> files that WikiExtractor
+An input is a path (plain text, or .gz, .bz2, .xz of it; a Wikipedia XML dump; the <doc ...> files that WikiExtractor
 makes of one; a folder of any of these, read in name order), `-` for standard input, or `hf:NAME[:CONFIG[:SPLIT[:COLUMN]]]`
-for a Hugging Face dataset. What a file holds is told from its first bytes, not its name.
+for a Hugging Face dataset. A file's kind is recognised by its first bytes, not by its name.
 """
 
 import bz2
@@ -20,8 +20,8 @@ from xml.etree import ElementTree
 
 from mlinterf_ds.errors import UserError
 
-BLOCK = 1 << 21  # bytes (of texts: characters). Fixed: what a corpus holds never depends on the number of workers
-LONGEST_LINE = 1 << 16  # bytes: a longer line is dropped and counted, and never held in memory whole
+BLOCK = 1 << 21  # bytes (of texts: characters). Fixed, so that a corpus never depends on the number of workers
+LONGEST_LINE = 1 << 16  # bytes: a longer line is dropped, and never held in memory whole
 LONGEST_DOCUMENT = 1 << 24  # bytes: a longer <doc> is cut at a line
 
 STANDARD_INPUT, STANDARD_INPUT_NAME = "-", "standard input"
@@ -34,22 +34,22 @@ _DECOMPRESSORS: dict[bytes, Any] = {
 
 @dataclass(frozen=True)
 class RawBlock:
-    """A piece of one source: whole lines, or whole documents.
+    """A piece of one input: whole lines, or whole documents.
 
-    `kind` says what `content` is: "lines" (bytes, a sentence a line), "docs" (bytes, <doc> elements), "pages" (wiki
+    `kind` says how `content` is to be read: "lines" (bytes, a sentence a line), "docs" (bytes, <doc> elements), "pages" (wiki
     markup, a string a page) or "texts" (plain text, a string a document).
     """
 
-    source: str
+    name: str  # of the input
     kind: Literal["lines", "docs", "pages", "texts"]
-    first: int  # number of the first line (lines, docs) or document (pages, texts) in the source, from 1
+    first: int  # number of the first line (lines, docs) or document (pages, texts) in the input, from 1
     content: bytes | list[str]
 
 
 @dataclass
-class Source:
-    """One file, standard input or dataset. `facts` (its name, and for bytes their number and SHA-256) fills up as
-    `blocks` is gone through."""
+class Input:
+    """One file, standard input, or one dataset. Once `blocks` has been read, `facts` holds its name, and of a file or
+    standard input its size and SHA-256."""
 
     name: str  # in messages and in the manifest: never a path of this machine
     path: Path | None  # None: standard input or a dataset
@@ -67,40 +67,40 @@ class Source:
                 yield from _stream_blocks(self, _decompressed(stored))
             except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
                 raise UserError(f"{self.name}: the compressed file is damaged or cut short ({error})") from None
-            while stored.read(1 << 20):  # what a decompressor left over counts in the hash
+            while stored.read(1 << 20):  # bytes that a decompressor left over belong to the digest
                 pass
         if self.bytes_read == 0:
             raise UserError(f"{self.name}: the input is empty; give it text, one sentence a line")
         self.facts |= {"bytes": self.bytes_read, "sha256": raw.digest.hexdigest()}
 
 
-def find_sources(specification: str | Path) -> list[Source]:
-    """The sources that one argument names. Raises UserError if it is missing, or a folder without files."""
+def find_inputs(specification: str | Path) -> list[Input]:
+    """Returns the inputs that one argument names. Raises UserError for a missing or empty file, or a folder without files."""
     text = str(specification)
     if text == STANDARD_INPUT:
-        return [Source(STANDARD_INPUT_NAME, None)]
+        return [Input(STANDARD_INPUT_NAME, None)]
     if text.startswith("hf:"):
-        return [Source(text, None, text.removeprefix("hf:"))]
+        return [Input(text, None, text.removeprefix("hf:"))]
     path = Path(specification)
     if path.is_dir():
         files = sorted(p for p in path.rglob("*") if p.is_file() and p.stat().st_size and not p.name.startswith("."))
         if not files:
             raise UserError(
-                f"{path}: the folder holds no files with anything in them; give text files, one sentence a line"
+                f"{path}: the folder holds no files, or only empty ones; give text files, one sentence a line"
             )
-        return [Source(f"{path.name}/{file.relative_to(path)}", file) for file in files]
+        return [Input(f"{path.name}/{file.relative_to(path)}", file) for file in files]
     if not path.exists():
         raise UserError(f"{path}: no such file or folder; check the path (or use - for standard input)")
     if path.is_file() and path.stat().st_size == 0:
         raise UserError(f"{path}: the file is empty; give it text, one sentence a line")
-    return [Source(path.name, path)]
+    return [Input(path.name, path)]
 
 
 class _Hashed(io.RawIOBase):
-    """The bytes of a stream, counted and hashed as they go by."""
+    """A stream whose bytes are counted and hashed as they are read."""
 
-    def __init__(self, source: Source, file: BinaryIO) -> None:
-        self._source, self._file, self.digest = source, file, hashlib.sha256()
+    def __init__(self, owner: Input, file: BinaryIO) -> None:
+        self._owner, self._file, self.digest = owner, file, hashlib.sha256()
 
     def readable(self) -> bool:
         return True
@@ -109,10 +109,10 @@ class _Hashed(io.RawIOBase):
         try:
             data = self._file.read(len(buffer))
         except OSError as error:
-            raise UserError(f"{self._source.name}: cannot be read: {error.strerror}") from None
+            raise UserError(f"{self._owner.name}: cannot be read: {error.strerror}") from None
         buffer[: len(data)] = data
         self.digest.update(data)
-        self._source.bytes_read += len(data)
+        self._owner.bytes_read += len(data)
         return len(data)
 
 
@@ -131,30 +131,30 @@ def _decompressed(stored: Any) -> io.BufferedReader:
     return stored
 
 
-def _stream_blocks(source: Source, stream: io.BufferedReader) -> Iterator[RawBlock]:
+def _stream_blocks(text: Input, stream: io.BufferedReader) -> Iterator[RawBlock]:
     start = stream.peek(512)[:512].removeprefix(b"\xef\xbb\xbf").lstrip()
     if start.startswith((b"<mediawiki", b"<?xml")):
-        yield from _batches(source, "pages", _dump_pages(source, stream))
+        yield from _batches(text, "pages", _dump_pages(text, stream))
     elif start.startswith(b"<doc "):
-        yield from _cut(source, "docs", stream, b"</doc>", LONGEST_DOCUMENT)
+        yield from _cut(text, "docs", stream, b"</doc>", LONGEST_DOCUMENT)
     else:
-        yield from _cut(source, "lines", stream, b"\n", LONGEST_LINE)
+        yield from _cut(text, "lines", stream, b"\n", LONGEST_LINE)
 
 
 def _cut(
-    source: Source, kind: Literal["lines", "docs"], stream: io.BufferedReader, boundary: bytes, longest: int
+    text: Input, kind: Literal["lines", "docs"], stream: io.BufferedReader, boundary: bytes, longest: int
 ) -> Iterator[RawBlock]:
-    """Blocks that end at `boundary`, or at any newline where none comes within `longest` bytes.
+    """Yields blocks that end at `boundary`, or at any newline if no boundary comes within `longest` bytes.
 
-    Of an over-long line only enough is kept for it to be seen as such.
+    Of a line that is too long only so much is kept that it is recognised as too long.
     """
     rest, line = b"", 1
-    skipping = False  # inside an over-long line, whose start is in `rest`
+    skipping = False  # inside a line that is too long, whose start is in `rest`
     while chunk := stream.read(BLOCK):
         if (nul := chunk.find(b"\0")) >= 0:
             number = line + rest.count(b"\n") + chunk.count(b"\n", 0, nul)
             raise UserError(
-                f"{source.name}, line {number}: a NUL byte, so this is no UTF-8 text; give plain text "
+                f"{text.name}, line {number}: a NUL byte, so this is not UTF-8 text; give plain text "
                 "(UTF-16 can be converted with iconv), .gz, .bz2 or .xz of it, or a Wikipedia dump"
             )
         if skipping:
@@ -168,31 +168,31 @@ def _cut(
             cut = 0 if len(data) <= longest else data.rfind(b"\n") + 1
         content, rest = data[:cut], data[cut:]
         if content:
-            yield RawBlock(source.name, kind, line, content)
+            yield RawBlock(text.name, kind, line, content)
             line += content.count(b"\n")
         open_line = rest.rfind(b"\n") + 1
         if len(rest) - open_line > LONGEST_LINE:
             rest, skipping = rest[: open_line + LONGEST_LINE + 1], True
     if rest:
-        yield RawBlock(source.name, kind, line, rest)
+        yield RawBlock(text.name, kind, line, rest)
 
 
-def _batches(source: Source, kind: Literal["pages", "texts"], texts: Iterator[str]) -> Iterator[RawBlock]:
+def _batches(text: Input, kind: Literal["pages", "texts"], texts: Iterator[str]) -> Iterator[RawBlock]:
     batch: list[str] = []
     size, first = 0, 1
-    for text in texts:
-        batch.append(text)
-        size += len(text)
+    for document in texts:
+        batch.append(document)
+        size += len(document)
         if size >= BLOCK:
-            yield RawBlock(source.name, kind, first, batch)
+            yield RawBlock(text.name, kind, first, batch)
             first += len(batch)
             batch, size = [], 0
     if batch:
-        yield RawBlock(source.name, kind, first, batch)
+        yield RawBlock(text.name, kind, first, batch)
 
 
-def _dump_pages(source: Source, stream: io.BufferedReader) -> Iterator[str]:
-    """Wiki markup of the articles of a MediaWiki XML dump: pages of namespace 0 that are not redirects."""
+def _dump_pages(text: Input, stream: io.BufferedReader) -> Iterator[str]:
+    """Yields the wiki markup of a MediaWiki XML dump's articles: the pages of namespace 0 that are not redirects."""
     try:
         events = ElementTree.iterparse(stream, events=("start", "end"))
         _, root = next(events)
@@ -200,42 +200,42 @@ def _dump_pages(source: Source, stream: io.BufferedReader) -> Iterator[str]:
             if event == "start" or element.tag.rpartition("}")[2] != "page":
                 continue
             prefix = element.tag.removesuffix("page")
-            text = element.findtext(f"{prefix}revision/{prefix}text")
-            if text and element.findtext(f"{prefix}ns") == "0" and element.find(f"{prefix}redirect") is None:
-                yield text
-            root.clear()  # pages already read would otherwise stay in memory
+            markup = element.findtext(f"{prefix}revision/{prefix}text")
+            if markup and element.findtext(f"{prefix}ns") == "0" and element.find(f"{prefix}redirect") is None:
+                yield markup
+            root.clear()  # else the pages already read stay in memory
     except ElementTree.ParseError as error:
         raise UserError(
-            f"{source.name}, line {error.position[0]}: not well-formed XML ({error}); download the dump again"
+            f"{text.name}, line {error.position[0]}: not well-formed XML ({error}); download the dump again"
         ) from None
 
 
-def _dataset_texts(source: Source) -> Iterator[str]:
-    """The text column of a Hugging Face dataset, streamed; each row is a document."""
+def _dataset_texts(text: Input) -> Iterator[str]:
+    """Yields the text column of a Hugging Face dataset as a stream; each row is a document."""
     try:
         import datasets
     except ImportError:
         raise UserError(
-            f"{source.name}: needs the library `datasets`: pip install datasets, or give a file instead"
+            f"{text.name}: needs the library `datasets`: pip install datasets, or give a file instead"
         ) from None
-    name, config, split, column, *more = [*source.dataset.split(":"), "", "", ""]
+    name, config, split, column, *more = [*text.dataset.split(":"), "", "", ""]
     if not name or any(more):
-        raise UserError(f"{source.name}: expected hf:NAME[:CONFIG[:SPLIT[:COLUMN]]]")
+        raise UserError(f"{text.name}: expected hf:NAME[:CONFIG[:SPLIT[:COLUMN]]]")
     column = column or "text"
     try:
         for row in datasets.load_dataset(name, config or None, split=split or "train", streaming=True):
             if not isinstance(row.get(column), str):
-                raise UserError(f"{source.name}: no text column {column!r}; it has: {', '.join(sorted(row))}")
+                raise UserError(f"{text.name}: no text column {column!r}; it has: {', '.join(sorted(row))}")
             yield row[column]
     except UserError:
         raise
-    except Exception as error:  # the library raises dozens of kinds: offline, unknown name, gated, moved
+    except Exception as error:  # the library raises dozens of types: offline, unknown name, gated, moved
         raise UserError(
-            f"{source.name}: the dataset cannot be loaded ({type(error).__name__}: {error}); check the name, that this "
+            f"{text.name}: the dataset cannot be loaded ({type(error).__name__}: {error}); check the name, that this "
             "machine is online, or download it elsewhere and give the files"
         ) from error
 
 
-def source_identity(source: Source) -> list[Any]:
-    """What tells, before reading, whether a source is still the one that an interrupted run was reading."""
-    return [source.name] if source.path is None else [str(source.path.resolve()), source.path.stat().st_size]
+def input_identity(text: Input) -> list[Any]:
+    """Returns what identifies an input before it is read: an interrupted run only goes on with the same inputs."""
+    return [text.name] if text.path is None else [str(text.path.resolve()), text.path.stat().st_size]

@@ -2,8 +2,8 @@
 
 PREFIX.bin is the token ids end to end. PREFIX.idx is a header, then for each sequence (here: a sentence with its `</s>`)
 its length and its byte offset, then for each document the number of the sequence it starts at, and the total.
-megatron's own builder holds a Python list of all of them, several gigabytes for a few gigabytes of text, and loads torch;
-a test holds that the bytes are the same.
+megatron's own builder keeps a Python list of all sequences in memory, several gigabytes for a few gigabytes of text, and
+imports torch; a test compares the bytes with its.
 """
 
 import hashlib
@@ -16,15 +16,15 @@ import numpy as np
 
 from mlinterf_ds.files import replacing
 
-# The parts of a shard, by name, each time anew: "ids" (tokens,), "lengths" (sequences,) in tokens, and "ends"
-# (documents,), the sequences of the part that have gone by at the end of each document.
+# Yields the parts of a shard by the name of an array, anew at every call: "ids" (tokens,), "lengths" (sequences,) in
+# tokens, and "ends" (documents,), the number of the part's sequences up to the end of each document.
 Parts = Callable[[str], Iterable[np.ndarray]]
 
 _DTYPE_CODES = {np.dtype(np.uint16): 8, np.dtype(np.int32): 4}
 
 
 def write_shard(prefix: Path, dtype: Any, parts: Parts) -> dict[str, dict[str, Any]]:
-    """Write PREFIX.bin and PREFIX.idx, with one array of one part in memory at a time.
+    """Writes PREFIX.bin and PREFIX.idx, with one array of one part in memory at a time.
 
     Returns for "bin" and "idx" the file's name, size in bytes and SHA-256.
     """

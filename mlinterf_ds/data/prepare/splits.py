@@ -1,33 +1,34 @@
-"""Which sentences a language holds out, by rank of hash: the same at every block size and number of workers."""
+"""Which sentences go to which split, by the rank of their hashes: the same at every block size and number of workers."""
 
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import numpy as np
 
-from mlinterf_ds.data.prepare.blocks import HISTOGRAM_BITS, SPLITS
-
+SPLIT_ORDER = ("valid", "test", "meta", "train")  # the smallest hashes go to the first
+HISTOGRAM_BITS = 12
 FEWEST_UNITS = 50
 LARGEST_HASH = 2**64 - 1
 
 
 class Cuts(NamedTuple):
-    hashes: tuple[int, ...]  # the last unit hash of each of SPLITS, in their order; later ones are left out
-    sentences: dict[str, int]  # of each split
+    hashes: tuple[int, ...]  # the last unit hash of each split, in SPLIT_ORDER; larger ones are left out
+    sentences: dict[str, int]  # by split
     left_out: int  # sentences beyond the limit
 
 
 def held_out(sentences: int) -> int:
-    """How many of a language's sentences each of valid, test and meta gets: 2%, but at least 50 or a tenth of all,
-    whichever is less, and at most 10,000."""
+    """Returns how many of a language's sentences valid, test and meta get each: 2%, at most 10,000, and at least 50 (or a
+    tenth of all, if that is less)."""
     return min(10_000, max(sentences // 50, min(50, sentences // 10)))
 
 
 def find_cuts(histogram: np.ndarray, units: Callable[[], Iterable[np.ndarray]], limit: int | None) -> Cuts:
-    """Cut the kept sentences, in the order of their unit hashes, into valid, test, meta and train (`limit` of them).
+    """Cuts the kept sentences, sorted by their unit hashes, into valid, test, meta and train (at most `limit` sentences).
 
     A unit (a document, or a sentence that stands alone) is never torn apart: a split ends with the unit that fills it.
-    histogram (2^HISTOGRAM_BITS,) counts sentences by the hash's leading bits; `units` gives the hashes in parts.
+    `histogram` (2^HISTOGRAM_BITS,) counts sentences by the leading bits of their unit hash; `units()` yields the hashes in
+    parts, anew at every call.
     """
     total = int(histogram.sum())
     cuts: list[int] = []
@@ -40,14 +41,14 @@ def find_cuts(histogram: np.ndarray, units: Callable[[], Iterable[np.ndarray]], 
             cut, taken = _cut_at(taken + wanted, histogram, units)
             cuts.append(cut)
     edges = np.array(cuts, dtype=np.uint64)
-    counts = np.zeros(len(SPLITS) + 1, dtype=np.int64)
+    counts = np.zeros(len(SPLIT_ORDER) + 1, dtype=np.int64)
     for part in units():
         counts += np.bincount(np.searchsorted(edges, part, side="left"), minlength=len(counts))
-    return Cuts(tuple(cuts), dict(zip(SPLITS, counts.tolist(), strict=False)), int(counts[-1]))
+    return Cuts(tuple(cuts), dict(zip(SPLIT_ORDER, counts.tolist(), strict=False)), int(counts[-1]))
 
 
 def _cut_at(rank: int, histogram: np.ndarray, units: Callable[[], Iterable[np.ndarray]]) -> tuple[int, int]:
-    """The hash of the `rank`-th sentence (from 1), and how many sentences have that hash or a smaller one."""
+    """Returns the hash of the `rank`-th sentence (from 1), and how many sentences have that hash or a smaller one."""
     below = np.cumsum(histogram)
     leading = int(np.searchsorted(below, rank, side="left"))
     shift = np.uint64(64 - HISTOGRAM_BITS)

@@ -1,4 +1,4 @@
-"""Running text of a Wikipedia article's markup."""
+"""The running text of a Wikipedia article, without its markup."""
 
 import re
 from contextlib import suppress
@@ -6,14 +6,14 @@ from typing import Any
 
 from mlinterf_ds.errors import UserError
 
-# A link "Name:Target" with no space after the colon leads to a picture, a category or another wiki, whatever the
-# namespace is called in the dump's language; it is no part of the text.
+# A link "Name:Target" without a space after the colon leads to a picture, a category or another wiki, whatever the
+# namespace is called in the dump's language. It is not part of the text.
 _NAMESPACE_LINK = re.compile(r"^\s*[^\s:]+:\S")
 _HEADING_OR_LIST = re.compile(r"^[=*#:;|!{}\s]+|[=\s]+$")
 
 
 def plain_text(markup: str) -> str:
-    """Paragraphs of an article, one a line: no tables, templates, references, pictures, categories or headings' marks.
+    """Returns the paragraphs of an article, one a line, without tables, templates, references, pictures and categories.
 
     Raises UserError if mwparserfromhell, which does the parsing, is not installed.
     """
@@ -37,5 +37,5 @@ def plain_text(markup: str) -> str:
 
 
 def _remove(code: Any, node: Any) -> None:
-    with suppress(ValueError):  # it may have gone with the node around it
+    with suppress(ValueError):  # the node around it may have been removed before
         code.remove(node)

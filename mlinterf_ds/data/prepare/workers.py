@@ -1,4 +1,4 @@
-"""Worker processes for preparing corpora: ordered results, bounded memory, clean ends."""
+"""Worker processes that map a function over a stream of tasks: results in order, bounded memory, no process left over."""
 
 import ctypes
 import multiprocessing
@@ -19,14 +19,14 @@ _PR_SET_PDEATHSIG = 1
 
 
 class WorkerKilled(UserError):
-    """A worker process died; what it had finished is on disk."""
+    """A worker process was killed. The blocks it had finished are on disk."""
 
 
 class Workers:
-    """`count` processes that map functions over streams of tasks; with `count` 1, this process does it.
+    """`count` worker processes; if `count` is 1, this process does the work.
 
-    They are forked: the functions use numpy and SentencePiece only, so that starting costs nothing and no main module
-    has to be importable.
+    The processes are forked, so that they start at once and need no importable main module. That is safe because the
+    functions they run use numpy and SentencePiece only.
     """
 
     def __init__(self, count: int) -> None:
@@ -46,9 +46,9 @@ class Workers:
             self._pool.shutdown(cancel_futures=True)
 
     def map(self, function: Callable[[Task], Result], tasks: Iterable[Task]) -> Iterator[Result]:
-        """Results in the order of the tasks; only a few tasks are drawn ahead of the results that have been taken.
+        """Yields results in the order of the tasks, and takes only a few tasks ahead of the results asked for.
 
-        Raises what the function raises, and WorkerKilled if a process was killed.
+        Raises the function's own errors, and WorkerKilled if a process was killed.
         """
         if self._pool is None:
             yield from map(function, tasks)
@@ -63,13 +63,14 @@ class Workers:
                 yield running.popleft().result()
         except BrokenProcessPool:
             raise WorkerKilled(
-                "a worker process was killed, most likely because memory ran out; run the same command again, with "
-                "fewer workers: what is finished is kept"
+                "a worker process was killed, most likely because memory ran out; run the same command again with "
+                "fewer workers: finished blocks are kept"
             ) from None
 
 
 def _die_with_parent() -> None:
-    """Leave interrupts to the parent, and don't outlive it (Linux; elsewhere a killed parent leaves idle workers)."""
+    """Makes this worker ignore interrupts and end with its parent (on Linux; elsewhere it stays, idle, if the parent is
+    killed)."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if prctl := getattr(ctypes.CDLL(None), "prctl", None):
         prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
