@@ -54,11 +54,11 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
     from mlinterf_ds.plots import style
 
     figures: list[Figure] = []
-    save = style._save
+    save = style.save
 
     def keep(figure: Figure, path: Path) -> None:
         figures.append(figure)
         save(figure, path)
 
-    monkeypatch.setattr(style, "_save", keep)
+    monkeypatch.setattr(style, "save", keep)
     return figures

@@ -73,6 +73,8 @@ def finetuned(name: str, settings: dict[str, str], tests: list[str]) -> dict[str
     return {
         "task": settings["task"], "metric": metric, "per_seed": {code: [value] for code, value in scores.items()},
         "metrics": metrics, "baseline": dict.fromkeys(tests, 9.0), "finished": True,
+        "seeds": [int(settings["finetune.seeds"])], "languages": ["syn"], "variant": "joint", "checkpoint": "model",
+        "pretraining_seed": 0, "examples": {"train": {"syn": 9}}, "data": {f"test {code}": "synthetic" for code in tests},
     }  # fmt: skip
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from mlinterf_ds.results.records import Analysis, Records, Score, Trained
+from mlinterf_ds.results.records import AnalysisSummary, Records, TaskScore, TrainedModel
 
 PAIRS = {"close": ["syn", "syn-close"], "far": ["syn", "syn-far"]}
 # points above joint, (within, zero-shot)
@@ -49,9 +49,9 @@ def planted(
 
 def score(
     facts: dict[str, Any], seed: int, number: int, train: str, language: str, value: float, control: str = ""
-) -> Score:
+) -> TaskScore:
     noise = NOISE[seed % 5] + 0.01 * ((3 * seed + 2 * number) % 5)
-    return Score(
+    return TaskScore(
         **facts,
         control=control,
         seed=seed,
@@ -64,10 +64,10 @@ def score(
     )
 
 
-def trained(facts: dict[str, Any], seed: int, loss: float) -> Trained:
+def trained(facts: dict[str, Any], seed: int, loss: float) -> TrainedModel:
     known = dict.fromkeys(facts["languages"], 20.0 + seed)
     history = {code: [(0, 100.0), (10, value)] for code, value in known.items()}
-    return Trained(
+    return TrainedModel(
         **facts, control="", seed=seed, steps=10, tokens=1000, seconds=1.0, perplexity=known, bits_per_character=known,
         history=history, early_loss=loss,
     )  # fmt: skip
@@ -107,7 +107,7 @@ def _others(found: Records, seed: int) -> None:
 def _causes(found: Records, seed: int) -> None:
     common = {"set": "far", "languages": PAIRS["far"], "variant": "joint", "seed": seed}
     facts: dict[str, Any] = {"within": 0.8 + 0.01 * seed, "between": 0.5}
-    found.analyses.append(Analysis(**common, analysis="conflict", facts=facts))
+    found.analyses.append(AnalysisSummary(**common, analysis="conflict", facts=facts))
     cosines = {(0, "attention"): 0.9, (0, "ffn"): 0.7, (1, "attention"): 0.6, (1, "ffn"): 0.4}
     layers = [
         {
@@ -121,4 +121,4 @@ def _causes(found: Records, seed: int) -> None:
         for left, right in (("syn", "syn-far"), ("syn", "syn"))
     ]
     layers.append({"layer": "all", "component": "all", "left": "syn", "right": "syn-far", "cosine": "0.1"})
-    found.analyses.append(Analysis(**common, analysis="prune", facts={"layers": layers}))
+    found.analyses.append(AnalysisSummary(**common, analysis="prune", facts={"layers": layers}))

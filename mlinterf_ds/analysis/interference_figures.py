@@ -9,93 +9,107 @@ from typing import Any
 import numpy as np
 
 from mlinterf_ds.files import write_csv
-from mlinterf_ds.plots.bars import BINS, Points, Value, bars, binned, curves, intervals
+from mlinterf_ds.plots.bars import Value, bars, intervals
+from mlinterf_ds.plots.curves import BINS, binned, seed_curves
 from mlinterf_ds.plots.heatmaps import heatmaps
-from mlinterf_ds.results.comparison import BITS, Comparison
-from mlinterf_ds.results.interference import Findings, epochs_of, pair_distances, pairs
-from mlinterf_ds.results.losses import read_losses
-from mlinterf_ds.results.task_scores import transfer
+from mlinterf_ds.plots.style import Points
+from mlinterf_ds.results.comparison import BITS, Comparison, transfer
+from mlinterf_ds.results.interference import InterferenceResults
+from mlinterf_ds.results.runs import PretrainedRun, Setup
 
 UNITS = {BITS: "bits per character, joint − mono"}
-NAMED_PARTNERS = 3  # of a joint model; of more, their number
+NAMED_PARTNERS = 3  # of more partners a label gives their number
 
 
-def draw(output: Path, found: Findings) -> None:
-    """Everything, into `output`."""
-    output.mkdir(parents=True, exist_ok=True)
-    _table(output, found)
-    for metric in dict.fromkeys(each.metric for each in found.comparisons):
-        _metric(output, found, metric)
-    for metric, panels in transfer(found.scores, found.languages).items():
-        caption = (
-            f"{found.data}\nmean over seeds and over the models that have both languages; diagonal: within-language"
-        )
-        middle = float(np.nanmean(np.stack(list(panels.values()))))
+def draw(output: Path, results: InterferenceResults) -> None:
+    """Writes every table and figure into `output`."""
+    _write_table(output, results)
+    for metric in dict.fromkeys(comparison.metric for comparison in results.comparisons):
+        _draw_metric(output, results, metric)
+    languages = results.languages
+    for metric, panels in transfer(results.tuned, languages).items():
+        caption = "mean over seeds and over the models that have both languages; diagonal: within-language"
         heatmaps(
             panels,
-            found.languages,
-            found.languages,
-            output / f"transfer-{_file(metric)}.png",
+            languages,
+            languages,
+            output / f"transfer-{_stem(metric)}.png",
             title=f"Zero-shot transfer: {metric}",
             label=metric,
-            caption=caption,
+            caption=f"{results.data}\n{caption}",
             form=".1f",
-            middle=middle,
+            middle=float(np.nanmean(np.stack(list(panels.values())))),
             row_label="fine-tuned on",
             column_label="tested on",
         )
-    if found.distance and len(found.languages) > 1:
+    if results.distances and len(languages) > 1:
         heatmaps(
-            found.distance,
-            found.languages,
-            found.languages,
+            results.distances,
+            languages,
+            languages,
             output / "distance.png",
             title="Distance between languages",
             label="distance",
             caption="vocabulary: 1 − overlap of unigrams; characters: Jensen-Shannon of sequences of 1 to 3; training text of "
-            + found.data,
+            + results.data,
             middle=0.5,
         )
-    if found.mono or found.joint:
-        _curves(output, found)
+    if results.mono or results.joint:
+        _draw_curves(output, results)
 
 
-def others(language: str, languages: tuple[str, ...]) -> str:
-    """ "en" or "3 languages": the partners of a language in a model."""
-    rest = [code for code in languages if code != language]
-    return "+".join(rest) if len(rest) <= NAMED_PARTNERS else f"{len(rest)} languages"
+def _partners(language: str, setup: Setup) -> str:
+    """For example "en", "en+hi" or "12 languages"."""
+    partners = setup.partners(language)
+    return "+".join(partners) if len(partners) <= NAMED_PARTNERS else f"{len(partners)} languages"
 
 
-def _metric(output: Path, found: Findings, metric: str) -> None:
-    """Figure 1, the differences and the matrix of one metric."""
-    mine = [each for each in found.comparisons if each.metric == metric]
-    whiskers = "whiskers: lowest and highest seed" if any(len(each.seeds) > 1 for each in mine) else "one seed"
-    heights: list[Value] = []
+def _stem(metric: str) -> str:
+    """The metric as a part of a file's name."""
+    return metric.replace(" ", "-")
+
+
+def _write_table(output: Path, results: InterferenceResults) -> None:
+    """interference.csv: the rows of the summary, with lists joined by "+"."""
+    columns = ["metric", "language", "joint_with", "variant", "seeds", "rows"]
+    columns += ["mono", "joint", "interference", "low", "high", "mono_epochs", "joint_epochs"]
+    table: list[list[Any]] = []
+    for row in results.rows():
+        cells = [row["metric"], row["language"], "+".join(row["joint with"]), row["variant"]]
+        cells += ["+".join(map(str, row["seeds"])), row["rows"], row["mono"], row["joint"], row["interference"]]
+        table.append([*cells, *row["interval"], *row["epochs"], *(row["distance"].get(n) for n in results.distances)])
+    write_csv(output / "interference.csv", [*columns, *(f"{name}_distance" for name in results.distances)], table)
+
+
+def _draw_metric(output: Path, results: InterferenceResults, metric: str) -> None:
+    """The bars of figure 1, the differences with their intervals, and the matrix of pairs."""
+    comparisons = [comparison for comparison in results.comparisons if comparison.metric == metric]
+    levels: list[Value] = []
     gaps: list[Value] = []
-    for each in mine:
-        category = f"{each.language} with {others(each.language, each.group[0])}"
-        if not any(value.category == category and value.series == "mono" for value in heights):
-            heights.append(_bar(category, "mono", each.mono))
-            if of_larger := found.of_larger.get((metric, each.language)):
-                heights.append(_bar(category, "larger", of_larger))
-        heights.append(_bar(category, each.group[1], each.joint))
-        gaps.append(Value(category, each.group[1], each.difference, each.low, each.high))
-    heights.sort(key=lambda value: {"mono": 0, "larger": 2}.get(value.series, 1))
-    basis = _basis(mine, found)
-    title = "Bits per character of held-out text" if metric == BITS else f"{metric}, within-language"
-    name = _file(metric)
+    for comparison in comparisons:
+        language, variant, effect = comparison.language, comparison.setup.variant, comparison.effect
+        category = f"{language} with {_partners(language, comparison.setup)}"
+        if not any((level.category, level.series) == (category, "mono") for level in levels):
+            levels.append(_level(category, "mono", comparison.mono))
+            if of_larger := results.of_larger.get((metric, language)):
+                levels.append(_level(category, "larger", of_larger))
+        levels.append(_level(category, variant, comparison.joint))
+        gaps.append(Value(category, variant, effect.mean, *(effect.low, effect.high) * effect.has_interval))
+    levels.sort(key=lambda level: {"mono": 0, "larger": 2}.get(level.series, 1))
+    basis, stem = _basis(comparisons, results), _stem(metric)
     better = "lower is better" if metric == BITS else "higher is better"
-    bars(heights, output / f"bars-{name}.png", title=title, label=metric, caption=f"{basis}; {better}; {whiskers}")
+    whiskers = "whiskers: lowest and highest seed" if any(len(c.seeds) > 1 for c in comparisons) else "one seed"
+    title = "Bits per character of held-out text" if metric == BITS else f"{metric}, within-language"
+    bars(levels, output / f"bars-{stem}.png", title=title, label=metric, caption=f"{basis}; {better}; {whiskers}")
     unit = UNITS.get(metric, f"{metric}, mono − joint")
     caption = f"{basis}; 95% bootstrap intervals, paired; right of 0: joint training hurts"
-    intervals(gaps, output / f"differences-{name}.png", title="Interference", label=unit, caption=caption)
-    panels = pairs(mine, found.languages)
-    if panels:
+    intervals(gaps, output / f"differences-{stem}.png", title="Interference", label=unit, caption=caption)
+    if matrices := results.pair_matrices(metric):
         heatmaps(
-            panels,
-            found.languages,
-            found.languages,
-            output / f"pairs-{name}.png",
+            matrices,
+            results.languages,
+            results.languages,
+            output / f"pairs-{stem}.png",
             title="Interference of pairs",
             label=unit,
             caption=f"{basis}; positive: the partner hurts; grey: no such run",
@@ -105,67 +119,56 @@ def _metric(output: Path, found: Findings, metric: str) -> None:
         )
 
 
-def _bar(category: str, series: str, values: tuple[float, ...]) -> Value:
+def _level(category: str, series: str, values: tuple[float, ...]) -> Value:
+    """A bar at the mean, with whiskers to the lowest and the highest seed."""
     spread = (min(values), max(values)) if len(values) > 1 else (math.nan, math.nan)
     return Value(category, series, float(np.mean(values)), *spread)
 
 
-def _basis(comparisons: list[Comparison], found: Findings) -> str:
-    seeds = sorted({seed for each in comparisons for seed in each.seeds})
-    rows = sorted({each.rows for each in comparisons})
-    what = "rows a language" if comparisons[0].metric == BITS else "fine-tuning seeds"
+def _basis(comparisons: list[Comparison], results: InterferenceResults) -> str:
+    """What the numbers of a figure rest on, in words."""
+    seeds = sorted({seed for comparison in comparisons for seed in comparison.seeds})
+    rows = sorted({comparison.rows for comparison in comparisons})
+    unit = "rows a language" if comparisons[0].metric == BITS else "fine-tuning seeds"
     span = f"{rows[0]}" if len(rows) == 1 else f"{rows[0]} to {rows[-1]}"
-    return "; ".join([found.data or f"pretraining seeds {'/'.join(map(str, seeds))}", f"{span} {what}"])
+    return "; ".join([results.data or f"pretraining seeds {'/'.join(map(str, seeds))}", f"{span} {unit}"])
 
 
-def _table(output: Path, found: Findings) -> None:
-    fields = ["metric", "language", "joint_with", "variant", "seeds", "rows"]
-    fields += ["mono", "joint", "interference", "low", "high", "mono_epochs", "joint_epochs"]
-    rows: list[list[Any]] = []
-    for each in found.comparisons:
-        near = pair_distances(found, each)
-        means = [float(np.mean(each.mono)), float(np.mean(each.joint)), each.difference, each.low, each.high]
-        seeds = "+".join(map(str, each.seeds))
-        row = [each.metric, each.language, "+".join(each.others), each.group[1], seeds, each.rows, *means]
-        rows.append([*row, *epochs_of(found, each), *(near.get(name) for name in found.distance)])
-    write_csv(output / "interference.csv", [*fields, *(f"{name}_distance" for name in found.distance)], rows)
-
-
-def _curves(output: Path, found: Findings) -> None:
-    """Figures 2 and 4c: from the runs' own records; a run without train.csv is left out of the latter."""
+def _draw_curves(output: Path, results: InterferenceResults) -> None:
+    """Figures 2 and 4c from the runs' own records; a run without train.csv is left out of the latter."""
     runs = [
-        (run, kind is found.larger)
-        for kind in (found.mono, found.joint, found.larger)
-        for seeds in kind.values()
+        (run, _model_name(run, larger=groups is results.larger))
+        for groups in (results.mono, results.joint, results.larger)
+        for seeds in groups.values()
         for run in seeds.values()
     ]
-    paths = {run.place: Path(run.place) / "train.csv" for run, _ in runs}
-    steps = {place: read_losses(path) for place, path in paths.items() if path.is_file()}
-    warm = max((int(run.config["train"]["warmup"]) for run, _ in runs if run.place in steps), default=0)
-    last = max((points[-1][0] for of in steps.values() for points in of.values()), default=0)
+    warmup = max((int(run.config["train"]["warmup"]) for run, _ in runs if run.losses), default=0)
+    last = max((points[-1][0] for run, _ in runs for points in run.losses.values()), default=0)
     perplexity: dict[str, dict[str, dict[int, Points]]] = {}
     losses: dict[str, dict[str, dict[int, Points]]] = {}
-    for code in found.languages:
-        for run, larger in (each for each in runs if code in each[0].languages):
-            name = f"{run.variant} with {others(code, run.languages)}"
-            if larger:
-                name = f"larger ({run.variant}, {len(run.languages)} languages)"
-            elif len(run.languages) == 1:
-                name = run.variant
-            trained = [point for point in run.history[code] if point[0]]  # untrained, it would set the scale
+    for code in results.languages:
+        for run, name in runs:
+            if code not in run.setup.languages:
+                continue
+            if run.setup.joined != code and not name.startswith("larger"):
+                name = f"{name} with {_partners(code, run.setup)}"
+            trained = [point for point in run.history[code] if point[0]]  # step 0, untrained, would set the scale
             perplexity.setdefault(code, {}).setdefault(name, {})[run.seed] = trained
-            if points := binned(steps.get(run.place, {}).get(code, []), warm, last):
+            if points := binned(run.losses.get(code, []), warmup, last):
                 losses.setdefault(code, {}).setdefault(name, {})[run.seed] = points
-    more = "line: mean of the seeds, shade: their range; x: steps over all languages of a model"
+    lines = "line: mean of the seeds, shade: their range; x: steps over all languages of a model"
+    title, label, caption = (
+        "Validation perplexity during pretraining",
+        "validation perplexity",
+        f"{results.data}; {lines}",
+    )
     if perplexity:
-        title, label = "Validation perplexity during pretraining", "validation perplexity"
-        caption = f"{found.data}; {more}"
-        curves(perplexity, output / "validation.png", title=title, label=label, caption=caption)
+        seed_curves(perplexity, output / "validation.png", title=title, label=label, caption=caption)
+    title, label = "Training loss after the warm-up", "loss (nats a prediction)"
+    caption = f"{results.data}; from step {warmup} on, means over up to {BINS} stretches; {lines}"
     if losses:
-        title, label = "Training loss after the warm-up", "loss (nats a prediction)"
-        caption = f"{found.data}; from step {warm} on, means over up to {BINS} stretches; {more}"
-        curves(losses, output / "training.png", title=title, label=label, caption=caption)
+        seed_curves(losses, output / "training.png", title=title, label=label, caption=caption)
 
 
-def _file(metric: str) -> str:
-    return metric.replace(" ", "-")
+def _model_name(run: PretrainedRun, larger: bool) -> str:
+    return f"larger ({run.setup.variant}, {len(run.setup.languages)} languages)" if larger else run.setup.variant

@@ -1,28 +1,25 @@
-"""Matrices as heat maps: a panel each, one colour scale, the numbers in the cells where they can be read, a CSV beside.
+"""Matrices as heat maps: a panel for each, one colour scale, and the numbers in the cells where they can be read.
 
-The colours are matplotlib's PuOr, which the colour-blind can tell apart and which prints in grey as distance from the
-middle; numbers in the cells say on which side.
+The colours are matplotlib's PuOr: the colour-blind can tell its ends apart, and in grey print it shows the distance from the
+middle, while the numbers in the cells show the side.
 """
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Colormap, Normalize
-from matplotlib.figure import Figure
 
 from mlinterf_ds.files import write_csv
 from mlinterf_ds.plots import style
 
-READABLE = 16  # rows or columns up to which cells carry their numbers
-MOST_NAMES = 60  # rows or columns up to which each is named
+READABLE = 16  # rows or columns up to which cells show their numbers
+MOST_NAMES = 60  # of more rows or columns, some are not named
 
 
 def heatmaps(
@@ -39,9 +36,9 @@ def heatmaps(
     row_label: str = "",
     column_label: str = "",
 ) -> None:
-    """Each matrix (rows, columns) as a panel under its name; PNG at `path`, SVG and CSV beside it.
+    """Draws each (rows, columns) matrix as a panel under its name. Saves PNG, SVG and CSV.
 
-    NaN is left grey. `label` names the colour scale, whose middle is `middle`; `form` formats the cells' numbers.
+    NaN is grey. `label` names the colour scale, whose middle is `middle`; `form` formats the numbers in the cells.
     """
     names = list(matrices)
     values = np.stack([np.asarray(matrices[name], dtype=float) for name in names])  # (panels, rows, columns)
@@ -56,31 +53,20 @@ def heatmaps(
     down = -(-len(names) // across)
     width = max(1.9, cell * len(columns) + 0.9)
     height = max(1.6, cell * len(rows) + 0.9)
-    figure = Figure(figsize=(across * width + 1.3, down * height + 1.0), dpi=160, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = style.new_figure(across * width + 1.3, down * height + 1.0)
     grid = figure.subplots(down, across, squeeze=False)
     for index, axes in enumerate(grid.flat):
         if index >= len(names):
             axes.set_visible(False)
             continue
         _panel(axes, values[index], rows, columns, scale, form)
-        axes.set_title(names[index], fontsize=9, fontfamily=style._families(names[index]))
+        axes.set_title(names[index], fontsize=9, fontfamily=style.families(names[index]))
         axes.set_xlabel(column_label, fontsize=8)
         axes.set_ylabel(row_label if index % across == 0 else "", fontsize=8)
     bar = figure.colorbar(ScalarMappable(scale, _colours()), ax=list(grid.flat), shrink=0.8, aspect=30)
     bar.set_label(label, fontsize=8)
     bar.ax.tick_params(labelsize=7)
-    heading(figure, title, caption)
-    style._save(figure, path)
-
-
-def heading(figure: Figure, title: str, caption: str) -> None:
-    """A title above the panels and, below them, what the figure was made from, in small print."""
-    figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontfamily=style._families(title))
-    if caption:
-        width = int(figure.get_figwidth() * 18)  # characters of 7 points
-        caption = "\n".join(textwrap.fill(line, width) for line in caption.split("\n"))
-        figure.supxlabel(caption, x=0.01, ha="left", fontsize=7, color="#505050", fontfamily=style._families(caption))
+    style.finish(figure, path, title, caption)
 
 
 def _colours() -> Colormap:
@@ -91,7 +77,7 @@ def _panel(
     axes: Axes, matrix: np.ndarray, rows: Sequence[str], columns: Sequence[str], scale: Normalize, form: str
 ) -> None:
     axes.imshow(np.ma.masked_invalid(matrix), cmap=_colours(), norm=scale, aspect="equal")
-    families = style._families("".join([*rows, *columns]))
+    families = style.families("".join([*rows, *columns]))
     for axis, names, turn in ((axes.xaxis, columns, 90), (axes.yaxis, rows, 0)):
         every = -(-len(names) // MOST_NAMES)
         longest = max(len(name) for name in names)

@@ -30,11 +30,11 @@ from mlinterf_ds.engine.throughput import flops_per_row, peak_flops, peak_memory
 from mlinterf_ds.errors import UserError
 from mlinterf_ds.files import write_text
 from mlinterf_ds.model.encoder import SHARED
-from mlinterf_ds.plots.style import perplexity_curves
+from mlinterf_ds.plots.curves import perplexity_curves
 from mlinterf_ds.pretrain import initial, report
 from mlinterf_ds.pretrain.config import RunConfig
+from mlinterf_ds.pretrain.losses import LossTable
 from mlinterf_ds.ranks import agreed
-from mlinterf_ds.results.losses import LossTable
 from mlinterf_ds.runtime import parallel, session
 from mlinterf_ds.tracking import Tracker, environment_facts
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 from mlinterf_ds.results import paper
@@ -13,15 +14,15 @@ from mlinterf_ds.results.findings import (
     Finding,
     PerSeed,
     averaged,
+    cells,
     compared,
     differences,
     finding,
-    grid,
-    standing,
+    mean_scores,
     tasks_of,
 )
 from mlinterf_ds.results.records import Records
-from mlinterf_ds.results.statistics import combined, effect, negligible, positive
+from mlinterf_ds.results.statistics import combined, negligible, positive, student_effect
 from mlinterf_ds.results.tables import chosen, pick, targets
 
 RIVALS = ("joint", "ffn", "attn", "adpt", "share_adpt")
@@ -31,89 +32,59 @@ COLLAPSE = 0.5  # a variant that keeps less than this share of joint's gain over
 
 def all_findings(records: Records) -> list[Finding]:
     """Every claim, in the paper's order; those for which there are no records are undecided, and say so."""
-    tests: list[Callable[[Records], Finding]] = [mono_beats_joint, joint_beats_mono_low]
-    tests += [_beats(variant, "joint", paper.WITHIN) for variant in ("ffn", "attn", "adpt")]
-    tests += [_collapses(variant) for variant in ("ffn", "attn")]
-    tests += [_beats("share_adpt", "joint", setting) for setting in SETTINGS]
-    tests += [_best_of_all(setting) for setting in SETTINGS]
-    tests += [distance_worsens, third_is_neutral_within, third_helps_zero_shot, partner_size]
-    tests += [gradients_conflict, lower_layers_shared, attention_shared, meta_converges, tuning_beats_freezing]
-    tests += [
-        _control("adpt", "meta beats plain adapters"),
-        _control("meta_adpt-direct", "the second-order term helps"),
+    return [
+        mono_beats_joint(records),
+        joint_beats_mono_low(records),
+        *(beats_joint(records, variant, paper.WITHIN) for variant in ("ffn", "attn", "adpt")),
+        *(collapses(records, variant) for variant in ("ffn", "attn")),
+        *(beats_joint(records, "share_adpt", setting) for setting in SETTINGS),
+        *(meta_is_best(records, setting) for setting in SETTINGS),
+        distance_worsens(records),
+        third_is_neutral_within(records),
+        third_helps_zero_shot(records),
+        partner_size(records),
+        gradients_conflict(records),
+        lower_layers_shared(records),
+        attention_shared(records),
+        meta_converges(records),
+        tuning_beats_freezing(records),
+        meta_beats(records, "adpt", "meta beats plain adapters"),
+        meta_beats(records, "meta_adpt-direct", "the second-order term helps"),
+        meta_beats(records, "adpt-compute", "meta beats plain adapters of equal compute"),
     ]
-    tests += [_control("adpt-compute", "meta beats plain adapters of equal compute")]
-    return [test(records) for test in tests]
-
-
-def _beats(ours: str, theirs: str, setting: str) -> Callable[[Records], Finding]:
-    def test(records: Records) -> Finding:
-        name = f"{ours}_beats_{theirs}_{setting.replace('-', '_')}"
-        claim = f"{ours} beats {theirs}, {setting}"
-        beside = standing(records, (ours, theirs), setting)
-        return finding(records, name, claim, compared(records, ours, theirs, setting), beside=beside)
-
-    return test
 
 
 # --- interference ------------------------------------------------------------------------------------------------------
 def mono_beats_joint(records: Records) -> Finding:
-    """On the targets and on the source of each pair."""
+    """Counts the targets and the source of each pair."""
     parts = compared(records, "mono", "joint", paper.WITHIN)
     source = records.source
     for task, group in itertools.product(tasks_of(records), dict.fromkeys(targets(records).values())):
         joint, mono = (pick(records, row, paper.WITHIN, task, source, group) for row in ("joint", "mono"))
         parts[f"{task} {source} in {group}"] = differences(mono, joint)
     claim = "a monolingual model beats the joint one within a language"
-    return finding(
-        records, "mono_beats_joint_within", claim, parts, beside=standing(records, ("mono", "joint"), paper.WITHIN)
-    )
+    beside = mean_scores(records, ("mono", "joint"), paper.WITHIN)
+    return finding(records, "mono_beats_joint_within", claim, parts, beside=beside)
 
 
 def joint_beats_mono_low(records: Records) -> Finding:
+    mono_sets = {row.languages[0]: row.set for row in records.of_models if row.kind == "mono" and "@" in row.set}
     parts = {}
-    for (task, code, group), limited in _lows(records).items():
+    for task, code, group in _low_resource(records):
         common = {"task": task, "language": code, "train": code}
         joint = chosen(records, kind="low", set=group, variant="joint", **common)
-        parts[f"{task} {code} ({group})"] = differences(joint, chosen(records, kind="mono", set=limited, **common))
+        mono = chosen(records, kind="mono", set=mono_sets.get(code, ""), **common)
+        parts[f"{task} {code} ({group})"] = differences(joint, mono)
     claim = "at low resource the joint model beats the monolingual one"
     return finding(records, "joint_beats_mono_at_low_resource", claim, parts)
 
 
-def _lows(records: Records) -> dict[tuple[str, str, str], str]:
-    """(task, subsampled language, set) -> the name of its monolingual model."""
-    limited = {m.languages[0]: m.set for m in records.models if m.kind == "mono" and "@" in m.set}
-    limited |= {s.languages[0]: s.set for s in records.scores if s.kind == "mono" and "@" in s.set}
-    rows = {(s.task, s.languages[1], s.set) for s in records.scores if s.kind == "low"}
-    return {row: limited.get(row[1], "") for row in sorted(rows)}
-
-
-def _collapses(variant: str) -> Callable[[Records], Finding]:
-    def test(records: Records) -> Finding:
-        parts: dict[str, PerSeed] = {}
-        lost: list[str] = []  # where joint training transfers nothing that could collapse
-        for task, language, group in grid(records):
-            rows = [pick(records, row, paper.ZERO_SHOT, task, language, group) for row in ("joint", variant, "unseen")]
-            joint, ours, unseen = ({s.seed: s for s in scores} for scores in rows)
-            seeds = joint.keys() & ours.keys()
-            floor = {seed: unseen[seed].score if seed in unseen else joint[seed].majority for seed in seeds}
-            gain = {seed: joint[seed].score - floor[seed] for seed in seeds}
-            part = {seed: floor[seed] + COLLAPSE * gain[seed] - ours[seed].score for seed in seeds}
-            if gain and statistics.fmean(gain.values()) > records.margin:
-                parts[f"{task} {language}"] = part
-            elif gain:
-                lost.append(f"{task} {language}")
-        claim = f"{variant} collapses zero-shot: it keeps less than half of joint's gain over a model that never saw the language"
-        beside = standing(records, ("joint", variant), paper.ZERO_SHOT)
-        note = f"without {', '.join(lost)}, where joint transfers nothing" if lost else ""
-        return finding(records, f"{variant}_collapses_zero_shot", claim, parts, beside=beside, note=note)
-
-    return test
-
-
 def distance_worsens(records: Records) -> Finding:
     """Interference is mono minus joint; the monolingual model of the source is the same, so joint scores compare."""
-    near, far = _extreme_sets(records)
+    known = {name: distance for name, distance in records.distances.items() if name in targets(records).values()}
+    near, far = "", ""
+    if len(set(known.values())) > 1:
+        near, far = (extreme(known, key=known.__getitem__) for extreme in (min, max))
     parts = {}
     for task in tasks_of(records):
         close, distant = (pick(records, "joint", paper.WITHIN, task, records.source, group) for group in (near, far))
@@ -123,25 +94,9 @@ def distance_worsens(records: Records) -> Finding:
     return finding(records, "distance_worsens_interference", claim, parts, note=note)
 
 
-def _extreme_sets(records: Records) -> tuple[str, str]:
-    known = {name: far for name, far in records.distances.items() if name in targets(records).values()}
-    if len(set(known.values())) < 2:
-        return "", ""
-    return min(known, key=known.__getitem__), max(known, key=known.__getitem__)
-
-
-def _third(records: Records, setting: str) -> dict[str, PerSeed]:
-    pairs, parts = targets(records), {}
-    for task, code, group in sorted({(s.task, s.languages[1], s.set) for s in records.scores if s.kind == "triple"}):
-        train = code if setting == paper.WITHIN else records.source
-        tri = chosen(records, kind="triple", set=group, variant="joint", task=task, language=code, train=train)
-        parts[f"{task} {code}"] = differences(tri, pick(records, "joint", setting, task, code, pairs.get(code, "")))
-    return parts
-
-
 def third_is_neutral_within(records: Records) -> Finding:
     claim = f"a similar third language leaves scores within a language as they were (within {records.margin:g} points)"
-    judge = lambda found: negligible(found, records.margin)  # noqa: E731
+    judge = functools.partial(negligible, margin=records.margin)
     return finding(records, "third_language_neutral_within", claim, _third(records, paper.WITHIN), judge=judge)
 
 
@@ -150,65 +105,97 @@ def third_helps_zero_shot(records: Records) -> Finding:
     return finding(records, "third_language_helps_zero_shot", claim, _third(records, paper.ZERO_SHOT))
 
 
+def _third(records: Records, setting: str) -> dict[str, PerSeed]:
+    """Task and language -> models of three languages minus models of two."""
+    pairs, parts = targets(records), {}
+    for task, code, group in sorted({(s.task, s.languages[1], s.set) for s in records.scores if s.kind == "triple"}):
+        train = code if setting == paper.WITHIN else records.source
+        triple = chosen(records, kind="triple", set=group, variant="joint", task=task, language=code, train=train)
+        parts[f"{task} {code}"] = differences(triple, pick(records, "joint", setting, task, code, pairs.get(code, "")))
+    return parts
+
+
 def partner_size(records: Records) -> Finding:
     parts, pairs = {}, targets(records)
-    for task, code, group in _lows(records):
+    for task, code, group in _low_resource(records):
         on = {"task": task, "language": records.source, "train": records.source, "variant": "joint", "control": ""}
         full = chosen(records, kind="pair", set=pairs.get(code, ""), **on)
         parts[f"{task}, partner {code}"] = differences(full, chosen(records, kind="low", set=group, **on))
     claim = f"how much text the partner has changes the source's scores by less than {records.margin:g} points"
-    judge = lambda found: negligible(found, records.margin)  # noqa: E731
+    judge = functools.partial(negligible, margin=records.margin)
     return finding(records, "partner_size_matters_little", claim, parts, judge=judge)
 
 
-# --- the method --------------------------------------------------------------------------------------------------------
-def _best_of_all(setting: str) -> Callable[[Records], Finding]:
-    def test(records: Records) -> Finding:
-        rivals = {row: averaged(compared(records, "meta_adpt", row, setting).values()) for row in RIVALS}
-        effects = {row: effect(list(part.values()), records.confidence) for row, part in rivals.items() if part}
-        claim = f"meta_adpt is the best joint model, {setting}; the effect is over the closest rival"
-        name = f"meta_adpt_best_{setting.replace('-', '_')}"
-        if not effects:
-            return finding(records, name, claim, {})
-        closest = min(effects, key=lambda row: effects[row].mean)
-        verdict = combined([positive(found) for found in effects.values()])
-        means = {row: found.mean for row, found in effects.items()}
-        beside = standing(records, ("meta_adpt", *effects), setting)
-        note = f"closest rival: {closest}"
-        if len(effects[closest].values) == 1:
-            note += "; one seed gives no interval"
-        return Finding(name, claim, "points", verdict, effects[closest], beside, means, note)
-
-    return test
+def _low_resource(records: Records) -> list[tuple[str, str, str]]:
+    """(task, subsampled language, set)."""
+    return sorted({(score.task, score.languages[1], score.set) for score in records.scores if score.kind == "low"})
 
 
-def _control(row: str, claim: str) -> Callable[[Records], Finding]:
-    def test(records: Records) -> Finding:
-        parts = {
-            f"{setting} {key}": part
-            for setting in SETTINGS
-            for key, part in compared(records, "meta_adpt", row, setting).items()
-        }
-        name = f"meta_adpt_beats_{row.replace('-', '_')}"
-        beside = {f"{row_} {s}": v for s in SETTINGS for row_, v in standing(records, ("meta_adpt", row), s).items()}
-        return finding(records, name, f"{claim}, both settings together", parts, beside=beside)
+# --- the variants ------------------------------------------------------------------------------------------------------
+def beats_joint(records: Records, variant: str, setting: str) -> Finding:
+    parts = compared(records, variant, "joint", setting)
+    beside = mean_scores(records, (variant, "joint"), setting)
+    name = f"{variant}_beats_joint_{setting.replace('-', '_')}"
+    return finding(records, name, f"{variant} beats joint, {setting}", parts, beside=beside)
 
-    return test
+
+def collapses(records: Records, variant: str) -> Finding:
+    """The floor is a model that never saw the language, or guessing where a study has none."""
+    parts: dict[str, PerSeed] = {}
+    untransferred: list[str] = []  # where joint training transfers nothing that could collapse
+    for task, language, group in cells(records):
+        rows = [pick(records, row, paper.ZERO_SHOT, task, language, group) for row in ("joint", variant, "unseen")]
+        joint, ours, unseen = ({s.seed: s for s in scores} for scores in rows)
+        seeds = joint.keys() & ours.keys()
+        floor = {seed: unseen[seed].score if seed in unseen else joint[seed].majority for seed in seeds}
+        gain = {seed: joint[seed].score - floor[seed] for seed in seeds}
+        if gain and statistics.fmean(gain.values()) > records.margin:
+            parts[f"{task} {language}"] = {
+                seed: floor[seed] + COLLAPSE * gain[seed] - ours[seed].score for seed in seeds
+            }
+        elif gain:
+            untransferred.append(f"{task} {language}")
+    claim = f"{variant} collapses zero-shot: it keeps less than half of joint's gain over a model that never saw the language"
+    beside = mean_scores(records, ("joint", variant), paper.ZERO_SHOT)
+    note = f"without {', '.join(untransferred)}, where joint transfers nothing" if untransferred else ""
+    return finding(records, f"{variant}_collapses_zero_shot", claim, parts, beside=beside, note=note)
+
+
+def meta_is_best(records: Records, setting: str) -> Finding:
+    """Holds if meta_adpt beats every rival; the effect shown is the one over the closest."""
+    rivals = {row: averaged(compared(records, "meta_adpt", row, setting).values()) for row in RIVALS}
+    effects = {row: student_effect(list(part.values()), records.confidence) for row, part in rivals.items() if part}
+    claim = f"meta_adpt is the best joint model, {setting}; the effect is over the closest rival"
+    name = f"meta_adpt_best_{setting.replace('-', '_')}"
+    if not effects:
+        return finding(records, name, claim, {})
+    closest = min(effects, key=lambda row: effects[row].mean)
+    note = f"closest rival: {closest}" + "; one seed gives no interval" * (not effects[closest].has_interval)
+    means = {row: effect.mean for row, effect in effects.items()}
+    verdict = combined([positive(effect) for effect in effects.values()])
+    beside = mean_scores(records, ("meta_adpt", *effects), setting)
+    return Finding(name, claim, "points", verdict, effects[closest], beside, means, note)
+
+
+def meta_beats(records: Records, row: str, claim: str) -> Finding:
+    """Against a control, over both settings together."""
+    parts: dict[str, PerSeed] = {}
+    beside: dict[str, float] = {}
+    for setting in SETTINGS:
+        parts |= {f"{setting} {key}": part for key, part in compared(records, "meta_adpt", row, setting).items()}
+        beside |= {f"{key} {setting}": mean for key, mean in mean_scores(records, ("meta_adpt", row), setting).items()}
+    name = f"meta_adpt_beats_{row.replace('-', '_')}"
+    return finding(records, name, f"{claim}, both settings together", parts, beside=beside)
 
 
 def meta_converges(records: Records) -> Finding:
     parts = {}
     for group in dict.fromkeys(targets(records).values()):
-        losses: dict[str, PerSeed] = {
-            row: {
-                m.seed: m.early_loss
-                for m in records.models
-                if (m.set, m.variant, m.control) == (group, row, "") and m.early_loss is not None
-            }
+        plain, meta = (
+            {m.seed: m.early_loss for m in records.models_of(group, row).values() if m.early_loss is not None}
             for row in ("adpt", "meta_adpt")
-        }
-        plain, ours = losses["adpt"], losses["meta_adpt"]
-        parts[group] = {seed: plain[seed] - ours[seed] for seed in plain.keys() & ours.keys()}
+        )
+        parts[group] = {seed: plain[seed] - meta[seed] for seed in plain.keys() & meta.keys()}
     claim = (
         "meta adapters converge faster than plain ones: lower training loss from the warm-up to the middle of the run"
     )
@@ -217,62 +204,61 @@ def meta_converges(records: Records) -> Finding:
 
 def tuning_beats_freezing(records: Records) -> Finding:
     parts: dict[str, PerSeed] = {}
-    frozen = [s for s in records.scores if s.control == "freeze"]
-    for s in frozen:
-        same = {name: getattr(s, name) for name in ("kind", "set", "variant", "task", "language", "train")}
-        tuned = chosen(records, control="", **same)
-        part = differences(tuned, [s])
-        parts.setdefault(f"{s.variant} {s.task} {s.train}>{s.language} in {s.set}", {}).update(part)
+    for frozen in (score for score in records.scores if score.control == "freeze"):
+        same = {name: getattr(frozen, name) for name in ("kind", "set", "variant", "task", "language", "train")}
+        part = differences(chosen(records, control="", **same), [frozen])
+        name = f"{frozen.variant} {frozen.task} {frozen.train}>{frozen.language} in {frozen.set}"
+        parts.setdefault(name, {}).update(part)
     claim = "tuning all parameters beats freezing the language modules"
     return finding(records, "tuning_all_beats_freezing", claim, parts)
 
 
 # --- the causes --------------------------------------------------------------------------------------------------------
-def _by_seed(records: Records, analysis: str, fact: Callable[[dict[str, Any]], float | None]) -> dict[str, PerSeed]:
-    parts: dict[str, PerSeed] = {}
-    for found in records.analyses:
-        if found.analysis == analysis and (value := fact(found.facts)) is not None and math.isfinite(value):
-            parts.setdefault(f"{found.set} ({found.variant})", {})[found.seed] = value
-    return parts
-
-
 def gradients_conflict(records: Records) -> Finding:
-    def fact(facts: dict[str, Any]) -> float | None:
+    def gap(facts: dict[str, Any]) -> float:
         within, between = facts.get("within"), facts.get("between")
-        return None if within is None or between is None else within - between
+        return math.nan if within is None or between is None else within - between
 
     claim = "gradients of two languages are less alike than those of one language"
-    return finding(
-        records, "gradients_conflict_across_languages", claim, _by_seed(records, "conflict", fact), unit="cosine"
-    )
-
-
-def _between(rows: Sequence[dict[str, Any]], keep: Callable[[dict[str, Any]], bool]) -> float:
-    values = [float(row["cosine"]) for row in rows if row["left"] != row["right"] and row["cosine"] and keep(row)]
-    return statistics.fmean(values) if values else math.nan
+    parts = _of_analyses(records, "conflict", gap)
+    return finding(records, "gradients_conflict_across_languages", claim, parts, unit="cosine")
 
 
 def lower_layers_shared(records: Records) -> Finding:
-    def fact(facts: dict[str, Any]) -> float | None:
-        rows = [row for row in facts.get("layers", []) if str(row["layer"]).isdecimal()]
-        layers = sorted({int(row["layer"]) for row in rows})
-        if len(layers) < 2:
-            return None
-        low, high = layers[: len(layers) // 2], layers[-(len(layers) // 2) :]
-        return _between(rows, lambda row: int(row["layer"]) in low) - _between(
-            rows, lambda row: int(row["layer"]) in high
-        )
+    def gap(facts: dict[str, Any]) -> float:
+        layers = sorted({row["layer"] for row in _mask_rows(facts)}, key=int)
+        half = len(layers) // 2
+        return _cosine(facts, "layer", layers[:half]) - _cosine(facts, "layer", layers[len(layers) - half :])
 
     claim = "masks of two languages are more alike in the lower half of the layers than in the upper"
-    return finding(records, "lower_layers_shared_more", claim, _by_seed(records, "prune", fact), unit="cosine of pi")
+    parts = _of_analyses(records, "prune", gap)
+    return finding(records, "lower_layers_shared_more", claim, parts, unit="cosine of pi")
 
 
 def attention_shared(records: Records) -> Finding:
-    def fact(facts: dict[str, Any]) -> float | None:
-        rows = [row for row in facts.get("layers", []) if str(row["layer"]).isdecimal()]
-        return _between(rows, lambda row: row["component"] == "attention") - _between(
-            rows, lambda row: row["component"] == "ffn"
-        )
+    def gap(facts: dict[str, Any]) -> float:
+        return _cosine(facts, "component", ["attention"]) - _cosine(facts, "component", ["ffn"])
 
     claim = "masks of two languages are more alike in attention than in the feed-forward layers"
-    return finding(records, "attention_shared_more", claim, _by_seed(records, "prune", fact), unit="cosine of pi")
+    parts = _of_analyses(records, "prune", gap)
+    return finding(records, "attention_shared_more", claim, parts, unit="cosine of pi")
+
+
+def _of_analyses(records: Records, analysis: str, gap: Callable[[dict[str, Any]], float]) -> dict[str, PerSeed]:
+    """Set and variant -> seed -> gap, of the analyses where it is known."""
+    parts: dict[str, PerSeed] = {}
+    for row in records.analyses:
+        if row.analysis == analysis and math.isfinite(value := gap(row.facts)):
+            parts.setdefault(f"{row.set} ({row.variant})", {})[row.seed] = value
+    return parts
+
+
+def _mask_rows(facts: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows of similarity.csv that belong to a layer."""
+    return [row for row in facts.get("layers", []) if str(row["layer"]).isdecimal()]
+
+
+def _cosine(facts: dict[str, Any], column: str, values: list[Any]) -> float:
+    """Mean cosine of the masks of two languages over the rows with these values; NaN without any."""
+    rows = [row for row in _mask_rows(facts) if row["left"] != row["right"] and row["cosine"] and row[column] in values]
+    return statistics.fmean(float(row["cosine"]) for row in rows) if rows else math.nan

@@ -1,8 +1,8 @@
-"""The paper's claims as hypotheses, tested on a study's records: pure functions, one verdict each.
+"""The paper's claims as hypotheses: what a finding is, how it is made from a study's records, and how it is shown.
 
-An effect is a difference that the claim says is positive, one value a seed (averaged over the languages and tasks that both
-sides have), in points of a score unless stated otherwise. A claim holds if the interval over the paired seeds lies above
-0, fails if it lies below, and is undecided otherwise, so also with a single seed.
+An effect is a difference that the claim says is positive, one value a seed, averaged over the languages and tasks that both
+sides have, in points of a score unless stated otherwise. A claim holds if Student's interval over the paired seeds lies above
+0, fails if it lies below, and is undecided otherwise; with a single seed it is always undecided.
 """
 
 from __future__ import annotations
@@ -14,40 +14,39 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from mlinterf_ds.results import paper
-from mlinterf_ds.results.records import Records, Score
-from mlinterf_ds.results.statistics import Effect, Verdict, effect, positive
+from mlinterf_ds.results.comparison import paired
+from mlinterf_ds.results.records import Records, TaskScore
+from mlinterf_ds.results.statistics import Effect, Verdict, positive, student_effect
 from mlinterf_ds.results.tables import pick, targets
 
-PerSeed = dict[int, float]
+PerSeed = dict[int, float]  # pretraining seed -> difference
 
 
 @dataclass(frozen=True)
 class Finding:
-    """A claim and what this study says of it."""
+    """A claim and what a study says of it."""
 
     name: str
     claim: str
     unit: str
     verdict: Verdict
     effect: Effect
-    beside: dict[str, float] = field(default_factory=dict)  # scores and floors that the effect is to be seen beside
+    beside: dict[str, float] = field(default_factory=dict)  # mean scores and floors to see the effect beside
     parts: dict[str, float] = field(default_factory=dict)  # the effect by task, language or rival
     note: str = ""
 
     def row(self) -> dict[str, Any]:
         """As JSON, with None for what is unknown."""
-        found = asdict(self)
-        found["effect"] = {
-            k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in found["effect"].items()
-        }
-        return found
+        numbers = asdict(self.effect) | {"size": self.effect.size}
+        known = {key: x if not isinstance(x, float) or math.isfinite(x) else None for key, x in numbers.items()}
+        return asdict(self) | {"effect": known}
 
 
 # --- paired differences ------------------------------------------------------------------------------------------------
-def differences(ours: Sequence[Score], theirs: Sequence[Score]) -> PerSeed:
-    """Ours minus theirs at the seeds that both have."""
-    other = {s.seed: s.score for s in theirs}
-    return {s.seed: s.score - other[s.seed] for s in ours if s.seed in other}
+def differences(left: Sequence[TaskScore], right: Sequence[TaskScore]) -> PerSeed:
+    """Left minus right at the seeds that both have."""
+    pairs = paired(*({score.seed: score.score for score in side} for side in (left, right)))
+    return {seed: a - b for seed, (a, b) in pairs.items()}
 
 
 def averaged(parts: Iterable[PerSeed]) -> PerSeed:
@@ -61,62 +60,63 @@ def tasks_of(records: Records) -> list[str]:
     return sorted({score.task for score in records.scores})
 
 
-def grid(records: Records) -> list[tuple[str, str, str]]:
+def cells(records: Records) -> list[tuple[str, str, str]]:
     """(task, target language, pair set) of the tables."""
     return [(task, language, group) for task in tasks_of(records) for language, group in targets(records).items()]
+
+
+def compared(records: Records, left: str, right: str, setting: str) -> dict[str, PerSeed]:
+    """Task and language -> differences of two rows of the tables."""
+    return {
+        f"{task} {language}": differences(
+            *(pick(records, row, setting, task, language, group) for row in (left, right))
+        )
+        for task, language, group in cells(records)
+    }
 
 
 def finding(
     records: Records, name: str, claim: str, parts: dict[str, PerSeed], *, unit: str = "points", note: str = "",
     beside: dict[str, float] | None = None, judge: Callable[[Effect], Verdict] = positive,
 ) -> Finding:  # fmt: skip
-    found = effect(list(averaged(parts.values()).values()), records.confidence)
-    if not found.values:
-        note = f"this study has no records for it{'; ' + note if note else ''}"
-    elif len(found.values) == 1:
-        note = f"one seed gives no interval{'; ' + note if note else ''}"
+    """Judges a claim by the mean of its parts; the note says if there are no records for it, or a single seed."""
+    effect = student_effect(list(averaged(parts.values()).values()), records.confidence)
+    if len(effect.values) < 2:
+        lack = "one seed gives no interval" if effect.values else "this study has no records for it"
+        note = f"{lack}; {note}" if note else lack
     means = {key: statistics.fmean(part.values()) for key, part in parts.items() if part}
-    return Finding(name, claim, unit, judge(found) if found.values else "undecided", found, beside or {}, means, note)
+    return Finding(name, claim, unit, judge(effect), effect, beside or {}, means, note)
 
 
-def standing(records: Records, rows: Sequence[str], setting: str) -> dict[str, float]:
-    """Mean scores of rows over the tasks and targets that all of them have, so that they compare; and of the floors
-    there: a guess, and a model that never saw the language. Rows without any score are left out."""
-    found: dict[tuple[str, str], dict[str, list[Score]]] = {}
-    for task, language, group in grid(records):
+def mean_scores(records: Records, rows: Sequence[str], setting: str) -> dict[str, float]:
+    """Mean scores of rows of the tables, and of the floors: guessing, and zero-shot a model that never saw the language.
+
+    The means are over the tasks and targets that all rows have, so that they compare. Rows without any score are left out.
+    """
+    scores: dict[tuple[str, str], dict[str, list[TaskScore]]] = {}
+    for task, language, group in cells(records):
         for row in [*rows, *(["unseen"] if setting == paper.ZERO_SHOT else [])]:
-            if scores := pick(records, row, setting, task, language, group):
-                found.setdefault((task, language), {})[row] = scores
-    present = set().union(*found.values())
-    common = [scores for scores in found.values() if present == scores.keys()]
+            if of_row := pick(records, row, setting, task, language, group):
+                scores.setdefault((task, language), {})[row] = of_row
+    present = set().union(*scores.values())
+    common = [by_row for by_row in scores.values() if present == by_row.keys()]
+    if not common:
+        return {}
     means = {
-        row: statistics.fmean(statistics.fmean(s.score for s in scores[row]) for scores in common)
-        for row in (common[0] if common else ())
+        row: statistics.fmean(statistics.fmean(s.score for s in by_row[row]) for by_row in common) for row in common[0]
     }
-    floor = {"majority": statistics.fmean(next(iter(s.values()))[0].majority for s in common)} if common else {}
-    return means | floor
+    return means | {"majority": statistics.fmean(next(iter(by_row.values()))[0].majority for by_row in common)}
 
 
-def compared(records: Records, ours: str, theirs: str, setting: str) -> dict[str, PerSeed]:
-    return {
-        f"{task} {language}": differences(
-            pick(records, ours, setting, task, language, group), pick(records, theirs, setting, task, language, group)
-        )
-        for task, language, group in grid(records)
-    }
-
-
-# --- forms -------------------------------------------------------------------------------------------------------------
+# --- as text -----------------------------------------------------------------------------------------------------------
 def markdown(findings: Sequence[Finding], confidence: float) -> str:
-    """A table of all findings, and the scores they are to be seen beside."""
+    """A table of all findings with the scores that they are to be seen beside."""
     lines = [f"| claim | verdict | effect | {confidence:.0%} interval | d | seeds | beside |", "|---" * 7 + "|"]
-    for found in findings:
-        beside = ", ".join(f"{name} {value:.1f}" for name, value in found.beside.items())
-        note = f"{beside}{'; ' if beside and found.note else ''}{found.note}"
-        numbers = interval(found)
-        lines.append(
-            f"| {found.claim} | **{found.verdict}** | {' | '.join(numbers)} | {len(found.effect.values)} | {note} |"
-        )
+    for row in findings:
+        beside = ", ".join(f"{name} {value:.1f}" for name, value in row.beside.items())
+        notes = "; ".join(text for text in (beside, row.note) if text)
+        numbers, seeds = " | ".join(interval(row)), len(row.effect.values)
+        lines.append(f"| {row.claim} | **{row.verdict}** | {numbers} | {seeds} | {notes} |")
     return "\n".join([*lines, "", caution(len(findings), confidence)]) + "\n"
 
 
@@ -128,10 +128,11 @@ def caution(count: int, confidence: float) -> str:
     )
 
 
-def interval(found: Finding) -> tuple[str, str, str]:
-    """(effect, interval, size) as text."""
-    e, digits = found.effect, 1 if found.unit == "points" else 3
-    if not e.values:
+def interval(finding: Finding) -> tuple[str, str, str]:
+    """The effect, its interval and its size as text; empty where unknown."""
+    effect, digits = finding.effect, 1 if finding.unit == "points" else 3
+    if not effect.values:
         return "", "", ""
-    spread = f"{e.low:+.{digits}f} to {e.high:+.{digits}f}" if math.isfinite(e.low) else ""
-    return f"{e.mean:+.{digits}f} {found.unit}", spread, f"{e.size:.1f}" if math.isfinite(e.size) else ""
+    span = f"{effect.low:+.{digits}f} to {effect.high:+.{digits}f}" if effect.has_interval else ""
+    size = f"{effect.size:.1f}" if math.isfinite(effect.size) else ""
+    return f"{effect.mean:+.{digits}f} {finding.unit}", span, size

@@ -1,60 +1,117 @@
-"""What an interference analysis found, as its figures and tables are drawn from it."""
+"""What an interference analysis measured, as rows for its summary, its table and its figures."""
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
+from scipy import stats
 
-from mlinterf_ds.results.comparison import Comparison
-from mlinterf_ds.results.runs import Group, Run
-from mlinterf_ds.results.task_scores import Scores
+from mlinterf_ds.results.comparison import BITS, Comparison, Groups
+from mlinterf_ds.results.runs import FineTunedRun
+
+MIN_PAIRS = 4  # pairs of languages from which a rank correlation is told
 
 
-@dataclass(frozen=True)
-class Findings:
-    """All that the figures are drawn from."""
+@dataclass
+class InterferenceResults:
+    """All comparisons of an analysis, with the runs and distances that they are seen beside."""
 
     comparisons: list[Comparison]
-    of_larger: dict[tuple[str, str], tuple[float, ...]]  # (metric, language) -> a value a larger model
-    mono: dict[Group, dict[int, Run]]
-    joint: dict[Group, dict[int, Run]]
-    larger: dict[Group, dict[int, Run]]
-    scores: list[Scores]
-    distance: dict[str, np.ndarray]
+    of_larger: dict[tuple[str, str], tuple[float, ...]]  # (metric, language) -> the score of each larger model
+    mono: Groups
+    joint: Groups
+    larger: Groups
+    tuned: list[FineTunedRun]
     languages: tuple[str, ...]
-    epochs: dict[str, dict[str, float]]  # run's place -> language -> how often its training text was seen
-    data: str  # what was evaluated, for captions
-    notes: list[str]
+    distances: dict[str, np.ndarray] = field(default_factory=dict)  # name -> (languages, languages)
+    epochs: dict[str, dict[str, float]] = field(default_factory=dict)  # run's folder -> language -> see `epochs_of`
+    data: str = ""  # what was evaluated, for captions
+    notes: list[str] = field(default_factory=list)
 
+    def partner_distances(self, comparison: Comparison) -> dict[str, float]:
+        """The distances of the language and its partner; empty for a joint model of more than two, or of others."""
+        codes = (comparison.language, *comparison.partners)
+        if len(codes) != 2 or codes[1] not in self.languages:
+            return {}
+        cell = self.languages.index(codes[0]), self.languages.index(codes[1])
+        return {name: float(matrix[cell]) for name, matrix in self.distances.items()}
 
-def pair_distances(found: Findings, each: Comparison) -> dict[str, float]:
-    """The distances of a language and its partner; nothing for a joint model of more."""
-    if len(each.others) != 1:
-        return {}
-    row, column = found.languages.index(each.language), each.others[0]
-    if column not in found.languages:
-        return {}
-    return {name: float(matrix[row, found.languages.index(column)]) for name, matrix in found.distance.items()}
+    def epochs_of(self, comparison: Comparison) -> tuple[float, float]:
+        """How often the mono and the joint model had seen the language's training text; NaN where no run is given."""
+        language = comparison.language
+        mono = {run.setup.languages[0]: run for seeds in self.mono.values() for run in seeds.values()}.get(language)
+        joint = self.joint.get(comparison.setup, {}).get(comparison.seeds[0])
+        seen = [self.epochs[run.folder][language] if run else math.nan for run in (mono, joint)]
+        return seen[0], seen[1]
 
+    def rows(self) -> list[dict[str, Any]]:
+        """A row of plain values for each comparison, with None where nothing is known."""
 
-def pairs(comparisons: Sequence[Comparison], languages: tuple[str, ...]) -> dict[str, np.ndarray]:
-    """variant -> (language, partner) interference of joint models of two; NaN where there is none."""
-    panels: dict[str, np.ndarray] = {}
-    for each in comparisons:
-        if len(each.others) == 1 and each.others[0] in languages:
-            empty = np.full((len(languages), len(languages)), math.nan)
-            place = languages.index(each.language), languages.index(each.others[0])
-            panels.setdefault(each.group[1], empty)[place] = each.difference
-    return panels
+        def known(value: float) -> float | None:
+            return value if math.isfinite(value) else None
 
+        return [
+            {
+                "metric": comparison.metric,
+                "language": comparison.language,
+                "joint with": list(comparison.partners),
+                "variant": comparison.setup.variant,
+                "seeds": list(comparison.seeds),
+                "rows": comparison.rows,
+                "mono": float(np.mean(comparison.mono)),
+                "joint": float(np.mean(comparison.joint)),
+                "interference": comparison.effect.mean,
+                "interval": [known(comparison.effect.low), known(comparison.effect.high)],
+                "epochs": [known(value) for value in self.epochs_of(comparison)],
+                "distance": {name: known(value) for name, value in self.partner_distances(comparison).items()},
+            }
+            for comparison in self.comparisons
+        ]
 
-def epochs_of(found: Findings, each: Comparison) -> tuple[float, float]:
-    """How often the mono and the joint model had seen the language's training text; NaN if the runs are not given."""
-    alone = {run.languages[0]: run for seeds in found.mono.values() for run in seeds.values()}
-    together = found.joint.get(each.group, {}).get(each.seeds[0])
-    runs = (alone.get(each.language), together)
-    mono, joint = (found.epochs[run.place][each.language] if run else math.nan for run in runs)
-    return mono, joint
+    def pair_matrices(self, metric: str) -> dict[str, np.ndarray]:
+        """Variant -> (language, partner) interference in joint models of two; NaN where there is none."""
+        matrices: dict[str, np.ndarray] = {}
+        for comparison in self.comparisons:
+            partners = comparison.partners
+            if comparison.metric == metric and len(partners) == 1 and partners[0] in self.languages:
+                empty = np.full((len(self.languages),) * 2, math.nan)
+                cell = self.languages.index(comparison.language), self.languages.index(partners[0])
+                matrices.setdefault(comparison.setup.variant, empty)[cell] = comparison.effect.mean
+        return matrices
+
+    def correlations(self) -> dict[str, dict[str, Any]]:
+        """Variant -> distance -> Spearman's rho of the interference of pairs (bits per character) with that distance.
+
+        Both directions of a pair count, though they share models: read rho as a description, not as a test.
+        """
+        table: dict[str, dict[str, Any]] = {}
+        of_bits = [comparison for comparison in self.comparisons if comparison.metric == BITS]
+        for variant, name in itertools.product(sorted({c.setup.variant for c in of_bits}), self.distances):
+            points = [
+                (comparison.effect.mean, self.partner_distances(comparison).get(name, math.nan))
+                for comparison in of_bits
+                if comparison.setup.variant == variant
+            ]
+            points = [point for point in points if math.isfinite(point[1])]
+            if len(points) >= MIN_PAIRS:
+                constant = any(len(set(side)) == 1 for side in zip(*points, strict=True))
+                rho = None if constant else float(stats.spearmanr(points).statistic)
+                table.setdefault(variant, {})[name] = {"rho": rho, "pairs": len(points)}
+        return table
+
+    def shown(self) -> str:
+        """The comparisons as a table for the screen, and the notes."""
+        head = f"{'metric':<20}{'language':<10}{'joint model':<24}{'mono':>9}{'joint':>9}{'interference':>14}   95% interval"
+        lines = [head]
+        for comparison in self.comparisons:
+            name, effect = f"{comparison.setup.joined} ({comparison.setup.variant})", comparison.effect
+            interval = f"   {effect.low:+.3f} to {effect.high:+.3f}" if effect.has_interval else ""
+            lines.append(
+                f"{comparison.metric:<20}{comparison.language:<10}{name:<24}{np.mean(comparison.mono):>9.3f}"
+                f"{np.mean(comparison.joint):>9.3f}{effect.mean:>+14.3f}{interval}"
+            )
+        return "\n".join([*lines, "positive: joint training hurts", *(f"note: {note}" for note in self.notes)])

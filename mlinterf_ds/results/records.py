@@ -1,10 +1,9 @@
-"""What a study's finished jobs found, as plain rows: all that tables, findings and the page are made of."""
+"""What a study's finished jobs measured, as plain rows: everything that its tables, findings and page are made of."""
 
 from __future__ import annotations
 
 import csv
-import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,17 +13,16 @@ from pydantic import ConfigDict, TypeAdapter
 
 from mlinterf_ds.errors import refusing
 from mlinterf_ds.files import write_json
-from mlinterf_ds.results.losses import read_losses
-from mlinterf_ds.study.jobs import Job, Unit
+from mlinterf_ds.results.runs import FineTunedRun, early_loss, finished_summary, read_losses
 
-KNOWN_ONLY = ConfigDict(extra="forbid")
+KNOWN_KEYS_ONLY = ConfigDict(extra="forbid")
 
 
 @dataclass(frozen=True)
-class Score:
+class TaskScore:
     """A task's score on one language by one model of one seed, in percent."""
 
-    __pydantic_config__ = KNOWN_ONLY
+    __pydantic_config__ = KNOWN_KEYS_ONLY
     set: str
     kind: str  # pair, low, triple, many, mono
     languages: list[str]
@@ -36,9 +34,9 @@ class Score:
     train: str  # the language fine-tuned on
     language: str  # the language tested on
     score: float
-    majority: float  # what a guess that looks at nothing scores
+    majority: float  # what always guessing the most frequent class scores
     others: dict[str, float] = field(default_factory=dict)  # further metrics
-    counts: str = ""  # file of (right, predicted, gold) per example
+    counts: str = ""  # file of (right, predicted, gold) for each example
 
     @property
     def within(self) -> bool:
@@ -46,10 +44,10 @@ class Score:
 
 
 @dataclass(frozen=True)
-class Trained:
+class TrainedModel:
     """A pretrained model."""
 
-    __pydantic_config__ = KNOWN_ONLY
+    __pydantic_config__ = KNOWN_KEYS_ONLY
     set: str
     kind: str
     languages: list[str]
@@ -61,17 +59,17 @@ class Trained:
     seconds: float
     perplexity: dict[str, float]
     bits_per_character: dict[str, float]
-    history: dict[str, list[tuple[int, float]]]  # validation perplexity by language
-    unigram: dict[str, float] = field(default_factory=dict)
-    early_loss: float | None = None  # mean training loss from the end of the warm-up to the middle of the run, in nats
+    history: dict[str, list[tuple[int, float]]]  # language -> (step, validation perplexity)
+    unigram: dict[str, float] = field(default_factory=dict)  # language -> perplexity of its unigrams
+    early_loss: float | None = None  # see `runs.early_loss`; in nats
     folder: str = ""
 
 
 @dataclass(frozen=True)
-class Analysis:
-    """What an analysis says of a model."""
+class AnalysisSummary:
+    """What an analysis says of a model, or of all models together."""
 
-    __pydantic_config__ = KNOWN_ONLY
+    __pydantic_config__ = KNOWN_KEYS_ONLY
     set: str
     languages: list[str]
     variant: str
@@ -83,24 +81,33 @@ class Analysis:
 
 @dataclass
 class Records:
-    """Of a whole study. `status` has a row a job: name, kind, state, reason, seconds."""
+    """All rows of a study."""
 
-    __pydantic_config__ = KNOWN_ONLY
-    scores: list[Score] = field(default_factory=list)
-    models: list[Trained] = field(default_factory=list)
-    analyses: list[Analysis] = field(default_factory=list)
-    status: list[dict[str, Any]] = field(default_factory=list)
-    distances: dict[str, float] = field(default_factory=dict)  # of a set's first two languages
-    distance: str = ""  # what these are
+    __pydantic_config__ = KNOWN_KEYS_ONLY
+    scores: list[TaskScore] = field(default_factory=list)
+    models: list[TrainedModel] = field(default_factory=list)
+    analyses: list[AnalysisSummary] = field(default_factory=list)
+    status: list[dict[str, Any]] = field(default_factory=list)  # of each job: name, kind, state, reason, seconds
+    distances: dict[str, float] = field(default_factory=dict)  # set -> distance of its first two languages
+    distance: str = ""  # how these were measured
     departures: list[str] = field(default_factory=list)  # from the paper's protocol: notes under every table
     sizes: dict[str, dict[str, int]] = field(default_factory=dict)  # language -> sentences, tokens of train
-    source: str = ""
-    margin: float = 1.0
-    confidence: float = 0.95
+    source: str = ""  # the language that zero-shot transfer starts from
+    margin: float = 1.0  # points that count as no difference
+    confidence: float = 0.95  # of the intervals
+
+    @property
+    def of_models(self) -> list[TaskScore | TrainedModel]:
+        """Models and scores: the rows that name a set, its kind and languages, a variant, a control and a seed."""
+        return [*self.models, *self.scores]
 
     @property
     def seeds(self) -> list[int]:
-        return sorted({model.seed for model in self.models} | {score.seed for score in self.scores})
+        return sorted({row.seed for row in self.of_models})
+
+    def models_of(self, group: str, variant: str) -> dict[int, TrainedModel]:
+        """Seed -> model of this set and variant, controls left out."""
+        return {m.seed: m for m in self.models if (m.set, m.variant, m.control) == (group, variant, "")}
 
     def save(self, path: Path) -> None:
         write_json(path, asdict(self))
@@ -109,90 +116,77 @@ class Records:
     def load(cls, path: Path) -> Records:
         """UserError if the file is not what `save` wrote."""
         with refusing(f"{path}: not a study's records", "; run the study to make them"):
-            found: Records = TypeAdapter(cls).validate_json(path.read_bytes(), strict=True)
-        return found
+            records: Records = TypeAdapter(cls).validate_json(path.read_bytes(), strict=True)
+        return records
+
+    def add(self, kind: str, folder: Path, facts: Mapping[str, Any]) -> None:
+        """Adds the rows of a run's folder; nothing if the run has not finished.
+
+        kind: the recipe, "pretrain", "finetune" or "analyze". facts: what the study's plan says of the run.
+        """
+        with refusing(f"{folder / 'summary.json'}: damaged", f"; remove {folder} and run the study again"):
+            summary = finished_summary(folder)
+            if summary is None:
+                return
+            if kind == "pretrain":
+                self.models.append(_trained_model(folder, summary, facts))
+            elif kind == "finetune":
+                self.scores += _task_scores(folder, summary, facts)
+            else:
+                self.analyses.append(_analysis(folder, summary, facts))
 
 
-def collect(jobs: Iterable[Job], output: Path, records: Records) -> Records:
-    """Add what the finished units of these jobs found; units without a whole summary.json are left out."""
-    for job in jobs:
-        for unit in job.units:
-            folder = output / job.folder / unit.name
-            if not (folder / "summary.json").is_file():
-                continue
-            with refusing(f"{folder / 'summary.json'}: damaged", f"; remove {folder} and run the study again"):
-                summary = json.loads((folder / "summary.json").read_bytes())
-                if not summary.get("finished", True):
-                    continue
-                if job.kind == "pretrain":
-                    records.models.append(_trained(unit, summary, folder))
-                elif job.kind == "finetune":
-                    records.scores += _scores(unit, summary, folder)
-                else:
-                    records.analyses.append(_analysis(unit, summary, folder))
-    return records
+def _common(facts: Mapping[str, Any], *names: str) -> dict[str, Any]:
+    return {name: facts[name] for name in ("set", "languages", "variant", "seed", *names)}
 
 
-def _common(unit: Unit, *names: str) -> dict[str, Any]:
-    return {name: unit.facts[name] for name in ("set", "languages", "variant", "seed", *names)}
-
-
-def _trained(unit: Unit, summary: dict[str, Any], folder: Path) -> Trained:
-    return Trained(
-        **_common(unit, "kind", "control", "tokens"),
+def _trained_model(folder: Path, summary: dict[str, Any], facts: Mapping[str, Any]) -> TrainedModel:
+    table = folder / "train.csv"
+    losses = read_losses(table) if table.is_file() else {}
+    return TrainedModel(
+        **_common(facts, "kind", "control", "tokens"),
         steps=summary["steps"],
         seconds=summary["seconds"],
         perplexity=summary["valid_perplexity"],
         bits_per_character=summary["valid_bits_per_character"],
         history={code: [(int(step), value) for step, value in points] for code, points in summary["history"].items()},
         unigram=summary.get("unigram_perplexity", {}),
-        early_loss=_early_loss(folder / "train.csv", unit.facts["warmup"], summary["steps"]),
+        early_loss=early_loss(losses, facts["warmup"], summary["steps"]),
         folder=str(folder),
     )
 
 
-def _early_loss(path: Path, warmup: int, steps: int) -> float | None:
-    """The paper's figure 4c in one number: every language weighs the same."""
-    if not path.is_file():
-        return None
-    losses = [[loss for step, loss in points if warmup < step <= steps / 2] for points in read_losses(path).values()]
-    means = [float(np.mean(points)) for points in losses if points]
-    return float(np.mean(means)) if means else None
-
-
-def _scores(unit: Unit, summary: dict[str, Any], folder: Path) -> list[Score]:
-    found = []
-    for language, values in summary["per_seed"].items():
-        others = {
-            name: facts["mean"] for name, facts in summary["metrics"][language].items() if name != summary["metric"]
-        }
-        counts = folder / "counts" / f"seed{unit.facts['seed']}" / f"{language}.csv"
-        found.append(
-            Score(
-                **_common(unit, "kind", "control", "task", "train"),
-                metric=summary["metric"],
+def _task_scores(folder: Path, summary: dict[str, Any], facts: Mapping[str, Any]) -> list[TaskScore]:
+    run, rows = FineTunedRun.of(str(folder), summary), []
+    for language, scores in run.scores.items():
+        (seed,) = scores  # a study tunes each model with one seed
+        counts = folder / "counts" / f"seed{seed}" / f"{language}.csv"
+        rows.append(
+            TaskScore(
+                **_common(facts, "kind", "control", "task", "train"),
+                metric=run.metric,
                 language=language,
-                score=values[0],
-                majority=summary["baseline"][language],
-                others=others,
+                score=scores[seed],
+                majority=run.majority[language],
+                others=run.others[language],
                 counts=str(counts) if counts.is_file() else "",
             )
         )
-    return found
+    return rows
 
 
-def _analysis(unit: Unit, summary: dict[str, Any], folder: Path) -> Analysis:
-    facts = dict(summary)
-    if (folder / "similarity.csv").is_file() and unit.facts["analysis"] == "prune":
-        with (folder / "similarity.csv").open(newline="", encoding="utf-8") as file:
-            facts["layers"] = list(csv.DictReader(file))
+def _analysis(folder: Path, summary: dict[str, Any], facts: Mapping[str, Any]) -> AnalysisSummary:
+    table = folder / "similarity.csv"
+    if facts["analysis"] == "prune" and table.is_file():
+        with table.open(newline="", encoding="utf-8") as file:
+            summary = summary | {"layers": list(csv.DictReader(file))}
     figures = [str(path) for path in sorted(folder.glob("*.png"))]
-    return Analysis(**_common(unit), analysis=unit.facts["analysis"], facts=facts, figures=figures)
+    return AnalysisSummary(**_common(facts), analysis=facts["analysis"], facts=summary, figures=figures)
 
 
-def read_counts(scores: Sequence[Score]) -> np.ndarray | None:
-    """(seeds, examples, 3) counts of (right, predicted, gold) of the same test set; None where one is missing."""
-    found = []
+def read_counts(scores: Sequence[TaskScore]) -> np.ndarray | None:
+    """(seeds, examples, 3) counts of (right, predicted, gold) of one test set; None if a file is missing or sizes differ."""
+    tables = []
     for score in scores:
         if not Path(score.counts).is_file():
             return None
@@ -200,5 +194,5 @@ def read_counts(scores: Sequence[Score]) -> np.ndarray | None:
             table = np.loadtxt(score.counts, delimiter=",", skiprows=1, ndmin=2)
             if table.shape[1] != 3:
                 raise ValueError(f"{table.shape[1]} columns, not 3")
-        found.append(table)
-    return np.stack(found) if found and len({len(table) for table in found}) == 1 else None
+        tables.append(table)
+    return np.stack(tables) if tables and len({len(table) for table in tables}) == 1 else None

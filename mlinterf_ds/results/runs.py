@@ -1,99 +1,138 @@
-"""Pretraining runs as an analysis compares them: what each was, on one text and one vocabulary, by language and seed."""
+"""Run folders, read: what a pretraining run or a fine-tuning says of itself in the files that it wrote.
+
+`launch/analyze.py analysis=interference` and `launch/study.py` read run folders through this module. Nothing here evaluates a
+model.
+"""
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+from pydantic import TypeAdapter
 
 from mlinterf_ds.data.corpus import Corpus, synthetic_folder
 from mlinterf_ds.data.stream import TrainStream
 from mlinterf_ds.engine import checkpoint
 from mlinterf_ds.errors import UserError, refusing
-from mlinterf_ds.files import read_json
+from mlinterf_ds.files import read_csv, read_json
+from mlinterf_ds.pretrain.losses import COLUMNS
 from mlinterf_ds.pretrained import Pretrained
 from mlinterf_ds.sections import LANGUAGE_PATTERN
 
-Group = tuple[tuple[str, ...], str]  # languages of a model, variant
-IGNORED = {"data.synthetic_sentences", "train.seed", "train.max_hours", "train.save_steps", "train.keep"}
-IGNORED |= {
-    "train.micro_batch",
-    "train.precision",
-    "train.epoch_steps",
-    "data.eval_rows",
-}  # decide nothing of the model
+History = dict[str, list[tuple[int, float]]]  # language -> (step, value), ascending
+# Settings that do not shape a model: two runs that differ in these alone compare without a note.
+IMMATERIAL = {"data.synthetic_sentences", "data.eval_rows"}
+IMMATERIAL |= {
+    f"train.{key}" for key in ("seed", "max_hours", "save_steps", "keep", "micro_batch", "precision", "epoch_steps")
+}
 
 
+class Setup(NamedTuple):
+    """What pretraining runs have in common that differ in their seed alone."""
+
+    languages: tuple[str, ...]  # sorted, so that en-hi is hi-en
+    variant: str
+
+    @property
+    def joined(self) -> str:
+        """For example "en-hi"."""
+        return "-".join(self.languages)
+
+    def partners(self, language: str) -> tuple[str, ...]:
+        """The model's other languages."""
+        return tuple(code for code in self.languages if code != language)
+
+
+def finished_summary(folder: Path) -> dict[str, Any] | None:
+    """The summary.json of a run; None if there is none, or if the run was stopped before its end."""
+    path = folder / "summary.json"
+    summary = read_json(path) if path.is_file() else None
+    return summary if summary is not None and summary.get("finished", True) else None
+
+
+def read_losses(path: Path) -> History:
+    """The training losses of a train.csv in nats. UserError if the file is missing or no such table."""
+    losses: History = {}
+    for row in read_csv(path, COLUMNS, "pretraining writes it into the run's output folder"):
+        with refusing(f"{path}: not a table of {','.join(COLUMNS)}"):
+            losses.setdefault(row["language"], []).append((int(row["step"]), float(row["loss"])))
+    return {language: sorted(points) for language, points in losses.items()}
+
+
+# --- pretraining -------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
-class Run:
-    """A finished pretraining run: its best checkpoint, and what it says of itself."""
+class PretrainedRun:
+    """A finished pretraining run and its best checkpoint."""
 
-    place: str
+    folder: str
     pretrained: Pretrained
 
     @classmethod
-    def open(cls, place: str) -> Run:
-        """From a run's output folder, or LANG=FOLDER. UserError if it is missing, unfinished or of other languages."""
-        language, equals, folder = place.partition("=")
+    def open(cls, name: str) -> PretrainedRun:
+        """Opens a run's output folder, given as FOLDER or LANG=FOLDER.
+
+        UserError if the folder is missing, its run has not finished, or the model has other languages than LANG alone.
+        """
+        language, equals, folder = name.partition("=")
         if not equals or not re.fullmatch(LANGUAGE_PATTERN, language):
-            language, folder = "", place
+            language, folder = "", name
         if not Path(folder).is_dir():
             raise UserError(f"{folder}: no such folder; expected the output folder of a pretraining run")
-        found = cls(folder, Pretrained.open(folder))
-        if language and found.languages != (language,):
-            raise UserError(f"{place}: that run's languages are {', '.join(found.languages)}, not {language} alone")
-        summary = Path(folder) / "summary.json"
-        with refusing(f"{summary}: not what a pretraining run writes"):
-            finished = summary.is_file() and read_json(summary)["finished"]
+        run = cls(folder, Pretrained.open(folder))
+        if language and run.setup.languages != (language,):
+            raise UserError(f"{name}: that run's languages are {', '.join(run.setup.languages)}, not {language} alone")
+        with refusing(f"{folder}/summary.json: not what a pretraining run writes"):
+            finished = finished_summary(Path(folder)) is not None
         if not Path(folder).name.startswith("step-") and not finished:
             raise UserError(f"{folder}: the run has not finished: go on with --set output={folder} --set resume=auto")
-        return found
+        return run
 
     @property
     def config(self) -> dict[str, Any]:
         return self.pretrained.saved["config"]
 
     @property
-    def languages(self) -> tuple[str, ...]:
-        """Sorted: en-hi is hi-en."""
-        return tuple(sorted(self.pretrained.languages))
-
-    @property
-    def variant(self) -> str:
-        return str(self.config["variant"])
+    def setup(self) -> Setup:
+        return Setup(tuple(sorted(self.pretrained.languages)), str(self.config["variant"]))
 
     @property
     def seed(self) -> int:
         return int(self.config["train"]["seed"])
 
     @property
-    def group(self) -> Group:
-        return self.languages, self.variant
-
-    @property
     def step(self) -> int:
-        """Of the best checkpoint."""
+        """The step of the best checkpoint."""
         return int(self.pretrained.saved["updates"]) + int(self.pretrained.saved["skipped"])
 
     @cached_property
-    def history(self) -> dict[str, list[tuple[int, float]]]:
-        """language -> (step, validation perplexity), to the run's end."""
-        newest = read_json(checkpoint.find(self.place) / "run.json")
+    def history(self) -> History:
+        """Validation perplexity up to the run's last checkpoint."""
+        newest = read_json(checkpoint.find(self.folder) / "run.json")
         return {code: [(step, value) for step, value in points] for code, points in newest["history"].items()}
+
+    @cached_property
+    def losses(self) -> History:
+        """Training losses; empty if the folder has no train.csv."""
+        path = Path(self.folder) / "train.csv"
+        return read_losses(path) if path.is_file() else {}
 
     @property
     def corpus_folder(self) -> Path:
-        """Where the run's corpus was."""
+        """The corpus that the run was trained on."""
         if self.config["corpus"] != "synthetic":
             return Path(self.config["corpus"])
         data = self.config["data"]
         return synthetic_folder(self.pretrained.languages, data["synthetic_sentences"], data.get("synthetic_limit"))
 
     def epochs(self, corpus: Corpus) -> dict[str, float]:
-        """How often the checkpoint had seen each language's training text."""
+        """How often the best checkpoint had seen the training text of each language."""
         data, train = self.config["data"], self.config["train"]
         stream = TrainStream(
             corpus,
@@ -107,60 +146,133 @@ class Run:
         )
         return {code: facts["epochs"] for code, facts in stream.seen(self.step).items()}
 
-    def settings(self) -> dict[str, Any]:
-        """What shaped the model, flat: for the notes on how two runs differ."""
-        sections = ("model", "data", "train")
-        flat = {f"{section}.{key}": value for section in sections for key, value in self.config[section].items()}
-        return {key: value for key, value in flat.items() if key not in IGNORED}
+    def settings_unlike(self, other: PretrainedRun) -> list[str]:
+        """The settings that shape a model, beside languages, variant and seed, in which two runs differ, in words."""
+        ours, theirs = (
+            {f"{part}.{key}": value for part in ("model", "data", "train") for key, value in run.config[part].items()}
+            for run in (self, other)
+        )
+        unlike = [key for key in ours if key not in IMMATERIAL and ours[key] != theirs.get(key)]
+        return [f"{key} {ours[key]} against {theirs.get(key)}" for key in unlike]
 
 
-def one_text(runs: Sequence[Run], corpus: str | None) -> Corpus:
-    """The corpus that all runs were trained on; UserError if there is no such one, or they read rows of other lengths.
+def early_loss(losses: History, warmup: int, steps: int) -> float | None:
+    """The paper's figure 4c in one number: the mean training loss from the end of the warm-up to the middle of the run.
 
-    corpus: where it is now, if not where the first run says.
+    Every language weighs the same. None without any loss in that span.
     """
-    first = runs[0]
-    found = Corpus.open(corpus or first.corpus_folder)
-    vocabulary = (found.folder / "tokenizer.model").read_bytes()
-    remedy = (
-        "bits per character are compared on the same sentences under the same masks: prepare one corpus with all the "
-        "languages (tools/prepare_corpus.py) and train every run on it, mono ones too "
-        f"(--set corpus={found.folder} --set languages=... --set variant=mono)"
-    )
-    for run in runs:
-        path = run.pretrained.path
-        if (path / "tokenizer.model").read_bytes() != vocabulary:
-            raise UserError(f"{run.place}: its vocabulary is not that of {found.folder}; {remedy}")
-        if run.pretrained.saved["manifest"] != found.manifest_hash:
-            raise UserError(f"{run.place}: was not trained on the text of {found.folder}; {remedy}")
-        if run.pretrained.positions != first.pretrained.positions:
-            raise UserError(
-                f"{run.place}: data.sequence_length is {run.pretrained.positions}, of {first.place} "
-                f"{first.pretrained.positions}: the same rows cannot be read by both; train them at one length"
-            )
-        if run.pretrained.mask_share != first.pretrained.mask_share:
-            raise UserError(
-                f"{run.place}: data.mask is {run.pretrained.mask_share}, of {first.place} {first.pretrained.mask_share}: "
-                "a model that sees more is scored better; train them with one"
-            )
-    return found
+    spans = [[loss for step, loss in points if warmup < step <= steps / 2] for points in losses.values()]
+    means = [float(np.mean(span)) for span in spans if span]
+    return float(np.mean(means)) if means else None
 
 
-def by_group(runs: Sequence[Run]) -> dict[Group, dict[int, Run]]:
-    """Languages and variant -> seed -> run. UserError if two runs differ in nothing but their folder."""
-    found: dict[Group, dict[int, Run]] = {}
+# --- fine-tuning -------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class FineTunedRun:
+    """A finished fine-tuning: one task, trained on some languages of a pretrained model and tested on some."""
+
+    folder: str
+    task: str
+    metric: str  # the task's main one
+    setup: Setup  # of the pretrained model
+    checkpoint: str
+    seed: int  # of pretraining
+    train: tuple[str, ...]  # languages
+    tests: dict[str, str]  # tested language -> its test data
+    scores: dict[str, dict[int, float]]  # tested language -> fine-tuning seed -> score in percent
+    majority: dict[str, float]  # tested language -> what always guessing the most frequent class scores
+    others: dict[str, dict[str, float]]  # tested language -> further metrics, means over the fine-tuning seeds
+
+    @classmethod
+    def open(cls, folder: str) -> FineTunedRun:
+        """Reads a fine-tuning's output folder. UserError if it is missing, unfinished or of another recipe."""
+        path = Path(folder) / "summary.json"
+        if not path.is_file():
+            raise UserError(f"{path}: no such file; expected the output folder of a finished launch/finetune.py")
+        with refusing(f"{path}: not the summary of a fine-tuning"):
+            summary = finished_summary(Path(folder))
+            if summary is None:
+                raise UserError(f"{folder}: the fine-tuning has not finished: go on with --set resume=auto")
+            return cls.of(folder, summary)
+
+    @classmethod
+    def of(cls, folder: str, summary: dict[str, Any]) -> FineTunedRun:
+        """From the content of its summary.json; raises one of `errors.MALFORMED` if that is no fine-tuning's."""
+        seeds, metric, tested = summary["seeds"], summary["metric"], summary["per_seed"]
+        run = cls(
+            folder=folder,
+            task=summary["task"],
+            metric=metric,
+            setup=Setup(tuple(sorted(summary["languages"])), summary["variant"]),
+            checkpoint=summary["checkpoint"],
+            seed=int(summary["pretraining_seed"]),
+            train=tuple(summary["examples"]["train"]),
+            tests={code: summary["data"][f"test {code}"] for code in tested},
+            scores={code: dict(zip(map(int, seeds), scores, strict=True)) for code, scores in tested.items()},
+            majority={code: summary["baseline"][code] for code in tested},
+            others={
+                code: {name: facts["mean"] for name, facts in summary["metrics"][code].items() if name != metric}
+                for code in tested
+            },
+        )
+        checked: FineTunedRun = TypeAdapter(cls).validate_json(json.dumps(run.__dict__), strict=True)
+        return checked
+
+    @property
+    def score_name(self) -> str:
+        """For example "ner f1"."""
+        return f"{self.task} {self.metric}"
+
+    @property
+    def within(self) -> list[str]:
+        """The tested languages that were trained on."""
+        return [code for code in self.scores if code in self.train]
+
+
+# --- several runs ------------------------------------------------------------------------------------------------------
+Run = TypeVar("Run", PretrainedRun, FineTunedRun)
+
+
+def by_setup(runs: Sequence[Run], verb: str = "are") -> dict[Setup, dict[int, Run]]:
+    """Setup -> pretraining seed -> run. UserError if two runs have both in common; `verb` says what both do."""
+    groups: dict[Setup, dict[int, Run]] = {}
     for run in runs:
-        seeds = found.setdefault(run.group, {})
+        seeds = groups.setdefault(run.setup, {})
         if run.seed in seeds:
             raise UserError(
-                f"{run.place} and {seeds[run.seed].place}: both are {run.variant} on {'-'.join(run.languages)} with "
+                f"{run.folder} and {seeds[run.seed].folder}: both {verb} {run.setup.variant} on {run.setup.joined} with "
                 f"train.seed={run.seed}; seeds pair the runs: give each once"
             )
         seeds[run.seed] = run
-    return found
+    return groups
 
 
-def differences(left: Run, right: Run) -> list[str]:
-    """In what two runs differ, beside languages, variant and seed."""
-    ours, theirs = left.settings(), right.settings()
-    return [f"{key} {ours[key]} against {theirs.get(key)}" for key in ours if ours[key] != theirs.get(key)]
+def common_corpus(runs: Sequence[PretrainedRun], folder: str | None) -> Corpus:
+    """Opens the corpus that all runs were trained on; UserError if they do not share one, row length and mask share included.
+
+    folder: where the corpus is now, if not where the first run says.
+    """
+    first = runs[0]
+    corpus = Corpus.open(folder or first.corpus_folder)
+    vocabulary = (corpus.folder / "tokenizer.model").read_bytes()
+    remedy = (
+        "bits per character are compared on the same sentences under the same masks: prepare one corpus with all the "
+        "languages (tools/prepare_corpus.py) and train every run on it, mono ones too "
+        f"(--set corpus={corpus.folder} --set languages=... --set variant=mono)"
+    )
+    for run in runs:
+        ours, theirs = run.pretrained, first.pretrained
+        if (ours.path / "tokenizer.model").read_bytes() != vocabulary:
+            raise UserError(f"{run.folder}: its vocabulary is not that of {corpus.folder}; {remedy}")
+        if ours.saved["manifest"] != corpus.manifest_hash:
+            raise UserError(f"{run.folder}: was not trained on the text of {corpus.folder}; {remedy}")
+        for key, own, wanted, why in (
+            ("sequence_length", ours.positions, theirs.positions, "both models must read the same rows"),
+            ("mask", ours.mask_share, theirs.mask_share, "a model that sees more of a row scores better"),
+        ):
+            if own != wanted:
+                raise UserError(
+                    f"{run.folder}: data.{key} is {own}, but {wanted} in {first.folder}: {why}, so train all runs with one "
+                    f"data.{key}"
+                )
+    return corpus

@@ -12,8 +12,8 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from mlinterf_ds.plots.convergence import CONVERGENCE
 from mlinterf_ds.results import paper
+from mlinterf_ds.results.convergence import CONVERGENCE
 from mlinterf_ds.results.findings import Finding, caution, interval
 from mlinterf_ds.results.records import Records
 from mlinterf_ds.results.tables import NAMES, TITLES, Cell, Table

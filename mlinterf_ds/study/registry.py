@@ -8,13 +8,13 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from mlinterf_ds.results.records import Records, Trained
+from mlinterf_ds.results.records import Records, TrainedModel
 from mlinterf_ds.tracking.facts import first_line
 
 REQUIREMENTS = ["mlinterf_ds", "torch", "transformers>=5", "pandas"]
 
 
-def best(records: Records) -> Trained | None:
+def best(records: Records) -> TrainedModel | None:
     """The pair model with the best zero-shot score, averaged over tasks and target languages.
 
     A model that lacks a score which others of its set have comes last: a hard task that failed must not raise its average. Among
@@ -28,7 +28,7 @@ def best(records: Records) -> Trained | None:
             scores.setdefault((score.set, score.variant, score.seed), {})[score.task, score.language] = score.score
             wanted.setdefault(score.set, set()).add((score.task, score.language))
 
-    def worth(model: Trained) -> tuple[float, float]:
+    def worth(model: TrainedModel) -> tuple[float, float]:
         own = scores.get((model.set, model.variant, model.seed), {})
         has_all = own and own.keys() == wanted[model.set]
         return statistics.fmean(own.values()) if has_all else -1.0, -statistics.fmean(model.bits_per_character.values())

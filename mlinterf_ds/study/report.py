@@ -9,7 +9,7 @@ from pathlib import Path
 from mlinterf_ds.data.corpus import Corpus
 from mlinterf_ds.files import write_bytes, write_json
 from mlinterf_ds.results.findings import Finding
-from mlinterf_ds.results.records import Records, collect
+from mlinterf_ds.results.records import Records
 from mlinterf_ds.study.config import SYNTHETIC, StudyConfig
 from mlinterf_ds.study.corpora import Corpora
 from mlinterf_ds.study.jobs import Job
@@ -26,8 +26,7 @@ def write(
     notes: Sequence[str] = (),
 ) -> tuple[Records, list[Finding]]:
     """Write records, tables, figures, findings and the page. notes: stand under every table, before the departures."""
-    from mlinterf_ds.plots import convergence
-    from mlinterf_ds.results import claims, findings, forms, tables
+    from mlinterf_ds.results import claims, convergence, findings, forms, tables
     from mlinterf_ds.study import page
 
     output.mkdir(parents=True, exist_ok=True)
@@ -60,7 +59,10 @@ def gather(
     records.status = [outcome.row() for outcome in outcomes]
     records.distances, records.distance = distances(config, corpora)
     records.sizes = training_sizes(config, corpora)
-    return collect(jobs, output, records)
+    for job in jobs:
+        for unit in job.units:
+            records.add(job.kind, output / job.folder / unit.name, unit.facts)
+    return records
 
 
 def training_sizes(config: StudyConfig, corpora: Corpora) -> dict[str, dict[str, int]]:

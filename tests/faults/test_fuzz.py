@@ -24,9 +24,8 @@ from mlinterf_ds.export.folder import Folder
 from mlinterf_ds.finetune.config import FinetuneConfig
 from mlinterf_ds.plots.conflict import read_curves
 from mlinterf_ds.pretrain.config import RunConfig
-from mlinterf_ds.results.losses import read_losses
 from mlinterf_ds.results.records import Records
-from mlinterf_ds.results.task_scores import read_scores
+from mlinterf_ds.results.runs import FineTunedRun, read_losses
 from mlinterf_ds.study.config import StudyConfig
 from mlinterf_ds.tasks import TASKS, Limits
 from mlinterf_ds.tasks.ner import iob2
@@ -466,7 +465,7 @@ def test_damaged_records(tmp_path: Path) -> None:
 SUMMARY = {
     "finished": True, "seeds": [0, 1], "task": "ner", "metric": "f1", "languages": ["en", "sw"], "variant": "adpt",
     "checkpoint": "runs/x", "pretraining_seed": 0, "examples": {"train": {"en": 10}}, "per_seed": {"en": [1.5, 2.0]},
-    "data": {"test en": "file"},
+    "data": {"test en": "file"}, "baseline": {"en": 1.0}, "metrics": {"en": {"f1": {"mean": 1.75}, "recall": {"mean": 2.5}}},
 }  # fmt: skip
 CONFIG = {"model_type": "mlinterf", "num_attention_heads": 4, "adapter_activation": "gelu", "vocab_size": 6}
 VOCABULARY = {
@@ -482,7 +481,7 @@ def test_damaged_folders(tmp_path: Path) -> None:
 
     save_file({"embeddings.word.weight": torch.zeros(6, 2)}, tmp_path / "model.safetensors")
     readers: list[tuple[str, Any, Any]] = [
-        ("summary.json", SUMMARY, lambda: read_scores(str(tmp_path)).within),
+        ("summary.json", SUMMARY, lambda: FineTunedRun.open(str(tmp_path)).within),
         ("config.json", CONFIG, lambda: Folder(tmp_path).has("embeddings.word.weight")),
         ("tokenizer.json", VOCABULARY, lambda: exported_tokenizer.pieces(tmp_path)),
     ]

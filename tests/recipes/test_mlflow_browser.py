@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mlinterf_ds.plots.style import perplexity_curves
+from mlinterf_ds.plots.curves import perplexity_curves
 from mlinterf_ds.tracking import Tracker
 from tests.browser import CHROMIUM, Browser, browser
 from tests.mlflow_server import free_port, mlflow_server

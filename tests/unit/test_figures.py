@@ -14,7 +14,8 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 from mlinterf_ds.plots import style
-from mlinterf_ds.plots.style import Points, perplexity_curves
+from mlinterf_ds.plots.curves import perplexity_curves
+from mlinterf_ds.plots.style import Points
 
 
 def curve(final: float, start: float = 500.0, points: int = 12) -> Points:
@@ -78,9 +79,9 @@ def test_values_that_cannot_be_drawn(tmp_path: Path, drawn: list[Figure]) -> Non
 
 
 def test_looks_differ() -> None:
-    looks = [str(style._look(index)) for index in range(20)]
+    looks = [str(style.look(index)) for index in range(20)]
     assert len(set(looks)) == 20
-    assert len({str(style._look(index)["marker"]) for index in range(7)}) == 7, "told apart in grey too"
+    assert len({str(style.look(index)["marker"]) for index in range(7)}) == 7, "told apart in grey too"
 
 
 def test_scripts_beyond_latin(tmp_path: Path) -> None:
@@ -94,8 +95,8 @@ def test_fonts_fall_back_to_one_that_has_the_character() -> None:
     names = sorted({font.name for font in style.font_manager.fontManager.ttflist})
     others = ((name, style._characters(style.font_manager.findfont(name))) for name in names)
     name, character = next((n, chr(min(c - default))) for n, c in others if c - default)  # matplotlib ships such fonts
-    families = style._families("en " + character)
-    assert style._families("en") == families[:1] == ["DejaVu Sans"]
+    families = style.families("en " + character)
+    assert style.families("en") == families[:1] == ["DejaVu Sans"]
     assert len(families) == 2, f"{name} has U+{ord(character):04X}"
     assert ord(character) in style._characters(style.font_manager.findfont(families[1]))
 
@@ -126,7 +127,7 @@ def test_a_failed_drawing_keeps_the_old_picture(tmp_path: Path, monkeypatch: pyt
 
 def test_pyplot_is_not_touched(tmp_path: Path) -> None:
     code = (
-        "import sys, pathlib; from mlinterf_ds.plots.style import perplexity_curves as draw;"
+        "import sys, pathlib; from mlinterf_ds.plots.curves import perplexity_curves as draw;"
         f"draw({{'en': [(1, 2.0)]}}, pathlib.Path({str(tmp_path / 'f.png')!r}), title='t');"
         "sys.exit('matplotlib.pyplot' in sys.modules)"
     )

@@ -12,61 +12,63 @@ import numpy as np
 import pytest
 
 from mlinterf_ds.analysis import distance
-from mlinterf_ds.analysis.interference import correlations
 from mlinterf_ds.analysis.interference_figures import draw
 from mlinterf_ds.data.prepare.main import prepare
 from mlinterf_ds.data.synthetic import write_sentences
 from mlinterf_ds.errors import UserError
-from mlinterf_ds.plots import bars as figures
+from mlinterf_ds.plots import bars, curves
 from mlinterf_ds.plots.bars import Value
-from mlinterf_ds.results import comparison, task_scores
-from mlinterf_ds.results.comparison import BITS, Comparison
-from mlinterf_ds.results.interference import Findings, pairs
-from mlinterf_ds.results.losses import LossTable, read_losses
+from mlinterf_ds.pretrain.losses import LossTable
+from mlinterf_ds.results.comparison import BITS, Comparison, compare_scores, transfer
+from mlinterf_ds.results.interference import InterferenceResults
+from mlinterf_ds.results.runs import FineTunedRun, Setup, read_losses
+from mlinterf_ds.results.statistics import bootstrap_effect
 from tests.commands import table
 
 
 # --- intervals -------------------------------------------------------------------------------------------------------
-def test_interval_of_a_normal_sample_is_the_analytic_one() -> None:
+def test_bootstrap_interval_of_a_normal_sample_is_the_analytic_one() -> None:
     draw = np.random.default_rng(1)
     values = draw.normal(0.3, 2.0, size=(1, 400))
-    low, high = comparison.interval(values, resamples=4000)
+    effect = bootstrap_effect(values, resamples=4000)
     half = 1.96 * values.std() / math.sqrt(400)
-    assert low == pytest.approx(values.mean() - half, abs=0.1 * half)
-    assert high == pytest.approx(values.mean() + half, abs=0.1 * half)
+    assert effect.low == pytest.approx(values.mean() - half, abs=0.1 * half)
+    assert effect.high == pytest.approx(values.mean() + half, abs=0.1 * half)
 
 
-def test_interval_covers_the_truth_as_often_as_it_says() -> None:
+def test_bootstrap_interval_covers_the_truth_as_often_as_it_says() -> None:
     draw = np.random.default_rng(2)
-    hits = 0
-    for _ in range(300):
-        low, high = comparison.interval(draw.normal(1.0, 1.0, size=(1, 60)), resamples=300)
-        hits += low <= 1.0 <= high
-    assert 0.91 < hits / 300 < 0.975  # three standard errors below and beyond 95%
+    effects = [bootstrap_effect(draw.normal(1.0, 1.0, size=(1, 60)), resamples=300) for _ in range(300)]
+    share = sum(effect.low <= 1.0 <= effect.high for effect in effects) / len(effects)
+    assert 0.91 < share < 0.975  # three standard errors below and beyond 95%
 
 
-def test_interval_has_the_variance_of_seeds_and_of_rows() -> None:
+def test_bootstrap_interval_has_the_variance_of_seeds_and_of_rows() -> None:
     """value = seed's effect + row's effect: the variance of the resampled mean is the sum of the two, in closed form."""
     draw = np.random.default_rng(3)
     seeds, rows = draw.normal(0, 1, 8), draw.normal(0, 3, 90)
-    low, high = comparison.interval(seeds[:, None] + rows[None], resamples=6000)
-    wanted = math.sqrt(seeds.var() / 8 + rows.var() / 90)
-    assert (high - low) / (2 * 1.96) == pytest.approx(wanted, rel=0.06)
+    effect = bootstrap_effect(seeds[:, None] + rows[None], resamples=6000)
+    expected = math.sqrt(seeds.var() / 8 + rows.var() / 90)
+    assert (effect.high - effect.low) / (2 * 1.96) == pytest.approx(expected, rel=0.06)
 
 
-def test_interval_without_a_spread_to_know() -> None:
-    assert all(map(math.isnan, comparison.interval(np.array([[2.0]]))))
-    assert comparison.interval(np.full((2, 5), 0.5)) == (0.5, 0.5)
+def test_bootstrap_interval_without_a_spread_to_know() -> None:
+    assert not bootstrap_effect(np.array([[2.0]])).has_interval
+    effect = bootstrap_effect(np.full((2, 5), 0.5))
+    assert (effect.low, effect.high) == (0.5, 0.5)
+
+
+EN_SW = Setup(("en", "sw"), "joint")
 
 
 def test_pairing_by_hand() -> None:
     mono = np.array([[1.0, 2.0, 3.0], [1.0, 2.0, 6.0]])
     joint = np.array([[1.5, 2.5, 3.5], [1.5, 2.5, 6.5]])
-    found = Comparison.of(BITS, "en", (("en", "sw"), "joint"), [0, 4], mono, joint)
-    assert (found.mono, found.joint, found.rows, found.others) == ((2.0, 3.0), (2.5, 3.5), 3, ("sw",))
+    row = Comparison.of(BITS, "en", EN_SW, [0, 4], mono, joint)
+    assert (row.mono, row.joint, row.rows, row.partners) == ((2.0, 3.0), (2.5, 3.5), 3, ("sw",))
     # Each row is half a bit worse: unpaired, rows of 1 to 6 would hide it; paired, there is no doubt.
-    assert (found.difference, found.low, found.high) == (0.5, 0.5, 0.5)
-    assert Comparison.of("ner f1", "en", (("en", "sw"), "joint"), [0, 4], mono, joint).difference == -0.5
+    assert (row.effect.mean, row.effect.low, row.effect.high) == (0.5, 0.5, 0.5)
+    assert Comparison.of("ner f1", "en", EN_SW, [0, 4], mono, joint).effect.mean == -0.5
 
 
 # --- distances -------------------------------------------------------------------------------------------------------
@@ -155,11 +157,11 @@ def test_a_bad_typology(tmp_path: Path, text: str, words: list[str]) -> None:
 
 
 # --- scores of tasks -------------------------------------------------------------------------------------------------
-def finetuning(
+def tuned(
     folder: Path, languages: str, seed: int, trained: str, per_seed: dict[str, list[float]], **more: Any
-) -> str:
-    """A fine-tuning's summary.json, as far as it is read here."""
-    found = {
+) -> FineTunedRun:
+    """A fine-tuning read from its summary.json, as far as that matters here."""
+    summary = {
         "task": "ner",
         "metric": "f1",
         "finished": True,
@@ -170,91 +172,87 @@ def finetuning(
         "pretraining_seed": seed,
         "examples": {"train": {trained: 9}},
         "per_seed": per_seed,
+        "baseline": dict.fromkeys(per_seed, 1.0),
+        "metrics": {code: {} for code in per_seed},
         "data": {f"test {code}": f"{code}.tsv" for code in per_seed},
     } | more
-    place = folder / f"ner-{languages}-{seed}-{trained}"
-    place.mkdir(parents=True)
-    (place / "summary.json").write_text(json.dumps(found))
-    return str(place)
+    output = folder / f"ner-{languages}-{seed}-{trained}"
+    output.mkdir(parents=True)
+    (output / "summary.json").write_text(json.dumps(summary))
+    return FineTunedRun.open(str(output))
 
 
 def test_scores_are_paired_by_both_seeds(tmp_path: Path) -> None:
-    places = [
-        finetuning(tmp_path, "sw", 0, "sw", {"sw": [50.0, 52.0]}),
-        finetuning(tmp_path, "sw", 1, "sw", {"sw": [60.0, 62.0]}),
-        finetuning(tmp_path, "en-sw", 1, "sw", {"sw": [57.0, 61.0], "en": [9.0, 9.0]}),
-        finetuning(tmp_path, "en-hi-sw", 0, "sw", {"sw": [70.0, 80.0]}),
+    runs = [
+        tuned(tmp_path, "sw", 0, "sw", {"sw": [50.0, 52.0]}),
+        tuned(tmp_path, "sw", 1, "sw", {"sw": [60.0, 62.0]}),
+        tuned(tmp_path, "en-sw", 1, "sw", {"sw": [57.0, 61.0], "en": [9.0, 9.0]}),
+        tuned(tmp_path, "en-hi-sw", 0, "sw", {"sw": [70.0, 80.0]}),
     ]
-    found = [task_scores.read_scores(place) for place in places]
-    rows, larger = task_scores.compare_scores(found, ["en", "sw"], [f"{tmp_path}/runs/en-hi-sw-0"])
-    (row,) = rows
-    assert (row.metric, row.language, row.others, row.seeds, row.rows) == ("ner f1", "sw", ("en",), (1,), 2)
-    assert (row.mono, row.joint, row.difference) == ((61.0,), (59.0,), 2.0), "seed 1 alone has both"
-    assert row.low == 1.0 and row.high == 3.0
+    (row,), larger = compare_scores(runs, ["en", "sw"], [f"{tmp_path}/runs/en-hi-sw-0"])
+    assert (row.metric, row.language, row.partners, row.seeds, row.rows) == ("ner f1", "sw", ("en",), (1,), 2)
+    assert (row.mono, row.joint) == ((61.0,), (59.0,)), "seed 1 alone has both"
+    assert (row.effect.mean, row.effect.low, row.effect.high) == (2.0, 1.0, 3.0)
     assert larger == {("ner f1", "sw"): (75.0,)}
 
 
 def test_each_pretraining_seed_may_be_tuned_with_a_seed_of_its_own(tmp_path: Path) -> None:
     """As a study does it."""
-    places = [
-        finetuning(tmp_path, name, seed, "sw", {"sw": [score + 3 * seed]}, seeds=[seed])
+    runs = [
+        tuned(tmp_path, name, seed, "sw", {"sw": [score + 3 * seed]}, seeds=[seed])
         for name, score in (("sw", 50.0), ("en-sw", 49.0))
         for seed in (0, 1, 2)
     ]
-    found = [task_scores.read_scores(place) for place in places]
-    ((row,), _) = task_scores.compare_scores(found, ["sw"])
+    ((row,), _) = compare_scores(runs, ["sw"])
     assert (row.seeds, row.rows, row.mono, row.joint) == ((0, 1, 2), 1, (50.0, 53.0, 56.0), (49.0, 52.0, 55.0))
-    assert row.difference == row.low == row.high == 1.0
-    other = finetuning(tmp_path / "other", "en-sw", 0, "sw", {"sw": [49.0]}, seeds=[1])
+    assert row.effect.mean == row.effect.low == row.effect.high == 1.0
+    other = tuned(tmp_path / "other", "en-sw", 0, "sw", {"sw": [49.0]}, seeds=[1])
     with pytest.raises(UserError, match=r"ner f1 in sw.*none of finetune\.seeds in common"):
-        task_scores.compare_scores([found[0], task_scores.read_scores(other)], ["sw"])
+        compare_scores([runs[0], other], ["sw"])
 
 
 def test_transfer_by_hand(tmp_path: Path) -> None:
-    places = [
-        finetuning(tmp_path, "en-sw", 0, "en", {"en": [80.0, 90.0], "sw": [40.0, 50.0]}),
-        finetuning(tmp_path, "en-hi", 0, "en", {"en": [70.0, 80.0], "hi": [20.0, 30.0]}),
-        finetuning(tmp_path, "en", 0, "en", {"en": [99.0, 99.0]}),
+    runs = [
+        tuned(tmp_path, "en-sw", 0, "en", {"en": [80.0, 90.0], "sw": [40.0, 50.0]}),
+        tuned(tmp_path, "en-hi", 0, "en", {"en": [70.0, 80.0], "hi": [20.0, 30.0]}),
+        tuned(tmp_path, "en", 0, "en", {"en": [99.0, 99.0]}),
     ]
-    found = task_scores.transfer([task_scores.read_scores(place) for place in places], ["en", "hi", "sw"])
-    assert list(found) == ["ner f1"] and list(found["ner f1"]) == ["joint"], "a mono model transferred nothing"
-    np.testing.assert_array_equal(found["ner f1"]["joint"][0], [80.0, 25.0, 45.0])
-    assert np.isnan(found["ner f1"]["joint"][1:]).all()
+    tables = transfer(runs, ["en", "hi", "sw"])
+    assert list(tables) == ["ner f1"] and list(tables["ner f1"]) == ["joint"], "a mono model transferred nothing"
+    np.testing.assert_array_equal(tables["ner f1"]["joint"][0], [80.0, 25.0, 45.0])
+    assert np.isnan(tables["ner f1"]["joint"][1:]).all()
 
 
 def test_bad_summaries_of_tasks(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="nowhere.*finished launch/finetune.py"):
-        task_scores.read_scores(str(tmp_path / "nowhere"))
-    place = finetuning(tmp_path, "en-sw", 0, "sw", {"sw": [1.0, 2.0]}, finished=False)
+        FineTunedRun.open(str(tmp_path / "nowhere"))
     with pytest.raises(UserError, match=r"ner-en-sw-0-sw.*resume=auto"):
-        task_scores.read_scores(place)
-    (Path(place) / "summary.json").write_text('{"finished": true}')
+        tuned(tmp_path, "en-sw", 0, "sw", {"sw": [1.0, 2.0]}, finished=False)
+    (tmp_path / "ner-en-sw-0-sw/summary.json").write_text('{"finished": true}')
     with pytest.raises(UserError, match="not the summary of a fine-tuning"):
-        task_scores.read_scores(place)
+        FineTunedRun.open(str(tmp_path / "ner-en-sw-0-sw"))
     other = [
-        finetuning(tmp_path / "other", "sw", 0, "sw", {"sw": [1.0, 2.0]}),
-        finetuning(tmp_path / "other", "en-sw", 0, "sw", {"sw": [1.0, 2.0]}, data={"test sw": "another.tsv"}),
+        tuned(tmp_path / "other", "sw", 0, "sw", {"sw": [1.0, 2.0]}),
+        tuned(tmp_path / "other", "en-sw", 0, "sw", {"sw": [1.0, 2.0]}, data={"test sw": "another.tsv"}),
     ]
     with pytest.raises(UserError, match="different data.*another.tsv"):
-        task_scores.compare_scores([task_scores.read_scores(each) for each in other], ["sw"])
-    with pytest.raises(UserError, match="both fine-tune mono on sw"):
-        task_scores.compare_scores([task_scores.read_scores(other[0])] * 2, ["sw"])
+        compare_scores(other, ["sw"])
+    with pytest.raises(UserError, match="both score ner f1 of mono on sw with train.seed=0"):
+        compare_scores([other[0]] * 2, ["sw"])
 
 
-def findings(comparisons: list[Comparison], languages: tuple[str, ...], **more: Any) -> Findings:
-    empty: dict[str, Any] = {"of_larger": {}, "mono": {}, "joint": {}, "larger": {}, "scores": [], "distance": {}}
-    empty |= {"epochs": {}, "data": "", "notes": []}
-    return Findings(comparisons, languages=languages, **(empty | more))
+def results(comparisons: list[Comparison], languages: tuple[str, ...], **more: Any) -> InterferenceResults:
+    empty: dict[str, Any] = {"of_larger": {}, "mono": {}, "joint": {}, "larger": {}, "tuned": []}
+    return InterferenceResults(comparisons, languages=languages, **(empty | more))
 
 
 def test_figures_of_tasks_alone(tmp_path: Path) -> None:
-    places = [
-        finetuning(tmp_path, "sw", 0, "sw", {"sw": [50.0, 52.0]}),
-        finetuning(tmp_path, "en-sw", 0, "sw", {"sw": [57.0, 61.0], "en": [9.0, 10.0]}),
+    runs = [
+        tuned(tmp_path, "sw", 0, "sw", {"sw": [50.0, 52.0]}),
+        tuned(tmp_path, "en-sw", 0, "sw", {"sw": [57.0, 61.0], "en": [9.0, 10.0]}),
     ]
-    scores = [task_scores.read_scores(place) for place in places]
-    comparisons, _ = task_scores.compare_scores(scores, ["en", "sw"])
-    draw(tmp_path / "out", findings(comparisons, ("en", "sw"), scores=scores))
+    comparisons, _ = compare_scores(runs, ["en", "sw"])
+    draw(tmp_path / "out", results(comparisons, ("en", "sw"), tuned=runs))
     cells = {(row["row"], row["column"]): row["value"] for row in table(tmp_path / "out" / "transfer-ner-f1.csv")}
     assert cells == {("en", "en"): "", ("en", "sw"): "", ("sw", "en"): "9.5", ("sw", "sw"): "59.0"}
     (row,) = table(tmp_path / "out" / "interference.csv")
@@ -263,60 +261,52 @@ def test_figures_of_tasks_alone(tmp_path: Path) -> None:
     assert cells["sw", "en"] == "-8.0" and cells["en", "sw"] == ""
 
 
+def of_pair(language: str, other: str, difference: float) -> Comparison:
+    setup = Setup(tuple(sorted((language, other))), "joint")
+    return Comparison.of(BITS, language, setup, [0], np.zeros((1, 2)), np.full((1, 2), difference))
+
+
 def test_rank_correlation_with_distance() -> None:
     """Interference 0.1, 0.2, 0.3 and 0.4 against distances 0.5, 0.5, 0.9 and 0.9: ranks by hand give 0.894."""
-
-    def pair(language: str, other: str, difference: float) -> Comparison:
-        group = (tuple(sorted((language, other))), "joint")
-        return Comparison.of(BITS, language, group, [0], np.zeros((1, 2)), np.full((1, 2), difference))
-
-    matrix = np.array([[0, 0.5, 0.9], [0.5, 0, np.nan], [0.9, np.nan, 0]])
-    comparisons = [pair("en", "fr", 0.1), pair("fr", "en", 0.2), pair("en", "hi", 0.3), pair("hi", "en", 0.4)]
-    found = findings([*comparisons, pair("fr", "hi", 9.0)], ("en", "fr", "hi"), distance={"vocabulary": matrix})
-    (entry,) = correlations(found)["joint"].values()
+    distances = {"vocabulary": np.array([[0, 0.5, 0.9], [0.5, 0, np.nan], [0.9, np.nan, 0]])}
+    rows = [of_pair("en", "fr", 0.1), of_pair("fr", "en", 0.2), of_pair("en", "hi", 0.3), of_pair("hi", "en", 0.4)]
+    of_all = results([*rows, of_pair("fr", "hi", 9.0)], ("en", "fr", "hi"), distances=distances)
+    (entry,) = of_all.correlations()["joint"].values()
     assert entry == {"rho": pytest.approx(2 / math.sqrt(5)), "pairs": 4}
-    assert correlations(findings(comparisons[:3], ("en", "fr", "hi"), distance={"vocabulary": matrix})) == {}
+    assert results(rows[:3], ("en", "fr", "hi"), distances=distances).correlations() == {}
 
 
 # --- figures ---------------------------------------------------------------------------------------------------------
 def test_pairs_leave_what_is_missing() -> None:
-    one = Comparison.of(BITS, "sw", (("en", "sw"), "joint"), [0], np.array([[1.0]]), np.array([[1.25]]))
-    three = Comparison.of(BITS, "sw", (("en", "hi", "sw"), "joint"), [0], np.array([[1.0]]), np.array([[3.0]]))
-    found = pairs([one, three], ("en", "hi", "sw"))["joint"]
-    assert found[2, 0] == 0.25 and np.isnan(found).sum() == 8
+    three = Comparison.of(BITS, "sw", Setup(("en", "hi", "sw"), "joint"), [0], np.array([[1.0]]), np.array([[3.0]]))
+    matrix = results([of_pair("sw", "en", 0.25), three], ("en", "hi", "sw")).pair_matrices(BITS)["joint"]
+    assert matrix[2, 0] == 0.25 and np.isnan(matrix).sum() == 8
 
 
-@pytest.mark.parametrize("draw_it", [figures.bars, figures.intervals])
+@pytest.mark.parametrize("draw_it", [bars.bars, bars.intervals])
 def test_the_csv_is_what_is_drawn(tmp_path: Path, draw_it: Any) -> None:
     values = [Value("sw with en", "mono", 2.5, 2.25, 2.75), Value("sw with en", "joint", 2.625)]
     draw_it(values, tmp_path / "a" / "f.png", title="Суахили", label="bits", caption="data " * 40)
     assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["f.csv", "f.png", "f.svg"]
-    rows = table(tmp_path / "a" / "f.csv")
-    assert [tuple(row.values()) for row in rows] == [
+    assert [tuple(row.values()) for row in table(tmp_path / "a" / "f.csv")] == [
         ("sw with en", "mono", "2.5", "2.25", "2.75"),
         ("sw with en", "joint", "2.625", "", ""),
     ]
 
 
 def test_curves_of_a_hundred_languages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(figures, "MOST_PANELS", 3)
+    monkeypatch.setattr(curves, "MOST_PANELS", 3)
     data = {f"l{n:02d}": {"mono": {0: [(0, 9.0), (5, 4.0 + n)], 3: [(0, 8.0)]}} for n in range(100)}
-    figures.curves(data, tmp_path / "f.png", title="t", label="perplexity", caption="c")
-    rows = table(tmp_path / "f.csv")
-    assert len(rows) == 300 and rows[1] == {
-        "language": "l00",
-        "model": "mono",
-        "seed": "0",
-        "step": "5",
-        "value": "4.0",
-    }
-    assert {row["seed"] for row in rows} == {"0", "3"}
+    curves.seed_curves(data, tmp_path / "f.png", title="t", label="perplexity", caption="c")
+    lines = (tmp_path / "f.csv").read_text().splitlines()
+    assert lines[:4] == ["language,model,seed,step,value", "l00,mono,0,0,9.0", "l00,mono,0,5,4.0", "l00,mono,3,0,8.0"]
+    assert len(lines) == 301
 
 
 def test_means_over_stretches_of_steps() -> None:
     points = [(step, float(step)) for step in range(1, 11)] + [(11, math.nan)]
-    assert figures.binned(points, first=2, last=10, bins=4) == [(4, 3.5), (6, 5.5), (8, 7.5), (10, 9.5)]
-    assert figures.binned(points, first=8, last=12, bins=100) == [(9, 9.0), (10, 10.0)]
+    assert curves.binned(points, first=2, last=10, bins=4) == [(4, 3.5), (6, 5.5), (8, 7.5), (10, 9.5)]
+    assert curves.binned(points, first=8, last=12, bins=100) == [(9, 9.0), (10, 10.0)]
 
 
 # --- train.csv -------------------------------------------------------------------------------------------------------

@@ -11,9 +11,9 @@ import pytest
 from scipy import stats
 
 from mlinterf_ds.results.claims import all_findings
-from mlinterf_ds.results.findings import markdown, standing
+from mlinterf_ds.results.findings import markdown, mean_scores
 from mlinterf_ds.results.records import Records
-from mlinterf_ds.results.statistics import bootstrap_p, combined, effect, f1, negligible, positive
+from mlinterf_ds.results.statistics import bootstrap_p, combined, f1, negligible, positive, student_effect
 from tests.study_records import MAJORITY, planted
 
 UNASKED = {"meta_adpt_beats_meta_adpt_direct", "meta_adpt_beats_adpt_compute"}  # planted() has no controls
@@ -101,7 +101,7 @@ def test_controls_are_compared_by_their_own_rows() -> None:
 # --- statistics --------------------------------------------------------------------------------------------------------
 def test_interval_is_students() -> None:
     values = [1.0, 2.5, 0.5, 1.5, 2.0]
-    found = effect(values, 0.9)
+    found = student_effect(values, 0.9)
     low, high = stats.ttest_1samp(values, 0).confidence_interval(0.9)
     assert (found.low, found.high) == pytest.approx((low, high))
     assert found.size == pytest.approx(np.mean(values) / np.std(values, ddof=1))
@@ -118,7 +118,7 @@ def test_interval_is_students() -> None:
     ],
 )
 def test_verdicts(values: list[float], sign: str, equal: str) -> None:
-    found = effect(values)
+    found = student_effect(values)
     assert (positive(found), negligible(found, 1.0)) == (sign, equal)
 
 
@@ -156,7 +156,7 @@ def test_scores_beside_a_claim_are_of_what_all_rows_have() -> None:
     """A row that lacks a language must not look better or worse for it."""
     records = planted(seeds=1)
     records.scores = [s for s in records.scores if not (s.variant == "adpt" and s.set == "far")]
-    found = standing(records, ("adpt", "joint", "attn"), "within")
+    found = mean_scores(records, ("adpt", "joint", "attn"), "within")
     mine = {
         row: statistics.fmean(
             s.score for s in records.scores if s.variant == row and s.train == s.language == "syn-close"
@@ -164,4 +164,4 @@ def test_scores_beside_a_claim_are_of_what_all_rows_have() -> None:
         for row in ("adpt", "joint", "attn")
     }
     assert found == pytest.approx(mine | {"majority": MAJORITY})
-    assert "ffn" not in standing(records, ("joint",), "within")
+    assert "ffn" not in mean_scores(records, ("joint",), "within")

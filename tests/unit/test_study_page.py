@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from mlinterf_ds.config import load_config
-from mlinterf_ds.plots.convergence import draw, spread
-from mlinterf_ds.plots.style import perplexity_curves
+from mlinterf_ds.plots.curves import perplexity_curves
 from mlinterf_ds.results.claims import all_findings
+from mlinterf_ds.results.convergence import draw
 from mlinterf_ds.results.tables import Cell, all_tables
 from mlinterf_ds.study.config import StudyConfig
 from mlinterf_ds.study.page import figures, render, sortable
@@ -98,10 +98,13 @@ def test_convergence_is_drawn_over_the_seeds_of_both(tmp_path: Path) -> None:
     assert draw(records, tmp_path) == []
 
 
-def test_convergences_spread() -> None:
-    """At the steps that all seeds have, where all are finite, after the first."""
-    runs = [{0: 9.0, 5: 4.0, 10: 2.0, 15: 1.0}, {0: 9.0, 5: 6.0, 10: 3.0, 15: math.inf, 20: 1.0}]
-    assert spread(runs).tolist() == [[5, 10], [5.0, 2.5], [4.0, 2.0], [6.0, 3.0]]
+def test_convergence_leaves_out_the_untrained_model_and_what_is_not_finite(tmp_path: Path) -> None:
+    records = planted(seeds=1)
+    history = [(0, 9.0), (5, 4.0), (10, math.inf), (15, 2.0)]
+    records.models = [replace(model, history=dict.fromkeys(model.languages, history)) for model in records.models]
+    draw(records, tmp_path)
+    lines = (tmp_path / "convergence-far.csv").read_text().splitlines()
+    assert lines[1:3] == ['syn,"adpt, 1 seed",0,5,4.0', 'syn,"adpt, 1 seed",0,15,2.0'] and len(lines) == 9
 
 
 class Addresses(HTMLParser):

@@ -12,7 +12,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
-from mlinterf_ds.plots.style import GREY, MARKERS, OKABE_ITO, STYLES, _save
+from mlinterf_ds.plots.style import GREY, MARKERS, OKABE_ITO, STYLES, save
 
 Row = dict[str, Any]
 
@@ -70,7 +70,7 @@ def scaling(rows: list[Row], axis: str, label: str, path: Path, *, title: str, l
     left.set_ylim(top=max(left.get_ylim()[1], limit * 1.5))
     right.legend(fontsize=8, frameon=False)
     figure.suptitle(title, x=0.01, ha="left", fontsize=11)
-    _save(figure, path)
+    save(figure, path)
     with path.with_suffix(".csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, [axis, "stage", "gib", "days"], extrasaction="ignore")
         writer.writeheader()
