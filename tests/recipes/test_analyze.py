@@ -45,6 +45,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def analyse(folder: Path, *settings: str) -> str:
+    """The message with which the analysis refuses these settings on a rank of the pool; '' if it runs."""
+    return pool(1).run(call, "analysis", str(folder), arguments(*settings))[0]
+
+
 def test_pretraining_is_not_changed_by_measuring(folder: Path) -> None:
     summaries = [json.loads((folder / f"runs/{name}/summary.json").read_text()) for name in ("plain", "measured")]
     assert summaries[0]["valid_perplexity"] == summaries[1]["valid_perplexity"]
@@ -111,7 +116,7 @@ def test_the_command_on_two_ranks(folder: Path) -> None:
 def test_the_projection_at_the_command(folder: Path) -> None:
     settings = ["checkpoint=runs/plain", "train.precision=fp32", "conflict.sequences=8", "tracking.enabled=false"]
     for name, more in {"exact": [], "sketch": ["conflict.sketch=8192"], "alone": ["languages=syn"]}.items():
-        assert pool(1).run(call, "analyze", str(folder), [*settings, f"output=runs/{name}", *more]) == [""]
+        assert analyse(folder, *settings, f"output=runs/{name}", *more) == ""
     found = {n: json.loads((folder / f"runs/{n}/summary.json").read_text()) for n in ("exact", "sketch", "alone")}
     assert found["sketch"]["costs"]["sketch"] == 8192 and found["exact"]["costs"]["sketch"] == "exact"
     difference = np.abs(np.array(found["sketch"]["matrix"]) - np.array(found["exact"]["matrix"]))
@@ -122,17 +127,15 @@ def test_the_projection_at_the_command(folder: Path) -> None:
 
 def test_figure_3_of_several_runs(folder: Path) -> None:
     settings = ["conflict.runs=runs/measured, runs/resumed", "output=runs/figure", "tracking.enabled=false"]
-    assert pool(1).run(call, "analyze", str(folder), settings) == [""]
+    assert analyse(folder, *settings) == ""
     rows = table(folder / "runs/figure/training.csv")
     assert {row["run"] for row in rows} == {"measured", "resumed"} and len(rows) == 2 * 3 * 4
     assert (folder / "runs/figure/training.png").stat().st_size > 1000
     shutil.copytree(folder / "runs/measured", folder / "runs/again/measured")
     settings = ["conflict.runs=runs/measured, runs/again/measured", "output=runs/figure-2", "tracking.enabled=false"]
-    assert pool(1).run(call, "analyze", str(folder), settings) == [""]
-    assert {row["run"] for row in table(folder / "runs/figure-2/training.csv")} == {
-        "runs/measured",
-        "runs/again/measured",
-    }
+    assert analyse(folder, *settings) == ""
+    names = {row["run"] for row in table(folder / "runs/figure-2/training.csv")}
+    assert names == {"runs/measured", "runs/again/measured"}
 
 
 @pytest.mark.parametrize(
@@ -147,8 +150,8 @@ def test_figure_3_of_several_runs(folder: Path) -> None:
     ],
 )
 def test_a_users_mistake_is_one_clear_sentence(folder: Path, settings: list[str], words: list[str]) -> None:
-    (said,) = pool(1).run(call, "analyze", str(folder), [*settings, "output=runs/refused", "tracking.enabled=false"])
-    assert said and all(word in said for word in words), said
+    message = analyse(folder, *settings, "output=runs/refused", "tracking.enabled=false")
+    assert message and all(word in message for word in words), message
 
 
 def test_a_corpus_of_another_vocabulary_is_refused(tmp_path: Path) -> None:
