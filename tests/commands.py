@@ -7,8 +7,10 @@ import importlib
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -38,19 +40,34 @@ def launch(
     return subprocess.run(line, cwd=folder, env=environment, capture_output=True, text=True, timeout=400)
 
 
-def call(recipe: str, folder: str, words: Sequence[str]) -> str:
-    """Runs a recipe's `main` on a rank of the pool, in a folder; returns '' or the message with which it refuses."""
+def refusal(function: Callable[..., Any], *arguments: Any) -> str:
+    """The message with which a function refuses its arguments; '' if it accepts them."""
     from mlinterf_ds.errors import UserError
+
+    try:
+        function(*arguments)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def call(module: str, folder: str, words: Sequence[str]) -> str:
+    """Runs the `main` of a module on a rank of the pool, in a folder; returns the message with which it refuses, or ''."""
     from mlinterf_ds.runtime import parallel
 
     os.chdir(folder)
-    recipe_main = importlib.import_module(f"mlinterf_ds.{recipe}.main").main
+    main = importlib.import_module(f"mlinterf_ds.{module}").main
     with mock.patch.object(parallel, "stop"):  # the process group of the pool outlives the run
-        try:
-            recipe_main(list(words))
-        except UserError as error:
-            return str(error)
-    return ""
+        return refusal(main, list(words))
+
+
+def wait_until(condition: Callable[[], Any], seconds: float = 60.0) -> Any:
+    """Waits until the condition holds and returns its value; fails after `seconds`."""
+    deadline = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < deadline, f"not within {seconds:.0f} s"
+        time.sleep(0.02)
+    return value
 
 
 def table(path: Path) -> list[dict[str, str]]:

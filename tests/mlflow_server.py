@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -56,13 +56,6 @@ def empty_store() -> bytes:
         code = f"from mlflow import MlflowClient; MlflowClient('sqlite:///{folder}/mlflow.db').search_experiments()"
         subprocess.run([sys.executable, "-c", code], check=True, timeout=120, capture_output=True)
         return Path(folder, "mlflow.db").read_bytes()
-
-
-def wait_until(condition: Callable[[], Any], seconds: float = 60.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.05)
 
 
 def points(client: Any, run_id: str | None, name: str) -> list[tuple[int, float]]:

@@ -12,8 +12,9 @@ import pytest
 from mlinterf_ds.errors import UserError
 from mlinterf_ds.pretrain.config import load_run
 from mlinterf_ds.runtime.restarts import Supervisor, resuming
+from tests.commands import ROOT, wait_until
+from tests.mlflow_server import free_port
 
-ROOT = Path(__file__).resolve().parents[2]
 # A rank that notes its start, meets nobody, and ends as told: STATUS_<rank>_<attempt>; "wait" waits for a signal.
 RANK = """
 import os, signal, sys, time
@@ -111,10 +112,7 @@ def test_a_signal_between_attempts_reaches_the_next_rank(tmp_path: Path, monkeyp
 
 def test_a_signal_reaches_the_ranks_and_ends_the_job(tmp_path: Path) -> None:
     processes = start(tmp_path, 2, STATUS_0_0="wait", STATUS_1_0="wait")
-    deadline = time.monotonic() + 120
-    while len(starts(tmp_path)) < 2:
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+    wait_until(lambda: len(starts(tmp_path)) == 2, 120)
     for process in processes:
         process.send_signal(signal.SIGTERM)
     codes, said = ended(processes)
@@ -125,22 +123,13 @@ def test_a_supervisor_without_rank_0s_host_ends_in_bounded_time(tmp_path: Path) 
     """Rank 0's whole host dies: its supervisor, and the store with it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MASTER_ADDR", "127.0.0.1")
-        patch.setenv("MASTER_PORT", str(_free_port()))
+        patch.setenv("MASTER_PORT", str(free_port()))
         patch.setenv("MLINTERF_DS_RENDEZVOUS", "env://")
         processes = start(tmp_path, 2, STATUS_0_0="wait", STATUS_1_0="wait")
-    deadline = time.monotonic() + 120
-    while len(starts(tmp_path)) < 2:
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+    wait_until(lambda: len(starts(tmp_path)) == 2, 120)
     processes[0].kill()
     said = processes[1].communicate(timeout=60)[0]
     assert processes[1].returncode != 0 and "rank 0" in said and "resume=auto" in said
-
-
-def _free_port() -> int:
-    from mlinterf_ds.runtime.restarts import _free_port
-
-    return _free_port()
 
 
 def test_what_a_restarted_run_resumes_from(tmp_path: Path) -> None:

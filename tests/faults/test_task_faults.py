@@ -8,19 +8,15 @@ from pathlib import Path
 
 import pytest
 
+from tests import commands
+from tests.commands import call
 from tests.parity import finetune_bodies as bodies
 from tests.ranks import pool
 
 
 def refusal(task: str, model: Path, data: Path, out: Path, settings: list[str]) -> str:
     """The message with which preparing a fine-tuning is refused."""
-    from mlinterf_ds.errors import UserError
-
-    try:
-        bodies.make(task, str(model), str(data), str(out), settings, "zero1", 1)
-    except UserError as error:
-        return str(error)
-    return ""
+    return commands.refusal(bodies.make, task, str(model), str(data), str(out), settings, "zero1", 1)
 
 
 def refused(
@@ -118,21 +114,9 @@ def test_a_lost_checkpoint_is_named_and_the_one_before_still_resumes(ground: Pat
     assert rest == whole
 
 
-def evaluate(arguments: list[str]) -> str:
-    """`evaluate.main` in a rank of the pool; what it refuses with."""
-    from mlinterf_ds.errors import UserError
-    from mlinterf_ds.evaluate import main
-    from mlinterf_ds.runtime import parallel
-
-    start, stop = parallel.start, parallel.stop
-    parallel.start, parallel.stop = lambda tensor, **_: parallel.relayout(tensor), lambda: None  # type: ignore[assignment]
-    try:
-        main(arguments)
-    except UserError as error:
-        return str(error)
-    finally:
-        parallel.start, parallel.stop = start, stop
-    return ""
+def refused_evaluation(*words: str) -> str:
+    """The message with which `evaluate` refuses these arguments on a rank of the pool."""
+    return pool(1).run(call, "evaluate", "/", words)[0]
 
 
 @pytest.mark.parametrize(
@@ -153,13 +137,12 @@ def test_evaluation_refuses(ground: Path, arguments: list[str], words: str) -> N
     if "te=blank" in arguments:
         (ground / "blank").write_text("\u200b\n\n")
         arguments = ["--text", f"te={ground}/blank"]
-    (message,) = pool(1).run(evaluate, ["--checkpoint", str(ground / "model"), *arguments])
-    assert words in message
+    assert words in refused_evaluation("--checkpoint", str(ground / "model"), *arguments)
 
 
 def test_evaluation_of_a_fine_tuned_model_is_refused(ground: Path, tmp_path: Path) -> None:
     data = str(ground / "data")
     pool(1).run(bodies.finetune, "ner", str(ground / "model"), data, str(tmp_path), ["finetune.epochs=1"], "zero1", 1)
-    (message,) = pool(1).run(evaluate, ["--checkpoint", str(tmp_path), "--fill", "<mask>", "--language", "te"])
+    message = refused_evaluation("--checkpoint", str(tmp_path), "--fill", "<mask>", "--language", "te")
     assert "a checkpoint of a fine-tuning" in message
     assert json.loads((tmp_path / "result.json").read_text())["best_epoch"] == 1

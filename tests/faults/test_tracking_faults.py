@@ -22,7 +22,8 @@ from mlinterf_ds.tracking import Tracker
 from mlinterf_ds.tracking.spool import SPOOL
 from mlinterf_ds.tracking.unsent import main, send_rest
 from tests import mlflow_server as mlflow
-from tests.mlflow_server import empty_store, free_port, mlflow_server, runs_of, wait_until
+from tests.commands import wait_until
+from tests.mlflow_server import empty_store, free_port, mlflow_server, runs_of
 
 
 @pytest.fixture(autouse=True)

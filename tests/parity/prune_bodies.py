@@ -15,6 +15,7 @@ from mlinterf_ds.data.stream import TrainStream
 from mlinterf_ds.engine.optimizer import LossScale
 from mlinterf_ds.runtime import parallel
 from mlinterf_ds.sections import ModelConfig
+from tests.commands import refusal
 from tests.parity.bodies import Made
 
 CODES = ("te", "as")
@@ -156,13 +157,7 @@ def refused(kinds: Sequence[str], variant: str) -> str:
 
 
 def diverged() -> str:
-    from mlinterf_ds.errors import UserError
-
     found = subject(BOTH)
     with torch.no_grad():
         found.model.head.dense.weight.fill_(torch.nan)
-    try:
-        found.learn("te", 0, settings(), lambda *_: None)
-    except UserError as error:
-        return str(error)
-    return ""
+    return refusal(found.learn, "te", 0, settings(), lambda *_: None)

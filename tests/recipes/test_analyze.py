@@ -41,13 +41,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, starts in runs.items():
         for more in starts:
             own = [f"output=runs/{name}", f"tracking.enabled={str(name == 'measured').lower()}"]
-            assert pool(1).run(call, "pretrain", str(folder), arguments(*SHORT, *own, *more)) == [""]
+            assert pool(1).run(call, "pretrain.main", str(folder), arguments(*SHORT, *own, *more)) == [""]
     return folder
 
 
 def analyse(folder: Path, *settings: str) -> str:
     """The message with which the analysis refuses these settings on a rank of the pool; '' if it runs."""
-    return pool(1).run(call, "analysis", str(folder), arguments(*settings))[0]
+    return pool(1).run(call, "analysis.main", str(folder), arguments(*settings))[0]
 
 
 def test_pretraining_is_not_changed_by_measuring(folder: Path) -> None:

@@ -36,7 +36,7 @@ def command(ground: Path, task: str, out: Path, *more: str) -> list[str]:
 
 def run(words: list[str], ranks: int = 1) -> str:
     """Fine-tunes on ranks of the pool; returns the message with which the first refuses, or ''."""
-    return pool(ranks).run(call, "finetune", "/", words)[0]
+    return pool(ranks).run(call, "finetune.main", "/", words)[0]
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)

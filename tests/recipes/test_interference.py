@@ -41,7 +41,7 @@ PAIR = [
 
 def analyse(ranks: int, folder: Path, *settings: str) -> list[str]:
     """The messages with which the ranks refuse these settings; '' where the analysis runs."""
-    return pool(ranks).run(call, "analysis", str(folder), arguments(*ANALYSIS, *settings))
+    return pool(ranks).run(call, "analysis.main", str(folder), arguments(*ANALYSIS, *settings))
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             prepare_synthetic(config.languages or [], data.synthetic_sentences, data.synthetic_limit)
     for name, settings in RUNS.items():
         words = arguments(*SHORT, *settings, f"output=runs/{name}")
-        assert pool(1).run(call, "pretrain", str(found), words) == [""]
+        assert pool(1).run(call, "pretrain.main", str(found), words) == [""]
     return found
 
 

@@ -101,7 +101,7 @@ def scripted(folder: str, output: str, settings: list[str], losses: dict[int, fl
 
     settings = [*SHORT, "tracking.enabled=false", "train.keep=9", f"output={output}", *settings]
     with mock.patch.object(Engine, "evaluate", lambda self, _: losses[self.step]):
-        assert not call("pretrain", folder, arguments(*settings))
+        assert not call("pretrain.main", folder, arguments(*settings))
     saved = Path(folder, output, "checkpoints").glob("step-*")
     return {int(path.name[5:]): json.loads((path / "run.json").read_text()) for path in saved}
 
@@ -165,7 +165,7 @@ def altered(state: Path, told: dict) -> None:
 def test_a_users_mistake_is_one_clear_sentence(
     folder: Path, default, settings: list[str], ranks: int, words: list[str]
 ) -> None:
-    for message in pool(ranks).run(call, "pretrain", str(folder), arguments(*SHORT, *settings)):
+    for message in pool(ranks).run(call, "pretrain.main", str(folder), arguments(*SHORT, *settings)):
         assert all(word in message for word in words), message
 
 

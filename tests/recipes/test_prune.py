@@ -44,7 +44,7 @@ def checkpoint(folder: str) -> None:
 def analyse(ranks: int, folder: Path, *settings: str) -> list[str]:
     """The messages with which the ranks refuse an analysis of the model in `folder`; '' where it runs."""
     words = arguments(*SHORT, "checkpoint=run", *settings)
-    return pool(ranks).run(call, "analysis", str(folder), words)
+    return pool(ranks).run(call, "analysis.main", str(folder), words)
 
 
 @pytest.fixture(scope="module")

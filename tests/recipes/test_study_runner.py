@@ -10,7 +10,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 import types
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,7 +22,7 @@ from mlinterf_ds.study import launch, main, runner, worker
 from mlinterf_ds.study.lock import try_lock, wait_for_lock
 from mlinterf_ds.tracking import Tracker
 from tests import fake_launcher
-from tests.commands import flags
+from tests.commands import flags, wait_until
 from tests.ranks import pool
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -164,10 +163,7 @@ def test_two_studies_don_t_share_a_folder(tmp_path: Path) -> None:
 def test_a_study_that_is_killed_ends_with_the_same_tables(how: signal.Signals, whole: Path, tmp_path: Path) -> None:
     words = [sys.executable, fake_launcher.__file__, "study", str(tmp_path), "seeds=0,1"]
     process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while len(list(tmp_path.glob("jobs/*/done.json"))) < 3:
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    wait_until(lambda: len(list(tmp_path.glob("jobs/*/done.json"))) >= 3, 120)
     process.send_signal(how)
     process.wait(60)
     assert process.returncode and not (tmp_path / "report.html").exists()

@@ -19,7 +19,8 @@ from mlinterf_ds.tracking import Tracker, environment_facts
 from mlinterf_ds.tracking.facts import clean_name, flatten, is_secret, scrub, tracking_uri
 from mlinterf_ds.tracking.spool import SENT, SPOOL, SpoolWriter, read_spool
 from mlinterf_ds.tracking.unsent import main
-from tests.mlflow_server import empty_store, points, runs_of, wait_until
+from tests.commands import wait_until
+from tests.mlflow_server import empty_store, points, runs_of
 
 ROOT = Path(__file__).resolve().parents[2]
 LANGUAGES = ["en", "sw", "zh-hans", "sr_latn", "x0", "ar"]
