@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Prepare a corpus: text files in, deduplicated, split, tokenised and memory-mapped token shards out.
+"""Prepares a corpus: turns text files into deduplicated, split, tokenised and memory-mapped token shards.
 
     python tools/prepare_corpus.py --out corpora/en-sw --vocab-size 8000 en=english.txt sw=swahili.txt.gz
 
@@ -17,12 +17,12 @@ from mlinterf_ds.errors import UserError
 
 INPUTS = """\
 inputs, as LANGUAGE=INPUT (one language may have several):
-  en=FILE       plain text, a sentence a line; .gz, .bz2 and .xz of it; a Wikipedia XML dump; what WikiExtractor makes of it
-  en=FOLDER     all files in it, in name order
+  en=FILE       plain text, a sentence a line; .gz, .bz2 and .xz of it; a Wikipedia XML dump, or WikiExtractor's output
+  en=FOLDER     all files in the folder, in name order
   en=-          standard input
   en=hf:NAME[:CONFIG[:SPLIT[:COLUMN]]]    a Hugging Face dataset (needs the library `datasets` and a network)
 
-A run that was interrupted is continued by the same command. A language needs at least 50 distinct sentences.
+After an interruption the same command goes on from there. A language needs at least 50 distinct sentences.
 """
 
 
@@ -31,7 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
     started = time.perf_counter()
     try:
         corpus = prepare(
-            _pairs(options.inputs),
+            _inputs_by_language(options.inputs),
             options.out,
             vocabulary_size=options.vocab_size,
             temperature=options.vocab_temperature,
@@ -45,7 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"prepare_corpus: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("prepare_corpus: interrupted; the same command goes on from here", file=sys.stderr)
+        print("prepare_corpus: interrupted; run the same command again to go on from here", file=sys.stderr)
         return 130
     print(report(corpus, time.perf_counter() - started))
     return 0
@@ -58,65 +58,77 @@ def _parser() -> argparse.ArgumentParser:
         epilog=INPUTS,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("inputs", nargs="+", metavar="LANGUAGE=INPUT", help="what to read; see below")
+    parser.add_argument("inputs", nargs="+", metavar="LANGUAGE=INPUT", help="the text of a language; see below")
     parser.add_argument(
         "--out", required=True, type=Path, metavar="FOLDER", help="a new or empty folder for the corpus"
     )
     vocabulary = parser.add_mutually_exclusive_group()
     vocabulary.add_argument(
-        "--vocab-size", type=int, default=32_000, metavar="N", help="pieces of the shared vocabulary (default: 32000)"
+        "--vocab-size",
+        type=int,
+        default=32_000,
+        metavar="N",
+        help="size of the shared vocabulary in pieces (default: 32000)",
     )
     vocabulary.add_argument(
-        "--tokenizer", type=Path, metavar="FILE", help="another corpus's tokenizer.model, so that perplexities compare"
+        "--tokenizer",
+        type=Path,
+        metavar="FILE",
+        help="use the tokenizer.model of another corpus, so that perplexities can be compared",
     )
     parser.add_argument(
         "--extend",
         type=Path,
         metavar="FOLDER",
-        help="keep the vocabulary of this corpus, ids and all, and extend it to --vocab-size by pieces of the languages "
-        "that it lacks, to add them to a model trained on it (init=); its own text may be cut differently where a new "
-        "piece spans several old ones",
+        help="keep the vocabulary of this corpus, ids and all, and extend it to --vocab-size with pieces of the languages "
+        "that it lacks, so that a model trained on it can learn them (init=); the old text may be cut differently where a "
+        "new piece spans several old ones",
     )
     parser.add_argument(
         "--vocab-temperature",
         type=float,
         default=2.0,
         metavar="T",
-        help="languages weigh sentences^(1/T) in learning the vocabulary: 1 is proportional, higher favours small "
-        "languages (default: 2)",
+        help="a language weighs sentences^(1/T) when the vocabulary is learned: 1 is proportional to its size, higher "
+        "values favour small languages (default: 2)",
     )
     parser.add_argument(
         "--limit",
         action="append",
         default=[],
         metavar="LANGUAGE=N",
-        help="keep N of the language's training sentences, a low-resource version; what is held out stays the same",
+        help="keep only N of the language's training sentences (a low-resource version); the held-out splits stay the same",
     )
-    parser.add_argument("--licence", default="", metavar="TEXT", help="a note on the texts' licences for the manifest")
     parser.add_argument(
-        "--workers", type=int, metavar="N", help="processes (default: all cores); the result is the same"
+        "--licence", default="", metavar="TEXT", help="a note on the texts' licences, stored in the manifest"
+    )
+    parser.add_argument(
+        "--workers",
+        type=int,
+        metavar="N",
+        help="number of processes (default: one a core); the result is the same for any number",
     )
     return parser
 
 
-def _pairs(inputs: list[str]) -> dict[str, list[str | Path]]:
-    sources: dict[str, list[str | Path]] = {}
-    for text in inputs:
-        language, equals, source = text.partition("=")
-        if not equals or not source:
-            raise UserError(f"{text!r}: expected LANGUAGE=INPUT, for example en=english.txt")
-        sources.setdefault(language, []).append(source)
-    return sources
+def _inputs_by_language(arguments: list[str]) -> dict[str, list[str | Path]]:
+    inputs: dict[str, list[str | Path]] = {}
+    for argument in arguments:
+        language, equals, name = argument.partition("=")
+        if not equals or not name:
+            raise UserError(f"{argument!r}: expected LANGUAGE=INPUT, for example en=english.txt")
+        inputs.setdefault(language, []).append(name)
+    return inputs
 
 
 def report(corpus: Corpus, seconds: float) -> str:
-    """A table of what the corpus holds and what was dropped, and a line that sums it up."""
+    """Returns a table of what the corpus holds, the lines that were dropped, and a summary line."""
     head = ("language", "sentences", "train", "words", "tokens", "unknown", "tokens/word")
     rows: list[tuple[str, ...]] = [head]
     for language in corpus.languages:
         splits = corpus.manifest["languages"][language]["splits"]
         total = {name: sum(s[name] for s in splits.values()) for name in ("sentences", "words", "tokens", "unknown")}
-        pieces = total["tokens"] - total["sentences"]  # every sentence has one </s>, which is no word's
+        pieces = total["tokens"] - total["sentences"]  # the </s> of every sentence belongs to no word
         counts = (total["sentences"], splits["train"]["sentences"], total["words"], total["tokens"])
         rates = (f"{total['unknown'] / pieces:.3%}", f"{pieces / total['words']:.2f}")
         rows.append((language, *(f"{count:,}" for count in counts), *rates))
@@ -126,7 +138,8 @@ def report(corpus: Corpus, seconds: float) -> str:
         for reason, entry in corpus.manifest["languages"][language]["dropped"].items():
             first = f" (first: {', '.join(entry['first'])})" if entry["first"] else ""
             lines.append(f"{language}: dropped {entry['lines']:,} {reason}{first}")
-    read = sum(s.get("bytes", 0) for x in corpus.languages for s in corpus.manifest["languages"][x]["sources"])
+    sources = [source for code in corpus.languages for source in corpus.manifest["languages"][code]["sources"]]
+    read = sum(source.get("bytes", 0) for source in sources)
     lines.append(
         f"{corpus.folder}: {len(corpus.languages)} languages, {corpus.vocabulary_size:,} pieces, {read / 1e6:.1f} MB read "
         f"in {seconds:.1f} s"

@@ -1,4 +1,4 @@
-"""A prepared corpus: memory-mapped token ids of every language and split, the tokenizer, and the counts."""
+"""A prepared corpus: memory-mapped token ids by language and split, the tokenizer, counts, and checks against alteration."""
 
 import hashlib
 import json
@@ -17,7 +17,7 @@ from mlinterf_ds.files import sha256
 MANIFEST = "manifest.json"
 FORMAT, VERSION = "mlinterf_ds corpus", 1
 _DTYPES: dict[str, np.dtype] = {"uint16": np.dtype(np.uint16), "int32": np.dtype(np.int32)}
-LANGUAGE = re.compile(r"(?!shared$)[a-z][a-z0-9_-]*")  # "shared" are the parameters of all languages
+LANGUAGE = re.compile(r"(?!shared$)[a-z][a-z0-9_-]*")  # "shared" names the parameters that all languages use
 SPLITS = ("train", "meta", "valid", "test")
 COUNTS = ("sentences", "words", "characters", "tokens")
 SYNTHETIC_LANGUAGES = ["syn", "syn-mid"]  # of a run on corpus=synthetic that names no languages
@@ -27,7 +27,7 @@ AGAIN = "; copy the corpus again, or prepare it again in another folder"
 class Corpus:
     """A folder written by `mlinterf_ds.data.prepare.main.prepare`; open one with `Corpus.open`.
 
-    Splits are "train", "meta" (the meta step's validation loss), "valid" (reported) and "test".
+    Its splits are "train", "meta" (for the meta step's validation loss), "valid" (reported) and "test".
     """
 
     folder: Path
@@ -40,8 +40,8 @@ class Corpus:
     def open(cls, folder: str | Path, languages: Sequence[str] | None = None) -> "Corpus":
         """Open a corpus, or only some of its languages, in the order given (default: all, in the order prepared).
 
-        Raises UserError if the folder is not a whole prepared corpus, a file's size is not what the manifest says, or
-        a language is not there. What the shards hold is checked by `verify`, and that it stays so by `unchanged`.
+        Raises UserError if the folder is not a complete corpus, a file's size differs from the manifest's, or a language
+        is missing. `verify` compares the contents with the manifest, and `unchanged` watches them during a run.
         """
         corpus = cls()
         corpus.folder = Path(folder)
@@ -69,7 +69,7 @@ class Corpus:
         return corpus
 
     _dtype: np.dtype
-    _seen: dict[Path, tuple[int, ...]]  # how each file was when it was opened, or last found whole
+    _seen: dict[Path, tuple[int, ...]]  # each file's state when it was opened, or when its digest was last compared
 
     @property
     def vocabulary_size(self) -> int:
@@ -83,30 +83,30 @@ class Corpus:
         return self._facts(language, split)["words"]
 
     def characters(self, language: str, split: str) -> int:
-        """Unicode characters of the sentences, spaces included and sentence ends not: what bits per character divide by."""
+        """Unicode characters of the sentences, with spaces, without sentence ends: the divisor of bits per character."""
         return self._facts(language, split)["characters"]
 
     def tokens(self, language: str, split: str) -> np.ndarray:
-        """All token ids of a split end to end, every sentence ended by `</s>`; memory-mapped, read-only.
+        """All token ids of a split, `</s>` after every sentence; memory-mapped and read-only.
 
-        # (tokens,) uint16, or int32 if the vocabulary has 65,500 pieces or more: widen before you index with them
+        # (tokens,) uint16, or int32 if the vocabulary has 65,500 pieces or more: widen them before indexing with them
         """
         entry = self._facts(language, split)["bin"]
         return np.memmap(self._path(entry), dtype=self._dtype, mode="r")
 
     def verify(self, part: int = 0, parts: int = 1) -> None:
-        """Read every file and compare its hash with the manifest's. Raises UserError naming the first that differs.
+        """Reads every file and compares its SHA-256 with the manifest's. Raises UserError that names the first to differ.
 
-        With `parts`, only every so many-th file: the processes of a host share the work.
+        Of `parts` processes that share the work, process `part` reads every `parts`-th file.
         """
         for entry in [*self._files()][part::parts]:
             self._check_hash(entry)
 
     def unchanged(self, language: str, split: str) -> bool:
-        """Whether nothing happened to a split's tokens, and the tokenizer, since they were opened or last looked at.
+        """Returns whether the files of a split's tokens and of the tokenizer stayed untouched since the last call.
 
-        Two system calls, unless something did: then the file is read, and what was only touched, or replaced by a copy, may
-        go on. UserError if it is no longer what was prepared.
+        This takes two system calls. A file that was touched is read again: if its contents are the same, the next call
+        returns True; if they differ from what was prepared, this raises UserError.
         """
         same = True
         for entry in (self.manifest["vocabulary"], self._facts(language, split)["bin"]):
@@ -127,7 +127,7 @@ class Corpus:
             )
 
     def _check_manifest(self) -> None:
-        """Its own digest (older ones have none), and that its numbers fit each other."""
+        """Checks the manifest's own digest (older ones have none) and that its numbers fit each other."""
         if self.manifest.get("digest") not in (None, manifest_digest(self.manifest)):
             raise UserError(f"{self.folder / MANIFEST}: altered since it was written{AGAIN}")
         if self._dtype != self.tokenizer.dtype or self.manifest["vocabulary"]["size"] != self.tokenizer.size:
@@ -175,7 +175,7 @@ class Corpus:
         return splits[split]
 
     def _files(self) -> Iterator[dict[str, Any]]:
-        """The manifest's entries of the tokenizer and of the opened languages' shards."""
+        """Yields the manifest's entries of the tokenizer and of the opened languages' shards."""
         yield self.manifest["vocabulary"]
         for language in self.languages:
             for facts in self.manifest["languages"][language]["splits"].values():
@@ -194,8 +194,8 @@ class Corpus:
         path = self._path(entry)
         size = path.stat().st_size if path.is_file() else None
         if size != entry["bytes"]:
-            found = "is missing" if size is None else f"has {size:,} bytes"
-            raise UserError(f"{path}: {found}, {entry['bytes']:,} expected{AGAIN}")
+            state = "is missing" if size is None else f"has {size:,} bytes"
+            raise UserError(f"{path}: {state}, {entry['bytes']:,} expected{AGAIN}")
 
 
 def synthetic_folder(languages: Sequence[str], sentences: int, limits: Mapping[str, int] | None = None) -> Path:
@@ -208,15 +208,15 @@ def synthetic_folder(languages: Sequence[str], sentences: int, limits: Mapping[s
 
 
 def _state(path: Path) -> tuple[int, ...]:
-    """What changes when a file is written, replaced or touched; () if it is not there."""
+    """Returns values that change when a file is written, replaced or touched; () if it is missing."""
     try:
-        found = os.stat(path)
+        stat = os.stat(path)
     except OSError:
         return ()
-    return found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino
+    return stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino
 
 
 def manifest_digest(manifest: Mapping[str, Any]) -> str:
-    """SHA-256 of what a manifest says, its digest apart, however it is spaced and ordered."""
+    """Returns the SHA-256 of a manifest's contents without its own digest, whatever their spacing and order."""
     rest = {name: value for name, value in manifest.items() if name != "digest"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()

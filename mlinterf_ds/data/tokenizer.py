@@ -15,28 +15,28 @@ from mlinterf_ds.errors import UserError
 from mlinterf_ds.files import write_bytes
 
 BOS, PAD, EOS, UNK, MASK = range(5)  # <s> <pad> </s> <unk> as in XLM-R, then <mask>
-MANY_UNKNOWN = 0.02  # share of <unk> among a text's pieces from which on its reader should be told
+MANY_UNKNOWN = 0.02  # a text with a larger share of <unk> among its pieces is worth a warning
 SPECIAL_PIECES = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
 
-# Learning uses the most frequent words, this many characters of them a piece. SentencePiece needs about 65 bytes for
-# each, so that 32,000 pieces are learned in 200 MB. Measured on 7 languages at 32,000 pieces: held-out text takes 0.4%
-# more pieces than with all words, and learning half the time.
+# A vocabulary is learned from the most frequent words, this many characters of them for each piece. SentencePiece needs
+# about 65 bytes a character, so that 32,000 pieces are learned in 200 MB. Measured on 7 languages at 32,000 pieces,
+# held-out text takes 0.4% more pieces than if all words are used, and learning takes half the time.
 CHARACTERS_PER_PIECE, FEWEST_CHARACTERS = 75, 500_000
 
 
 class Tokenizer:
-    """Text to piece ids and back. Ids: `<s>` 0, `<pad>` 1, `</s>` 2, `<unk>` 3, `<mask>` 4, then the learned pieces.
+    """Turns text into piece ids and back. Ids: `<s>` 0, `<pad>` 1, `</s>` 2, `<unk>` 3, `<mask>` 4, then the learned pieces.
 
-    Every text is normalised as a corpus is (`mlinterf_ds.data.text.normalise`); no special piece is added.
+    Every text is normalised as in a corpus (`mlinterf_ds.data.text.normalise`). No special piece is added.
     """
 
     def __init__(self, path: str | Path) -> None:
-        """Load a model file. Raises UserError if it is missing, no SentencePiece model or has other special ids."""
+        """Loads a model file. Raises UserError if it is missing, is not a SentencePiece model, or has other special ids."""
         self.path = Path(path)
         try:
             self._model = sentencepiece.SentencePieceProcessor(model_proto=self.path.read_bytes())
             self.size = len(self._model)
-            self.pieces = [self._model.id_to_piece(i) for i in range(self.size)]  # all pieces, by id
+            self.pieces = [self._model.id_to_piece(i) for i in range(self.size)]  # by id
         except OSError as error:
             raise UserError(f"{path}: the tokenizer cannot be read: {error.strerror}") from None
         except (RuntimeError, UnicodeDecodeError):
@@ -56,13 +56,13 @@ class Tokenizer:
         return [self.encode(text) for text in texts]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of `ids`; special pieces read as nothing, `<unk>` as " \u2047 "."""
+        """Returns the text of `ids`. Special pieces give no text, except `<unk>`, which gives " \u2047 "."""
         return self._model.decode([int(i) for i in ids])
 
     def encode_words(self, words: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Encode normalised words that each open a sentence or follow a space: (ids end to end, how many a word has).
+        """Encodes normalised words: returns all their ids end to end, and how many ids each word has.
 
-        No piece spans a space, so a sentence's ids are its words' ids end to end, and encoding the distinct words of a
+        No piece spans a space, so that a sentence's ids are its words' ids end to end: encoding the distinct words of a
         text once is several times as fast as encoding the text.  # ids (pieces,) uint16 or int32, counts (words,) int64
         """
         rows = self._model.encode(list(words), num_threads=1)
@@ -71,10 +71,10 @@ class Tokenizer:
 
     @staticmethod
     def learn(sentences: Iterable[str], size: int, out: str | Path) -> "Tokenizer":
-        """Learn a BPE vocabulary of `size` pieces from sentences and write the model to `out`.
+        """Learns a BPE vocabulary of `size` pieces from sentences and writes the model to `out`.
 
-        Raises UserError if the text is too small for `size`, naming the largest size that it allows, or `size` too
-        small for the text's characters.
+        Raises UserError if the text has too few pieces for `size` (the message names the largest size that it allows), or
+        if `size` has no room for the text's characters.
         """
         counts: Counter[str] = Counter()
         for sentence in sentences:
@@ -83,9 +83,9 @@ class Tokenizer:
 
     @staticmethod
     def learn_from_counts(counts: Mapping[str, int], size: int, out: str | Path) -> "Tokenizer":
-        """`learn` from how often each word occurs: the same pieces as from the sentences, in half the time.
+        """Learns the pieces that `learn` would, from how often each word occurs, in half the time.
 
-        Only the most frequent words are used, up to `distinct_characters(size)` characters of them.
+        Only the most frequent words are used, up to `distinct_characters(size)` characters in all.
         """
         if size <= len(SPECIAL_PIECES):
             raise UserError(f"vocabulary size {size}: must be more than the {len(SPECIAL_PIECES)} special pieces")
@@ -100,12 +100,12 @@ class Tokenizer:
 
 
 def distinct_characters(size: int) -> int:
-    """How many characters of distinct words a vocabulary of `size` pieces is learned from."""
+    """Returns from how many characters of distinct words a vocabulary of `size` pieces is learned."""
     return max(FEWEST_CHARACTERS, CHARACTERS_PER_PIECE * size)
 
 
 def _learn(words: list[str], size: int) -> bytes:
-    """Train SentencePiece on `word<TAB>count` lines. One thread: the model's bytes then depend on the input alone."""
+    """Trains SentencePiece on `word<TAB>count` lines, on one thread, so that the model's bytes depend on the input alone."""
     writer = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
@@ -114,7 +114,7 @@ def _learn(words: list[str], size: int) -> bytes:
             model_writer=writer,
             model_type="bpe",
             vocab_size=size,
-            character_coverage=0.99995,  # 49 languages, Japanese and Korean too: 0.2% unknown at worst
+            character_coverage=0.99995,  # at most 0.2% unknown in any of 49 languages, Japanese and Korean included
             normalization_rule_name="identity",  # the text is normalised already, the same way everywhere
             max_sentence_length=1 << 17,
             num_threads=1,
@@ -131,7 +131,7 @@ def _learn(words: list[str], size: int) -> bytes:
 
 
 def _explained(message: str, size: int) -> Exception:
-    """SentencePiece's complaint about a vocabulary size in the user's words."""
+    """Returns the error for SentencePiece's complaint about a vocabulary size, in words that a user understands."""
     if largest := re.search(r"value <= (\d+)", message):
         return UserError(
             f"vocabulary size {size}: larger than the text allows, at most {largest[1]} here; "

@@ -1,9 +1,9 @@
 """Synthetic languages: a seeded family of artificial languages over one shared meaning space.
 
-A model organism, not a language: what is planted (how far two languages are, what a word means, how much there is to
-learn) is known exactly, so that every experiment can run in minutes with no download, and its instruments can be
-checked. What holds here need not hold for people's languages: no pragmatics, no discourse beyond a sentence, no
-idiom, shallow syntax, and meanings that are drawn from tables.
+They are a model organism. How far two languages are apart, what a word means and how much there is to learn are known
+exactly, so that experiments run in minutes without a download and instruments can be checked. What holds here need not
+hold for natural languages: these have no pragmatics, no discourse beyond a sentence, no idioms, shallow syntax, and
+meanings that are drawn from tables.
 
 - 632 content concepts (240 nouns in 12 classes, 96 verbs in pairs of opposites, 72 adjectives, 24 adverbs, 200 name
   words), 21 function words, 5 suffixes and 2 stops. Verbs select the class of subject and object, the adverb and the
@@ -16,9 +16,9 @@ idiom, shallow syntax, and meanings that are drawn from tables.
 - Number, tense, agreement and case are suffixes inside the word, for subword tokenizers to find.
 - Tokens are separated by one space, the final stop included; all is lower-case, so letters don't give names away.
   Sentences have about 9 tokens.
-- Example number i depends on the language, the seed, the split and i, and not on how many are asked for. The `train`
-  split of a language is its own; any other split has the same meanings, in the same order, in every language.
-- `entropy_floor` states how far prediction can go.
+- Example number i depends on the language, the seed, the split and i, but not on how many are asked for. Each language has
+  a `train` split of its own; any other split has the same meanings, in the same order, in every language.
+- `entropy_floor` bounds how well any model can predict the text.
 """
 
 import os
@@ -62,7 +62,7 @@ class Annotated(NamedTuple):
 
 
 def sentences(name: str | SyntheticLanguage, count: int, seed: int, split: str = "train") -> Iterator[str]:
-    """`count` sentences of the language, tokens separated by spaces."""
+    """Yields `count` sentences of the language, tokens separated by spaces."""
     spoken = resolve(name)
     realise = grammar(spoken).text
     for draw in draws(spoken, "text", count, seed, split):
@@ -70,7 +70,7 @@ def sentences(name: str | SyntheticLanguage, count: int, seed: int, split: str =
 
 
 def annotated(name: str | SyntheticLanguage, count: int, seed: int, split: str = "train") -> Iterator[Annotated]:
-    """`count` sentences with part-of-speech tags, entities and meanings; other sentences than `sentences` gives."""
+    """Yields `count` sentences with part-of-speech tags, entities and meanings; they are not those of `sentences`."""
     spoken = resolve(name)
     speak = grammar(spoken)
     for draw in draws(spoken, "annotated", count, seed, split):

@@ -1,4 +1,5 @@
-"""Random numbers for synthetic examples: a function of who asks, for what, the seed and the example's number."""
+"""Random numbers for synthetic examples: a function of the language, the kind of example, the split, the seed and the
+example's number."""
 
 import hashlib
 from collections.abc import Iterator
@@ -15,16 +16,17 @@ BLOCK = 256  # examples whose random numbers are made at once
 def draws(
     spoken: SyntheticLanguage, kind: str, count: int, seed: int, split: str, width: int = UNIFORMS
 ) -> Iterator[Draw]:
-    """The random choices of examples 0 to `count - 1`; see `uniforms`."""
+    """Yields the random choices of examples 0 to `count - 1`; see `uniforms`."""
     return map(Draw, uniforms(spoken, kind, count, seed, split, width))
 
 
 def uniforms(
     spoken: SyntheticLanguage, kind: str, count: int, seed: int, split: str, width: int = UNIFORMS
 ) -> Iterator[list[float]]:
-    """`width` uniform random numbers for each of examples 0 to `count - 1`.
+    """Yields `width` uniform random numbers for each of examples 0 to `count - 1`.
 
-    The train split is the language's own; all languages share any other. Raises UserError for a negative count.
+    Each language has its own numbers for `train`; all languages share those of any other split. Raises UserError for a
+    negative count.
     """
     if count < 0:
         raise UserError(f"synthetic language '{spoken.name}': asked for {count} examples; ask for 0 or more")

@@ -17,11 +17,11 @@ MASKED_SENTENCES = 100  # the masked bound replays every alternative of every ch
 
 
 class EntropyFloor(NamedTuple):
-    """Nats per word, the final stop counted as a word. `exp` of any is a perplexity per word.
+    """Bounds in nats per word, the final stop counted as a word; `exp` of each is a perplexity per word.
 
-    A model that reads from left to right can't do better than the text's entropy, which lies between `text_lower`
-    and `text_upper`. A masked model sees both sides, so its floor is lower: no predictor of a masked word, however
-    many words are masked with it, beats `masked_lower` on average. `unigram` is what word frequencies alone give.
+    A model that reads from left to right cannot do better than the text's entropy, which lies between `text_lower` and
+    `text_upper`. A masked model sees both sides, so its floor is lower: no predictor of a masked word, however many words
+    are masked with it, beats `masked_lower` on average. `unigram` is the loss of word frequencies alone.
     """
 
     text_upper: float
@@ -31,12 +31,12 @@ class EntropyFloor(NamedTuple):
     characters_per_word: float  # one separator included
 
     def bits_per_character(self, nats_per_word: float) -> float:
-        """The same quantity per character, separators counted, in bits."""
+        """Converts nats per word to bits per character, separators counted."""
         return nats_per_word / log(2) / self.characters_per_word
 
 
 class Weighing(Draw):
-    """Remembers each choice and adds up the log probabilities, in nats."""
+    """A draw that remembers its choices and adds up their log probabilities, in nats."""
 
     def __init__(self, uniforms: Sequence[float]) -> None:
         super().__init__(uniforms)
@@ -56,7 +56,7 @@ class Weighing(Draw):
 
 
 class Forced(Weighing):
-    """Makes the given choices in turn."""
+    """A draw that makes the given choices in turn."""
 
     def __init__(self, values: Iterable[Any]) -> None:
         super().__init__(())
@@ -73,7 +73,7 @@ class Forced(Weighing):
 
 
 class Impossible(Exception):
-    """The forced choices are not a derivation."""
+    """The forced choices do not derive any sentence."""
 
 
 @cache
@@ -84,15 +84,15 @@ def _coin(probability: float) -> Table[bool]:
 def entropy_floor(
     name: str | SyntheticLanguage, count: int = 20_000, seed: int = 0, masked_count: int = MASKED_SENTENCES
 ) -> EntropyFloor:
-    """Bounds for the text that `sentences` gives, averaged over `count` of them (`masked_count` for the masked bound).
+    """Returns bounds for the text of `sentences`, averaged over `count` of them (`masked_count` for the masked bound).
 
     - text_upper: the mean negative log probability of the sampled choices. The choices determine the sentence, and no
       other derivation is counted, so this is at least the text's entropy.
-    - text_lower: less the uncertainty about the choices that the text leaves. The words' concepts and entity types
+    - text_lower: that, less the uncertainty that the text leaves about the choices. The words' concepts and entity types
       determine the choices; given the text that uncertainty is at most the sum, over words, of the entropy of concept
       and type given the form alone (counted on the sample; few forms are ambiguous).
-    - masked_lower: for each choice, the entropy of the word it shows in, given all other choices and words, which is
-      more than any model sees. Exact probabilities; what one choice can't change without another is left out.
+    - masked_lower: for each choice, the entropy of the word that shows it, given all other choices and words, which is
+      more than any model sees. Probabilities are exact; changes that need two choices at once are left out.
     """
     spoken = resolve(name)
     speak = grammar(spoken)
@@ -120,13 +120,13 @@ def entropy_floor(
 
 
 def entropy(weights: Collection[float]) -> float:
-    """Of the distribution with these unnormalised weights, in nats."""
+    """Returns the entropy, in nats, of the distribution with these unnormalised weights."""
     total = sum(weights)
     return -sum(weight / total * log(weight / total) for weight in weights if weight)
 
 
 def masked_nats(speak: Grammar, made: Weighing, tokens: list[Token]) -> float:
-    """A lower bound, in nats, on what is unknown about the words of this sentence, each masked in turn.
+    """Returns a lower bound, in nats, on what is unknown about this sentence's words, each masked in turn.
 
     Each choice is replaced by each alternative, the others kept. Alternatives that change one and the same word compete
     for it; a word that shows several choices (a noun and its number) gets the sum, which is at most its entropy.
@@ -134,26 +134,26 @@ def masked_nats(speak: Grammar, made: Weighing, tokens: list[Token]) -> float:
     sentence = [token.form for token in tokens]
     values = [value for _, value in made.choices]
     total = 0.0
-    for place, (table, value) in enumerate(made.choices):
-        unseen = exp(made.log_probability)  # of the derivations that give the same sentence
-        rivals: dict[int, Counter[str]] = {}  # by position: probability of each other form there
+    for number, (table, value) in enumerate(made.choices):
+        same = exp(made.log_probability)  # probability of the derivations that give the same sentence
+        rivals: dict[int, Counter[str]] = {}  # by position: the probability of each other form
         for other in table.values:
             if other == value:
                 continue
-            forms, probability = _replayed(speak, [*values[:place], other, *values[place + 1 :]])
+            forms, probability = _replayed(speak, [*values[:number], other, *values[number + 1 :]])
             changed = [n for n, (a, b) in enumerate(zip(sentence, forms, strict=False)) if a != b]
             if len(forms) != len(sentence) or len(changed) > 1:
                 continue
             if changed:
                 rivals.setdefault(changed[0], Counter())[forms[changed[0]]] += probability  # type: ignore[assignment]
             else:
-                unseen += probability
-        total += sum(entropy([unseen, *forms_there.values()]) for forms_there in rivals.values())
+                same += probability
+        total += sum(entropy([same, *other_forms.values()]) for other_forms in rivals.values())
     return total
 
 
 def _replayed(speak: Grammar, values: list[Any]) -> tuple[list[str], float]:
-    """The sentence and probability of a derivation; no words where there is no such derivation."""
+    """Returns the words and the probability of a derivation, or no words if these choices derive no sentence."""
     draw = Forced(values)
     try:
         meaning = sample_meaning(draw)

@@ -1,8 +1,8 @@
 """The meaning space that all synthetic languages share: concepts, what selects what, and how meanings are sampled.
 
-A meaning is a tree of concept numbers. It is sampled without looking at any language, by random choices from the tables
-below, and `synthetic_sentence` turns it into a sentence of a language. Given a language, sentences differ only through
-these choices, so the choices' probabilities are the entropy of the text (`entropy.py`).
+A meaning is a tree of concept numbers. It is sampled independently of any language, by random choices from the tables
+below, and `sentence.Grammar` turns it into a sentence of a language. Given a language, sentences differ only through these
+choices, so that the choices' probabilities determine the entropy of the text (`entropy.py`).
 """
 
 import random
@@ -35,7 +35,7 @@ CONCEPTS: tuple[str, ...] = tuple(pos for pos, n in _CONTENT for _ in range(n)) 
 
 
 def _of(pos: str) -> range:
-    """The concepts of a part of speech; each part's are contiguous."""
+    """Returns the concepts of a part of speech, which are contiguous."""
     return range(CONCEPTS.index(pos), CONCEPTS.index(pos) + CONCEPTS.count(pos))
 
 
@@ -72,7 +72,7 @@ T = TypeVar("T")
 
 
 class Table(Generic[T]):
-    """A discrete distribution over `values`; `log_probability`, in nats, is by value."""
+    """A discrete distribution over `values`; `log_probability` gives each value's, in nats."""
 
     __slots__ = ("bounds", "log_probability", "values")
 
@@ -84,7 +84,7 @@ class Table(Generic[T]):
 
 
 class Draw:
-    """Random choices out of a row of uniform numbers. Subclasses weigh or force them (`entropy.py`)."""
+    """Makes random choices out of a row of uniform numbers. Subclasses weigh or force the choices (`entropy.py`)."""
 
     def __init__(self, uniforms: Sequence[float]) -> None:
         self._next: Callable[[], float] = iter(uniforms).__next__
@@ -98,7 +98,7 @@ class Draw:
 
 # --- meanings --------------------------------------------------------------------------------------------------------
 class Head(NamedTuple):
-    """What a noun phrase is built on: a noun, or the first word of a name."""
+    """The word that a noun phrase is built on: a noun, or the first word of a name."""
 
     word: int
     noun_class: int
@@ -136,7 +136,7 @@ class Meaning(NamedTuple):
 
 
 class Selection(NamedTuple):
-    """What a verb or an adposition wants in a place."""
+    """What a verb or an adposition selects for one of its phrases."""
 
     head: Table[Head]
     question_word: Table[int]
@@ -167,7 +167,7 @@ def zipf(values: Sequence[T]) -> Table[T]:
 
 
 def _heads(noun_class: int) -> list[tuple[Head, float]]:
-    """The heads of a class with their probabilities: nouns and, if the class has names, first words of names."""
+    """Returns a class's heads with their probabilities: nouns and, if the class has names, first words of names."""
     nouns = NOUNS[noun_class * CLASS_SIZE : (noun_class + 1) * CLASS_SIZE]
     if noun_class not in ENTITY:
         return _shared_out(1, [Head(noun, noun_class) for noun in nouns], zipf_weights(len(nouns)))
@@ -180,7 +180,7 @@ def _heads(noun_class: int) -> list[tuple[Head, float]]:
 
 
 def _shared_out(total: float, values: list[Head], weights: list[float]) -> list[tuple[Head, float]]:
-    """`total` shared among the values by weight."""
+    """Shares `total` among the values by weight."""
     return [(value, total * weight / sum(weights)) for value, weight in zip(values, weights, strict=True)]
 
 
@@ -197,7 +197,7 @@ ASKED_INTRANSITIVE = Table((SUBJECT, COMPLEMENT), (1, 1))
 
 @cache
 def selection(noun_class: int) -> Selection:
-    """Phrases of this class, but for the random ones."""
+    """Returns a selection of phrases of this class, except for the random ones."""
     weights = [RANDOM_PHRASES / CLASSES] * CLASSES
     weights[noun_class] += 1 - RANDOM_PHRASES
     heads = [(head, weights[c] * weight) for c in range(CLASSES) for head, weight in _heads(c)]
@@ -207,7 +207,7 @@ def selection(noun_class: int) -> Selection:
 
 @cache
 def world() -> World:
-    """The one meaning space."""
+    """Returns the one meaning space of all languages."""
     rng = random.Random("one meaning space")
     things = range(len(ENTITY), CLASSES)
     verbs = {}
@@ -231,7 +231,7 @@ UNIFORMS = 64  # random numbers that suffice for a meaning: at most 25 a clause 
 
 
 def sample_meaning(draw: Draw) -> Meaning:
-    """A sentence's meaning: one or two statements, or a question. No choice is hidden: each shows in the sentence."""
+    """Samples a sentence's meaning: one or two statements, or a question. Every choice shows in the sentence."""
     if draw.chance(QUESTION):
         return Meaning((sample_clause(draw, question=True),), question=True)
     first = sample_clause(draw)
@@ -242,7 +242,7 @@ def sample_meaning(draw: Draw) -> Meaning:
 
 
 def sample_clause(draw: Draw, question: bool = False) -> Clause:
-    """The verb first, since it selects all the rest."""
+    """Samples a clause: the verb first, since it selects all the rest."""
     verb = draw.pick(VERB)
     frame = world().verbs[verb]
     asked = -1
@@ -259,13 +259,13 @@ def sample_clause(draw: Draw, question: bool = False) -> Clause:
 
 
 def sample_adjunct(draw: Draw, verb: int, asked: bool = False) -> tuple[int, Phrase]:
-    """An adposition that the verb likes, and its complement."""
+    """Samples an adposition by the verb's preference, and its complement."""
     adposition = draw.pick(world().verbs[verb].adposition)
     return adposition, sample_phrase(draw, world().complements[adposition], asked)
 
 
 def sample_phrase(draw: Draw, wanted: Selection, asked: bool = False) -> Phrase:
-    """A question word if asked for; otherwise a name or a common noun of a class that is mostly the wanted one."""
+    """Samples a phrase: a question word if `asked`, else a name or a noun of a class that is mostly the wanted one."""
     if asked:
         return Phrase((draw.pick(wanted.question_word),), None)
     word, noun_class, entity = draw.pick(wanted.head)

@@ -1,8 +1,8 @@
 """Artificial languages as parameters: their names, word forms, scripts and the distance between two of them.
 
-Every language names the same concepts (see `grammar`). A language differs from another in which forms its
-concepts have, in word order, in morphology and in script. `syn` owns the family's common word list; any other language
-takes a stated share of its forms from that list and invents the rest.
+Every language names the same concepts (see `grammar`). Languages differ in the forms of their concepts, in word order, in
+morphology and in script. `syn` owns the family's common word list; any other language takes a stated share of its forms
+from that list and invents the rest.
 """
 
 import random
@@ -28,7 +28,7 @@ NAME_FORMS = "syn, syn-close, syn-mid, syn-far, or a numbered sibling such as sy
 
 @dataclass(frozen=True)
 class SyntheticLanguage:
-    """The parameters of a language; `language(name)` gives the named ones, and any other may be built directly."""
+    """The parameters of a language. `language(name)` returns those of a named one; any other may be built directly."""
 
     name: str  # also names the language's own (non-parallel) training stream
     draw: int  # which invented word list; 0 is the family's common one, which `syn` uses
@@ -49,7 +49,7 @@ class SyntheticLanguage:
 
 
 def language(name: str) -> SyntheticLanguage:
-    """The language of that name.
+    """Returns the language of that name.
 
     `syn-close` has the grammar of `syn`; `syn-mid` puts adjective and adposition after the noun; `syn-far` is
     verb-final too, has case suffixes and another script. All share 20% of their word forms with `syn` and with each
@@ -74,7 +74,7 @@ def language(name: str) -> SyntheticLanguage:
 
 
 def overlap(a: SyntheticLanguage, b: SyntheticLanguage) -> float:
-    """Share of words that have the same form in both languages, suffixes apart (expected: forms may meet by chance)."""
+    """Returns the expected share of words that have the same form in both languages, suffixes not counted."""
     # The common list in Latin letters is itself whatever the share.
     share_a, share_b = (1.0 if x.draw == 0 and x.script == "latin" else x.share for x in (a, b))
     if (a.draw, a.script) == (b.draw, b.script):
@@ -83,7 +83,7 @@ def overlap(a: SyntheticLanguage, b: SyntheticLanguage) -> float:
 
 
 def distance(a: str | SyntheticLanguage, b: str | SyntheticLanguage) -> float:
-    """How far apart two languages are: the mean of four parts, each from 0 (same) to 1.
+    """Returns how far apart two languages are: the mean of four parts, each from 0 (same) to 1.
 
     (1 - overlap of word forms, differing share of the three word-order parameters, differing morphology, differing
     script) / 4. Symmetric; 0 for a language and itself. From `syn`: close 0.20, mid 0.37, far 0.95.
@@ -94,12 +94,12 @@ def distance(a: str | SyntheticLanguage, b: str | SyntheticLanguage) -> float:
 
 
 def resolve(named: str | SyntheticLanguage) -> SyntheticLanguage:
-    """A language given by name or by its parameters."""
+    """Returns the language that is given by name or by its parameters."""
     return language(named) if isinstance(named, str) else named
 
 
 def is_common(concept: int, share: float) -> bool:
-    """Whether a language with this share takes the concept's form from the common list.
+    """Returns whether a language with this share takes the concept's form from the common list.
 
     Multiples of the golden ratio fill [0, 1) evenly over any run of concepts, so the share holds for nouns as for verbs
     and for frequent words as for rare ones; and the common words of a small share are common at a larger one too.
@@ -109,7 +109,7 @@ def is_common(concept: int, share: float) -> bool:
 
 @cache
 def lexicon(spoken: SyntheticLanguage) -> tuple[str, ...]:
-    """The form of every concept, `(len(CONCEPTS),)`: stems, function words, suffixes and punctuation."""
+    """Returns the form of every concept, `(len(CONCEPTS),)`: stems, function words, suffixes and punctuation."""
     common = _word_list(0)
     invented = _word_list(spoken.draw)
     letters = str.maketrans(SCRIPTS["latin"], SCRIPTS[spoken.script])
@@ -121,7 +121,7 @@ def lexicon(spoken: SyntheticLanguage) -> tuple[str, ...]:
 
 @cache
 def _word_list(draw: int) -> tuple[str, ...]:
-    """One invented Latin form per concept; forms differ from each other (homonyms apart) and from the common list's."""
+    """Invents a Latin form for each concept. Forms differ from each other, except homonyms, and from the common list's."""
     rng = random.Random(f"words {draw}")
     # Each list has its own favourite sounds, so languages also differ in their letter statistics.
     consonants, vowels = ([rng.random() + 0.2 for _ in sounds] for sounds in (CONSONANTS, VOWELS))

@@ -34,14 +34,14 @@ class Token(NamedTuple):
 
 
 class Grammar:
-    """Realises meanings in one language."""
+    """Turns meanings into sentences of one language."""
 
     def __init__(self, spoken: SyntheticLanguage) -> None:
         self.spoken = spoken
         self.forms = lexicon(spoken)
 
     def tokens(self, meaning: Meaning) -> list[Token]:
-        """The sentence, its final full stop or question mark included; the text is the forms joined by spaces."""
+        """Returns the sentence's words, its final full stop or question mark included."""
         out: list[Token] = []
         for number, clause in enumerate(meaning.clauses):
             if number:
@@ -55,7 +55,7 @@ class Grammar:
         return " ".join([token.form for token in self.tokens(meaning)])
 
     def _clause(self, out: list[Token], clause: Clause) -> None:
-        """Subject verb adverb object adjunct, or subject object adjunct adverb verb."""
+        """Adds subject, verb, adverb, object, adjunct; if the language is verb-final, subject, object, adjunct, adverb, verb."""
         self._phrase(out, clause.subject, "subject")
         if self.spoken.verb_final:
             self._object(out, clause)
@@ -69,7 +69,7 @@ class Grammar:
             self._adjunct(out, clause)
 
     def _verb(self, out: list[Token], clause: Clause) -> None:
-        """Auxiliary, negation, verb; verb-final languages mirror it. Tense and agreement are suffixes."""
+        """Adds auxiliary, negation, verb; verb-final languages reverse them. Tense and agreement are suffixes."""
         auxiliary = {FUTURE: WILL, ABLE: CAN}.get(clause.tense)
         negation = NEGATION[0] if clause.negative else None
         suffix = ""
@@ -99,7 +99,7 @@ class Grammar:
                 self._word(out, clause.adposition)
 
     def _phrase(self, out: list[Token], phrase: Phrase, role: str, case: int | None = None) -> None:
-        """Determiner, adjective, noun (or noun, adjective). Number and case go on the noun, case on a name's last."""
+        """Adds determiner, adjective, noun (or noun, adjective). The noun, or a name's last word, carries number and case."""
         ending = self.forms[case] if case is not None and self.spoken.cases else ""
         self._word(out, phrase.determiner, role=role)
         if not self.spoken.adjective_after:
@@ -120,5 +120,5 @@ class Grammar:
 
 @cache
 def grammar(spoken: SyntheticLanguage) -> Grammar:
-    """The language's grammar, built once."""
+    """Returns the language's grammar, which is built once."""
     return Grammar(spoken)

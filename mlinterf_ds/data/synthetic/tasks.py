@@ -1,4 +1,4 @@
-"""Question answering and entailment in synthetic languages, read off from the meanings."""
+"""Question answering and entailment in synthetic languages; the labels follow from the meanings."""
 
 from collections.abc import Iterator
 from itertools import permutations
@@ -27,7 +27,7 @@ from mlinterf_ds.data.synthetic.grammar import (
 from mlinterf_ds.data.synthetic.language import SyntheticLanguage, resolve
 from mlinterf_ds.data.synthetic.sentence import Token, grammar
 
-CONTEXT_SENTENCES, TRIES = 4, 12  # of different verbs, out of so many
+CONTEXT_SENTENCES, TRIES = 4, 12  # sentences with different verbs, out of as many sampled clauses
 LABELS = ("entailment", "neutral", "contradiction")
 ROLES = ("subject", "object", "complement")
 _ORDERS = Table(tuple(permutations(LABELS)), [1.0] * 6)
@@ -51,22 +51,22 @@ class Entailment(NamedTuple):
 
 # --- questions -------------------------------------------------------------------------------------------------------
 def questions(name: str | SyntheticLanguage, count: int, seed: int, split: str = "train") -> Iterator[Question]:
-    """`count` questions, each on a context of four sentences whose verbs differ, so that there is one answer."""
+    """Yields `count` questions, each on a context of four sentences whose verbs differ, so that there is one answer."""
     spoken = resolve(name)
     speak = grammar(spoken)
     for draw in draws(spoken, "questions", count, seed, split, width=(TRIES + 1) * UNIFORMS):
         clauses = _context(draw)
         target = draw.pick(Table(range(len(clauses)), [1.0] * len(clauses)))
         asked, role = _question(draw, clauses[target])
-        told = [speak.tokens(Meaning((clause,))) for clause in clauses]
-        texts = [" ".join(token.form for token in tokens) for tokens in told]
-        answer, offset = _find(told[target], role)
+        spoken_clauses = [speak.tokens(Meaning((clause,))) for clause in clauses]
+        texts = [" ".join(token.form for token in tokens) for tokens in spoken_clauses]
+        answer, offset = _find(spoken_clauses[target], role)
         start = offset + sum(len(text) + 1 for text in texts[:target])
         yield Question(" ".join(texts), speak.text(asked), answer, start)
 
 
 def _context(draw: Draw) -> list[Clause]:
-    """Four statements with different verbs (fewer only in the rare case that the tries run out)."""
+    """Samples four statements with different verbs (fewer only in the rare case that the tries run out)."""
     clauses: dict[int, Clause] = {}
     for _ in range(TRIES):
         clause = sample_clause(draw)
@@ -76,7 +76,7 @@ def _context(draw: Draw) -> list[Clause]:
 
 
 def _question(draw: Draw, clause: Clause) -> tuple[Meaning, str]:
-    """Asks for one of the clause's phrases, and keeps of the rest the verb, subject and object."""
+    """Returns a question for one of the clause's phrases and that phrase's role; verb, subject and object are kept."""
     present = [role for role in ROLES if getattr(clause, role) is not None]
     role = draw.pick(Table(present, [1.0] * len(present)))
     asked: Phrase = getattr(clause, role)
@@ -93,7 +93,7 @@ def _put(clause: Clause, role: str, phrase: Phrase) -> Clause:
 
 
 def _find(tokens: list[Token], role: str) -> tuple[str, int]:
-    """The phrase's text and where it starts, in characters."""
+    """Returns the phrase's text and its start in the sentence, in characters."""
     first = next(n for n, token in enumerate(tokens) if token.role == role)
     text = " ".join(token.form for token in tokens if token.role == role)
     return text, sum(len(token.form) + 1 for token in tokens[:first])
@@ -101,7 +101,7 @@ def _find(tokens: list[Token], role: str) -> tuple[str, int]:
 
 # --- entailment ------------------------------------------------------------------------------------------------------
 def entailments(name: str | SyntheticLanguage, count: int, seed: int, split: str = "train") -> Iterator[Entailment]:
-    """`count` pairs; each run of three holds each label once, in random order.
+    """Yields `count` pairs; each run of three holds each label once, in random order.
 
     As in SNLI both sentences speak of the same event and participants. Dropping a modifier entails, adding one is
     neutral, negation or the opposite verb contradicts; in a negated premise dropping and adding change places. One
@@ -118,7 +118,7 @@ def entailments(name: str | SyntheticLanguage, count: int, seed: int, split: str
 
 
 def _pair(draw: Draw, label: str) -> tuple[Clause, Clause]:
-    """Premise and hypothesis with that label."""
+    """Samples a premise and a hypothesis with that label."""
     negative = draw.chance(0.25)
     clause = sample_clause(draw)._replace(negative=negative)
     modifiers = _modifiers(clause)
@@ -140,21 +140,21 @@ def _pair(draw: Draw, label: str) -> tuple[Clause, Clause]:
 
 
 def _modifiers(clause: Clause) -> list[str]:
-    """What may be dropped or added with a known effect.
+    """Returns the modifiers whose dropping or adding has a known effect.
 
-    Not adjectives under negation (they would change who is spoken of) or after "every" (all the red dogs are not all
-    the dogs); nor on names.
+    Adjectives under negation are left out (they would change who is spoken of), after "every" too (all the red dogs are not
+    all the dogs), and on names.
     """
-    found = ["adverb", "complement"]
+    modifiers = ["adverb", "complement"]
     for role in ("subject", "object"):
         phrase: Phrase | None = getattr(clause, role)
         if phrase and not phrase.entity and not clause.negative and phrase.determiner != EVERY:
-            found.append(role)
-    return found
+            modifiers.append(role)
+    return modifiers
 
 
 def _with(draw: Draw, clause: Clause, modifier: str) -> Clause:
-    """The clause with the modifier added if it is missing."""
+    """Returns the clause with the modifier, which is sampled if it is missing."""
     if modifier == "adverb" and clause.adverb is None:
         return clause._replace(adverb=draw.pick(world().verbs[clause.verb].adverb))
     if modifier == "complement" and clause.complement is None:
@@ -170,7 +170,7 @@ def _with(draw: Draw, clause: Clause, modifier: str) -> Clause:
 
 
 def _without(clause: Clause, modifier: str) -> Clause:
-    """The clause with the modifier dropped if it is there."""
+    """Returns the clause without the modifier."""
     if modifier == "adverb":
         return clause._replace(adverb=None)
     if modifier == "complement":
@@ -180,7 +180,10 @@ def _without(clause: Clause, modifier: str) -> Clause:
 
 
 def _opposite(draw: Draw, clause: Clause) -> Clause:
-    """Negated, or affirmed; or with the opposite verb, where that contradicts (one can do a thing and its opposite)."""
+    """Returns a contradicting clause: negated or affirmed, or with the opposite verb.
+
+    Under "can" the opposite verb does not contradict: one can do a thing and its opposite.
+    """
     if not clause.negative and clause.tense != ABLE and draw.chance(_HALF):
         return clause._replace(verb=VERBS[(clause.verb - VERBS.start) ^ 1])
     return clause._replace(negative=not clause.negative)
