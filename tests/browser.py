@@ -16,16 +16,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-CHROMIUM = next(
-    (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None
-)
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars"]
 FLAGS += ["--disable-background-networking", "--disable-component-update", "--disable-sync", "--no-first-run"]
 FLAGS += ["--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1", "--remote-debugging-pipe"]
 
 
 class Browser:
-    """One page. `errors` are what its console complained of, `requests` all that it asked of the network or of files."""
+    """A browser with one page. `errors` are its console's errors, `requests` the URLs that it asked for."""
 
     def __init__(self, process: subprocess.Popen[bytes], to: int, back: int):
         self._process, self._to, self._back = process, to, back
@@ -48,24 +46,26 @@ class Browser:
 
     def run(self, script: str) -> Any:
         """The value of a JavaScript expression on the page."""
-        found = self._call("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True)
-        assert "exceptionDetails" not in found, (script, found["exceptionDetails"])
-        return found["result"].get("value")
+        answer = self._call("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True)
+        assert "exceptionDetails" not in answer, (script, answer["exceptionDetails"])
+        return answer["result"].get("value")
 
     def wait(self, script: str, seconds: float = 90.0) -> Any:
-        """The expression's value as soon as it is true; what the page says, where it never is."""
+        """The value of an expression as soon as it is true. If it stays false, the error shows the page's text."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
-            with contextlib.suppress(AssertionError):  # between two pages
-                if found := self.run(script):
-                    return found
+            with contextlib.suppress(AssertionError):  # between two pages scripts fail
+                if value := self.run(script):
+                    return value
             time.sleep(0.2)
         raise AssertionError(f"not within {seconds:g} s: {script}\n{self.run('document.body.innerText')[:3000]}")
 
     def click(self, text: str) -> None:
-        """Press the mouse on the smallest element that reads so, as soon as there is one."""
-        found = f"[...document.querySelectorAll('*')].filter((e) => e.innerText?.trim() === {json.dumps(text)}).at(-1)"
-        middle = f"(() => {{ const r = {found}?.getBoundingClientRect(); return r && [r.x + r.width / 2, r.y + r.height / 2]; }})()"
+        """Clicks the smallest element with this text, as soon as there is one."""
+        element = (
+            f"[...document.querySelectorAll('*')].filter((e) => e.innerText?.trim() === {json.dumps(text)}).at(-1)"
+        )
+        middle = f"(() => {{ const r = {element}?.getBoundingClientRect(); return r && [r.x + r.width / 2, r.y + r.height / 2]; }})()"
         x, y = self.wait(middle)
         for event in ("mousePressed", "mouseReleased"):
             self._call("Input.dispatchMouseEvent", type=event, x=x, y=y, button="left", clickCount=1)
@@ -82,12 +82,12 @@ class Browser:
             message["sessionId"] = self._session
         os.write(self._to, json.dumps(message).encode() + b"\0")
         while True:
-            found = self._read()
-            if found.get("id") == self._number:
-                assert "error" not in found, (method, found["error"])
-                result: dict[str, Any] = found["result"]
+            answer = self._read()
+            if answer.get("id") == self._number:
+                assert "error" not in answer, (method, answer["error"])
+                result: dict[str, Any] = answer["result"]
                 return result
-            self._note(found.get("method", ""), found.get("params", {}))
+            self._note(answer.get("method", ""), answer.get("params", {}))
 
     def _read(self, seconds: float = 60.0) -> dict[str, Any]:
         while b"\0" not in self._buffer:
@@ -96,8 +96,8 @@ class Browser:
             assert piece, f"Chromium {'ended' if ready else 'says nothing'}"
             self._buffer += piece
         text, _, self._buffer = self._buffer.partition(b"\0")
-        found: dict[str, Any] = json.loads(text)
-        return found
+        message: dict[str, Any] = json.loads(text)
+        return message
 
     def _note(self, event: str, facts: dict[str, Any]) -> None:
         if event == "Network.requestWillBeSent":
@@ -112,22 +112,22 @@ class Browser:
 
 @contextlib.contextmanager
 def browser(profile: Path) -> Iterator[Browser]:
-    """A Chromium with an empty profile, ended in every case."""
-    theirs_in, ours_out = os.pipe()
-    ours_in, theirs_out = os.pipe()
-    # Chromium reads commands from descriptor 3 and answers on 4; high numbers don't collide with these.
-    high = [fcntl.fcntl(end, fcntl.F_DUPFD, 20) for end in (theirs_in, theirs_out)]
+    """Starts Chromium with an empty profile, and always kills it at the end."""
+    commands_read, commands_write = os.pipe()
+    answers_read, answers_write = os.pipe()
+    # Chromium reads commands from descriptor 3 and answers on 4; numbers from 20 on do not collide with these.
+    high = [fcntl.fcntl(end, fcntl.F_DUPFD, 20) for end in (commands_read, answers_write)]
     words = ["bash", "-c", f'exec "$0" "$@" 3<&{high[0]} 4>&{high[1]}']
     words += [str(CHROMIUM), *FLAGS, f"--user-data-dir={profile}"]
     with (profile.parent / "chromium.log").open("wb") as log:
         process = subprocess.Popen(words, pass_fds=high, stdout=log, stderr=log, start_new_session=True)
-    for end in (theirs_in, theirs_out, *high):
+    for end in (commands_read, answers_write, *high):
         os.close(end)
     try:
-        yield Browser(process, ours_out, ours_in)
+        yield Browser(process, commands_write, answers_read)
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait(30)
-        os.close(ours_out)
-        os.close(ours_in)
+        os.close(commands_write)
+        os.close(answers_read)

@@ -1,10 +1,10 @@
 #!/usr/bin/env python
-"""Write a pretrained checkpoint as a `transformers` model folder.
+"""Writes a pretrained checkpoint as a `transformers` model folder.
 
     python tools/export_hf.py runs/en-sw exported/en-sw
     python -c "from transformers import AutoTokenizer; print(AutoTokenizer.from_pretrained('exported/en-sw'))"
 
-A later run starts from it: deepspeed launch/pretrain.py ... --set init=exported/en-sw
+A later run can start from it: deepspeed launch/pretrain.py ... --set init=exported/en-sw
 """
 
 import argparse
@@ -21,7 +21,7 @@ def run(arguments: Sequence[str]) -> int:
     parser.add_argument("out", type=Path, help="a new or empty folder")
     options = parser.parse_args(arguments)
     config = export(options.checkpoint, options.out)
-    print(f"{options.out}: {config['architectures'][0]}, {config['vocab_size']} pieces; see its README.md")
+    print(f"{options.out}: {config['architectures'][0]}, {config['vocab_size']} pieces; its README.md says more")
     return 0
 
 

@@ -9,26 +9,26 @@ from mlinterf_ds.files import sha256
 from mlinterf_ds.pretrained import Pretrained
 
 ROUTED = {
-    "adpt": "residual adapters after attention and feed-forward are each language's own",
-    "ffn": "feed-forward layers are each language's own",
-    "attn": "attention layers are each language's own",
-    "share_adpt": "residual adapters, one set for all languages",
-    "mono": "one language",
-    "joint": "all parameters are shared",
+    "adpt": "each language has its own residual adapters after attention and feed-forward",
+    "ffn": "each language has its own feed-forward layers",
+    "attn": "each language has its own attention layers",
+    "share_adpt": "all languages share one set of residual adapters",
+    "mono": "the model knows one language",
+    "joint": "all languages share all parameters",
 }
 DEPARTURES = """\
-Departures from the paper: pre-norm (XLM is post-norm); adapters with GELU unless said otherwise, before the residual sum
-and after the sublayer's dropout; `ffn` and `attn` routing leaves the norms shared; one vocabulary for a study; perplexities
-compare under one vocabulary only."""
+The model departs from the paper in these ways: it is pre-norm (XLM is post-norm); adapters use GELU unless stated otherwise
+and stand before the residual sum, after the sublayer's dropout; the variants `ffn` and `attn` share the norms; all models of
+a study share one vocabulary. Perplexities of models with different vocabularies cannot be compared."""
 
 
 def card(pretrained: Pretrained, stock: bool) -> str:
-    """README.md: what the model is, how to load it, what it scores."""
+    """The text of README.md: what the model is, how to load it, what it scores."""
     saved, variant, shape = pretrained.saved, pretrained.saved["config"]["variant"], pretrained.shape()
     languages = pretrained.languages
     head = ["---", "language:", *(f"- {json.dumps(code)}" for code in languages)]
     head += ["library_name: transformers", "pipeline_tag: fill-mask", "tags:", "- multilingual", "- mlinterf", "---"]
-    how = "by the meta step (Algorithm 1 of the paper)" if variant.startswith("meta_") else "with all the rest"
+    how = "by the meta step (Algorithm 1 of the paper)" if variant.startswith("meta_") else "with all other parameters"
     trained = f", trained {how}" if pretrained.variant in ("adpt", "ffn", "attn") else ""
     adapters = f", adapters of width {shape.adapter_width} ({shape.adapter_activation})" if "adpt" in variant else ""
     lines = [
@@ -40,7 +40,7 @@ def card(pretrained: Pretrained, stock: bool) -> str:
         "",
         f"- Variant `{variant}`: {ROUTED[pretrained.variant]}{trained}.",
         f"- {shape.layers} layers, width {shape.width}, {shape.heads} heads of width {shape.kv_channels}, feed-forward "
-        f"{shape.ffn}{adapters}, {saved['vocabulary']} pieces, rows of up to {pretrained.positions}.",
+        f"{shape.ffn}{adapters}, a vocabulary of {saved['vocabulary']} pieces, rows of up to {pretrained.positions} pieces.",
         f"- {saved['updates']} steps, checkpoint `{pretrained.path.name}`.",
         "",
         *_scores(pretrained),
@@ -48,8 +48,8 @@ def card(pretrained: Pretrained, stock: bool) -> str:
         "",
         _use(stock, languages),
         "",
-        "`<mask>` and the other special pieces are read as such where a text has them; otherwise ids equal those of "
-        "`sentencepiece.model` on NFC text with single spaces, which the tokenizer makes of any text.",
+        "The tokenizer reads `<mask>` and the other special pieces in a text as such. It gives all other text the ids of "
+        "`sentencepiece.model`, after NFC normalisation and with single spaces.",
         "",
         "## Limits and licence",
         "",
@@ -61,7 +61,7 @@ def card(pretrained: Pretrained, stock: bool) -> str:
 
 
 def _scores(pretrained: Pretrained) -> list[str]:
-    """Validation perplexity by language, as last measured before the checkpoint."""
+    """The last validation perplexity of each language before the checkpoint, as a table."""
     history = {code: points[-1] for code, points in pretrained.saved.get("history", {}).items() if points}
     if not history:
         return []
@@ -70,15 +70,12 @@ def _scores(pretrained: Pretrained) -> list[str]:
 
 
 def _use(stock: bool, languages: list[str]) -> str:
-    first = (
-        ""
-        if stock
-        else "import mlinterf_ds.export.modeling_mlinterf  # or trust_remote_code=True in both calls below\n"
-    )
+    registration = "import mlinterf_ds.export.modeling_mlinterf  # or trust_remote_code=True in both calls below\n"
+    registration = "" if stock else registration
     language = "" if stock else f', language="{languages[-1]}"'
     return f"""```python
 from transformers import AutoModelForMaskedLM, AutoTokenizer
-{first}
+{registration}
 tokenizer = AutoTokenizer.from_pretrained(FOLDER)
 model = AutoModelForMaskedLM.from_pretrained(FOLDER).eval()
 logits = model(**tokenizer("... <mask> ...", return_tensors="pt"){language}).logits
@@ -86,7 +83,7 @@ logits = model(**tokenizer("... <mask> ...", return_tensors="pt"){language}).log
 
 
 def _licence(pretrained: Pretrained) -> str:
-    """What is known of the texts' licences: the corpus manifest's note, if the corpus is still at its place."""
+    """What is known of the texts' licences: the note in the corpus manifest, if the corpus still exists unchanged."""
     note = ""
     manifest = Path(pretrained.saved["config"].get("corpus", "")) / "manifest.json"
     if manifest.is_file() and sha256(manifest) == pretrained.saved.get("manifest"):
@@ -94,4 +91,4 @@ def _licence(pretrained: Pretrained) -> str:
     corpus = pretrained.saved["config"].get("corpus", "synthetic")
     if corpus == "synthetic":
         return "Trained on synthetic text only."
-    return f"The licences of the texts (corpus `{Path(corpus).name}`) apply: {note or 'see the notes kept with the corpus.'}"
+    return f"The licences of the texts (corpus `{Path(corpus).name}`) apply: {note or 'see the notes of the corpus.'}"

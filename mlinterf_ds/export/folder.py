@@ -1,7 +1,7 @@
-"""A `transformers` model folder as a source of weights, a `mlinterf_ds.engine.weights.Weights`.
+"""Reads the weights of a `transformers` model folder, from which a pretraining run can start.
 
-Read are folders that `mlinterf_ds.export.hf` wrote, or that transformers' `save_pretrained` made of one, and any
-XLM-RoBERTa-XL; by safetensors and json alone.
+It reads what `mlinterf_ds.export.hf` wrote, what transformers' `save_pretrained` made of that, and any XLM-RoBERTa-XL. It
+needs safetensors and json alone, not transformers.
 """
 
 from __future__ import annotations
@@ -22,30 +22,30 @@ from mlinterf_ds.export.names import from_stock, stock_name
 from mlinterf_ds.files import check_files
 
 OURS, STOCK = "mlinterf", "xlm-roberta-xl"
-LISTING = "export.json"  # size and digest of every file
-VOCABULARY = ("embeddings.word.weight", "head.bias")  # the padding of our vocabulary isn't exported
+LISTING = "export.json"  # the file that holds size and digest of every other
+VOCABULARY = ("embeddings.word.weight", "head.bias")  # exported without the padding of the vocabulary
 
 
-def is_folder(place: Path) -> bool:
-    """Whether this is a transformers model folder (a run's output folder has a config.json too, of another kind)."""
+def is_folder(path: Path) -> bool:
+    """Whether this is a transformers model folder. A run's output folder has a config.json too, with other keys."""
     try:
-        return "model_type" in json.loads((place / "config.json").read_text())
+        return "model_type" in json.loads((path / "config.json").read_text())
     except MALFORMED:
         return False
 
 
-def verify(place: Path) -> None:
-    """Compare the files with the list that the export left; nothing to compare if another program wrote the folder."""
-    listing = place / LISTING
+def verify(path: Path) -> None:
+    """Compares the files with the digests that the export wrote. A folder of another program has none, and passes."""
+    listing = path / LISTING
     if not listing.is_file():
         return
     with refusing(f"{listing}: damaged", "; export the model again"):
         files = json.loads(listing.read_bytes())["files"]
-        check_files(place, files, f"; export it again, or delete {listing} if the change is meant")
+        check_files(path, files, f"; export it again, or delete {listing} if you meant to change the file")
 
 
 class Folder:
-    """Reads our parameters by name out of the safetensors of a folder."""
+    """A model folder as a source of weights (`mlinterf_ds.engine.weights.Weights`), by our parameters' names."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -58,10 +58,10 @@ class Folder:
         if kind not in (OURS, STOCK):
             raise UserError(f"{path}: a model of type {kind!r}; only {OURS} and {STOCK} have the shape of this encoder")
         self.ours = kind == OURS
-        # theirs may differ from ours in what no weight tells
-        for key, wanted in {"hidden_act": "gelu", "layer_norm_eps": 1e-5, "tie_word_embeddings": True}.items():
-            if (found := self.config.get(key, wanted)) != wanted:
-                raise UserError(f"{path / 'config.json'}: {key} is {found!r}, this encoder has {wanted!r}")
+        # A model may differ from our encoder in settings that no weight shows.
+        for key, expected in {"hidden_act": "gelu", "layer_norm_eps": 1e-5, "tie_word_embeddings": True}.items():
+            if (value := self.config.get(key, expected)) != expected:
+                raise UserError(f"{path / 'config.json'}: {key} is {value!r}, this encoder has {expected!r}")
         self.files: dict[str, Any] = {}
         try:
             for file in sorted(path.glob("model*.safetensors")):
@@ -74,32 +74,34 @@ class Folder:
 
     @property
     def pieces(self) -> list[str]:
-        """The vocabulary, by id."""
-        found = tokenizer.pieces(self.path)
-        if len(found) != self.vocabulary:
+        """The pieces of the vocabulary, by id."""
+        pieces = tokenizer.pieces(self.path)
+        if len(pieces) != self.vocabulary:
             raise UserError(
-                f"{self.path}: its tokenizer has {len(found)} pieces, its model {self.vocabulary}: they don't belong "
-                "together"
+                f"{self.path}: the tokenizer has {len(pieces)} pieces and the model {self.vocabulary}: they are not of "
+                "one model"
             )
-        return found
+        return pieces
 
     def has(self, name: str) -> bool:
-        there = name if self.ours else stock_name(name)
-        return there in self.files
+        """Whether the folder has our parameter of this name."""
+        return (name if self.ours else stock_name(name)) in self.files
 
     def read(self, wanted: Segment, kind: str, tensor: int, tensor_rank: int) -> Tensor:
-        """The elements of one segment (1-d fp32) at the reader's layout; kind is 'master': a folder has no moments."""
+        """The elements of one segment (1-d fp32) at the reader's layout. kind must be 'master': a folder has no moments."""
         assert kind == "master", f"{self.path}: a model folder has no {kind}"
         whole = self.whole(wanted.name)
-        if wanted.name in VOCABULARY and (short := wanted.shape[0] * tensor - len(whole)) > 0:
-            whole = torch.cat([whole, whole.new_zeros(short, *whole.shape[1:])])
+        if wanted.name in VOCABULARY and (missing := wanted.shape[0] * tensor - len(whole)) > 0:
+            whole = torch.cat([whole, whole.new_zeros(missing, *whole.shape[1:])])
         return sliced(whole, wanted, tensor, tensor_rank, self.path)
 
     def whole(self, name: str) -> Tensor:
-        """A parameter in its full shape, fp32; those of the vocabulary without its padding."""
+        """A parameter in its full shape, fp32. Parameters of the vocabulary lack its padding."""
         return self._stored(name) if self.ours else from_stock(name, self._stored, self.heads)
 
     def _stored(self, name: str) -> Tensor:
         if name not in self.files:
-            raise UserError(f"{self.path}: has no parameter {name}; it has another variant, language or shape")
+            raise UserError(
+                f"{self.path}: has no parameter {name}: its variant, languages or shape are others than this run's"
+            )
         return self.files[name].get_tensor(name).float()

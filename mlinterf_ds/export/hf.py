@@ -1,7 +1,7 @@
-"""Write a checkpoint of ours as a `transformers` model folder: weights, configuration, tokenizer and model card.
+"""Writes a checkpoint as a `transformers` model folder: weights, configuration, tokenizer and model card.
 
-Models without modules of a language's own load with transformers' XLM-RoBERTa-XL where its shape allows; all others with
-`MLInterfForMaskedLM`, a copy of whose file lies in the folder. DeepSpeed and megatron are not needed.
+Transformers loads a model without language-specific modules as its own XLM-RoBERTa-XL where that has the shape. It loads
+all others as `MLInterfForMaskedLM`, whose file the export copies to the folder. DeepSpeed and megatron are not needed.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from mlinterf_ds.sections import ModelConfig
 MODELLING = "modeling_mlinterf"
 
 
-def export(place: str, out: Path) -> dict[str, Any]:
-    """Write the best checkpoint of a run's output folder, or the checkpoint of that folder, to the new folder `out`.
+def export(source: str, out: Path) -> dict[str, Any]:
+    """Exports a checkpoint, or the best checkpoint of a run's output folder, to the new folder `out`.
 
-    The folder appears whole or not at all. Returns its config.json.
+    `out` appears when it is complete, or not at all. Returns its config.json.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out}: exists and isn't empty; nothing was written: name a new folder")
-    pretrained = Pretrained.open(place)
+        raise UserError(f"{out}: exists and is not empty; nothing was written: name a new folder")
+    pretrained = Pretrained.open(source)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=out.parent, prefix=".export-") as temporary:
@@ -51,7 +51,7 @@ def export(place: str, out: Path) -> dict[str, Any]:
 
 
 def is_stock(shape: ModelConfig, variant: str) -> bool:
-    """Whether transformers' own XLM-RoBERTa-XL is the same model."""
+    """Whether transformers' XLM-RoBERTa-XL is the same model."""
     square = shape.heads * shape.kv_channels == shape.width
     return variant in ("mono", "joint") and square and not shape.language_embeddings
 
@@ -67,7 +67,9 @@ def _write(pretrained: Pretrained, folder: Path) -> dict[str, Any]:
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     config = configuration(pretrained)
     (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
-    shutil.copymode(folder / "config.json", folder / "model.safetensors")  # safetensors writes for its user alone
+    shutil.copymode(
+        folder / "config.json", folder / "model.safetensors"
+    )  # safetensors lets only its user read the file
     vocabulary_file = folder / "sentencepiece.model"  # for tools/prepare_corpus.py --tokenizer
     shutil.copyfile(pretrained.path / "tokenizer.model", vocabulary_file)
     tokenizer.write(pretrained.tokenizer(), folder, pretrained.positions)
@@ -80,7 +82,7 @@ def _write(pretrained: Pretrained, folder: Path) -> dict[str, Any]:
 
 
 def configuration(pretrained: Pretrained) -> dict[str, Any]:
-    """config.json."""
+    """The content of config.json."""
     shape, variant, positions = pretrained.shape(), pretrained.variant, pretrained.positions
     config: dict[str, Any] = {
         "vocab_size": int(pretrained.saved["vocabulary"]),

@@ -1,4 +1,4 @@
-"""Encoders with language-specific modules for `transformers`; this file needs torch and transformers alone.
+"""Encoders with language-specific modules, for `transformers`. This file needs torch and transformers alone.
 
     from transformers import AutoModelForMaskedLM, AutoTokenizer
     import mlinterf_ds.export.modeling_mlinterf  # or trust_remote_code=True: exported folders hold a copy of this file
@@ -6,7 +6,7 @@
     model, tokenizer = AutoModelForMaskedLM.from_pretrained(FOLDER), AutoTokenizer.from_pretrained(FOLDER)
     model(**tokenizer(["Habari ya <mask>", "Good <mask>"], padding=True, return_tensors="pt"), language=["sw", "en"])
 
-Parameters have the names and shapes of `mlinterf_ds.model.encoder.Encoder`, the vocabulary's padding apart.
+Parameters have the names and shapes of `mlinterf_ds.model.encoder.Encoder`, without the padding of its vocabulary.
 Hidden states are (rows, length, width) throughout.
 """
 
@@ -21,19 +21,14 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForMaskedLM, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import MaskedLMOutput
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "gelu": F.gelu,
-    "relu": F.relu,
-    "tanh": torch.tanh,
-    "silu": F.silu,
-}
-Route = Sequence[
-    tuple[str, Tensor | None]
-]  # (language, its rows (n,), or None: all of them); empty: no language needed
+Activation = Callable[[Tensor], Tensor]
+ACTIVATIONS: dict[str, Activation] = {"gelu": F.gelu, "relu": F.relu, "tanh": torch.tanh, "silu": F.silu}
+# (language, indices (n,) of its rows or None for all rows) of each language; empty if the model needs no language.
+Route = Sequence[tuple[str, Tensor | None]]
 
 
 class MLInterfConfig(PreTrainedConfig):
-    """Shape and languages. variant: which module each language has of its own: `ffn`, `attn` or `adpt`, else none."""
+    """Shape and languages. variant: the language-specific module (`ffn`, `attn` or `adpt`); other names mean none."""
 
     model_type = "mlinterf"
 
@@ -60,27 +55,19 @@ class MLInterfConfig(PreTrainedConfig):
         eos_token_id: int = 2,
         **others: Any,
     ):
-        self.vocab_size = vocab_size
-        self.hidden_size = hidden_size
-        self.num_hidden_layers = num_hidden_layers
-        self.num_attention_heads = num_attention_heads
-        self.head_dim = head_dim
-        self.intermediate_size = intermediate_size
-        self.max_position_embeddings = max_position_embeddings
-        self.variant = variant
-        self.languages = list(languages)
-        self.default_language = default_language
-        self.language_embeddings = language_embeddings
-        self.adapter_size = adapter_size
-        self.adapter_activation = adapter_activation
-        self.hidden_dropout_prob = hidden_dropout_prob
-        self.attention_probs_dropout_prob = attention_probs_dropout_prob
-        self.layer_norm_eps = layer_norm_eps
+        self.vocab_size, self.max_position_embeddings = vocab_size, max_position_embeddings
+        self.hidden_size, self.num_hidden_layers = hidden_size, num_hidden_layers
+        self.num_attention_heads, self.head_dim = num_attention_heads, head_dim
+        self.intermediate_size, self.layer_norm_eps = intermediate_size, layer_norm_eps
+        self.variant, self.languages = variant, list(languages)
+        self.default_language, self.language_embeddings = default_language, language_embeddings
+        self.adapter_size, self.adapter_activation = adapter_size, adapter_activation
+        self.hidden_dropout_prob, self.attention_probs_dropout_prob = hidden_dropout_prob, attention_probs_dropout_prob
         super().__init__(bos_token_id=bos_token_id, pad_token_id=pad_token_id, eos_token_id=eos_token_id, **others)
 
 
 class Routed(nn.Module):
-    """One copy of a module for each language; every row goes through its language's."""
+    """One copy of a module for each language; every row goes through the copy of its language."""
 
     def __init__(self, languages: Sequence[str], build: Callable[[], nn.Module]):
         super().__init__()
@@ -92,13 +79,13 @@ class Routed(nn.Module):
             copy = self.copies[f"language_{code}"]
             if rows is None:
                 return copy(hidden, route, mask)
-            mine = copy(hidden[rows], route, None if mask is None else mask[rows])
-            output = output.index_copy(0, rows, mine.to(output.dtype))
+            routed = copy(hidden[rows], route, None if mask is None else mask[rows])
+            output = output.index_copy(0, rows, routed.to(output.dtype))
         return output
 
 
 class Attention(nn.Module):
-    """Self-attention; each head's query, key and value are neighbours in one projection."""
+    """Self-attention. One projection holds each head's query, key and value side by side."""
 
     def __init__(self, config: MLInterfConfig):
         super().__init__()
@@ -117,7 +104,7 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Two linear layers with a GELU between."""
+    """Two linear layers with a GELU between them."""
 
     def __init__(self, config: MLInterfConfig):
         super().__init__()
@@ -142,7 +129,7 @@ class Adapter(nn.Module):
 
 
 class Residual(nn.Module):
-    """Dropout, the adapter of the variants that have one, and the residual sum."""
+    """Dropout, the adapter if the variant has one, and the residual sum."""
 
     def __init__(self, config: MLInterfConfig):
         super().__init__()
@@ -180,7 +167,7 @@ class Layer(nn.Module):
 
 
 class Block(nn.Module):
-    """All layers, and the LayerNorm after the last."""
+    """All layers, and a LayerNorm after the last."""
 
     def __init__(self, config: MLInterfConfig):
         super().__init__()
@@ -188,7 +175,7 @@ class Block(nn.Module):
         self.final_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def forward(self, hidden: Tensor, route: Route, mask: Tensor | None) -> tuple[Tensor, ...]:
-        """What enters each layer, and the last, normalised."""
+        """The input of each layer, and the normalised output of the last."""
         states = [hidden]
         for layer in self.layers:
             states.append(layer(states[-1], route, mask))
@@ -215,7 +202,7 @@ class Embeddings(nn.Module):
 
 
 class Head(nn.Module):
-    """Dense, GELU, LayerNorm, decoder tied to the word embeddings."""
+    """Dense layer, GELU, LayerNorm, and a decoder tied to the word embeddings."""
 
     def __init__(self, config: MLInterfConfig):
         super().__init__()
@@ -228,7 +215,7 @@ class Head(nn.Module):
 
 
 class MLInterfForMaskedLM(PreTrainedModel):
-    """A multilingual masked language model in which every language may have modules of its own."""
+    """A multilingual masked language model that may have language-specific modules."""
 
     config_class = MLInterfConfig
     base_model_prefix = "block"
@@ -248,10 +235,10 @@ class MLInterfForMaskedLM(PreTrainedModel):
         return self.embeddings.word
 
     def get_output_embeddings(self) -> None:
-        """None: the decoder is the word embedding itself."""
+        """Returns None: the decoder is the word embedding itself."""
 
     def set_default_language(self, language: str) -> None:
-        """Of calls without `language=`: pipelines cannot pass one."""
+        """Sets the language of calls without `language=`, such as those of pipelines, which cannot pass one."""
         self._known(language)
         self.config.default_language = language
 
@@ -265,23 +252,24 @@ class MLInterfForMaskedLM(PreTrainedModel):
     ) -> MaskedLMOutput:
         """input_ids, attention_mask (1 = attend), labels (-100 = not predicted): (rows, length).
 
-        language: a code for all rows, or one code a row; may be left out where the model has one language or nothing
-        of a language's own, or after `set_default_language`. Logits are (rows, length, vocabulary).
+        language: a code for all rows, or one code for each row. It may be left out if the model has one language or no
+        language-specific part, or after `set_default_language`. Logits are (rows, length, vocabulary).
         """
-        length, most = input_ids.shape[1], self.config.max_position_embeddings
-        if length > most:
-            raise ValueError(f"rows of {length} tokens, the model has {most} positions: tokenize with truncation=True")
+        length, longest = input_ids.shape[1], self.config.max_position_embeddings
+        if length > longest:
+            raise ValueError(
+                f"rows of {length} tokens, the model has {longest} positions: tokenize with truncation=True"
+            )
         route, languages = self._route(language, input_ids)
         if attention_mask is None:
             mask, positions = None, torch.arange(length, device=input_ids.device)[None]
         else:
             mask = attention_mask.bool()[:, None, None]
-            positions = (attention_mask.long().cumsum(1) - 1).clamp(min=0)  # padding on the left doesn't count
+            positions = (attention_mask.long().cumsum(1) - 1).clamp(min=0)  # padding on the left takes no position
         states = self.block(self.embeddings(input_ids, positions, languages), route, mask)
         logits = self.head(states[-1], self.embeddings.word.weight)
-        loss = None
-        if labels is not None:
-            loss = F.cross_entropy(logits.float().flatten(0, 1), labels.to(logits.device).flatten())
+        targets = None if labels is None else labels.to(logits.device).flatten()
+        loss = None if targets is None else F.cross_entropy(logits.float().flatten(0, 1), targets)
         return MaskedLMOutput(loss=loss, logits=logits, hidden_states=states if output_hidden_states else None)
 
     def _known(self, language: str) -> int:
@@ -291,7 +279,7 @@ class MLInterfForMaskedLM(PreTrainedModel):
         return self.config.languages.index(language)
 
     def _route(self, language: str | Sequence[str] | None, tokens: Tensor) -> tuple[Route, Tensor | None]:
-        """Which rows go through which language's modules, and every row's language as a number (rows,)."""
+        """The rows of each language, and the index of each row's language (rows,)."""
         config, rows = self.config, len(tokens)
         if language is None:
             language = config.default_language or (config.languages[0] if len(config.languages) == 1 else None)

@@ -1,7 +1,7 @@
-"""A SentencePiece vocabulary of ours as a `tokenizers` file: the same ids for every text, special pieces apart.
+"""Writes a SentencePiece vocabulary as a `tokenizers` file that gives every text the same ids, special pieces apart.
 
-`<s>`, `<pad>`, `</s>`, `<unk>` and `<mask>` written in a text are read as the special pieces, as in every tokenizer of
-`transformers`; ours reads them as plain text.
+The exported tokenizer reads `<s>`, `<pad>`, `</s>`, `<unk>` and `<mask>` in a text as the special pieces, as every tokenizer
+of `transformers` does; `mlinterf_ds.data.tokenizer` reads them as plain text.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from mlinterf_ds.data.text import INVISIBLE, SPACE_PIECE
 from mlinterf_ds.data.tokenizer import BOS, EOS, SPECIAL_PIECES, UNK, Tokenizer
 from mlinterf_ds.errors import UserError, refusing
 
-# What `str.split` takes for whitespace (`mlinterf_ds.data.text.normalise` splits by it), and the sign for a space.
+# The whitespace of `str.split`, by which `mlinterf_ds.data.text.normalise` splits, and the piece for a space.
 SPACES = "\t-\r\x1c-\x20\x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000" + SPACE_PIECE
 
 
 def write(tokenizer: Tokenizer, folder: Path, positions: int) -> None:
-    """tokenizer.json and tokenizer_config.json; positions: the longest row, special pieces included."""
+    """Writes tokenizer.json and tokenizer_config.json; positions: length of the longest row, special pieces included."""
     _backend(tokenizer).save(str(folder / "tokenizer.json"))
     bos, pad, eos, unk, mask = SPECIAL_PIECES
     settings = {
@@ -34,17 +34,17 @@ def write(tokenizer: Tokenizer, folder: Path, positions: int) -> None:
 
 
 def pieces(folder: Path) -> list[str]:
-    """The vocabulary of a folder's tokenizer.json, by id."""
+    """The pieces of a folder's tokenizer.json, by id."""
     path = folder / "tokenizer.json"
     if not path.is_file():
         raise UserError(f"{path} is missing: save the tokenizer there with transformers' tokenizer.save_pretrained")
     with refusing(f"{path}: not a tokenizer"):
-        found = json.loads(path.read_bytes())
-        listed = found["model"]["vocab"]
-        numbers = listed if isinstance(listed, dict) else {piece: number for number, (piece, _) in enumerate(listed)}
-        numbers = numbers | {added["content"]: added["id"] for added in found["added_tokens"]}
-        ordered = sorted(numbers, key=numbers.__getitem__)
-        if [numbers[piece] for piece in ordered] != list(range(len(ordered))):
+        content = json.loads(path.read_bytes())
+        vocabulary = content["model"]["vocab"]
+        ids = vocabulary if isinstance(vocabulary, dict) else {piece: id for id, (piece, _) in enumerate(vocabulary)}
+        ids = ids | {added["content"]: added["id"] for added in content["added_tokens"]}
+        ordered = sorted(ids, key=ids.__getitem__)
+        if [ids[piece] for piece in ordered] != list(range(len(ordered))):
             raise ValueError("its ids are not 0, 1, 2, ...")
     return ordered
 
@@ -77,7 +77,7 @@ def _backend(tokenizer: Tokenizer) -> Any:
 
 
 def _check(tokenizer: Tokenizer) -> None:
-    """Only what `Tokenizer.learn` makes: another algorithm or normalisation would give other ids."""
+    """Refuses models that `Tokenizer.learn` does not make: another algorithm or normalisation would give other ids."""
     from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
     model = ModelProto.FromString(tokenizer.path.read_bytes())
@@ -91,7 +91,7 @@ def _check(tokenizer: Tokenizer) -> None:
 
 
 def _merges(tokenizer: Tokenizer) -> list[tuple[str, str]]:
-    """SentencePiece joins the neighbours whose joint piece has the best score, which is the lowest id."""
+    """The merges in the order of SentencePiece, which joins the neighbours whose joint piece has the lowest id."""
     learned = tokenizer.pieces[len(SPECIAL_PIECES) :]
     known = set(learned)
     return [
@@ -103,6 +103,6 @@ def _merges(tokenizer: Tokenizer) -> list[tuple[str, str]]:
 
 
 def _escaped(pattern: str) -> str:
-    """A character class in the notation of the regular expressions of `tokenizers`; lone surrogates, never there, left out."""
+    """A character class as the regular expressions of `tokenizers` write it, without lone surrogates, which no text has."""
     pattern = pattern.replace("\ud800-\udfff", "")
     return "".join(c if c.isascii() and c.isprintable() and c != " " else f"\\x{{{ord(c):x}}}" for c in pattern)

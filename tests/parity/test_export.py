@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
@@ -42,16 +43,15 @@ STOCK = ["joint"]
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, Path]]:
     """The checkpoint of a case and the folder exported from it, each made once."""
-    ground, found = tmp_path_factory.mktemp("exports"), {}
+    folder = tmp_path_factory.mktemp("exports")
 
+    @functools.cache
     def make(case: str) -> tuple[Path, Path]:
-        if case not in found:
-            variant, settings, json_name, ranks, tensor = CASES[case]
-            place = ground / case
-            pool(ranks).run(finetune_bodies.pretrain, str(place), variant, settings, json_name, tensor, 0.3)
-            export(str(place), ground / f"{case}-exported")
-            found[case] = place, ground / f"{case}-exported"
-        return found[case]
+        variant, settings, json_name, ranks, tensor = CASES[case]
+        run, exported = folder / case, folder / f"{case}-exported"
+        pool(ranks).run(finetune_bodies.pretrain, str(run), variant, settings, json_name, tensor, 0.3)
+        export(str(run), exported)
+        return run, exported
 
     return make
 
@@ -73,13 +73,13 @@ def test_logits_are_those_of_our_encoder(made, case: str) -> None:
     model = loaded(folder)
     assert type(model).__name__ == ("XLMRobertaXLForMaskedLM" if case in STOCK else "MLInterfForMaskedLM")
     tokens, lengths, numbers = bodies.rows()["tokens"], [24, 9, 1, 17], [1, 0, 1, 1]
-    there = torch.arange(24)[None] < torch.tensor(lengths)[:, None]
-    tokens = torch.where(there, tokens, 1)
+    mask = torch.arange(24)[None] < torch.tensor(lengths)[:, None]
+    tokens = torch.where(mask, tokens, 1)
     (wanted,) = pool(1).run(bodies.logits, str(checkpoint), tokens.tolist(), lengths, numbers)
     with torch.no_grad():
-        found = model(tokens, attention_mask=there.long(), **languages(case, numbers)).logits
-    torch.testing.assert_close(found[there], wanted[there], rtol=0, atol=1e-5)
-    assert wanted[there].std() > 0.1  # not all alike
+        logits = model(tokens, attention_mask=mask.long(), **languages(case, numbers)).logits
+    torch.testing.assert_close(logits[mask], wanted[mask], rtol=0, atol=1e-5)
+    assert wanted[mask].std() > 0.1  # not all alike
 
 
 def test_padding_on_the_left_and_a_default_language(made) -> None:
@@ -87,10 +87,10 @@ def test_padding_on_the_left_and_a_default_language(made) -> None:
     mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1]])
     with torch.no_grad():
         wanted = model(row, language="as").logits
-        found = model(torch.cat([torch.tensor([[1, 1]]), row], 1), attention_mask=mask, language=["as"]).logits[:, 2:]
+        padded = model(torch.cat([torch.tensor([[1, 1]]), row], 1), attention_mask=mask, language=["as"]).logits[:, 2:]
         model.set_default_language("as")
         torch.testing.assert_close(model(row).logits, wanted, rtol=0, atol=0)
-    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
+    torch.testing.assert_close(padded, wanted, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("given", [None, "xx", ["te"], ["te", "xx"]])
@@ -125,13 +125,13 @@ def test_a_run_starts_from_the_folder_and_exports_the_same_bits(made, case, layo
     model = loaded(folder)
     model.save_pretrained(tmp_path / "resaved")  # transformers' own copy, with the tokenizer, starts a run too
     transformers.AutoTokenizer.from_pretrained(folder).save_pretrained(tmp_path / "resaved")
-    vocabulary, place = str(folder / "sentencepiece.model"), str(tmp_path / "resaved")
-    told = pool(ranks).run(bodies.started, place, vocabulary, settings, json_name, tensor, str(tmp_path / "run"))
+    vocabulary, resaved = str(folder / "sentencepiece.model"), str(tmp_path / "resaved")
+    losses = pool(ranks).run(bodies.started, resaved, vocabulary, settings, json_name, tensor, str(tmp_path / "run"))
     batch = bodies.rows()
     labels = torch.full_like(batch["tokens"], -100).scatter(1, batch["positions"], batch["labels"])
     with torch.no_grad():
         wanted = model(batch["tokens"], labels=labels, **languages(case, batch["languages"].tolist())).loss.item()
-    for loss, refusal in told:
+    for loss, refusal in losses:
         assert not refusal and loss == pytest.approx(wanted, rel=1e-5)
     export(str(tmp_path / "run"), tmp_path / "again")
     before, after = load_file(folder / "model.safetensors"), load_file(tmp_path / "again" / "model.safetensors")
@@ -147,10 +147,10 @@ def test_a_run_starts_from_the_folder_and_exports_the_same_bits(made, case, layo
 def test_added_language_modules_leave_the_loss(made, case: str, variant: str, exported: bool) -> None:
     checkpoint, folder = made(case)
     vocabulary, settings = str(folder / "sentencepiece.model"), CASES[case][1]
-    place = str(folder if exported else checkpoint)
-    ((wanted, _),) = pool(1).run(bodies.started, place, vocabulary, [f"variant={case}", *settings])
-    ((found, refusal),) = pool(1).run(bodies.started, place, vocabulary, [f"variant={variant}", *settings])
-    assert not refusal and found == pytest.approx(wanted, rel=1e-6)
+    source = str(folder if exported else checkpoint)
+    ((wanted, _),) = pool(1).run(bodies.started, source, vocabulary, [f"variant={case}", *settings])
+    ((loss, refusal),) = pool(1).run(bodies.started, source, vocabulary, [f"variant={variant}", *settings])
+    assert not refusal and loss == pytest.approx(wanted, rel=1e-6)
 
 
 WITHOUT_US = """
@@ -174,11 +174,8 @@ import mlinterf_ds.export.modeling_mlinterf
 
 def test_exporting_needs_no_engine_and_loading_needs_none_of_our_code(made, tmp_path: Path) -> None:
     checkpoint, folder = made("meta_adpt")
-    environment = os.environ | {
-        "HF_HOME": str(tmp_path / "cache"),
-        "HF_HUB_OFFLINE": "1",
-        "PYTHONPATH": str(REPOSITORY),
-    }
+    environment = os.environ | {"HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
+    environment["PYTHONPATH"] = str(REPOSITORY)
 
     def python(*arguments: str) -> str:
         done = subprocess.run([sys.executable, "-c", *arguments], env=environment, capture_output=True, text=True)
@@ -186,8 +183,8 @@ def test_exporting_needs_no_engine_and_loading_needs_none_of_our_code(made, tmp_
         return done.stdout
 
     out = tmp_path / "out"
-    said = python(WITHOUT_ENGINES, str(REPOSITORY / "tools/export_hf.py"), str(checkpoint), str(out))
-    assert "MLInterfForMaskedLM" in said
+    printed = python(WITHOUT_ENGINES, str(REPOSITORY / "tools/export_hf.py"), str(checkpoint), str(out))
+    assert "MLInterfForMaskedLM" in printed
     assert (out / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     with torch.no_grad():
@@ -209,11 +206,11 @@ def flipped(old: bytes) -> bytes:
 
 def swapped(old: bytes) -> bytes:
     """Two pieces of a tokenizer.json in each other's place."""
-    found = json.loads(old)
-    vocabulary = found["model"]["vocab"]
+    content = json.loads(old)
+    vocabulary = content["model"]["vocab"]
     ninth, tenth = (piece for number in (9, 10) for piece in vocabulary if vocabulary[piece] == number)
     vocabulary[ninth], vocabulary[tenth] = 10, 9
-    return json.dumps(found).encode()
+    return json.dumps(content).encode()
 
 
 def edit(**changes: Any) -> Callable[[bytes], bytes]:
@@ -237,21 +234,21 @@ def edit(**changes: Any) -> Callable[[bytes], bytes]:
 )
 def test_a_folder_that_does_not_fit_is_refused(made, tmp_path: Path, file, change, listed: bool, words) -> None:
     folder = made("meta_adpt")[1]
-    place = altered(folder, tmp_path / "copy", file, change)
+    copy = altered(folder, tmp_path / "copy", file, change)
     if not listed:
-        (place / "export.json").unlink()
+        (copy / "export.json").unlink()
     vocabulary = str(folder / "sentencepiece.model")
-    ((_, said),) = pool(1).run(bodies.started, str(place), vocabulary, ["variant=meta_adpt"])
+    ((_, refusal),) = pool(1).run(bodies.started, str(copy), vocabulary, ["variant=meta_adpt"])
     for word in words:
-        assert word in said
-    ((_, said),) = pool(1).run(bodies.started, str(folder), vocabulary, ["variant=ffn"])
-    assert not said  # the folder itself is as it was: its feed-forward layers serve every language
+        assert word in refusal
+    ((_, refusal),) = pool(1).run(bodies.started, str(folder), vocabulary, ["variant=ffn"])
+    assert not refusal  # the folder itself is as it was: its feed-forward layers serve every language
 
 
 def test_what_cannot_be_exported(made, tmp_path: Path) -> None:
     checkpoint, folder = made("meta_adpt")
     before = sorted(path.name for path in folder.iterdir())
-    with pytest.raises(UserError, match=r"isn't empty; nothing was written"):
+    with pytest.raises(UserError, match=r"is not empty; nothing was written"):
         export(str(checkpoint), folder)
     assert sorted(path.name for path in folder.iterdir()) == before
     with pytest.raises(UserError, match="no checkpoint here"):

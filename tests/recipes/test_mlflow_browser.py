@@ -1,4 +1,4 @@
-"""What our runs look like in MLflow's own browser: a real server, a real Chromium, names as the recipes give them."""
+"""Our runs in MLflow's own browser: a real server, a real Chromium, and names as the recipes give them."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ Addresses = dict[str, str]
 
 @pytest.fixture(scope="module")
 def addresses(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Addresses]:
-    """Where the tracker says that each run can be looked at: a study, two models nested in it, a fine-tuning."""
+    """The address of each run, as the tracker prints it: a study, two models nested in it, a fine-tuning."""
     folder, patch, before = tmp_path_factory.mktemp("browser"), pytest.MonkeyPatch(), Path.cwd()
     os.chdir(folder)  # the server's database, artifacts and log
     try:
         with mlflow_server(port := free_port()):
             patch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
-            study, found = run(STUDY, {"study": STUDY, "kind": "study"}, None)
+            study, at_study = run(STUDY, {"study": STUDY, "kind": "study"}, None)
             joint, at_joint = run(JOINT, tags("joint"), study, {"train.lr": 0.001}, scale=1.0)
             _, at_adpt = run(ADPT, tags("adpt"), study, {"train.lr": 0.002}, scale=1.5)
             _, at_task = run(TASK, tags("joint") | {"task": "pos"}, joint)
-            yield {STUDY: found, JOINT: at_joint, ADPT: at_adpt, TASK: at_task}
+            yield {STUDY: at_study, JOINT: at_joint, ADPT: at_adpt, TASK: at_task}
     finally:
         os.chdir(before)
         patch.undo()
@@ -43,7 +43,7 @@ def tags(variant: str) -> dict[str, str]:
 def run(
     name: str, labels: dict[str, str], parent: str | None, parameters: dict[str, float] | None = None, scale: float = 0
 ) -> tuple[str, str]:
-    """A run as the recipes write it, with curves and a figure if it has a `scale`; its id and its address."""
+    """Writes a run as the recipes do, with curves and a figure if `scale` is not 0; returns its id and its address."""
     folder = Path(name).absolute()
     tracker = Tracker.start(
         enabled=True, experiment="mlinterf_ds", name=name, folder=folder, parameters=parameters or {}, tags=labels,
@@ -65,10 +65,10 @@ def run(
 
 @pytest.fixture
 def page(tmp_path: Path) -> Iterator[Browser]:
-    """A browser that remembers nothing of other tests: MLflow's keeps which runs were unfolded."""
-    with browser(tmp_path / "profile") as found:
-        found.window(1600, 1600)  # charts are drawn when they are in sight
-        yield found
+    """A fresh browser: MLflow's page remembers which runs were unfolded."""
+    with browser(tmp_path / "profile") as opened:
+        opened.window(1600, 1600)  # MLflow draws charts only in the visible part
+        yield opened
 
 
 def says(*words: str) -> str:
@@ -82,7 +82,7 @@ def unfold(name: str) -> str:
 
 
 def curves(of: int) -> str:
-    """How many charts have so many drawn lines, told apart by colour."""
+    """Counts the charts with at least `of` drawn lines of different colours."""
     lines = "[...chart.querySelectorAll('.scatterlayer path.js-line')].filter((p) => p.getTotalLength() > 20)"
     colours = f"new Set({lines}.map((p) => getComputedStyle(p).stroke)).size"
     return f"[...document.querySelectorAll('.js-plotly-plot')].filter((chart) => {colours} >= {of}).length"

@@ -60,12 +60,8 @@ def test_a_run_reads_back(workplace: Path) -> None:
     run = client().get_run(tracker.run_id)
     assert run.info.status == "FINISHED" and run.info.run_name == "a run"
     assert run.info.end_time >= run.info.start_time > 0
-    assert run.data.params == {
-        "model.layers": "2",
-        "model.width": "128",
-        "languages": json.dumps(LANGUAGES),
-        "corpus": "None",
-    }
+    model = {"model.layers": "2", "model.width": "128"}
+    assert run.data.params == model | {"languages": json.dumps(LANGUAGES), "corpus": "None"}
     assert run.data.tags["variant"] == "adpt" and run.data.tags["mlflow.source.git.commit"] == "abc"
     assert set(run.data.metrics) == {f"train/loss/{language}" for language in LANGUAGES}, "codes are kept as they are"
     assert history(tracker.run_id, "train/loss/zh-hans") == [(step, 1.0 / step) for step in range(1, 1001)]
@@ -131,18 +127,10 @@ def test_many_and_long_parameters() -> None:
 
 def test_secrets_are_never_recorded(monkeypatch: pytest.MonkeyPatch, workplace: Path) -> None:
     monkeypatch.setenv("SOME_API_KEY", "k3y-in-the-environment")
-    parameters = {
-        "hf_token": "hush-1",
-        "data": {
-            "url": "https://ann:hush-2@example.org/x?token=hush-3&page=7",
-            "apiKey": "hush-4",
-            "password": 1234567,
-        },
-        "note": "uses k3y-in-the-environment",
-        "sources": [{"secret": "hush-5"}],
-        "tokenizer": "bpe",
-        "mask_token_id": 4,
-    }
+    url = "https://ann:hush-2@example.org/x?token=hush-3&page=7"
+    parameters: dict[str, Any] = {"hf_token": "hush-1", "data": {"url": url, "apiKey": "hush-4", "password": 1234567}}
+    parameters |= {"note": "uses k3y-in-the-environment", "sources": [{"secret": "hush-5"}]}
+    parameters |= {"tokenizer": "bpe", "mask_token_id": 4}
     with pytest.raises(ValueError, match="hush"), start(parameters=parameters, tags={"auth_key": "hush-6"}) as tracker:
         raise ValueError("no answer from http://ann:hush-7@example.org")
     run = client().get_run(tracker.run_id)
@@ -350,9 +338,8 @@ def test_secret_names() -> None:
 def test_text_helpers() -> None:
     assert scrub("see http://u:p@ss@host:5000/x and sqlite:///a.db") == "see http://host:5000/x and sqlite:///a.db"
     assert flatten({"a": {}, "b": {"c": [1, {"d": 2}]}}) == {"a": "{}", "b.c": '[1, {"d": 2}]'}
-    assert [clean_name(name) for name in ("valid/perplexity/sw", "a//b", "/x", "", "..", "a=b")] == [
-        *("valid/perplexity/sw", "a/b", "x", "_", "_", "a_b")
-    ]
+    names = {"valid/perplexity/sw": "valid/perplexity/sw", "a//b": "a/b", "/x": "x", "": "_", "..": "_", "a=b": "a_b"}
+    assert {name: clean_name(name) for name in names} == names
 
 
 def test_environment_facts() -> None:
