@@ -1,11 +1,11 @@
-"""Gates on a frozen encoder: where they act, for which groups of parameters, at any tensor-parallel layout.
+"""Gates on groups of a frozen encoder's parameters, at any tensor-parallel layout.
 
-A group is an attention head (its part of the core attention's output is multiplied by the gate), a feed-forward neuron (its
-activation is), or a row of a shared matrix (the row's product is; the bias stays). A gate of zero equals setting the
-group's parameters to zero. Only what languages share is gated: a routed module (variants `attn` and `ffn`) serves one
-language and says nothing about sharing; adapters, norms and embeddings aren't gated either.
+A group is an attention head (the gate multiplies the head's part of the core attention's output), a feed-forward neuron (it
+multiplies the activation), or a row of a shared matrix (it multiplies the row's product, but not the bias). A gate of zero has the
+effect of setting the group's parameters to zero. Only parameters that languages share are gated: the routed modules of variants
+`attn` and `ffn` serve one language each and say nothing about sharing. Adapters, norms and embeddings are not gated.
 
-All groups of a model lie end to end in one vector, the same on every rank; a rank's modules use their own slices.
+The groups of a model lie end to end in one vector, the same on every rank, of which each rank's modules use slices.
 """
 
 from __future__ import annotations
@@ -16,32 +16,34 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from mlinterf_ds.analysis.masks import hard_concrete
 from mlinterf_ds.errors import UserError
 from mlinterf_ds.model.encoder import Encoder
 from mlinterf_ds.model.routing import Routed
 
-ROWS = {"qkv": "attention", "proj": "attention", "fc1": "ffn", "fc2": "ffn"}  # a layer's matrices and their components
+COMPONENTS = ("attention", "ffn")
 
 
 @dataclass(frozen=True)
 class Site:
-    """One module's groups: `size` of them from `start` of the vector of all."""
+    """The groups of one module: `size` of them, from `start` in the vector of all groups."""
 
     kind: str  # heads, neurons or rows
     layer: int
     component: str  # attention or ffn
-    matrix: str  # of rows; else ''
+    matrix: str  # the matrix whose rows these are; '' for heads and neurons
     start: int
     size: int
     parameters: int  # in one group
-    split: bool  # over tensor-parallel ranks (else every rank has all of them)
+    split: bool  # whether tensor-parallel ranks share the groups out; else every rank has all
     module: nn.Module
 
     def local(self, rank: int, ranks: int) -> slice:
-        """This rank's groups in the vector of all."""
+        """The slice of the vector of all groups that a tensor-parallel rank has."""
         if not self.split:
             return slice(self.start, self.start + self.size)
         part = self.size // ranks
@@ -49,36 +51,38 @@ class Site:
 
     @property
     def names(self) -> list[str]:
-        """Of its groups: 'L1 head 3', 'L0 neuron 17', 'L0 qkv row 5'."""
-        what = {"heads": "head", "neurons": "neuron"}.get(self.kind, f"{self.matrix} row")
-        return [f"L{self.layer} {what} {index}" for index in range(self.size)]
+        """The names of the groups, such as 'L1 head 3', 'L0 neuron 17' or 'L0 qkv row 5'."""
+        group = {"heads": "head", "neurons": "neuron"}.get(self.kind, f"{self.matrix} row")
+        return [f"L{self.layer} {group} {index}" for index in range(self.size)]
 
 
 class Gates:
-    """The gated groups of an encoder; `applied` lets gates act."""
+    """The gated groups of an encoder. Inside `applied`, gates act on it."""
 
     def __init__(self, encoder: Encoder, kinds: Sequence[str], tensor_rank: int, tensor: int):
-        """kinds: some of heads, neurons, rows. UserError if the encoder shares none of them."""
+        """kinds: some of heads, neurons and rows. UserError if languages share no group of these kinds."""
         self.sites: list[Site] = []
-        self._place = tensor_rank, tensor
-        start = 0
+        self._rank, self._ranks = tensor_rank, tensor
         for number, layer in enumerate(encoder.block.layers):
-            for kind, component, matrix, size, parameters, split, module in _found(encoder, layer, kinds):
-                self.sites.append(Site(kind, number, component, matrix, start, size, parameters, split, module))
-                start += size
-        self.count = start
-        if not start:
+            self.sites += _sites(encoder, number, layer, kinds, self.count)
+        if not self.count:
             raise UserError(
                 f"prune.groups={','.join(kinds)}: in variant {encoder.variant!r} these belong to one language each; choose "
                 "groups that languages share (attn routes heads, ffn routes neurons)"
             )
 
     @property
+    def count(self) -> int:
+        """The number of groups."""
+        return self.sites[-1].start + self.sites[-1].size if self.sites else 0
+
+    @property
     def names(self) -> list[str]:
+        """The name of each group."""
         return [name for site in self.sites for name in site.names]
 
     def per_group(self, field: str) -> list[Any]:
-        """A site's attribute for each group of the vector."""
+        """The value of a `Site` field for each group."""
         return [getattr(site, field) for site in self.sites for _ in range(site.size)]
 
     def weights(self) -> Tensor:
@@ -87,48 +91,62 @@ class Gates:
         return counts / counts.sum()
 
     def replicas(self) -> Tensor:
-        """(groups,) float32: on how many tensor-parallel ranks a group acts."""
-        rank_count = float(self._place[1])
-        return torch.tensor([1.0 if split else rank_count for split in self.per_group("split")])
+        """(groups,) float32: the number of tensor-parallel ranks on which a group acts."""
+        return torch.tensor([1.0 if split else float(self._ranks) for split in self.per_group("split")])
+
+    def kept(self, pi: Tensor) -> dict[str, float]:
+        """The shares that a model pruned by log-odds pi (groups,) keeps: of all gated parameters, and of each kind of group."""
+        is_open = (hard_concrete.gate(pi) > 0).float()
+        kinds = np.array(self.per_group("kind"))
+        shares = {
+            f"kept_{kind}": float(is_open[torch.from_numpy(kinds == kind)].mean()) for kind in dict.fromkeys(kinds)
+        }
+        return {"kept": float((is_open * self.weights()).sum()), **shares}
 
     @contextlib.contextmanager
     def applied(self, gates: Tensor) -> Iterator[None]:
-        """Forward passes inside are those of the gated model; gates: (rows or 1, groups), on the model's device."""
+        """Inside, forward passes are those of the gated model. gates: (rows or 1, groups), on the model's device."""
         handles = []
         try:
             for site in self.sites:
-                mine = gates[:, site.local(*self._place)]
+                local = gates[:, site.local(self._rank, self._ranks)]
                 if site.kind == "heads":
-                    handles.append(site.module.register_forward_hook(partial(_gate_heads, mine)))
+                    handles.append(site.module.register_forward_hook(partial(_gate_heads, local)))
                 elif site.kind == "neurons":
-                    handles.append(site.module.register_forward_pre_hook(partial(_gate_inputs, mine)))
+                    handles.append(site.module.register_forward_pre_hook(partial(_gate_inputs, local)))
                 else:
-                    handles.append(site.module.register_forward_hook(partial(_gate_rows, mine)))
+                    handles.append(site.module.register_forward_hook(partial(_gate_rows, local)))
             yield
         finally:
             for handle in handles:
                 handle.remove()
 
 
-def _found(encoder: Encoder, layer: Any, kinds: Sequence[str]) -> Iterator[tuple[str, str, str, int, int, bool, Any]]:
-    """(kind, component, matrix, groups, parameters of one, split over ranks, module) of a layer's shared modules."""
+def _sites(encoder: Encoder, number: int, layer: Any, kinds: Sequence[str], start: int) -> list[Site]:
+    """The sites in the shared modules of layer `number`; the first group is number `start` of the model."""
     shape = encoder.config
     width, head = shape.width, shape.kv_channels
     inner = shape.heads * head
     attention, mlp = layer.self_attention, layer.mlp
+    sites: list[Site] = []
+
+    def add(kind: str, component: str, matrix: str, size: int, parameters: int, split: bool, module: nn.Module) -> None:
+        first = sites[-1].start + sites[-1].size if sites else start
+        if kind in kinds:
+            sites.append(Site(kind, number, component, matrix, first, size, parameters, split, module))
+
     if not isinstance(attention, Routed):
-        if "heads" in kinds:  # three rows of width and bias for each channel, and its column of the projection
-            size = head * (3 * (width + 1) + width)
-            yield "heads", "attention", "", shape.heads, size, True, attention.core_attention
-        if "rows" in kinds:
-            yield "rows", "attention", "qkv", 3 * inner, width, True, attention.linear_qkv
-            yield "rows", "attention", "proj", width, inner, False, attention.linear_proj
+        size = head * (
+            3 * (width + 1) + width
+        )  # for each channel three rows with bias, and its column of the projection
+        add("heads", "attention", "", shape.heads, size, True, attention.core_attention)
+        add("rows", "attention", "qkv", 3 * inner, width, True, attention.linear_qkv)
+        add("rows", "attention", "proj", width, inner, False, attention.linear_proj)
     if not isinstance(mlp, Routed):
-        if "neurons" in kinds:  # a row and its bias, and a column
-            yield "neurons", "ffn", "", shape.ffn, 2 * width + 1, True, mlp.linear_fc2
-        if "rows" in kinds:
-            yield "rows", "ffn", "fc1", shape.ffn, width, True, mlp.linear_fc1
-            yield "rows", "ffn", "fc2", width, shape.ffn, False, mlp.linear_fc2
+        add("neurons", "ffn", "", shape.ffn, 2 * width + 1, True, mlp.linear_fc2)  # a row with bias, and a column
+        add("rows", "ffn", "fc1", shape.ffn, width, True, mlp.linear_fc1)
+        add("rows", "ffn", "fc2", width, shape.ffn, False, mlp.linear_fc2)
+    return sites
 
 
 def _gate_heads(gates: Tensor, _module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
@@ -143,7 +161,7 @@ def _gate_inputs(gates: Tensor, _module: nn.Module, inputs: tuple[Tensor, ...]) 
 
 
 def _gate_rows(gates: Tensor, module: Any, _inputs: Any, result: tuple[Tensor, Tensor | None]) -> Any:
-    """gates: (rows, outputs); result: (rows, length, outputs) and a bias yet to add, or None if it holds the bias."""
+    """gates: (rows, outputs); result: (rows, length, outputs), and the bias if it is still to be added, else None."""
     output, bias = result
     by_row = gates[:, None].to(output.dtype)
     if bias is not None or module.bias is None:

@@ -1,8 +1,8 @@
 """The hard concrete distribution over gates z in [0, 1] (Louizos, Welling and Kingma, 2017, section 2.3).
 
-A binary concrete variable s, with log-odds `log_alpha` (the paper's pi) and temperature BETA, is stretched to
-(GAMMA, ZETA) and clamped to [0, 1]: the gate is 0 and 1 with positive probability, yet a sample has a gradient. All
-functions are elementwise in log_alpha and differentiable. Torch alone.
+A binary concrete variable s, with log-odds `log_alpha` (the paper's pi) and temperature BETA, is stretched to (GAMMA, ZETA) and
+clamped to [0, 1]. The gate is then exactly 0 or 1 with positive probability, and yet a sample has a gradient. All functions are
+elementwise in log_alpha and differentiable.
 """
 
 from __future__ import annotations
@@ -14,32 +14,32 @@ import torch
 from torch import Tensor
 
 GAMMA, ZETA, BETA = -0.1, 1.1, 2 / 3  # the stretch and the temperature of Louizos et al., section 4
-NODES = 32  # of the quadrature of `mean`: round-off accuracy
+NODES = 32  # points of the quadrature in `mean`, which is then exact up to round-off
 
 
 def sample(log_alpha: Tensor, uniform: Tensor) -> Tensor:
-    """The gates that draws from U(0, 1) give (Eq. 10 and 11); the shapes broadcast."""
+    """The gates that follow from draws of U(0, 1) (Eq. 10 and 11); the shapes broadcast."""
     concrete = torch.sigmoid((torch.logit(uniform) + log_alpha) / BETA)
     return _stretched(concrete)
 
 
 def nonzero(log_alpha: Tensor) -> Tensor:
-    """P(z != 0), a group's part in the expected L0 norm (Eq. 12)."""
+    """P(z != 0), which is a group's term in the expected L0 norm (Eq. 12)."""
     return torch.sigmoid(log_alpha - BETA * math.log(-GAMMA / ZETA))
 
 
 def one(log_alpha: Tensor) -> Tensor:
-    """P(z = 1), by the same argument at the upper end."""
+    """P(z = 1), derived like `nonzero` at the upper end."""
     return torch.sigmoid(log_alpha + BETA * math.log((ZETA - 1) / (1 - GAMMA)))
 
 
 def gate(log_alpha: Tensor) -> Tensor:
-    """The gate used after training (Eq. 13): exactly 0 or 1 where log_alpha is far from 0."""
+    """The gate of a trained mask (Eq. 13): exactly 0 or 1 where log_alpha is far from 0."""
     return _stretched(torch.sigmoid(log_alpha))
 
 
 def mean(log_alpha: Tensor) -> Tensor:
-    """E[z] = integral over t from 0 to 1 of P(z > t): no elementary form; Gauss and Legendre's rule, since P is analytic.
+    """E[z], the integral of P(z > t) over t from 0 to 1, by Gauss-Legendre quadrature: it has no elementary form.
 
     P(z > t) = sigmoid(log_alpha - BETA logit((t - GAMMA) / (ZETA - GAMMA))), from the concrete distribution's quantiles.
     """

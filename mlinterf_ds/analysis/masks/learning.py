@@ -1,12 +1,12 @@
-"""Learning a language's masks on a frozen model (paper, Eq. 1), and what is left of the model under them.
+"""Learning a language's masks on a frozen model (paper, Eq. 1), and scoring the model that they prune.
 
     min over pi of  E_q(z|pi) [ L(f(x; theta * z), y) ] + lambda E ||theta * z||_0 / ||theta||_0
 
-L is the masked-language-model loss in nats, theta the gated parameters, so lambda is what keeping all of them costs. z are hard
-concrete gates with log-odds pi, drawn for every row of a batch anew (one draw for a batch has the same expectation and more
-noise). pi starts at 0: a common start elsewhere would enter every cosine between languages.
+L is the masked-language-model loss in nats and theta the gated parameters, so lambda is what it costs to keep all of them. z are
+hard concrete gates with log-odds pi, drawn anew for every row of a batch: one draw for the whole batch has the same expectation and
+more noise. pi starts at 0, because any other common start would enter every cosine between languages.
 
-Text, masks and gates are functions of (seed, language, step, row), so a layout changes nothing but round-off.
+Text, masks and gates are functions of (seed, language, step, row), so layouts differ by round-off only.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ from mlinterf_ds.errors import UserError
 from mlinterf_ds.model.encoder import Encoder
 from mlinterf_ds.runtime.parallel import Layout
 
-RANDOM = 3  # random prunings that a learned one is compared with
-EVALUATED = 64  # rows at once
-EPS = 1e-15  # Adam's; a group's gradient shrinks with their number
-Report = Callable[[Mapping[str, float], int], None]
+RANDOM = 3  # random prunings, with which a learned one is compared
+EVALUATED = 64  # rows that are scored at once
+EPS = 1e-15  # Adam's epsilon; gradients shrink as the number of groups grows
+Report = Callable[[Mapping[str, float], int], None]  # takes metrics and their step
 
 
 @dataclass
@@ -49,11 +49,11 @@ class Subject:
     layout: Layout
     device: torch.device
     scale: LossScale
-    length: int  # of a row
+    length: int  # tokens of a row
     mask_share: float
 
     def learn(self, language: str, seed: int, settings: PruneSection, report: Report) -> Tensor:
-        """pi (groups,) of one language, fp32 on the CPU, the same on every rank; the model is as before."""
+        """Learn pi (groups,) of one language: fp32 on the CPU, the same on every rank. The model is left unchanged."""
         batches = self._batches(language, seed, settings)
         pi = torch.zeros(self.gates.count, device=self.device, requires_grad=True)
         optimizer = torch.optim.Adam([pi], eps=EPS)
@@ -74,18 +74,18 @@ class Subject:
     def _batches(
         self, language: str, seed: int, settings: PruneSection
     ) -> Callable[[int], Iterator[tuple[Batch, Tensor]]]:
-        """By step, this rank's micro-batches, each with its draws for the gates (rows, groups)."""
+        """A function from the step to this rank's micro-batches, each with its draws for the gates (rows, groups)."""
         own_seed = key(seed, "prune", language) >> 1
         stream = TrainStream(
             self.corpus, [language], rows=settings.rows, length=self.length, seed=own_seed, mask_share=self.mask_share
         )
         index, source = self.model.languages.index(language), key(own_seed, "gates", size=16)
-        mine = settings.rows // self.layout.data
-        first, size = self.layout.data_rank * mine, settings.micro_batch or mine
+        rows = settings.rows // self.layout.data
+        first, size = self.layout.data_rank * rows, settings.micro_batch or rows
 
         def of_step(step: int) -> Iterator[tuple[Batch, Tensor]]:
-            for start in range(first, first + mine, size):
-                stop = min(start + size, first + mine)
+            for start in range(first, first + rows, size):
+                stop = min(start + size, first + rows)
                 batch = in_language(stream.batch(step, start, stop), index)
                 uniform = draws(source, step, start, stop, self.gates.count)
                 yield batch.to(self.device), uniform.to(self.device)
@@ -93,7 +93,7 @@ class Subject:
         return of_step
 
     def _gradient(self, pi: Tensor, batches: Iterable[tuple[Batch, Tensor]]) -> tuple[float, Tensor]:
-        """The loss of all ranks' rows under sampled gates, and its gradient (groups,), the same on all ranks."""
+        """The loss of all ranks' rows under sampled gates, and its gradient (groups,); the same on all ranks."""
         loss, pi.grad = torch.zeros(1, device=self.device), None
         for batch, uniform in batches:
             with self.gates.applied(hard_concrete.sample(pi, uniform)):
@@ -103,11 +103,11 @@ class Subject:
         assert pi.grad is not None
         replicas = self.gates.replicas().to(self.device)
         summed = torch.cat([pi.grad / (replicas * self.scale.value), loss / self.layout.tensor])
-        dist.all_reduce(summed)  # rows of all data-parallel ranks, slices of all tensor-parallel ones
+        dist.all_reduce(summed)  # over the rows of all data-parallel ranks and the slices of all tensor-parallel ranks
         return summed[-1].item(), summed[:-1]
 
     def _finite(self, gradient: Tensor, where: str) -> bool:
-        """Whether this step counts; fp16's loss scale is lowered after an overflow."""
+        """Whether the step may be taken; after an overflow in fp16 it is skipped and the loss scale lowered."""
         finite = bool(torch.isfinite(gradient).all())
         hopeless = not self.scale.dynamic or self.scale.value <= self.scale.minimum
         if not finite and hopeless:
@@ -119,7 +119,7 @@ class Subject:
         return finite
 
     def perplexity(self, language: str, gates: Tensor, rows: int) -> float:
-        """Of `rows` rows of the language's validation split, at gates (groups,)."""
+        """The perplexity of `rows` rows of the language's validation split, under gates (groups,)."""
         text = EvaluationSet(
             self.corpus,
             language,
@@ -132,43 +132,44 @@ class Subject:
         batches = text.batches(EVALUATED, self.layout.data_rank, self.layout.data)
         with self.gates.applied(gates.to(self.device)[None]):
             loss = weighted_loss(self.model, batches, self.device, self.layout)
-        return math.exp(min(loss, 700.0))  # a ruined model's loss may be past what exp takes
+        return math.exp(min(loss, 700.0))  # the loss of a ruined model may be too large for exp
 
     def scores(self, language: str, pi: Tensor, seed: int, rows: int) -> dict[str, float]:
-        """Perplexities of the full model, the pruned one, and random prunings (mean and standard error).
+        """The perplexities of the full model, the pruned model, and random prunings (mean and standard error).
 
-        pruned: at the gates learned, some of which lie between 0 and 1; kept_whole: those above 0 set to 1, as in the random
-        prunings, which keep as many groups of each module.
+        `pruned` has the learned gates, some of which lie between 0 and 1. `kept_whole` has 1 for each gate above 0. So have the
+        random prunings, which keep as many groups of each module.
         """
         learned = hard_concrete.gate(pi)
         whole = (learned > 0).float()
-        found = {
+        perplexities = {
             "full": self.perplexity(language, torch.ones_like(pi), rows),
             "pruned": self.perplexity(language, learned, rows),
             "kept_whole": self.perplexity(language, whole, rows),
         }
-        others = [
+        random = [
             self.perplexity(language, self._shuffled(whole, key(seed, "random", language, draw)), rows)
             for draw in range(RANDOM)
         ]
-        return found | {"random": float(np.mean(others)), "random_error": float(np.std(others, ddof=1) / RANDOM**0.5)}
+        error = float(np.std(random, ddof=1) / RANDOM**0.5)
+        return perplexities | {"random": float(np.mean(random)), "random_error": error}
 
     def _shuffled(self, kept: Tensor, seed: int) -> Tensor:
-        """Other groups of the same modules, as many of each."""
+        """A random choice of as many groups of each module."""
         source, kept = torch.Generator().manual_seed(seed >> 1), kept.clone()
         for site in self.gates.sites:
-            mine = slice(site.start, site.start + site.size)
-            kept[mine] = kept[mine][torch.randperm(site.size, generator=source)]
+            groups = slice(site.start, site.start + site.size)
+            kept[groups] = kept[groups][torch.randperm(site.size, generator=source)]
         return kept
 
 
 def draws(source: int, step: int, start: int, stop: int, count: int) -> Tensor:
-    """(rows, count) float32 draws of U(0, 1) for rows `start` to `stop` of a step, whatever slice is asked for."""
-    blocks = -(-count // 4)  # a block of the generator has four draws
-    found = generator(source, step, skip=start * blocks).random((stop - start, 4 * blocks))
-    return torch.from_numpy(found[:, :count].astype(np.float32))
+    """(rows, count) float32 draws of U(0, 1) for the rows from `start` to `stop` of a step; a row's draws do not depend on these."""
+    blocks = -(-count // 4)  # the generator makes four draws at a time
+    uniform = generator(source, step, skip=start * blocks).random((stop - start, 4 * blocks))
+    return torch.from_numpy(uniform[:, :count].astype(np.float32))
 
 
 def in_language(batch: Batch, index: int) -> Batch:
-    """A one-language stream's batch under the model's number of that language."""
+    """A batch of a one-language stream, with the language's index in the model."""
     return replace(batch, languages=torch.full_like(batch.languages, index), step_languages=(index,))

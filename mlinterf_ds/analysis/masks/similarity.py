@@ -1,0 +1,98 @@
+"""Similarity of the languages' masks: cosines of pi over the model, its components and its layers."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from mlinterf_ds.analysis.masks.gates import COMPONENTS, Gates
+from mlinterf_ds.gradients.similarity import ALL
+
+EXTREMES = 10  # groups of either end in figure 4b
+
+
+@dataclass(frozen=True)
+class Masks:
+    """pi of all languages and seeds, and for each group where in the model it lies."""
+
+    languages: tuple[str, ...]
+    seeds: tuple[int, ...]
+    pi: np.ndarray  # (languages, seeds, groups) float64
+    layer: np.ndarray  # (groups,)
+    component: np.ndarray  # (groups,)
+    kind: np.ndarray  # (groups,)
+    names: list[str]
+    parameters: list[int]  # in each group
+
+    @classmethod
+    def of(
+        cls, gates: Gates, languages: Sequence[str], seeds: Sequence[int], learned: Mapping[tuple[str, int], np.ndarray]
+    ) -> Masks:
+        """The masks of these gates. learned: pi (groups,) of each language and seed."""
+        pi = np.array([[learned[language, seed] for seed in seeds] for language in languages], dtype=np.float64)
+        layer, component, kind = (np.array(gates.per_group(field)) for field in ("layer", "component", "kind"))
+        parameters = gates.per_group("parameters")
+        return cls(tuple(languages), tuple(seeds), pi, layer, component, kind, gates.names, parameters)
+
+    @property
+    def components(self) -> list[str]:
+        """The components that have groups."""
+        return [component for component in COMPONENTS if component in self.component]
+
+    @property
+    def layers(self) -> list[int]:
+        """The layers that have groups."""
+        return [int(layer) for layer in np.unique(self.layer)]
+
+    def scopes(self) -> Iterator[tuple[int | str, str]]:
+        """(layer, component) of every reported similarity: the model, its components, and the components of each layer."""
+        yield ALL, ALL
+        yield from ((ALL, component) for component in self.components)
+        yield from ((layer, component) for layer in self.layers for component in self.components)
+
+    def matrix(self, layer: int | str = ALL, component: str = ALL, *, centred: bool = False) -> np.ndarray:
+        """(L, L) similarities over a scope's groups; NaN on the diagonal if there is one seed.
+
+        centred: subtract each pi's mean over the scope first, which makes the cosines correlations.
+        """
+        chosen = (self.layer == layer) | (layer == ALL)
+        chosen &= (self.component == component) | (component == ALL)
+        pi = self.pi[..., chosen]
+        return similarities(pi - pi.mean(axis=-1, keepdims=True) if centred else pi)
+
+    def pairs(self) -> Iterator[tuple[int, int]]:
+        """Indices of each language with itself, then of each pair."""
+        indices = range(len(self.languages))
+        yield from ((index, index) for index in indices)
+        yield from itertools.combinations(indices, 2)
+
+    def extremes(self, language: int) -> list[tuple[str, np.ndarray]]:
+        """(group, values (L,)) of the groups with a language's lowest and highest pi, ascending.
+
+        Values are means over the seeds, divided by each language's largest absolute mean.
+        """
+        mean = self.pi.mean(axis=1)
+        mean = mean / np.abs(mean).max(axis=1, keepdims=True)
+        order = np.argsort(mean[language], kind="stable")
+        count = min(EXTREMES, len(order) // 2)
+        chosen = [*order[:count], *order[len(order) - count :]]
+        return [(self.names[group], mean[:, group]) for group in chosen]
+
+
+def similarities(pi: np.ndarray) -> np.ndarray:
+    """(L, L) mean cosines of pi (L, seeds, groups): over all pairs of seeds of two languages, and over pairs of different
+    seeds of one language."""
+    count, seeds = pi.shape[:2]
+    length = np.linalg.norm(pi, axis=-1, keepdims=True)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        unit = (pi / length).reshape(count * seeds, -1)
+    cosines = (unit @ unit.T).reshape(count, seeds, count, seeds)
+    matrix = cosines.mean(axis=(1, 3))
+    different = np.triu_indices(seeds, 1)
+    for language in range(count):
+        within = cosines[language, :, language][different]
+        matrix[language, language] = within.mean() if len(within) else np.nan
+    return matrix
