@@ -117,7 +117,7 @@ def report(models: Sequence[Similarities]) -> dict[str, Any]:
 
 def by_model(distances: Sequence[float], between: np.ndarray) -> dict[str, Any]:
     """Spearman's rank correlation within each model, its mean and interval; `between` has the shape (models, pairs)."""
-    correlations = np.array([rank_correlation(distances, row) for row in between.tolist()])
+    correlations = rank_correlation(distances, between)
     count = len(correlations)
     draws = np.random.default_rng(0).integers(0, count, (RESAMPLES, count))
     low, high = np.quantile(correlations[draws].mean(axis=1), [0.025, 0.975])

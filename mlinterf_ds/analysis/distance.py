@@ -1,7 +1,7 @@
 """How far apart two languages are, measured on their training text, or by typological features when these are given.
 
-Every distance is symmetric, from 0 (a language and itself) to 1. Shared words and letters say nothing of word order: among the
-synthetic languages they tell `far` from the others and not `mid` from `close`, which share as many word forms.
+Every distance is symmetric and runs from 0 (a language and itself) to 1. Shared words and letters say nothing of word order: among
+the synthetic languages they tell `far` from the others, but not `mid` from `close`, which share as many word forms.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from mlinterf_ds.data.corpus import Corpus
 from mlinterf_ds.data.tokenizer import EOS
 from mlinterf_ds.errors import UserError
 
-SENTENCES = 5000  # of each language that characters are counted in
-ORDERS = (1, 2, 3)  # characters in a row
+SENTENCES = 5000  # of each language, whose characters are counted
+ORDERS = (1, 2, 3)  # lengths of the sequences of characters that are counted
 
 
 def distances(corpus: Corpus, languages: Sequence[str], typology: str | None = None) -> dict[str, np.ndarray]:
-    """(languages, languages) distances by name: vocabulary, characters; typology if a table of it is given; and of synthetic
-    languages the planted one. NaN where two languages have no feature in common.
+    """Name -> (languages, languages) distances: vocabulary, characters, typology if a table of it is given, and the planted
+    distance of synthetic languages. NaN where two languages have no feature in common.
     """
     pieces = {code: unigrams(corpus, code) for code in languages}
     grams = {code: ngrams(sentences(corpus, code, SENTENCES)) for code in languages}
-    found = {
+    matrices = {
         "vocabulary": _matrix(languages, lambda a, b: vocabulary_distance(pieces[a], pieces[b])),
         "characters": _matrix(languages, lambda a, b: character_distance(grams[a], grams[b])),
     }
@@ -41,26 +41,26 @@ def distances(corpus: Corpus, languages: Sequence[str], typology: str | None = N
             raise UserError(
                 f"{typology}: no line for {', '.join(missing)}; it has {', '.join(table)}: add one for each language"
             )
-        found["typology"] = _matrix(languages, lambda a, b: typology_distance(table[a], table[b]))
-    with contextlib.suppress(UserError):  # the name of a language that people speak
-        found["planted"] = _matrix(languages, synthetic.distance)
-    return found
+        matrices["typology"] = _matrix(languages, lambda a, b: typology_distance(table[a], table[b]))
+    with contextlib.suppress(UserError):  # raised for a language that people speak
+        matrices["planted"] = _matrix(languages, synthetic.distance)
+    return matrices
 
 
 def _matrix(languages: Sequence[str], distance: Callable[[str, str], float]) -> np.ndarray:
-    found = np.zeros((len(languages), len(languages)))
+    matrix = np.zeros((len(languages), len(languages)))
     for row, left in enumerate(languages):
         for column in range(row):
-            found[row, column] = found[column, row] = distance(left, languages[column])
-    return found
+            matrix[row, column] = matrix[column, row] = distance(left, languages[column])
+    return matrix
 
 
 # --- vocabulary ------------------------------------------------------------------------------------------------------
 def unigrams(corpus: Corpus, language: str) -> np.ndarray:
-    """How often each piece occurs in the language's training text, special ones left out; sums to 1.  # (vocabulary,)"""
+    """(vocabulary,) share of each piece in the language's training text, special pieces left out."""
     counts = np.zeros(corpus.vocabulary_size, dtype=np.int64)
     tokens = corpus.tokens(language, "train")
-    for first in range(0, len(tokens), 1 << 22):  # in pieces: memory stays flat on any corpus
+    for first in range(0, len(tokens), 1 << 22):  # chunk by chunk, so that memory stays flat
         counts += np.bincount(tokens[first : first + (1 << 22)], minlength=len(counts))
     counts[:FIRST_ORDINARY] = 0
     return counts / max(1, counts.sum())
@@ -73,7 +73,7 @@ def vocabulary_distance(left: np.ndarray, right: np.ndarray) -> float:
 
 # --- characters ------------------------------------------------------------------------------------------------------
 def sentences(corpus: Corpus, language: str, most: int) -> list[str]:
-    """The first training sentences, as the vocabulary spells them."""
+    """The first `most` training sentences as the vocabulary spells them."""
     tokens = corpus.tokens(language, "train")
     ends: list[int] = []
     for first in range(0, len(tokens), 1 << 20):
@@ -85,7 +85,7 @@ def sentences(corpus: Corpus, language: str, most: int) -> list[str]:
 
 
 def ngrams(texts: Sequence[str]) -> list[Counter[str]]:
-    """Counts of the sequences of 1, 2 and 3 characters in a row, spaces included."""
+    """Counts of the sequences of 1, 2 and 3 characters, spaces included."""
     return [Counter(text[i : i + n] for text in texts for i in range(len(text) - n + 1)) for n in ORDERS]
 
 
@@ -99,7 +99,7 @@ def jensen_shannon(left: Mapping[str, float], right: Mapping[str, float]) -> flo
     for key in left.keys() | right.keys():
         p, q = left.get(key, 0) / total_left, right.get(key, 0) / total_right
         terms += [share / 2 * math.log2(2 * share / (p + q)) for share in (p, q) if share]
-    return math.sqrt(min(1.0, max(0.0, math.fsum(terms))))  # exact: a set has no order
+    return math.sqrt(min(1.0, max(0.0, math.fsum(terms))))  # fsum, because the order of a set changes
 
 
 def character_distance(left: Sequence[Mapping[str, float]], right: Sequence[Mapping[str, float]]) -> float:
@@ -109,33 +109,33 @@ def character_distance(left: Sequence[Mapping[str, float]], right: Sequence[Mapp
 
 # --- typology --------------------------------------------------------------------------------------------------------
 def read_typology(path: Path) -> dict[str, list[str]]:
-    """language -> features: a heading, then a line a language, its code first; tabs if .tsv, else commas.
+    """Language -> features, from a table with a header row and a row for each language that starts with its code.
 
-    An empty field is unknown. UserError if the file cannot be read, a line has other fields than the heading, or a
-    language comes twice.
+    Columns are separated by tabs in a .tsv file, else by commas; an empty field is unknown. UserError if the file cannot be
+    read, a row has another number of fields than the header, or a language comes twice.
     """
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             lines = list(csv.reader(file, delimiter="\t" if path.suffix == ".tsv" else ","))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path}: cannot be read as a table ({error}); give CSV or TSV in UTF-8") from None
-    found: dict[str, list[str]] = {}
+    table: dict[str, list[str]] = {}
     for number, line in enumerate(lines[1:], 2):
         if not line:
             continue
         code, *features = (field.strip() for field in line)
         if len(line) != len(lines[0]) or not features:
             raise UserError(f"{path}, line {number}: {len(line)} fields, the heading has {len(lines[0])}")
-        if code in found:
+        if code in table:
             raise UserError(f"{path}, line {number}: {code} comes twice")
-        found[code] = features
-    return found
+        table[code] = features
+    return table
 
 
 def typology_distance(left: Sequence[str], right: Sequence[str]) -> float:
-    """Over the features known of both: NaN if there is none.
+    """Distance over the features known of both languages; NaN if there are none.
 
-    Share that differ (Hamming); 1 - cosine, at most 1, if all are numbers and not just 0 and 1.
+    It is the share of features that differ (Hamming), or 1 - cosine, at most 1, if all are numbers other than 0 and 1.
     """
     pairs = [(a, b) for a, b in zip(left, right, strict=True) if a and b]
     if not pairs:

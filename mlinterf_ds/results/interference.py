@@ -8,12 +8,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from scipy import stats
 
 from mlinterf_ds.results.comparison import BITS, Comparison, Groups
 from mlinterf_ds.results.runs import FineTunedRun
+from mlinterf_ds.tasks.metrics import rank_correlation
 
 MIN_PAIRS = 4  # pairs of languages from which a rank correlation is told
+
+
+def known(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 @dataclass
@@ -50,10 +54,6 @@ class InterferenceResults:
 
     def rows(self) -> list[dict[str, Any]]:
         """A row of plain values for each comparison, with None where nothing is known."""
-
-        def known(value: float) -> float | None:
-            return value if math.isfinite(value) else None
-
         return [
             {
                 "metric": comparison.metric,
@@ -98,9 +98,8 @@ class InterferenceResults:
             ]
             points = [point for point in points if math.isfinite(point[1])]
             if len(points) >= MIN_PAIRS:
-                constant = any(len(set(side)) == 1 for side in zip(*points, strict=True))
-                rho = None if constant else float(stats.spearmanr(points).statistic)
-                table.setdefault(variant, {})[name] = {"rho": rho, "pairs": len(points)}
+                rho = float(rank_correlation(*zip(*points, strict=True)))
+                table.setdefault(variant, {})[name] = {"rho": known(rho), "pairs": len(points)}
         return table
 
     def shown(self) -> str:
