@@ -18,7 +18,7 @@ from torch import Tensor
 from mlinterf_ds.engine.optimizer import LossScale, Spikes, adamw, apply, clip_factor, learning_rate
 from mlinterf_ds.engine.precision import DTYPES, resolve
 from mlinterf_ds.engine.space import FlatSpace, NewRows, Space, Vector
-from mlinterf_ds.engine.zero import release_small_parameters, shared_space
+from mlinterf_ds.engine.zero import Zero3FlatSpace, release_small_parameters, shared_space
 from mlinterf_ds.errors import UserError
 from mlinterf_ds.model.encoder import SHARED, partition_dim
 from mlinterf_ds.runtime.parallel import Layout, ModelParallelUnit
@@ -89,7 +89,7 @@ class Engine:
             if name == SHARED and self.stage:
                 spaces[name] = shared_space(name, self.deepspeed, parameters, dims, tensor_rank)
             else:
-                spaces[name] = FlatSpace(
+                spaces[name] = (Zero3FlatSpace if self.stage == 3 else FlatSpace)(
                     name,
                     parameters,
                     dims,

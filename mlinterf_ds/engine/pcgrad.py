@@ -1,7 +1,7 @@
-"""PCGrad (Yu et al. 2020, the paper's reference for gradient conflict): a baseline beside the meta step.
+"""PCGrad (Yu et al. 2020), the paper's reference for gradient conflict: a baseline beside the meta step.
 
 Each language's gradient is projected off those it conflicts with (negative cosine), in a random order of the others;
-the shared parameters follow the sum. Gradients are this rank's shards, products run over all ranks.
+the shared parameters follow the sum. Gradients are this rank's shards; inner products are over all ranks.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from mlinterf_ds.model.encoder import SHARED
 
 
 def project(gradients: Sequence[Vector], products: np.ndarray, random: np.random.Generator) -> tuple[Vector, int]:
-    """(sum of the projected gradients, number of projections), from the gradients and their (L, L) inner products.
+    """The sum of the projected gradients and the number of projections, from the gradients' (L, L) inner products.
 
-    Every projected gradient stays a combination of the given ones, so inner products alone decide it.
+    Every projected gradient is a combination of the given ones, so their inner products are all that is needed.
     """
     count = len(gradients)
     coefficients = np.eye(count)  # row i: gradient i after its projections, as a combination of the originals
@@ -36,34 +36,34 @@ def project(gradients: Sequence[Vector], products: np.ndarray, random: np.random
                 coefficients[i, j] -= conflict / products[j, j]
                 projections += 1
     total = coefficients.sum(axis=0)
-    summed = [torch.zeros_like(piece) for piece in gradients[0]]
+    summed = [torch.zeros_like(shard) for shard in gradients[0]]
     for weight, gradient in zip(total, gradients, strict=True):
-        for into, piece in zip(summed, gradient, strict=True):
-            into.add_(piece, alpha=float(weight))
+        for sum_shard, shard in zip(summed, gradient, strict=True):
+            sum_shard.add_(shard, alpha=float(weight))
     return summed, projections
 
 
 def pcgrad_step(engine: Engine, batches: Sequence[Any], seed: int) -> dict[str, float]:
-    """One update of the shared parameters on a mixed batch, by the languages' projected gradients.
+    """One update of the shared parameters on a mixed batch by the languages' projected gradients; the step's facts.
 
-    A pass for each language, over the same micro-batches with the other languages' positions at weight zero, so that
-    every rank does the same collectives whatever rows it holds.
+    Each language has a pass over the same micro-batches, in which the other languages' positions have weight zero: so
+    every rank does the same collectives, whatever rows it holds. `seed` and the step decide the order of projections.
     """
     space, languages = engine.spaces[SHARED], batches[0].step_languages
     gradients: list[Vector] = []
     sums = torch.zeros(len(languages), 2, dtype=torch.float64, device=engine.device)
-    for place, language in enumerate(languages):
-        chosen = [replace(b, weights=b.weights * (b.languages == language).view(-1, 1)) for b in batches]
-        sums[place] += engine.accumulate(chosen, [space])[place]
-        gradients.append([piece.div_(engine.scale.value) for piece in space.gradient()])
+    for index, language in enumerate(languages):
+        own = [replace(batch, weights=batch.weights * (batch.languages == language).view(-1, 1)) for batch in batches]
+        sums[index] += engine.accumulate(own, [space])[index]
+        gradients.append([shard.div_(engine.scale.value) for shard in space.gradient()])
     products = torch.stack([space.share_of_dot(left, right) for left in gradients for right in gradients]).to(
         engine.device
     )
-    facts_ = torch.cat([products, sums.view(-1) / engine.layout.tensor])
-    dist.all_reduce(facts_)
-    table = facts_[: len(languages) ** 2].view(len(languages), -1).cpu().numpy()
+    reduced = torch.cat([products, sums.view(-1) / engine.layout.tensor])
+    dist.all_reduce(reduced)
+    table = reduced[: len(languages) ** 2].view(len(languages), -1).cpu().numpy()
     facts = {"lr": engine.learning_rate, "loss_scale": engine.scale.value}
-    facts |= engine.loss_facts(languages, facts_[len(languages) ** 2 :].view(-1, 2))
+    facts |= engine.loss_facts(languages, reduced[len(languages) ** 2 :].view(-1, 2))
     random = np.random.default_rng([seed, engine.step])
     if engine.settle(bool(np.isfinite(table).all()), facts):
         total, projections = project(gradients, table, random)

@@ -44,11 +44,11 @@ class Space:
     masters: Vector
     segments: list[Segment]
     parameters: dict[str, nn.Parameter]
-    counted: list[Segment]  # those that this rank adds to sums over all ranks: replicas count once
-    _counted: list[tuple[int, int, int]]  # the same as (shard, begin, end), neighbours joined
+    counted: list[Segment]  # what this rank adds to sums over all ranks, so that replicas count once
+    _counted: list[tuple[int, int, int]]  # `counted` as (shard, begin, end), neighbours joined
 
     def gradient(self) -> Vector:
-        """The gradients since the last call, averaged over data-parallel ranks: this rank's shards, fp32; cleared."""
+        """This rank's shards (fp32) of the gradients since the last call, averaged over the data-parallel ranks."""
         raise NotImplementedError
 
     def write(self, offset: Vector | None = None, scale: float = 0.0) -> None:
@@ -88,7 +88,7 @@ class Space:
         return total
 
     def _count(self, tensor_rank: int, whole: bool = True) -> None:
-        """Decide which elements of the shards this rank contributes to a sum over all ranks."""
+        """Decides which elements of the shards this rank contributes to a sum over all ranks."""
         runs: list[tuple[int, int, int]] = []
         self.counted = [s for s in self.segments if whole and (s.partition_dim is not None or tensor_rank == 0)]
         for segment in self.counted:
@@ -100,6 +100,7 @@ class Space:
         self._counted = runs
 
     def require_grad(self, flag: bool) -> None:
+        """Switches the computation of this group's gradients on or off."""
         if next(iter(self.parameters.values())).requires_grad == flag:
             return  # they change together
         for parameter in self.parameters.values():
@@ -111,11 +112,10 @@ class Space:
 
 
 class FlatSpace(Space):
-    """A group sharded here: every parameter is cut into `partitions` equal slices (padded), one a data-parallel rank.
+    """A group sharded here: every parameter is cut into equal slices (padded), one for each data-parallel rank.
 
-    Gradients are reduced bucket by bucket as they arrive and dropped. `partitions=1` with several ranks is a replicated
-    group (ZeRO 0): its gradient is whole on every rank anyway, so it is summed in place and reduced once. Under ZeRO 3
-    the slices are DeepSpeed's own (`ds_tensor`), which it gathers in the forward.
+    Gradients are reduced bucket by bucket as they arrive, and dropped. With sharded=False (ZeRO 0) the group is
+    replicated: its gradient is whole on every rank anyway, so it is summed in place and reduced once.
     """
 
     def __init__(
@@ -136,20 +136,17 @@ class FlatSpace(Space):
         self.segments, self._slots, position = [], {}, 0
         self._buckets: list[list[str]] = [[]]
         filled = 0
-        for name, parameter in reversed(self.parameters.items()):  # gradients arrive from the top of the model down
-            shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
+        for key, parameter in reversed(self.parameters.items()):  # gradients arrive from the top of the model down
+            shape, width = self._cut(parameter)
             numel = shape_numel(shape)
-            width = -(-numel // self.partitions)
-            if hasattr(parameter, "ds_tensor"):
-                width = parameter.ds_tensor.numel()
             start = min(numel, self.index * width)
             length = min(width, numel - start)
-            self.segments.append(Segment(name, shape, start, length, 0, position, partition_dims[name]))
-            self._slots[name] = (position, width, numel)
+            self.segments.append(Segment(key, shape, start, length, 0, position, partition_dims[key]))
+            self._slots[key] = (position, width, numel)
             if filled and filled + numel > BUCKET:
                 self._buckets.append([])
                 filled = 0
-            self._buckets[-1].append(name)
+            self._buckets[-1].append(key)
             filled += numel
             position += width
         self.masters = [torch.zeros(position, dtype=torch.float32, device=device).requires_grad_()]
@@ -157,22 +154,24 @@ class FlatSpace(Space):
         self._gradient: Tensor | None = None
         self._summed: set[str] = set()  # of a group in one partition: the parameters whose slice of _gradient is set
         self._arrived: list[dict[str, Tensor]] = [{} for _ in self._buckets]
-        for number, names in enumerate(self._buckets):
-            for name in names:
-                self.parameters[name].requires_grad_(True)
-                self.parameters[name].register_post_accumulate_grad_hook(self._hook(number, name))
-                self._slice(name, self.masters[0].detach()).copy_(self._local_slice(name))
+        for number, bucket in enumerate(self._buckets):
+            for key in bucket:
+                self.parameters[key].requires_grad_(True)
+                self.parameters[key].register_post_accumulate_grad_hook(self._hook(number, key))
+                self._slice(key, self.masters[0].detach()).copy_(self._local_slice(key))
+
+    def _cut(self, parameter: nn.Parameter) -> tuple[tuple[int, ...], int]:
+        """(shape of the whole parameter, elements of a rank's slice)."""
+        return tuple(parameter.shape), -(-parameter.numel() // self.partitions)
 
     def _slice(self, name: str, flat: Tensor) -> Tensor:
         position, width, _ = self._slots[name]
         return flat[position : position + width]
 
     def _local_slice(self, name: str) -> Tensor:
-        parameter = self.parameters[name]
+        """This rank's slice of a parameter's working weights, fp32."""
         _, width, numel = self._slots[name]
-        if hasattr(parameter, "ds_tensor"):
-            return parameter.ds_tensor.data.to(self.masters[0].device, torch.float32)
-        padded = nn.functional.pad(parameter.detach().reshape(-1), (0, width * self.partitions - numel))
+        padded = nn.functional.pad(self.parameters[name].detach().reshape(-1), (0, width * self.partitions - numel))
         return padded[self.index * width : (self.index + 1) * width].float()
 
     def _hook(self, number: int, name: str) -> Any:
@@ -188,7 +187,7 @@ class FlatSpace(Space):
         return arrived
 
     def _sum(self, name: str, gradient: Tensor) -> None:
-        """Add a whole gradient in fp32 where it belongs, without a copy in between (a copy costs a small step 10%)."""
+        """Adds a whole gradient in fp32 to its slice, without a copy in between (a copy costs a small step 10%)."""
         if self._gradient is None:
             self._gradient = torch.empty_like(self.masters[0], requires_grad=False)
         into = self._slice(name, self._gradient)[: gradient.numel()]
@@ -199,6 +198,7 @@ class FlatSpace(Space):
             self._summed.add(name)
 
     def _summed_gradient(self) -> Tensor:
+        """The whole gradient, averaged over the data-parallel ranks; 0 where none came."""
         gradient, self._gradient = self._gradient, None
         if gradient is None:
             gradient = torch.zeros_like(self.masters[0], requires_grad=False)
@@ -206,18 +206,18 @@ class FlatSpace(Space):
             self._slice(name, gradient)[numel if name in self._summed else 0 :].zero_()
         self._summed.clear()
         if self.ranks > 1:
-            whole = gradient.to(next(iter(self.parameters.values())).device)
+            whole = gradient.to(self.device)
             dist.all_reduce(whole, group=self.group)
             gradient = whole.div_(self.ranks).to(gradient.device)
         return gradient
 
     def _reduce(self, number: int) -> None:
-        """Average a bucket over the data-parallel ranks, keep this rank's slices, drop the rest."""
+        """Averages a bucket over the data-parallel ranks, keeps this rank's slices and drops the rest."""
         arrived, names = self._arrived[number], self._buckets[number]
         self._arrived[number] = {}
         width = sum(self._slots[name][1] for name in names)
         first = self._slots[names[0]][0]
-        device = next(iter(self.parameters.values())).device
+        device = self.device
         full = torch.zeros(self.partitions, width, dtype=torch.float32, device=device)
         for name in names:
             position, step, numel = self._slots[name]
@@ -226,11 +226,11 @@ class FlatSpace(Space):
                 if step * self.partitions != numel:
                     flat = nn.functional.pad(flat, (0, step * self.partitions - numel))
                 full[:, position - first : position - first + step] = flat.view(self.partitions, step)
-        mine = torch.empty(width, dtype=torch.float32, device=device)
-        dist.reduce_scatter_tensor(mine, full.view(-1), group=self.group)
+        local = torch.empty(width, dtype=torch.float32, device=device)
+        dist.reduce_scatter_tensor(local, full.view(-1), group=self.group)
         if self._gradient is None:
             self._gradient = torch.zeros_like(self.masters[0], requires_grad=False)
-        self._gradient[first : first + width] += mine.div_(self.ranks).to(self._gradient.device)
+        self._gradient[first : first + width] += local.div_(self.ranks).to(self._gradient.device)
 
     def gradient(self) -> Vector:
         if self.partitions == 1:
@@ -245,8 +245,6 @@ class FlatSpace(Space):
     def write(self, offset: Vector | None = None, scale: float = 0.0) -> None:
         shard = self._displaced_shard(0, offset, scale)
         some = next(iter(self.parameters.values()))
-        if hasattr(some, "ds_tensor"):
-            return self._write_partitions(shard)
         if self.partitions == 1:
             for name, parameter in self.parameters.items():
                 parameter.data.copy_(self._slice(name, shard).view(parameter.shape))
@@ -254,17 +252,13 @@ class FlatSpace(Space):
         for names in self._buckets:
             first = self._slots[names[0]][0]
             width = sum(self._slots[name][1] for name in names)
-            mine = shard[first : first + width].to(some.device, some.dtype)
+            local = shard[first : first + width].to(some.device, some.dtype)
             full = torch.empty(self.partitions, width, dtype=some.dtype, device=some.device)
-            dist.all_gather_into_tensor(full.view(-1), mine, group=self.group)
+            dist.all_gather_into_tensor(full.view(-1), local, group=self.group)
             for name in names:
                 position, step, numel = self._slots[name]
-                piece = full[:, position - first : position - first + step].reshape(-1)[:numel]
-                self.parameters[name].data.copy_(piece.view(self.parameters[name].shape))
-
-    def _write_partitions(self, shard: Tensor) -> None:
-        for name, parameter in self.parameters.items():
-            parameter.ds_tensor.data.copy_(self._slice(name, shard))  # type: ignore[attr-defined]
+                whole = full[:, position - first : position - first + step].reshape(-1)[:numel]
+                self.parameters[name].data.copy_(whole.view(self.parameters[name].shape))
 
 
 def shape_numel(shape: tuple[int, ...]) -> int:

@@ -1,4 +1,4 @@
-"""Model FLOPs and this machine's peak: model FLOPs utilisation (MFU)."""
+"""What model FLOPs utilisation (MFU) is computed from: a row's FLOPs and the device's peak; and the peak memory."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from mlinterf_ds.sections import ModelConfig
 
 if TYPE_CHECKING:
-    import torch  # a plan of a study counts FLOPs without it
+    import torch  # a study's plan counts FLOPs without importing it
 
 # Dense 16-bit tensor-core peak of one device (vendors' data sheets), FLOP/s.
 PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "V100": 125e12, "L40": 181e12, "A10": 125e12}
@@ -29,7 +29,7 @@ def flops_per_row(model: ModelConfig, length: int, vocabulary: int, masked: int,
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s one rank can reach: the data sheet's for known GPUs, else the measured rate of a large matrix product."""
+    """FLOP/s that one rank can reach: from the data sheet of a known GPU, else as a large matrix product measures."""
     import torch
 
     if device.type == "cuda":
@@ -49,7 +49,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes this rank has held at most: of the accelerator, or resident on a CPU."""
+    """The most bytes that this rank has held so far: on the accelerator, or resident on a CPU."""
     from deepspeed.accelerator import get_accelerator
 
     if device.type != "cpu":

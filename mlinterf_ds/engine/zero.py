@@ -1,6 +1,7 @@
-"""The shared parameters as DeepSpeed keeps them (ZeRO 1 to 3, offload): the one file that touches its optimizers' internals.
+"""Parameters as DeepSpeed keeps them (ZeRO 1 to 3, offload): the one file that touches DeepSpeed's internals.
 
-DeepSpeed partitions them, gathers weights and reduces gradients; a `Space` (`engine/space.py`) shows this rank's share.
+DeepSpeed partitions the shared parameters, gathers weights and reduces gradients; a `Space` (`engine/space.py`) shows this
+rank's share. Under ZeRO 3 it partitions the languages' own parameters too.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from mlinterf_ds.engine.space import Segment, Space, Vector
+from mlinterf_ds.engine.space import FlatSpace, Segment, Space, Vector
 
 
 class Zero12Space(Space):
@@ -173,21 +174,39 @@ class Zero3Space(Space):
             zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
 
 
+class Zero3FlatSpace(FlatSpace):
+    """A language's parameters under ZeRO 3: the slices are DeepSpeed's own, which it gathers in the forward pass."""
+
+    def _cut(self, parameter: Any) -> tuple[tuple[int, ...], int]:
+        return tuple(parameter.ds_shape), parameter.ds_tensor.numel()
+
+    def _local_slice(self, name: str) -> Tensor:
+        parameter: Any = self.parameters[name]
+        return parameter.ds_tensor.data.to(self.masters[0].device, torch.float32)
+
+    @torch.no_grad()
+    def write(self, offset: Vector | None = None, scale: float = 0.0) -> None:
+        shard, parameters = self._displaced_shard(0, offset, scale), dict[str, Any](self.parameters)
+        for name, parameter in parameters.items():
+            parameter.ds_tensor.data.copy_(self._slice(name, shard))
+
+
 def release_small_parameters(engine: Any, parameters: Any) -> None:
-    """Under ZeRO 3, let DeepSpeed release small language-specific parameters like large ones.
+    """Under ZeRO 3, lets DeepSpeed release small language-specific parameters like large ones.
 
     It keeps small ('persistent') parameters whole on every rank and gathers all of them in every step: a cost that
     would grow with the languages absent from it.
     """
-    mine = {id(parameter) for parameter in parameters}
-    kept = engine.optimizer.persistent_parameters
-    for parameter in [parameter for parameter in kept if id(parameter) in mine]:
-        parameter.ds_persist = False
-    kept[:] = [parameter for parameter in kept if id(parameter) not in mine]
+    own = {id(parameter) for parameter in parameters}
+    persistent = engine.optimizer.persistent_parameters
+    for parameter in persistent:
+        if id(parameter) in own:
+            parameter.ds_persist = False
+    persistent[:] = [parameter for parameter in persistent if id(parameter) not in own]
 
 
 def shared_space(name: str, engine: Any, parameters: Mapping[str, nn.Parameter], dims: Any, tensor_rank: int) -> Space:
-    """The space of the parameters that DeepSpeed keeps, by the ZeRO optimizer it chose."""
+    """The space of the shared parameters, by the ZeRO optimizer that DeepSpeed chose for them."""
     kind = type(engine.optimizer).__name__
     kinds = {"DeepSpeedZeroOptimizer_Stage3": Zero3Space, "BF16_Optimizer": Zero1Bf16Space}
     return kinds.get(kind, Zero12Space)(name, engine, parameters, dims, tensor_rank)

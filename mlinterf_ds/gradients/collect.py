@@ -1,6 +1,6 @@
 """Gradients of the shared parameters, one language and one batch at a time, at any layout.
 
-Legend: L languages; a gradient's number is 2 * (place of its language) + draw, draw 0 or 1: two batches of a language
+Legend: L languages; a gradient's number is 2 * (its language's index) + draw, draw 0 or 1: two batches of a language
 without a row in common, whose similarity is the ceiling of what two languages can reach.
 """
 
@@ -28,7 +28,10 @@ COMPONENTS = ("attention", "ffn", "embedding", "other")  # other: norms, shared 
 
 
 def group_of(name: str) -> Group:
-    """The layer and component of a parameter. The word embeddings are also the output matrix: their gradient has both."""
+    """The layer and component of a parameter.
+
+    The word embeddings are the output matrix too, and their gradient is the sum of both uses.
+    """
     if name.startswith("embeddings."):
         return None, "embedding"
     if not name.startswith("block.layers."):
@@ -38,10 +41,10 @@ def group_of(name: str) -> Group:
 
 
 class Draws:
-    """Batches for measuring: rows of the `train` split under masks and an order of their own.
+    """Batches for measuring: rows of the `train` split, with masks and an order of their own.
 
-    A measurement (a step of training; 0 of a checkpoint) takes fresh rows of every language; the batch is a function of
-    (seed, measurement, language, draw) and of no other language.
+    Every measurement takes fresh rows of every language; a measurement is numbered by the step of training, or 0 on a
+    checkpoint. A batch is a function of (seed, measurement, language, draw) and does not depend on other languages.
     """
 
     def __init__(
@@ -96,7 +99,7 @@ class Draws:
 
 
 def _rows(config: ConflictSection, counts: dict[str, int], data_ranks: int, on_cpu: bool) -> int:
-    """Rows of a gradient: as set, or by default what the paper (or a CPU) takes and the shortest text allows."""
+    """The rows of a gradient: as configured, or else the paper's number (a CPU's is smaller) as far as texts suffice."""
     shortest = min(counts, key=lambda code: counts[code])
     most = counts[shortest] // DRAWS
     wanted = config.sequences or min(CPU_ROWS if on_cpu else PAPERS_ROWS, most)
@@ -114,10 +117,10 @@ def _rows(config: ConflictSection, counts: dict[str, int], data_ranks: int, on_c
 
 
 def gradient(engine: Engine, batches: Sequence[Rows]) -> Vector:
-    """The gradient of the shared parameters, of this rank's micro-batches: its shards, fp32, unscaled.
+    """This rank's shards (fp32, unscaled) of the gradient of the shared parameters on these micro-batches.
 
-    An overflow (fp16) halves the loss scale for this gradient only; at scale 1 what is not finite stays so. Nothing of
-    the engine's state is changed by it.
+    An overflow (fp16) halves the loss scale for this gradient only; at scale 1 what is not finite stays so. The engine's
+    state is afterwards as before.
     """
     space, scale = engine.spaces[SHARED], engine.scale.value
     try:

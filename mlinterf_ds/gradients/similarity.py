@@ -1,4 +1,8 @@
-"""Cosine similarities of languages' gradients, from inner products; what measuring them cost."""
+"""Cosine similarities of languages' gradients by layer and component, from exact or projected inner products.
+
+`Exact` and `Sketch` take one gradient after another (this rank's shards) and give inner products over all ranks, replicas
+counted once. Legend: n gradients; G groups (layer, component); k the projection's dimension; L languages.
+"""
 
 from __future__ import annotations
 
@@ -8,21 +12,28 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
 
+from mlinterf_ds.data.batch import generator, key
 from mlinterf_ds.engine.engine import Engine
+from mlinterf_ds.engine.space import Segment, Space, Vector, shape_numel
 from mlinterf_ds.engine.throughput import peak_memory
-from mlinterf_ds.gradients.collect import COMPONENTS, DRAWS, Draws, Group, gradients
-from mlinterf_ds.gradients.products import Exact, Sketch
+from mlinterf_ds.gradients.collect import COMPONENTS, DRAWS, Draws, Group, gradients, group_of
+from mlinterf_ds.model.encoder import SHARED
 
 MOST_EXACT = 4  # languages up to which sketch=auto keeps whole gradients
 DIMENSION = 4096  # of the projection beyond
 
 ALL = "all"
+CHUNK = 1 << 18  # elements of each gradient multiplied at once, in float64
+SIGNS = 1 << 20  # least size of the table of random signs
 
 
 @dataclass(frozen=True)
 class Similarity:
-    """Similarities of L languages: diagonal within a language (two batches), else between two."""
+    """Similarities of L languages: on the diagonal within a language (two batches of it), else between two languages."""
 
     languages: tuple[str, ...]
     groups: Sequence[Group]
@@ -30,7 +41,7 @@ class Similarity:
 
     def cosines(self, layer: int | str | None = ALL, component: str = ALL) -> np.ndarray:
         """(2L, 2L) cosines of the gradients, over the parameters of a layer, of a component, of both, or all."""
-        chosen = [layer in (ALL, at) and component in (ALL, part) for at, part in self.groups]
+        chosen = [layer in (ALL, number) and component in (ALL, part) for number, part in self.groups]
         products = self.products[np.array(chosen)].sum(axis=0)
         length = np.sqrt(np.diagonal(products))
         with np.errstate(invalid="ignore", divide="ignore"):
@@ -39,31 +50,31 @@ class Similarity:
     def matrix(self, layer: int | str | None = ALL, component: str = ALL) -> np.ndarray:
         """(L, L): between two languages the mean over their four pairs of batches; NaN where a gradient is zero."""
         cosines, count = self.cosines(layer, component), len(self.languages)
-        found = cosines.reshape(count, DRAWS, count, DRAWS).mean(axis=(1, 3))
-        found = (found + found.T) / 2  # symmetric to the last bit
+        matrix = cosines.reshape(count, DRAWS, count, DRAWS).mean(axis=(1, 3))
+        matrix = (matrix + matrix.T) / 2  # symmetric to the last bit
         within = cosines[np.arange(0, DRAWS * count, DRAWS), np.arange(1, DRAWS * count, DRAWS)]
-        found[np.arange(count), np.arange(count)] = within
-        return found
+        matrix[np.arange(count), np.arange(count)] = within
+        return matrix
 
     def corrected(self) -> np.ndarray:
-        """(L, L): between languages, divided by the geometric mean of the two ceilings: 1 if only sampling differs."""
-        found = self.matrix()
-        within = np.sqrt(np.where(np.diagonal(found) > 0, np.diagonal(found), np.nan))
-        return found / np.outer(within, within)
+        """(L, L): `matrix` divided by the geometric mean of both languages' ceilings: 1 if only sampling differs."""
+        matrix = self.matrix()
+        within = np.sqrt(np.where(np.diagonal(matrix) > 0, np.diagonal(matrix), np.nan))
+        return matrix / np.outer(within, within)
 
     def scopes(self) -> Iterator[tuple[int | str | None, str]]:
         """(layer, component) of everything reported: the model, components, layers, components of layers."""
-        parts = [part for part in COMPONENTS if any(part == found for _, found in self.groups)]
-        layers = sorted({at for at, _ in self.groups if at is not None})
+        parts = [part for part in COMPONENTS if any(part == component for _, component in self.groups)]
+        layers = sorted({layer for layer, _ in self.groups if layer is not None})
         yield ALL, ALL
         yield from ((ALL, part) for part in parts)
         yield from ((layer, ALL) for layer in layers)
         yield from ((layer, part) for layer, part in self.groups if layer is not None)
 
     def pairs(self) -> Iterator[tuple[int, int]]:
-        """Places of every language with itself, then of every two."""
+        """The indices of every language with itself, then of every two languages."""
         count = range(len(self.languages))
-        yield from ((place, place) for place in count)
+        yield from ((index, index) for index in count)
         yield from ((left, right) for left in count for right in count if left < right)
 
 
@@ -77,7 +88,11 @@ def spread(matrix: np.ndarray) -> dict[str, float]:
 def measure(
     engine: Engine, draws: Draws, sketch: str | int, seed: int, measurement: int = 0
 ) -> tuple[Similarity, dict[str, Any]]:
-    """The similarities now, and their costs: seconds, and bytes of this rank beyond the model and one gradient."""
+    """Measures the similarities of the languages' gradients at the engine's weights.
+
+    sketch: the projection's dimension, "exact", or "auto" (exact up to MOST_EXACT languages). Returns them with their
+    costs: seconds, and bytes of this rank beyond the model and one gradient.
+    """
     from deepspeed.accelerator import get_accelerator
 
     dimension = sketch
@@ -106,14 +121,153 @@ def measure(
 
 
 class _Clock:
-    """Seconds by what was done, the device's work included."""
+    """Seconds spent on gradients and on their similarity; waits for the device's work."""
 
     def __init__(self, synchronize: Any):
         self.seconds = {"gradients": 0.0, "similarity": 0.0}
         self._synchronize, self._last = synchronize, time.perf_counter()
 
-    def lap(self, what: str) -> None:
+    def lap(self, work: str) -> None:
+        """Adds the seconds since the last lap to those of `work`."""
         self._synchronize()
         now = time.perf_counter()
-        self.seconds[what] += now - self._last
+        self.seconds[work] += now - self._last
         self._last = now
+
+
+def groups_of(space: Space) -> list[Group]:
+    """The groups of a space, the same on all ranks: layers ascending, then what lies outside them."""
+    groups = {group_of(name) for name in space.parameters}
+    return sorted(groups, key=lambda group: (group[0] is None, group[0] or 0, group[1]))
+
+
+class Exact:
+    """Keeps every gradient's shards: the memory of n gradients (divided by the ranks under ZeRO)."""
+
+    def __init__(self, engine: Engine):
+        self.space, self.device = engine.spaces[SHARED], engine.device
+        self.groups = groups_of(self.space)
+        self._gradients: list[Vector] = []
+
+    @property
+    def bytes(self) -> int:
+        """Bytes that this rank holds."""
+        return sum(shard.nbytes for vector in self._gradients for shard in vector)
+
+    def add(self, vector: Vector) -> None:
+        """Takes the next gradient."""
+        self._gradients.append(vector)
+
+    def products(self) -> np.ndarray:
+        """(G, n, n) inner products, float64."""
+        count = len(self._gradients)
+        table = torch.zeros(len(self.groups), count, count, dtype=torch.float64, device=self._gradients[0][0].device)
+        for segment in self.space.counted:
+            group = self.groups.index(group_of(segment.name))
+            for begin in range(segment.offset, segment.offset + segment.length, CHUNK):
+                end = min(begin + CHUNK, segment.offset + segment.length)
+                rows = torch.stack([vector[segment.shard][begin:end] for vector in self._gradients]).double()
+                table[group] += rows @ rows.T
+        table = table.to(self.device)
+        dist.all_reduce(table)
+        return table.cpu().numpy()
+
+
+class Sketch:
+    """A seeded random projection of each gradient's groups to k dimensions (a CountSketch: Charikar et al. 2002).
+
+    An element goes to one of its group's k columns with a random sign. Each parameter is cut into blocks of k neighbouring
+    elements; a block draws a rotation, a sign and a stretch of one table of T random signs, from the parameter's name and
+    the seed: the same at every ZeRO and tensor-parallel layout. Two elements meet in a column with probability at most
+    1/k, so the inner products are unbiased and, to first order, a cosine c over any union of groups has a standard error
+    of at most (1 - c^2) / sqrt(k) over seeds (times 1 + k/T, for sharing the table). Memory: n * G * k numbers, and the
+    table.
+    """
+
+    def __init__(self, engine: Engine, dimension: int, seed: int):
+        self.space, self.device, self.dimension = engine.spaces[SHARED], engine.device, dimension
+        self.groups = groups_of(self.space)
+        size = max(SIGNS, 64 * dimension)
+        source = torch.Generator().manual_seed(key(seed, "signs") >> 1)
+        signs = torch.randint(2, (size,), generator=source, dtype=torch.int8).float().mul_(2).sub_(1)
+        self._signs = torch.cat([signs, signs[:dimension]]).to(self.space.masters[0].device)
+        self._blocks = [
+            (self.groups.index(group_of(segment.name)), segment.shard, blocks(segment, engine, dimension, seed, size))
+            for segment in self.space.counted
+        ]
+        self._sketches: list[Tensor] = []  # (G, k) each
+
+    @property
+    def bytes(self) -> int:
+        """Bytes that this rank holds: sketches, signs and the table of blocks."""
+        table_bytes = sum(table.nbytes for _, _, table in self._blocks)
+        return sum(sketch.nbytes for sketch in self._sketches) + self._signs.nbytes + table_bytes
+
+    @torch.no_grad()
+    def add(self, vector: Vector) -> None:
+        """Takes the next gradient, which may be dropped afterwards."""
+        k = self.dimension
+        sums = torch.zeros(len(self.groups), 2 * k, device=self._signs.device)
+        for group, shard, table in self._blocks:
+            flat, row = vector[shard], sums[group]
+            for begin, length, column, sign_at, sign in table.tolist():
+                row[column : column + length].addcmul_(
+                    flat[begin : begin + length], self._signs[sign_at : sign_at + length], value=sign
+                )
+        self._sketches.append(sums[:, :k] + sums[:, k:])  # columns are modulo k
+
+    def products(self) -> np.ndarray:
+        """(G, n, n) inner products of the projections, float64."""
+        products = []
+        for group in range(len(self.groups)):  # one at a time: no second copy of all sketches
+            rows = torch.stack([sketch[group] for sketch in self._sketches]).to(self.device)  # (n, k)
+            dist.all_reduce(rows)
+            products.append(rows.double() @ rows.double().T)
+        return torch.stack(products).cpu().numpy()
+
+
+def blocks(segment: Segment, engine: Engine, dimension: int, seed: int, signs: int) -> np.ndarray:
+    """The segment cut at the blocks of its whole parameter.
+
+    Returns (blocks, 5) int64: begin in the shard, length, first column of the (unfolded) sketch, first sign, +1 or -1.
+    """
+    tensor, rank = engine.layout.tensor, engine.layout.tensor_rank
+    copies = tensor if segment.partition_dim is not None else 1
+    count = -(-shape_numel(segment.shape) * copies // dimension)
+    source = generator(key(seed, "blocks", segment.name, size=16))
+    rotation, sign_at = source.integers(dimension, size=count), source.integers(signs, size=count)
+    sign = 2 * source.integers(2, size=count) - 1
+    rows = []
+    for begin, length, position in runs(segment, copies, rank):
+        first, last = position // dimension, (position + length - 1) // dimension
+        block = np.arange(first, last + 1)
+        starts = np.maximum(block * dimension, position)
+        ends = np.minimum((block + 1) * dimension, position + length)
+        column = starts - block * dimension
+        columns = [
+            begin + starts - position,
+            ends - starts,
+            rotation[block] + column,
+            sign_at[block] + column,
+            sign[block],
+        ]
+        rows.append(np.stack(columns))
+    return np.concatenate(rows, axis=1).T if rows else np.empty((0, 5), dtype=np.int64)
+
+
+def runs(segment: Segment, copies: int, rank: int) -> Sequence[tuple[int, int, int]]:
+    """The stretches of the segment that are contiguous in the whole parameter, which `copies` ranks share.
+
+    Each is (begin in the shard, length, position in the whole parameter's row-major order).
+    """
+    if not segment.length:
+        return []
+    outer = shape_numel(segment.shape[: segment.partition_dim or 0])  # slices of the parameter that ranks share out
+    inner = shape_numel(segment.shape) // outer  # elements of each that this rank holds
+    stretches = []
+    start, end = segment.start, segment.start + segment.length
+    for row in range(start // inner, (end - 1) // inner + 1):
+        low, high = max(start, row * inner), min(end, (row + 1) * inner)
+        shift = (row * (copies - 1) + rank % copies) * inner
+        stretches.append((segment.offset + low - start, high - low, low + shift))
+    return stretches

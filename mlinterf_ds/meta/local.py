@@ -1,4 +1,7 @@
-"""The reference: one process, plain torch, any dtype; finite differences and exact double backward side by side."""
+"""Algorithm 1's hypergradient in one process of plain torch, in any dtype: the reference with exact double backward.
+
+A `LocalSpace` also serves `meta/bilevel.py`, so finite differences and the exact product can be compared side by side.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ from mlinterf_ds.meta.bilevel import Gradients, Lookahead, Vector
 
 
 class LocalSpace:
-    """Some parameters of a module, as flat vectors of their own dtype."""
+    """Some parameters of a module as flat vectors of their own dtype (a `ParameterSpace`)."""
 
     def __init__(self, parameters: Sequence[nn.Parameter]):
         self.parameters = list(parameters)
@@ -23,8 +26,8 @@ class LocalSpace:
     def displaced(self, offset: Vector, scale: float) -> Iterator[None]:
         saved = [parameter.detach().clone() for parameter in self.parameters]
         with torch.no_grad():
-            for parameter, piece in zip(self.parameters, offset, strict=True):
-                parameter.add_(piece.view_as(parameter), alpha=scale)
+            for parameter, vector in zip(self.parameters, offset, strict=True):
+                parameter.add_(vector.view_as(parameter), alpha=scale)
         try:
             yield
         finally:
@@ -40,37 +43,32 @@ class LocalSpace:
 
 
 def gradients_of(loss: Callable[[], Tensor]) -> Gradients:
-    """Gradients of a replayable loss for LocalSpaces; parameters the loss does not use get zeros."""
+    """Gradients of a replayable loss for LocalSpaces; parameters that the loss does not use get zeros."""
 
     def gradients(spaces: Sequence[Any]) -> list[Vector]:
-        wanted = [parameter for space in spaces for parameter in space.parameters]
-        found = iter(torch.autograd.grad(loss(), wanted, allow_unused=True))
-        result = []
-        for space in spaces:
-            pieces = [next(found) for _ in space.parameters]
-            result.append(
-                [
-                    torch.zeros_like(parameter).reshape(-1) if piece is None else piece.reshape(-1)
-                    for piece, parameter in zip(pieces, space.parameters, strict=True)
-                ]
-            )
-        return result
+        parameters = [parameter for space in spaces for parameter in space.parameters]
+        flat = iter(_flat(torch.autograd.grad(loss(), parameters, allow_unused=True), parameters))
+        return [[next(flat) for _ in space.parameters] for space in spaces]
 
     return gradients
 
 
+def _flat(gradients: Sequence[Tensor | None], parameters: Sequence[Tensor]) -> Vector:
+    """The gradients of parameters as flat tensors, with zeros in place of None."""
+    return [
+        torch.zeros_like(parameter).reshape(-1) if gradient is None else gradient.reshape(-1)
+        for gradient, parameter in zip(gradients, parameters, strict=True)
+    ]
+
+
 def exact_mixed_product(loss: Callable[[], Tensor], theta: LocalSpace, phi: LocalSpace, v: Vector) -> Vector:
-    """d2 L^train / dphi dtheta . v by double backward: the oracle of Eq. 8 (needs a twice differentiable loss)."""
+    """d2 L^train / dphi dtheta . v by double backward: what Eq. 8 approximates. The loss must be twice differentiable."""
     first = torch.autograd.grad(loss(), theta.parameters, create_graph=True, allow_unused=True)
     inner = sum(
-        ((g.reshape(-1) * piece.detach()).sum() for g, piece in zip(first, v, strict=True) if g is not None),
+        ((g.reshape(-1) * vector.detach()).sum() for g, vector in zip(first, v, strict=True) if g is not None),
         torch.zeros((), dtype=v[0].dtype),
     )
-    second = torch.autograd.grad(inner, phi.parameters, allow_unused=True)
-    return [
-        torch.zeros_like(parameter).reshape(-1) if piece is None else piece.reshape(-1)
-        for piece, parameter in zip(second, phi.parameters, strict=True)
-    ]
+    return _flat(torch.autograd.grad(inner, phi.parameters, allow_unused=True), phi.parameters)
 
 
 def exact_hypergradient(
@@ -82,7 +80,7 @@ def exact_hypergradient(
     lookahead: Lookahead,
     beta: float,
 ) -> Vector:
-    """h_i with the mixed product by double backward: three passes, the middle one twice as deep."""
+    """h_i (Eq. 4) with the mixed product by double backward."""
     (descent,) = gradients_of(train)([theta])
     with theta.displaced(lookahead.step(descent), -beta):
         value, direct = gradients_of(validation)([theta, phi])

@@ -31,7 +31,7 @@ SHARED = "shared"  # the name of the parameter group that all languages share
 
 
 class Batch(Protocol):
-    """What a forward pass reads."""
+    """What a forward pass reads of a batch."""
 
     @property
     def tokens(self) -> Tensor: ...  # (rows, length) int64
@@ -44,7 +44,7 @@ class Batch(Protocol):
     @property
     def languages(self) -> Tensor: ...  # (rows,) int64: index into the encoder's languages
     @property
-    def step_languages(self) -> tuple[int, ...]: ...  # of all ranks, ascending
+    def step_languages(self) -> tuple[int, ...]: ...  # the languages of all ranks' rows, ascending
     @property
     def dropout_seed(self) -> int: ...
 
@@ -63,7 +63,7 @@ class Embeddings(nn.Module):
         self.language = nn.Embedding(languages, width) if languages else None
 
     def forward(self, tokens: Tensor, languages: Tensor) -> Tensor:
-        """tokens (rows, length), languages (rows,) to (rows, length, width)."""
+        """(rows, length, width) of tokens (rows, length) and languages (rows,)."""
         length, most = tokens.shape[1], self.position.num_embeddings
         if length > most:
             raise UserError(f"rows of {length} tokens, the model has {most} positions: cut the rows to {most} tokens")
@@ -74,15 +74,17 @@ class Embeddings(nn.Module):
 
 
 class Encoder(nn.Module):
-    """A multilingual masked language model with language-routed modules. `parallel.start` comes first.
+    """A multilingual masked language model with language-routed modules; `parallel.start` must have been called.
 
     variant: which module is language-specific: none (`mono`, `joint`, `share_adpt`), `ffn`, `attn` or `adpt`.
-    languages: codes, in the order of the indices that batches carry. vocabulary: tokens, before padding.
-    positions: the longest row. Equal seeds give equal weights at any tensor-parallel size, parameter by parameter:
-    what two models share by name does not depend on their other variants' modules or languages.
+    languages: codes, in the order of the indices that batches carry. vocabulary: number of pieces, without padding.
+    positions: the longest row. Equal seeds give equal weights at any tensor-parallel size. Each parameter is drawn by
+    its name, so what two models have in common does not depend on their other modules or languages.
     """
 
-    twice_differentiable = False  # for the oracle: torch's cross entropy and plain attention; one rank only
+    twice_differentiable = (
+        False  # the tests' exact second derivatives: torch's cross entropy, plain attention, one rank
+    )
 
     def __init__(
         self,
@@ -101,7 +103,7 @@ class Encoder(nn.Module):
         self.config, self.variant, self.vocabulary = config, variant, vocabulary
         self.router = Router(languages)
         shape = megatron_config(config, tensor)
-        with replayed(seed):  # building draws default weights: leave the ambient random state alone
+        with replayed(seed):  # building draws default weights, which must not move the ambient random state
             embedded = len(self.languages) if config.language_embeddings else 0
             self.embeddings = Embeddings(shape, vocabulary, positions, embedded)
             self.block = TransformerBlock(shape, block_spec(config, shape, variant, self.router))
@@ -114,7 +116,7 @@ class Encoder(nn.Module):
 
     @torch.no_grad()
     def _initialise(self, seed: int) -> None:
-        """As XLM: embeddings of std width^-0.5, matrices of std (3 fan-in)^-0.5, biases zero, norms one.
+        """Initialises as XLM does: embeddings of std width^-0.5, matrices of std (3 fan-in)^-0.5, biases 0, norms 1.
 
         Each matrix is drawn from a seed of its own and cut to this rank's slice.
         """
@@ -137,8 +139,8 @@ class Encoder(nn.Module):
     ) -> Tensor:
         """Hidden states (rows, length, width) after the final LayerNorm.
 
-        tokens: (rows, length); languages: (rows,); step_languages: those of all ranks' rows, in the order in which all
-        ranks visit them; padding: (rows, length) bool, True = ignore, or None.
+        tokens: (rows, length); languages: (rows,); step_languages: the languages of all ranks' rows, in the order in which
+        every rank visits them; padding: (rows, length) bool, True = ignore, or None.
         """
         route, order = self.router.plan(languages, step_languages)
         if order is not None:  # group the rows by language; tokens are cheaper to move than hidden states
@@ -149,8 +151,8 @@ class Encoder(nn.Module):
             hidden: Tensor = self.block(self.embeddings(tokens, languages), attention_mask=mask)
         if order is None:
             return hidden
-        back = torch.tensor(order, device=hidden.device).argsort()
-        return hidden.index_select(0, back)
+        given_order = torch.tensor(order, device=hidden.device).argsort()
+        return hidden.index_select(0, given_order)
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """The loss, sum(weights * nll) (a scalar), and the detached nll (rows, masked), both fp32."""

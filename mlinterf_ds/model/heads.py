@@ -34,13 +34,13 @@ class MaskedHead(nn.Module):
         columns = padded(vocabulary) // self.group.size()
         self.bias = nn.Parameter(torch.zeros(columns))
         set_tensor_model_parallel_attributes(self.bias, is_parallel=True, dim=0, stride=1)
-        mine = torch.arange(columns) + columns * self.group.rank()
-        excluded = torch.zeros(columns).masked_fill(mine >= vocabulary, -torch.inf)
+        pieces = torch.arange(columns) + columns * self.group.rank()
+        excluded = torch.zeros(columns).masked_fill(pieces >= vocabulary, -torch.inf)
         self.register_buffer("excluded", excluded, persistent=False)
 
     @torch.no_grad()
     def start_at(self, logits: Tensor) -> None:
-        """Set the bias, so that an untrained head predicts softmax(logits); logits: (vocabulary,)."""
+        """Sets the bias so that an untrained head predicts softmax(logits); logits: (vocabulary,)."""
         columns = len(self.bias)
         whole = torch.zeros(columns * self.group.size())
         whole[: len(logits)] = logits
@@ -67,10 +67,10 @@ def cross_entropy(logits: Tensor, labels: Tensor, twice_differentiable: bool = F
 
 
 def gathered(logits: Tensor, vocabulary: int) -> Tensor:
-    """All ranks' columns side by side without the padding, fp32: (..., columns) to (..., vocabulary); no gradient."""
+    """All ranks' columns side by side without the padding: (..., columns) to (..., vocabulary), fp32, no gradient."""
     group = parallel_state.get_tensor_model_parallel_group()
     if group.size() > 1:
-        parts = [torch.empty_like(logits) for _ in range(group.size())]
-        torch.distributed.all_gather(parts, logits.detach().contiguous(), group=group)
-        logits = torch.cat(parts, dim=-1)
+        columns = [torch.empty_like(logits) for _ in range(group.size())]
+        torch.distributed.all_gather(columns, logits.detach().contiguous(), group=group)
+        logits = torch.cat(columns, dim=-1)
     return logits[..., :vocabulary].float()

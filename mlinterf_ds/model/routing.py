@@ -1,4 +1,4 @@
-"""Language routing: which rows of a batch go through which language's module. By key, never by name.
+"""Language routing: which rows of a batch go through which language's module, by the rows' language index.
 
 Rows are grouped by language before the first layer and put back in order after the last, so that inside the encoder a
 language's rows are one slice of dimension 0 and routing costs no more than joining the slices again.
@@ -34,19 +34,17 @@ class Router:
         self.route: Route | None = None
 
     def plan(self, languages: Tensor, step_languages: Sequence[int]) -> tuple[Route, list[int] | None]:
-        """The route of rows with these languages, and the row order that groups them (None: they are grouped).
+        """The route of rows with these languages, and the row order that groups them (None if they are grouped already).
 
-        languages: (rows,) indices into `self.languages`; step_languages: those of all ranks. Raises UserError for an
-        index without a language.
+        languages: (rows,) indices into `self.languages`; step_languages: the languages of all ranks' rows. Raises
+        UserError for an index without a language.
         """
         rows: list[int] = languages.tolist()
         for language in {*rows, *step_languages}:
             self._check(language)
-        place = {language: index for index, language in enumerate(step_languages)}
-        assert set(rows) <= set(place), f"rows in languages {sorted(set(rows))}, the step has {list(step_languages)}"
-        order = sorted(
-            range(len(rows)), key=lambda row: place[rows[row]]
-        )  # stable: rows of a language keep their order
+        rank = {language: index for index, language in enumerate(step_languages)}
+        assert set(rows) <= set(rank), f"rows in languages {sorted(set(rows))}, the step has {list(step_languages)}"
+        order = sorted(range(len(rows)), key=lambda row: rank[rows[row]])  # stable: a language's rows keep their order
         slices, first = [], 0
         for language in step_languages:
             end = first + rows.count(language)
@@ -73,10 +71,10 @@ class Router:
 
 
 class Routed(nn.Module):
-    """One copy of a module for each language; every row goes through its language's.
+    """One copy of a module for each language; every row goes through its language's copy.
 
     The copies follow megatron's convention: they take hidden states (rows, length, width) and return (output, bias to
-    add or None). All of a step's languages are visited in one order, also those without rows on this rank: they get
+    add or None). Every rank visits all of the step's languages in one order, also those without rows on it: they get
     gradients of zero rather than none, and collectives inside them (tensor parallel, ZeRO 3's gathers) line up.
     """
 
@@ -102,8 +100,8 @@ class Routed(nn.Module):
         assert route.slices[-1][2] == len(hidden), f"route {route.slices} for {len(hidden)} rows"
         outputs = []
         for copy, (_, first, end) in zip(copies, route.slices, strict=True):
-            mine = {key: value[first:end] if isinstance(value, Tensor) else value for key, value in others.items()}
-            output, bias = copy(hidden[first:end], **mine)
+            own = {key: value[first:end] if isinstance(value, Tensor) else value for key, value in others.items()}
+            output, bias = copy(hidden[first:end], **own)
             outputs.append(output if bias is None else output + bias)
         return torch.cat(outputs), None
 

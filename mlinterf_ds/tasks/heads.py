@@ -1,7 +1,7 @@
 """The encoder with a task's linear classifier on top: one class for each chosen column, or the two ends of a span.
 
-Legend: rows = sequences, places = columns looked at in a row (words' first pieces, `<s>`, or a context's pieces),
-targets = predictions wanted of a row (one a place, or start and end).
+Legend: rows = sequences; places = the columns of a row that are looked at (words' first pieces, `<s>`, or a context's
+pieces); targets = the predictions wanted of a row (one for each place, or start and end).
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ class TaskModel(Encoder):
     """The pretrained encoder (its parameters keep their names) with a linear classifier in place of the masked head.
 
     kind "labels": `classes` logits at each place (tagging; sentence pairs, whose one place is `<s>`). kind "span": every
-    place is scored as a start and as an end. The classifier is a parameter group of its own, so that it can have its own
-    learning rate and stay trainable when all else is frozen; tensor-parallel ranks hold replicas.
+    place is scored as a start and as an end. The classifier is a parameter group of its own, which can have its own
+    learning rate and is trained where all else is frozen; tensor-parallel ranks hold replicas of it.
     """
 
     def __init__(
@@ -79,9 +79,9 @@ class TaskModel(Encoder):
             self.classifier.bias.zero_()
 
     def forward(self, batch: TaskBatch) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        """The loss, and when training each row's mean nll (rows, 1), else the logits.
+        """The loss, and in training each row's mean nll (rows, 1), in evaluation the logits.
 
-        Logits: (rows, places, classes), or (rows, 2, places) of a span; fp32.
+        Logits are fp32, (rows, places, classes), or (rows, 2, places) of a span.
         """
         with contextlib.ExitStack() as stack:
             if self.training:

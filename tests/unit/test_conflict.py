@@ -12,10 +12,9 @@ import torch
 from mlinterf_ds.engine.engine import SHARED
 from mlinterf_ds.engine.space import Segment
 from mlinterf_ds.errors import UserError
-from mlinterf_ds.gradients import products
+from mlinterf_ds.gradients import similarity
 from mlinterf_ds.gradients.collect import Draws, group_of
-from mlinterf_ds.gradients.products import Exact, Sketch, groups_of, runs
-from mlinterf_ds.gradients.similarity import Similarity, spread
+from mlinterf_ds.gradients.similarity import Exact, Similarity, Sketch, groups_of, runs, spread
 from mlinterf_ds.pretrain.config import ConflictConfig
 from mlinterf_ds.runtime.parallel import Layout
 from tests.parity.bodies import Made
@@ -28,7 +27,7 @@ DIMS = {WORD: 0, OUT: 1, "head.norm.weight": None}
 @pytest.fixture(autouse=True)
 def alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sums over ranks are this process's own."""
-    monkeypatch.setattr(products.dist, "all_reduce", lambda tensor: None)
+    monkeypatch.setattr(similarity.dist, "all_reduce", lambda tensor: None)
 
 
 def engine(segments: list[Segment], elements: int, layout: Layout) -> Any:
@@ -92,7 +91,7 @@ def test_ranks_projections_add_up_to_the_wholes() -> None:
         segments, flat = shard(whole, layout, part, parts)
         sketch = Sketch(engine(segments, len(flat), layout), 16, seed=3)
         sketch.add([flat])
-        return sketch._kept[0]
+        return sketch._sketches[0]
 
     wanted = project(Layout(0, 1, 1), 0, 1)
     found = sum(project(Layout(rank, 2, 2), part, 3) for rank in range(2) for part in range(3))
@@ -119,7 +118,7 @@ def pair(kind: str, cosine: float) -> torch.Tensor:
 @pytest.mark.parametrize("cosine", [-0.3, 0.0, 0.9])
 def test_error_of_the_projection_over_seeds(kind: str, cosine: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Root mean square error at most the stated standard error (100 seeds and second-order terms: 30% above it at most), no bias."""
-    monkeypatch.setattr(products, "SIGNS", 1 << 14)  # quicker to draw
+    monkeypatch.setattr(similarity, "SIGNS", 1 << 14)  # quicker to draw
     k = 64
     rows = pair(kind, cosine)
     segment = Segment(WORD, (64, 64), 0, rows.shape[1], 0, 0, None)
