@@ -31,8 +31,10 @@ class Batch:
     dropout_seed: int = 5
 
     def rows(self, index: Tensor, step_languages: tuple[int, ...]) -> Batch:
-        mine = {name: getattr(self, name)[index] for name in ("tokens", "positions", "labels", "weights", "languages")}
-        return replace(self, **mine, step_languages=step_languages)
+        chosen = {
+            name: getattr(self, name)[index] for name in ("tokens", "positions", "labels", "weights", "languages")
+        }
+        return replace(self, **chosen, step_languages=step_languages)
 
 
 def batch(languages: list[int], step_languages: tuple[int, ...] | None = None, vocabulary: int = VOCABULARY) -> Batch:
@@ -63,6 +65,6 @@ def encoder(variant: str, dropout: float = 0.0, spread: float = 0.3, **options: 
 
 def gradients(model: Encoder) -> dict[str, Tensor]:
     """Every gradient by name, cleared from the model."""
-    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    by_name = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad(set_to_none=True)
-    return found
+    return by_name

@@ -82,9 +82,7 @@ class Encoder(nn.Module):
     its name, so what two models have in common does not depend on their other modules or languages.
     """
 
-    twice_differentiable = (
-        False  # the tests' exact second derivatives: torch's cross entropy, plain attention, one rank
-    )
+    twice_differentiable = False  # set by tests of second derivatives: torch's cross entropy, one rank
 
     def __init__(
         self,

@@ -22,5 +22,5 @@ def test_training_in_fp16_learns_and_resumes(json_name: str, tmp_path: Path) -> 
 @pytest.mark.parametrize("warm", [0, 200])
 def test_the_mixed_product_on_the_device(precision: str, warm: int) -> None:
     settings = ["variant=meta_adpt", f"train.precision={precision}", "train.lr=0.003"]
-    (found,) = pool(1).run(meta_bodies.mixed_products, settings, warm, "sgd", "central")
-    assert found["cosine"] > 0.99, found
+    (facts,) = pool(1).run(meta_bodies.mixed_products, settings, warm, "sgd", "central")
+    assert facts["cosine"] > 0.99, facts

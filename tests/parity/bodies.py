@@ -81,12 +81,15 @@ def make(
         positions=config.data.sequence_length,
         seed=config.train.seed,
     )
-    found = read_json(REPOSITORY / "ds_configs" / f"{json_name}.json")
+    deepspeed_json = read_json(REPOSITORY / "ds_configs" / f"{json_name}.json")
     if bucket:
-        found["zero_optimization"] |= {"reduce_bucket_size": bucket, "allgather_bucket_size": bucket}
+        deepspeed_json["zero_optimization"] |= {"reduce_bucket_size": bucket, "allgather_bucket_size": bucket}
         if json_name == "zero3":  # weights are gathered ahead only as far as this
-            found["zero_optimization"] |= {"stage3_prefetch_bucket_size": bucket, "stage3_max_live_parameters": bucket}
-    return Engine(model, config.train, found, config.train.precision, layout), stream, config
+            deepspeed_json["zero_optimization"] |= {
+                "stage3_prefetch_bucket_size": bucket,
+                "stage3_max_live_parameters": bucket,
+            }
+    return Engine(model, config.train, deepspeed_json, config.train.precision, layout), stream, config
 
 
 def advance(engine: Engine, stream: TrainStream, config: RunConfig, until: int) -> list[dict[str, float]]:

@@ -54,10 +54,10 @@ def similarities(
         engine.scale = LossScale(True, {"initial_scale_power": 24})  # overflows at first
     before = engine.scale.state()
     draws = drawn(engine, bodies.LANGUAGES, micro, kind=Same if same else Draws)
-    found, costs = measure(engine, draws, sketch, seed, measurement=3)
+    similarity, costs = measure(engine, draws, sketch, seed, measurement=3)
     assert engine.scale.state() == before and engine.step == 0
     assert costs["seconds_gradients"] > 0 and costs["bytes_held"] > 0
-    return {scope: found.cosines(*scope) for scope in found.scopes()}
+    return {scope: similarity.cosines(*scope) for scope in similarity.scopes()}
 
 
 def plain(settings: list[str]) -> dict[Key, np.ndarray]:
@@ -83,13 +83,13 @@ def plain(settings: list[str]) -> dict[Key, np.ndarray]:
     layers = [0, 1]
     parts = ("attention", "ffn", "embedding", "other")
     scopes: list[Key] = [(a, p) for a in ("all", *layers) for p in ("all", *parts)]
-    found = {}
+    cosines = {}
     for layer, part in scopes:
         mine = [n for n in names if part in ("all", group_of(n)[1]) and layer in ("all", group_of(n)[0])]
         if mine:
             rows = torch.stack([torch.cat([g[name].flatten() for name in mine]) for g in flat]).double()
-            found[layer, part] = F.cosine_similarity(rows[:, None], rows[None], dim=2).numpy()
-    return found
+            cosines[layer, part] = F.cosine_similarity(rows[:, None], rows[None], dim=2).numpy()
+    return cosines
 
 
 def trained(settings: list[str], json_name: str, tensor: int, out: str, every: int) -> list[dict[str, float]]:

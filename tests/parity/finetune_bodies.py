@@ -118,19 +118,22 @@ def make(
     job, _ = prepare(
         config, options, read_json(REPOSITORY / "ds_configs" / f"{json_name}.json"), config.train.precision, layout
     )
-    found = config.finetune
-    assert found.head_lr is not None
-    return Finetuning(job, Point(seed, found.batch[0], found.lr[0], found.head_lr[0]), Path(out), Tracker.off())
+    section = config.finetune
+    assert section.head_lr is not None
+    return Finetuning(job, Point(seed, section.batch[0], section.lr[0], section.head_lr[0]), Path(out), Tracker.off())
 
 
 def finetune(
     task: str, pretrained: str, data: str, out: str, settings: list[str], json_name: str, tensor: int
 ) -> dict[str, Any]:
     """Train to the end; (on rank 0) what it predicts of the test sets with the best epoch's weights, and its progress."""
-    found = make(task, pretrained, data, out, settings, json_name, tensor)
-    progress = vars(found.train(Signals()))
-    found.load_best()
-    return {"progress": progress, "predictions": {language: found.predict("test", language) for language in LANGUAGES}}
+    finetuning = make(task, pretrained, data, out, settings, json_name, tensor)
+    progress = vars(finetuning.train(Signals()))
+    finetuning.load_best()
+    return {
+        "progress": progress,
+        "predictions": {language: finetuning.predict("test", language) for language in LANGUAGES},
+    }
 
 
 def stop_after(
@@ -139,19 +142,19 @@ def stop_after(
     """Train `steps` steps and stop as a signal makes a run stop."""
     from mlinterf_ds.finetune.trial import Stopped
 
-    found = make(task, pretrained, data, out, settings, json_name, tensor)
+    finetuning = make(task, pretrained, data, out, settings, json_name, tensor)
     signals = Signals()
-    train_step = found.engine.train_step
+    train_step = finetuning.engine.train_step
 
     def count(*arguments: Any) -> dict[str, float]:
         facts = train_step(*arguments)
-        if found.engine.step == steps:
+        if finetuning.engine.step == steps:
             signals.received = "SIGTERM"
         return facts
 
-    found.engine.train_step = count  # type: ignore[method-assign]
+    finetuning.engine.train_step = count  # type: ignore[method-assign]
     try:
-        found.train(signals)
+        finetuning.train(signals)
     except Stopped:
         return
     raise AssertionError("it was not stopped")

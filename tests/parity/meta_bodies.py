@@ -76,8 +76,8 @@ def by_name(engine: Engine, space_name: str, vector: Vector) -> dict[str, torch.
 def gathered(engine: Engine, space_name: str, kind: str, names: list[str]) -> Vector:
     space = engine.spaces[space_name]
     vector = [engine.optimizers[space_name].state[master][kind] for master in space.masters]
-    found = by_name(engine, space_name, vector)
-    return [found[name] for name in names]
+    vectors = by_name(engine, space_name, vector)
+    return [vectors[name] for name in names]
 
 
 def shard(engine: Engine, space_name: str, names: list[str], pieces: Vector) -> Vector:
@@ -127,10 +127,10 @@ def mixed_products(settings: list[str], warm: int, lookahead: str, difference: s
 
     for _ in range(12):  # let the controller find its radius, as it would over the first steps
         here = train([phi])[0] if difference == "one_sided" else None
-        found, change = mixed_product(train, theta, phi, direction, meta.radius.radius, here)
+        product, change = mixed_product(train, theta, phi, direction, meta.radius.radius, here)
         used = meta.radius.radius
         meta.radius.update(change)
-    named = by_name(engine, exact.language, found)
+    named = by_name(engine, exact.language, product)
     ours = torch.cat([named[name] for name in exact.phi_names]).to(wanted)
     return {
         "cosine": torch.nn.functional.cosine_similarity(ours, wanted, dim=0).item(),
@@ -152,8 +152,8 @@ def local_mixed_products(settings: list[str], lookahead: str, radius: float) -> 
         (value,) = gradients_of(exact.validation)([exact.theta])
     v = rule.pull_back(descent, value)
     wanted = torch.cat(exact_mixed_product(exact.train, exact.theta, exact.phi, v))
-    found, _ = mixed_product(gradients_of(exact.train), exact.theta, exact.phi, v, radius)
-    return ((torch.cat(found) - wanted).norm() / wanted.norm()).item()
+    product, _ = mixed_product(gradients_of(exact.train), exact.theta, exact.phi, v, radius)
+    return ((torch.cat(product) - wanted).norm() / wanted.norm()).item()
 
 
 def whole_step(settings: list[str]) -> dict[str, float]:
@@ -203,7 +203,7 @@ def local_adamw(engine: Engine, space_name: str, exact: Exact, lr: float) -> Any
     moments = {kind: gathered(engine, space_name, kind, names) for kind in ("exp_avg", "exp_avg_sq")}
     for index, parameter in enumerate(parameters):
         optimizer.state[parameter] = {"step": torch.tensor(float(steps))} | {
-            kind: found[index].view_as(parameter).clone() for kind, found in moments.items()
+            kind: vectors[index].view_as(parameter).clone() for kind, vectors in moments.items()
         }
 
     def update(gradient: Vector) -> None:

@@ -21,13 +21,13 @@ Storages = dict[int, int]  # address -> bytes
 
 def storages(tensors: Any) -> Storages:
     """The distinct storages of these tensors."""
-    found: Storages = {}
+    sizes: Storages = {}
     for tensor in tensors:
         if isinstance(tensor, torch.Tensor) and tensor.device.type != "meta":
             storage = tensor.untyped_storage()
             if storage.nbytes():
-                found[storage.data_ptr()] = storage.nbytes()
-    return found
+                sizes[storage.data_ptr()] = storage.nbytes()
+    return sizes
 
 
 def tensors_alive() -> list[torch.Tensor]:
@@ -77,7 +77,7 @@ def measure(
             bodies.advance(engine, stream, config, until)
 
     step(1)
-    found = held(engine)
+    between_steps = held(engine)
     inner, vectors, saved = engine.accumulate, [0], [0]
 
     def beside(tensors: Any) -> int:
@@ -94,7 +94,7 @@ def measure(
 
     def forward_ends(*_: Any) -> None:
         """What the graph holds now: what ended with a branch that leads nowhere does not count."""
-        saved[0] = max(saved[0], beside(found() for found in packed))
+        saved[0] = max(saved[0], beside(reference() for reference in packed))
         packed.clear()
 
     engine.model.register_forward_hook(forward_ends)
@@ -114,7 +114,7 @@ def measure(
     engine.accumulate, engine._reduce = watched, reducing  # type: ignore[method-assign]
     with Traffic() as traffic:
         step(2)
-    return found | {"activations": saved[0], "vectors": vectors[0], "traffic": dict(traffic.bytes)}
+    return between_steps | {"activations": saved[0], "vectors": vectors[0], "traffic": dict(traffic.bytes)}
 
 
 def all_held(engine: Engine) -> list[torch.Tensor]:
@@ -128,26 +128,26 @@ def all_held(engine: Engine) -> list[torch.Tensor]:
 
 
 def weights(space: Any) -> list[torch.Tensor]:
-    found = []
+    tensors = []
     for parameter in space.parameters.values():
-        found += [parameter.data, parameter.ds_tensor.data] if hasattr(parameter, "ds_tensor") else [parameter.data]
-    return found
+        tensors += [parameter.data, parameter.ds_tensor.data] if hasattr(parameter, "ds_tensor") else [parameter.data]
+    return tensors
 
 
 def held(engine: Engine) -> dict[str, float]:
     """Bytes by kind between steps."""
-    found: dict[str, float] = {}
+    sizes: dict[str, float] = {}
     own = [space for name, space in engine.spaces.items() if name != SHARED]
     shared = engine.spaces[SHARED]
 
     def states(name: str) -> list[torch.Tensor]:
         return [t for m in engine.spaces[name].masters for t in (m, *engine.optimizers[name].state[m].values())]
 
-    found["weights"] = sum(storages(weights(shared)).values())
-    found["optimizer"] = sum(storages(states(SHARED)).values())
-    found["adapters"] = sum(storages(t for s in own for t in weights(s)).values())
-    found["adapters"] += sum(storages(t for n in engine.spaces if n != SHARED for t in states(n)).values())
-    return found
+    sizes["weights"] = sum(storages(weights(shared)).values())
+    sizes["optimizer"] = sum(storages(states(SHARED)).values())
+    sizes["adapters"] = sum(storages(t for s in own for t in weights(s)).values())
+    sizes["adapters"] += sum(storages(t for n in engine.spaces if n != SHARED for t in states(n)).values())
+    return sizes
 
 
 def elements(settings: list[str], tensor: int, languages: tuple[str, ...]) -> tuple[int, int]:

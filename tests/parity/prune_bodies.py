@@ -49,9 +49,9 @@ def settings(**changed: Any) -> PruneSection:
 
 def masks(kinds: Sequence[str], tensor: int, variant: str, micro_batch: int | None = None, seed: int = 0) -> Tensor:
     """pi of one language after a few steps."""
-    found = subject(kinds, tensor, variant, spread=3.0)
+    gated = subject(kinds, tensor, variant, spread=3.0)
     reports: list[float] = []
-    pi = found.learn("as", seed, settings(micro_batch=micro_batch), lambda facts, _: reports.extend(facts.values()))
+    pi = gated.learn("as", seed, settings(micro_batch=micro_batch), lambda facts, _: reports.extend(facts.values()))
     return torch.cat([pi, torch.tensor(reports)])
 
 
@@ -67,83 +67,83 @@ def plant(model: Any) -> None:
 
 def trained(steps: int = 200) -> Subject:
     """A model that has learnt the two languages with its planted groups useless throughout."""
-    found = subject(BOTH)
-    stream = TrainStream(found.corpus, CODES, rows=32, length=LENGTH, seed=0, mixed=True)
-    found.model.requires_grad_(True)
-    optimizer = torch.optim.Adam(found.model.parameters(), lr=1e-2)
+    gated = subject(BOTH)
+    stream = TrainStream(gated.corpus, CODES, rows=32, length=LENGTH, seed=0, mixed=True)
+    gated.model.requires_grad_(True)
+    optimizer = torch.optim.Adam(gated.model.parameters(), lr=1e-2)
     for step in range(steps):
         optimizer.zero_grad()
-        found.model(stream.batch(step))[0].backward()
+        gated.model(stream.batch(step))[0].backward()
         optimizer.step()
-        plant(found.model)
-    found.model.requires_grad_(False)
-    return found
+        plant(gated.model)
+    gated.model.requires_grad_(False)
+    return gated
 
 
 def planted() -> dict[str, Any]:
     """Prune the trained model for both languages, one of them twice; what came of it."""
-    found = trained()
-    before = {name: value.clone() for name, value in found.model.state_dict().items()}
+    gated = trained()
+    before = {name: value.clone() for name, value in gated.model.state_dict().items()}
     chosen, short = settings(steps=100, rows=16, sequences=100), settings(steps=5)
-    pi = {language: found.learn(language, 0, chosen, lambda *_: None) for language in CODES}
-    again = [found.learn("te", seed, short, lambda *_: None) for seed in (0, 0, 1)]
-    after = found.model.state_dict()
-    batch = in_language(TrainStream(found.corpus, ["te"], rows=4, length=LENGTH, seed=0).batch(0), 0)
-    hooks = [m for m in found.model.modules() if m._forward_hooks or m._forward_pre_hooks]
+    pi = {language: gated.learn(language, 0, chosen, lambda *_: None) for language in CODES}
+    again = [gated.learn("te", seed, short, lambda *_: None) for seed in (0, 0, 1)]
+    after = gated.model.state_dict()
+    batch = in_language(TrainStream(gated.corpus, ["te"], rows=4, length=LENGTH, seed=0).batch(0), 0)
+    hooks = [m for m in gated.model.modules() if m._forward_hooks or m._forward_pre_hooks]
     return {
         "pi": pi,
         "again": again,
         "unchanged": all(torch.equal(value, after[name]) for name, value in before.items()),
         "hooks": len(hooks),
-        "scores": {language: found.scores(language, pi[language], 0, 100) for language in CODES},
-        "kinds": found.gates.per_group("kind"),
-        "names": found.gates.names,
-        "loss": float(found.model(batch)[0]),
+        "scores": {language: gated.scores(language, pi[language], 0, 100) for language in CODES},
+        "kinds": gated.gates.per_group("kind"),
+        "names": gated.gates.names,
+        "loss": float(gated.model(batch)[0]),
     }
 
 
 def gated_equals_cut(kind: str) -> float:
     """Largest difference of nll between a model under row-wise gates and one whose weights are multiplied by them."""
-    found = subject((kind,), spread=3.0)
-    batch = in_language(TrainStream(found.corpus, ["te"], rows=3, length=LENGTH, seed=0).batch(0), 0)
+    gated = subject((kind,), spread=3.0)
+    batch = in_language(TrainStream(gated.corpus, ["te"], rows=3, length=LENGTH, seed=0).batch(0), 0)
     with torch.no_grad():  # biases count too
-        for name, parameter in found.model.named_parameters():
+        for name, parameter in gated.model.named_parameters():
             if name.endswith("bias"):
                 parameter.uniform_(-1, 1, generator=torch.Generator().manual_seed(len(name)))
-        gates = torch.rand(3, found.gates.count, generator=torch.Generator().manual_seed(1))
+        gates = torch.rand(3, gated.gates.count, generator=torch.Generator().manual_seed(1))
         gates[:, ::3] = 0
-        with found.gates.applied(gates):
-            _, nll = found.model(batch)
-        original = {name: value.clone() for name, value in found.model.state_dict().items()}
+        with gated.gates.applied(gates):
+            _, nll = gated.model(batch)
+        original = {name: value.clone() for name, value in gated.model.state_dict().items()}
         worst = 0.0
         for row in range(3):
-            found.model.load_state_dict(original)
-            multiply(found, gates[row])
-            worst = max(worst, float((found.model(batch)[1][row] - nll[row]).abs().max()))
-        found.model.load_state_dict(original)
-        assert not torch.allclose(found.model(batch)[1], nll, atol=1e-2)
+            gated.model.load_state_dict(original)
+            multiply(gated, gates[row])
+            worst = max(worst, float((gated.model(batch)[1][row] - nll[row]).abs().max()))
+        gated.model.load_state_dict(original)
+        assert not torch.allclose(gated.model(batch)[1], nll, atol=1e-2)
     return worst
 
 
-def multiply(found: Subject, gates: Tensor) -> None:
+def multiply(gated: Subject, gates: Tensor) -> None:
     """theta * z, by hand: columns for heads and neurons, rows for rows."""
     at = 0
     width = SHAPE.width // HEADS
-    for layer in found.model.block.layers:
+    for layer in gated.model.block.layers:
         for weight, kinds in (
             (layer.self_attention.linear_qkv.weight, "rows"),
             (layer.self_attention.linear_proj.weight, "heads rows"),
             (layer.mlp.linear_fc1.weight, "rows"),
             (layer.mlp.linear_fc2.weight, "neurons rows"),
         ):
-            kind = found.gates.sites[0].kind
+            kind = gated.gates.sites[0].kind
             if kind not in kinds:
                 continue
             size = weight.shape[0] if kind == "rows" else HEADS if kind == "heads" else NEURONS
             mine = gates[at : at + size]
             at += size
             weight.mul_(mine[:, None] if kind == "rows" else mine.repeat_interleave(width if kind == "heads" else 1))
-    assert at == found.gates.count
+    assert at == gated.gates.count
 
 
 def refused(kinds: Sequence[str], variant: str) -> str:
@@ -157,7 +157,7 @@ def refused(kinds: Sequence[str], variant: str) -> str:
 
 
 def diverged() -> str:
-    found = subject(BOTH)
+    gated = subject(BOTH)
     with torch.no_grad():
-        found.model.head.dense.weight.fill_(torch.nan)
-    return refusal(found.learn, "te", 0, settings(), lambda *_: None)
+        gated.model.head.dense.weight.fill_(torch.nan)
+    return refusal(gated.learn, "te", 0, settings(), lambda *_: None)

@@ -43,9 +43,9 @@ def oracle():
 )
 def test_cosines_equal_plain_autograd(oracle, variant: str, json_name: str, ranks: int, tensor: int) -> None:
     wanted = oracle(variant)
-    for found in pool(ranks).run(bodies.similarities, [f"variant={variant}"], json_name, tensor, "exact"):
-        assert found.keys() <= wanted.keys() and len(found) >= 9
-        for scope, cosines in found.items():
+    for by_scope in pool(ranks).run(bodies.similarities, [f"variant={variant}"], json_name, tensor, "exact"):
+        assert by_scope.keys() <= wanted.keys() and len(by_scope) >= 9
+        for scope, cosines in by_scope.items():
             np.testing.assert_allclose(cosines, wanted[scope], atol=1e-5, err_msg=str(scope))
 
 
@@ -55,8 +55,8 @@ def test_cosines_equal_plain_autograd(oracle, variant: str, json_name: str, rank
 def test_the_projection_is_the_same_at_every_layout(ranks: int, json_name: str, tensor: int) -> None:
     settings = ["variant=share_adpt"]
     (wanted,) = pool(1).run(bodies.similarities, settings, "zero0", 1, DIMENSION)
-    for found in pool(ranks).run(bodies.similarities, settings, json_name, tensor, DIMENSION, 1):
-        for scope, cosines in found.items():
+    for by_scope in pool(ranks).run(bodies.similarities, settings, json_name, tensor, DIMENSION, 1):
+        for scope, cosines in by_scope.items():
             np.testing.assert_allclose(cosines, wanted[scope], atol=1e-5, err_msg=str(scope))
 
 
@@ -65,8 +65,8 @@ def test_the_projection_is_within_its_bound(oracle) -> None:
     wanted = oracle("adpt")
     errors = []
     for seed in range(6):
-        (found,) = pool(1).run(bodies.similarities, ["variant=adpt"], "zero0", 1, 64, 4, seed)
-        for scope, cosines in found.items():
+        (by_scope,) = pool(1).run(bodies.similarities, ["variant=adpt"], "zero0", 1, 64, 4, seed)
+        for scope, cosines in by_scope.items():
             upper = np.triu_indices(len(cosines), 1)
             true = wanted[scope][upper]
             errors.append((cosines[upper] - true) / ((1 - true**2) / 8))
@@ -76,16 +76,18 @@ def test_the_projection_is_within_its_bound(oracle) -> None:
 
 
 def test_a_language_with_itself_is_one() -> None:
-    (found,) = pool(1).run(bodies.similarities, ["variant=adpt"], "zero1", 1, "exact", 2, 0, True)
-    for cosines in found.values():
+    (by_scope,) = pool(1).run(bodies.similarities, ["variant=adpt"], "zero1", 1, "exact", 2, 0, True)
+    for cosines in by_scope.values():
         np.testing.assert_allclose(cosines[[0, 2, 4], [1, 3, 5]], 1.0, atol=1e-9)
         assert cosines[0, 2] < 0.99
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_sixteen_bits_are_close(oracle, precision: str) -> None:
-    (found,) = pool(1).run(bodies.similarities, ["variant=adpt", f"train.precision={precision}"], "zero2", 1, "exact")
-    difference = np.abs(found["all", "all"] - oracle("adpt")["all", "all"])
+    (by_scope,) = pool(1).run(
+        bodies.similarities, ["variant=adpt", f"train.precision={precision}"], "zero2", 1, "exact"
+    )
+    difference = np.abs(by_scope["all", "all"] - oracle("adpt")["all", "all"])
     assert difference.max() < 0.02
 
 

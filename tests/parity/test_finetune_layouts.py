@@ -41,19 +41,19 @@ def reference(ground, tmp_path_factory: pytest.TempPathFactory):
 @pytest.mark.parametrize("task", TASKS)
 def test_two_ranks_predict_what_one_does(ground, reference, task, json_name, tensor, extra, tmp_path: Path) -> None:
     wanted = reference(task)
-    found = pool(2).run(bodies.finetune, task, *ground, str(tmp_path), EXACT + extra, json_name, tensor)
-    assert found[0]["predictions"] == wanted["predictions"]
-    for ours in found:
+    results = pool(2).run(bodies.finetune, task, *ground, str(tmp_path), EXACT + extra, json_name, tensor)
+    assert results[0]["predictions"] == wanted["predictions"]
+    for ours in results:
         assert ours["progress"]["losses"] == pytest.approx(wanted["progress"]["losses"], rel=1e-3)
         assert ours["progress"]["dev"] == wanted["progress"]["dev"]
-    assert found[1]["predictions"] == {"te": [], "as": []}
+    assert results[1]["predictions"] == {"te": [], "as": []}
 
 
 @pytest.mark.parametrize("json_name", ["zero1", "zero2_offload", "zero3"])
 def test_bf16_is_close(ground, reference, json_name: str, tmp_path: Path) -> None:
     settings = [*EXACT, "train.precision=bf16"]
-    found = pool(2).run(bodies.finetune, "pos", *ground, str(tmp_path), settings, json_name, 1)[0]
-    assert found["progress"]["losses"] == pytest.approx(reference("pos")["progress"]["losses"], rel=0.03)
+    result = pool(2).run(bodies.finetune, "pos", *ground, str(tmp_path), settings, json_name, 1)[0]
+    assert result["progress"]["losses"] == pytest.approx(reference("pos")["progress"]["losses"], rel=0.03)
 
 
 @pytest.mark.parametrize("steps", [3, 5, 7])

@@ -83,15 +83,15 @@ def test_vocabularies_that_cannot_be_extended_so(ground: Path) -> None:
 
 @pytest.mark.parametrize("tensor", [1, 2])
 def test_new_rows_start_at_the_mean_and_old_ones_as_saved(ground: Path, tensor: int) -> None:
-    found = initial_weights(
+    initial = initial_weights(
         str(ground / "first"), load_run(["tiny"], SETTINGS).model, Corpus.open(ground / "new").tokenizer, ["en"]
     )
-    saved = weights(found.source.path)
+    saved = weights(initial.source.path)
     for name in (WORDS, BIAS):
         shape = (128 // tensor, *saved[name].shape[1:])  # padded to a multiple of 64
         numel = torch.Size(shape).numel()
         parts = [
-            found.read(Segment(name, shape, 0, numel, 0, 0, 0), "master", tensor, rank).view(shape)
+            initial.read(Segment(name, shape, 0, numel, 0, 0, 0), "master", tensor, rank).view(shape)
             for rank in range(tensor)
         ]
         whole = torch.cat(parts)

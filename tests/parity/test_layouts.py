@@ -33,11 +33,11 @@ def check(reference, settings: list[str], json_name: str, ranks: int, tensor: in
     for facts in results:
         for ours, theirs in zip(facts, wanted, strict=True):
             assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-5)
-    found = bodies.weights(out / "checkpoints" / "step-00000004")
-    assert found.keys() == weights.keys()
+    after = bodies.weights(out / "checkpoints" / "step-00000004")
+    assert after.keys() == weights.keys()
     # Adam divides by the gradient's size: a weight whose gradient is round-off (a key bias) moves by up to lr.
     for name, value in weights.items():
-        difference = (found[name] - value).abs()
+        difference = (after[name] - value).abs()
         if "linear_qkv.bias" not in name:
             assert difference.max() < 2e-4 and difference.mean() < 1e-5, name
 

@@ -24,8 +24,8 @@ def test_mixed_product_in_float64(variant: str, lookahead: str) -> None:
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_mixed_product_in_fp32(variant: str, lookahead: str, warm: int) -> None:
     settings = [f"variant={variant}", "train.lr=0.003"]
-    (found,) = pool(1).run(meta_bodies.mixed_products, settings, warm, lookahead, "central")
-    assert found["cosine"] > 0.999, found
+    (facts,) = pool(1).run(meta_bodies.mixed_products, settings, warm, lookahead, "central")
+    assert facts["cosine"] > 0.999, facts
 
 
 @pytest.mark.parametrize("warm", [0, 200])
@@ -34,8 +34,8 @@ def test_mixed_product_in_fp32(variant: str, lookahead: str, warm: int) -> None:
 def test_mixed_product_in_16_bit(precision: str, difference: str, least: float, warm: int) -> None:
     settings = ["variant=meta_adpt", f"train.precision={precision}", f"meta.difference={difference}", "train.lr=0.003"]
     settings += ["data.sequence_length=32", "train.batch=16"]  # round-off averages over the batch
-    (found,) = pool(1).run(meta_bodies.mixed_products, settings, warm, "sgd", difference)
-    assert found["cosine"] > least, found
+    (facts,) = pool(1).run(meta_bodies.mixed_products, settings, warm, "sgd", difference)
+    assert facts["cosine"] > least, facts
 
 
 @pytest.mark.parametrize(
@@ -118,9 +118,9 @@ def test_only_the_steps_language_moves(json_name: str) -> None:
 @pytest.mark.parametrize("failing", [0, 1, 2, 3, 4])
 def test_an_overflow_in_any_pass_changes_nothing(failing: int, precision: str, order: str) -> None:
     settings = ["variant=meta_adpt", f"train.precision={precision}", f"meta.order={order}"]
-    (found,) = pool(1).run(meta_bodies.overflow, settings, "zero1", failing)
-    assert found["unchanged"] and found["skipped"] == 1
-    assert found["scale"] == (0.5 if precision == "fp16" else 1.0)
+    (outcome,) = pool(1).run(meta_bodies.overflow, settings, "zero1", failing)
+    assert outcome["unchanged"] and outcome["skipped"] == 1
+    assert outcome["scale"] == (0.5 if precision == "fp16" else 1.0)
 
 
 @pytest.mark.parametrize("json_name", ["zero2", "zero3"])
@@ -137,8 +137,8 @@ def test_subsets_of_languages_average_to_the_full_estimate() -> None:
 
 def test_languages_named_like_modules_are_routed_by_key() -> None:
     languages = ("te", "pt", "da", "as", "to", "ad", "en", "be")
-    (found,) = pool(1).run(meta_bodies.routed_names, languages)
-    assert found == set(languages)
+    (right,) = pool(1).run(meta_bodies.routed_names, languages)
+    assert right == set(languages)
 
 
 def test_pcgrad_projects_off_conflicts() -> None:

@@ -47,7 +47,7 @@ def planted() -> dict[str, Any]:
 @pytest.mark.parametrize("kind", bodies.BOTH)
 def test_planted_useless_groups_are_the_most_negative(planted: dict[str, Any], language: str, kind: str) -> None:
     """Of as many most negative groups as were planted, at least 90% are planted ones."""
-    mine = [index for index, found in enumerate(planted["kinds"]) if found == kind]
+    mine = [index for index, other in enumerate(planted["kinds"]) if other == kind]
     useless = {
         planted["names"].index(f"L{layer} {kind[:-1]} {number}") for layer in (0, 1) for number in bodies.PLANTED[kind]
     }
@@ -84,7 +84,7 @@ def test_similarities_by_hand() -> None:
 
 
 @pytest.mark.parametrize(
-    "kinds, variant, found",
+    "kinds, variant, answer",
     [
         (["heads", "neurons"], "attn", "neurons"),  # what is one language's own isn't gated
         (["heads", "rows"], "ffn", "heads rows"),
@@ -92,8 +92,8 @@ def test_similarities_by_hand() -> None:
         (["neurons"], "ffn", "prune.groups=neurons: in variant 'ffn'"),
     ],
 )
-def test_routed_modules_are_not_gated(kinds: list[str], variant: str, found: str) -> None:
-    assert pool(1).run(bodies.refused, kinds, variant)[0].startswith(found)
+def test_routed_modules_are_not_gated(kinds: list[str], variant: str, answer: str) -> None:
+    assert pool(1).run(bodies.refused, kinds, variant)[0].startswith(answer)
 
 
 def test_a_diverged_model_is_refused() -> None:

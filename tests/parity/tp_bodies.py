@@ -55,14 +55,14 @@ def equals_one_rank(variant: str, vocabulary: int, options: dict[str, Any], lang
         torch.testing.assert_close(parameters[name].detach(), cut(fresh[name], parameters[name], rank), rtol=0, atol=0)
         with torch.no_grad():
             parameters[name].copy_(cut(original, parameters[name], rank))
-    found = run(sliced, vocabulary, languages)
+    results = run(sliced, vocabulary, languages)
     for name, value in expected.items():
-        torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(results[name], value, rtol=1e-5, atol=1e-5)
     for name, original in whole.named_parameters():
         assert original.grad is not None and parameters[name].grad is not None, name
-        mine = cut(original.grad, parameters[name], rank)
+        own = cut(original.grad, parameters[name], rank)
         torch.testing.assert_close(
-            parameters[name].grad, mine, rtol=1e-5, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
+            parameters[name].grad, own, rtol=1e-5, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
         )
 
 

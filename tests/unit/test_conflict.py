@@ -94,9 +94,9 @@ def test_ranks_projections_add_up_to_the_wholes() -> None:
         return sketch._sketches[0]
 
     wanted = project(Layout(0, 1, 1), 0, 1)
-    found = sum(project(Layout(rank, 2, 2), part, 3) for rank in range(2) for part in range(3))
+    summed = sum(project(Layout(rank, 2, 2), part, 3) for rank in range(2) for part in range(3))
     assert wanted.abs().sum() > 1 and wanted.shape == (3, 16)
-    torch.testing.assert_close(found, wanted)
+    torch.testing.assert_close(summed, wanted)
 
 
 def pair(kind: str, cosine: float) -> torch.Tensor:
@@ -136,12 +136,12 @@ def test_error_of_the_projection_over_seeds(kind: str, cosine: float, monkeypatc
 
 def test_exact_products_by_group() -> None:
     segments, flat = shard({n: torch.ones(s) for n, s in SHAPES.items()}, Layout(0, 1, 1), 0, 1)
-    found = engine(segments, len(flat), Layout(0, 1, 1))
-    table = Exact(found)
+    stub = engine(segments, len(flat), Layout(0, 1, 1))
+    table = Exact(stub)
     for factor in (1.0, -2.0):
         table.add([flat * factor])
     sizes = {(None, "embedding"): 240, (0, "ffn"): 240, (None, "other"): 7}
-    assert set(groups_of(found.spaces[SHARED])) == set(sizes)
+    assert set(groups_of(stub.spaces[SHARED])) == set(sizes)
     for group, products_ in zip(table.groups, table.products(), strict=True):
         assert products_.tolist() == [[sizes[group], -2 * sizes[group]], [-2 * sizes[group], 4 * sizes[group]]]
 
@@ -149,14 +149,16 @@ def test_exact_products_by_group() -> None:
 def test_similarity_by_hand() -> None:
     """Two languages, gradients (1,0) (1,0) and (0,1) (1,1) in one group, nothing but zeros in the other."""
     rows = np.array([[1.0, 0], [1, 0], [0, 1], [1, 1]])
-    found = Similarity(("a", "b"), [(0, "ffn"), (None, "other")], np.stack([rows @ rows.T, np.zeros((4, 4))]))
+    measured = Similarity(("a", "b"), [(0, "ffn"), (None, "other")], np.stack([rows @ rows.T, np.zeros((4, 4))]))
     half = 0.5**0.5
-    np.testing.assert_allclose(found.matrix(), [[1, half / 2], [half / 2, half]])
-    np.testing.assert_allclose(found.corrected(), [[1, half / 2 / half**0.5], [half / 2 / half**0.5, 1]])
-    np.testing.assert_array_equal(found.matrix(0), found.matrix("all", "ffn"))
-    assert np.isnan(found.matrix(None, "other")).all()
-    assert spread(found.matrix()) == pytest.approx({"within": (1 + half) / 2, "between": half / 2, "least": half / 2})
-    assert list(found.scopes()) == [("all", "all"), ("all", "ffn"), ("all", "other"), (0, "all"), (0, "ffn")]
+    np.testing.assert_allclose(measured.matrix(), [[1, half / 2], [half / 2, half]])
+    np.testing.assert_allclose(measured.corrected(), [[1, half / 2 / half**0.5], [half / 2 / half**0.5, 1]])
+    np.testing.assert_array_equal(measured.matrix(0), measured.matrix("all", "ffn"))
+    assert np.isnan(measured.matrix(None, "other")).all()
+    assert spread(measured.matrix()) == pytest.approx(
+        {"within": (1 + half) / 2, "between": half / 2, "least": half / 2}
+    )
+    assert list(measured.scopes()) == [("all", "all"), ("all", "ffn"), ("all", "other"), (0, "all"), (0, "ffn")]
     assert "between" not in spread(np.ones((1, 1)))
 
 

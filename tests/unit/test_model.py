@@ -65,12 +65,12 @@ def test_a_step_language_without_rows_gets_zero_gradients(variant: str) -> None:
     for rows in ([1, 1], []):
         loss, _ = model(batch(rows, step_languages=(0, 1)))
         loss.backward()
-        found = gradients(model)
+        after = gradients(model)
         groups = model.parameter_groups()
         for name in groups["te"]:
-            assert torch.count_nonzero(found[name]) == 0
-        assert not found.keys() & groups["keys"].keys()
-        assert found.keys() >= groups[SHARED].keys() and torch.isfinite(loss)
+            assert torch.count_nonzero(after[name]) == 0
+        assert not after.keys() & groups["keys"].keys()
+        assert after.keys() >= groups[SHARED].keys() and torch.isfinite(loss)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -114,13 +114,13 @@ def test_each_dropout_acts(kind: str) -> None:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_recomputation_changes_nothing(variant: str) -> None:
-    found = []
+    results = []
     for recompute in (False, True):
         model = encoder(variant, dropout=0.2, recompute=recompute)
         loss, _ = model(batch([1, 0, 2, 1]))
         loss.backward()
-        found.append({"loss": loss.detach()} | gradients(model))
-    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+        results.append({"loss": loss.detach()} | gradients(model))
+    assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
 
 
 @pytest.mark.parametrize("variant", ROUTED)
@@ -136,9 +136,9 @@ def test_partial_gradients(variant: str, recompute: bool) -> None:
         for parameter in wanted.values():
             parameter.requires_grad_(True)
         model(rows)[0].backward()
-        found = gradients(model)
-        assert found.keys() == wanted.keys()
-        close(found, {name: whole[name] for name in wanted}, 1e-6)
+        partial = gradients(model)
+        assert partial.keys() == wanted.keys()
+        close(partial, {name: whole[name] for name in wanted}, 1e-6)
 
 
 def test_a_pass_for_one_language_computes_no_shared_weight_gradient() -> None:
@@ -228,10 +228,10 @@ def test_adapters_are_residual_and_sit_before_the_sum(activation: str) -> None:
     residual = encoder("share_adpt", adapter_activation=activation).block.layers[1].mlp_bda
     source = torch.Generator().manual_seed(0)
     output, bias, before = (torch.randn(2, LENGTH, 32, generator=source) for _ in range(3))
-    found = residual(training=False, _fused=False)((output, bias[0, 0]), before, 0.5)
+    adapted = residual(training=False, _fused=False)((output, bias[0, 0]), before, 0.5)
     adapter, total = residual.adapter, output + bias[0, 0]
     inner = getattr(torch, activation, getattr(F, activation))(F.linear(total, adapter.down.weight, adapter.down.bias))
-    torch.testing.assert_close(found, before + total + F.linear(inner, adapter.up.weight, adapter.up.bias))
+    torch.testing.assert_close(adapted, before + total + F.linear(inner, adapter.up.weight, adapter.up.bias))
 
 
 @pytest.mark.parametrize("variant", ["adpt", "share_adpt"])
@@ -303,8 +303,8 @@ def test_attention_written_out_equals_torchs_kernel(masked: bool) -> None:
     query, key, value = torch.randn(3, 2, 4, 12, 16, dtype=torch.float64)
     mask = torch.rand(2, 1, 1, 12) < 0.7 if masked else None
     wanted = torch.nn.functional.scaled_dot_product_attention(query, key, value, mask)
-    found = attend(query.bfloat16(), key.bfloat16(), value.bfloat16(), mask, 0.0)
-    assert found.dtype is torch.bfloat16 and (found.double() - wanted).abs().max() < 0.03
+    mixed = attend(query.bfloat16(), key.bfloat16(), value.bfloat16(), mask, 0.0)
+    assert mixed.dtype is torch.bfloat16 and (mixed.double() - wanted).abs().max() < 0.03
 
 
 def test_attention_dropout_keeps_the_mean() -> None:
@@ -324,6 +324,6 @@ def test_an_untrained_head_can_start_at_given_frequencies() -> None:
     frequencies /= frequencies.sum()
     head = MaskedHead(8, 70)
     head.start_at(frequencies.log())
-    found = head(torch.zeros(3, 8), torch.zeros(128, 8)).softmax(-1)
-    torch.testing.assert_close(found[:, :70].double(), frequencies.expand(3, -1))
-    assert not found[:, 70:].any()
+    predicted = head(torch.zeros(3, 8), torch.zeros(128, 8)).softmax(-1)
+    torch.testing.assert_close(predicted[:, :70].double(), frequencies.expand(3, -1))
+    assert not predicted[:, 70:].any()
