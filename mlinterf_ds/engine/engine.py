@@ -60,8 +60,7 @@ class Engine:
         self.new_rows: NewRows | None = None  # if set, the other shared parameters are frozen
         self.spikes = Spikes(training.spike)
         self.spiked = ""  # which loss spiked, if the last step was skipped for it
-        self.rows = training.batch // layout.data
-        self.micro = training.micro_batch or self.rows
+        self.micro = training.micro_batch or training.batch // layout.data  # rows of a micro-batch
         resolved = resolve(deepspeed_json, training, precision, layout.data)
         self.stage: int = resolved["zero_optimization"]["stage"]
         groups = model.parameter_groups()
