@@ -49,7 +49,17 @@ class Exact:
         self.train = lambda: self.model(double(batch))[0]
         self.validation = lambda: self.model(double(held_out))[0]
 
+    def mixed_product(self, engine: Engine, lookahead: str, beta: float) -> tuple[Vector, torch.Tensor]:
+        """(v, the exact mixed product along it, flat)."""
+        rule = GradientDescent() if lookahead == "sgd" else self.moments(engine)
+        (descent,) = gradients_of(self.train)([self.theta])
+        with self.theta.displaced(rule.step(descent), -beta):
+            (value,) = gradients_of(self.validation)([self.theta])
+        v = rule.pull_back(descent, value)
+        return v, torch.cat(exact_mixed_product(self.train, self.theta, self.phi, v))
+
     def moments(self, engine: Engine) -> AdamLookahead:
+        """Adam's rule as the lookahead, from the engine's moments."""
         config = engine.training
         first, second = (gathered(engine, SHARED, kind, self.theta_names) for kind in ("exp_avg", "exp_avg_sq"))
         space = engine.spaces[SHARED]
@@ -111,12 +121,7 @@ def mixed_products(settings: list[str], warm: int, lookahead: str, difference: s
     bodies.advance(engine, stream, config, warm)
     batch, held_out = batches(stream, config, engine.step)
     exact = Exact(engine, batch, held_out)
-    rule = GradientDescent() if lookahead == "sgd" else exact.moments(engine)
-    (descent,) = gradients_of(exact.train)([exact.theta])
-    with exact.theta.displaced(rule.step(descent), -engine.learning_rate):
-        (value,) = gradients_of(exact.validation)([exact.theta])
-    v = rule.pull_back(descent, value)
-    wanted = torch.cat(exact_mixed_product(exact.train, exact.theta, exact.phi, v))
+    v, wanted = exact.mixed_product(engine, lookahead, engine.learning_rate)
     meta = MetaStep(engine, config.meta)
     theta, phi = engine.spaces[SHARED], engine.spaces[exact.language]
     direction = shard(engine, SHARED, exact.theta_names, v)
@@ -146,12 +151,7 @@ def local_mixed_products(settings: list[str], lookahead: str, radius: float) -> 
     bodies.advance(engine, stream, config, 3)
     batch, held_out = batches(stream, config, engine.step)
     exact = Exact(engine, batch, held_out)
-    rule = GradientDescent() if lookahead == "sgd" else exact.moments(engine)
-    (descent,) = gradients_of(exact.train)([exact.theta])
-    with exact.theta.displaced(rule.step(descent), -0.01):
-        (value,) = gradients_of(exact.validation)([exact.theta])
-    v = rule.pull_back(descent, value)
-    wanted = torch.cat(exact_mixed_product(exact.train, exact.theta, exact.phi, v))
+    v, wanted = exact.mixed_product(engine, lookahead, 0.01)
     product, _ = mixed_product(gradients_of(exact.train), exact.theta, exact.phi, v, radius)
     return ((torch.cat(product) - wanted).norm() / wanted.norm()).item()
 
@@ -183,10 +183,10 @@ def whole_step(settings: list[str]) -> dict[str, float]:
     meta.step([batch], [held_out])
     after = flat_weights(engine)
     errors = {}
-    for what, names in (("theta", exact.theta_names), ("phi", exact.phi_names)):
+    for group, names in (("theta", exact.theta_names), ("phi", exact.phi_names)):
         moved = torch.cat([exact.model.get_parameter(name).detach().reshape(-1) - before[name] for name in names])
         ours = torch.cat([after[name] - before[name] for name in names])
-        errors[what] = ((ours - moved).norm() / moved.norm()).item()
+        errors[group] = ((ours - moved).norm() / moved.norm()).item()
     return errors
 
 
@@ -220,15 +220,15 @@ def local_adamw(engine: Engine, space_name: str, exact: Exact, lr: float) -> Any
 
 def state_of(engine: Engine, name: str) -> list[torch.Tensor]:
     space = engine.spaces[name]
-    kept = [t for master in space.masters for t in engine.optimizers[name].state[master].values()]
-    return [tensor.detach().clone() for tensor in (*space.masters, *kept)]
+    moments = [tensor for master in space.masters for tensor in engine.optimizers[name].state[master].values()]
+    return [tensor.detach().clone() for tensor in (*space.masters, *moments)]
 
 
 def same(left: list[torch.Tensor], right: list[torch.Tensor]) -> bool:
     return all(torch.equal(a, b) for a, b in zip(left, right, strict=True))
 
 
-def what_moves(settings: list[str], json_name: str) -> tuple[int, bool]:
+def moved_by_a_meta_step(settings: list[str], json_name: str) -> tuple[int, bool]:
     """(languages whose state changed in a meta step, whether theta changed before phase 2)."""
     engine, stream, config = bodies.make(settings, json_name)
     meta = MetaStep(engine, config.meta)
