@@ -24,11 +24,7 @@ from mlinterf_ds.data.prepare import main as prepare_module
 from mlinterf_ds.data.prepare.main import prepare
 from mlinterf_ds.data.prepare.workers import WorkerKilled, Workers
 from mlinterf_ds.errors import UserError
-from tests.unit.test_corpus import SPLITS, TOOL, contents, dump, peak_memory, some_lines, texts, written
-
-
-def build(out: Path, **inputs: Any) -> Corpus:
-    return prepare({code: [of] for code, of in inputs.items()}, out, vocabulary_size=80, workers=1)
+from tests.unit.test_corpus import SPLITS, TOOL, build, contents, dump, peak_memory, some_lines, texts, written
 
 
 def refused(match: str, out: Path, sources: dict[str, Any], **options: Any) -> None:
@@ -58,9 +54,6 @@ def test_arguments_that_cannot_be_meant(tmp_path: Path, lines_file: Path) -> Non
     refused("workers 0: must be at least 1", out, {"en": [lines_file]}, workers=0)
     refused("x.model: the tokenizer cannot be read", out, {"en": [lines_file]}, tokenizer=tmp_path / "x.model")
 
-
-def test_missing_and_empty_inputs(tmp_path: Path) -> None:
-    out = tmp_path / "out"
     refused("missing.txt: no such file", out, {"en": [tmp_path / "missing.txt"]})
     refused("empty.txt: the file is empty", out, {"en": [written(tmp_path / "empty.txt", [])]})
     (tmp_path / "folder").mkdir()
@@ -71,6 +64,8 @@ def test_missing_and_empty_inputs(tmp_path: Path) -> None:
 def test_a_file_of_blank_lines_or_too_few_sentences(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"en \(blank.txt\): 0 distinct .* at least 50 .*dropped: 70 empty"):
         build(tmp_path / "out", en=written(tmp_path / "blank.txt", [" "] * 70))
+    with pytest.raises(UserError, match=r"0 distinct sentences .*1 too long"):
+        build(tmp_path / "out", en=written(tmp_path / "endless.txt", ["word " * 100_000]))
     few = written(tmp_path / "few.txt", some_lines(49) * 5)
     with pytest.raises(UserError, match=r"49 distinct sentences .* at least 50 .*dropped: 196 duplicate"):
         build(tmp_path / "out", en=few)
@@ -123,12 +118,6 @@ def test_a_50_megabyte_line_is_dropped_and_never_held(tmp_path: Path) -> None:
     for split in SPLITS:
         assert texts(corpus, "en", split) == texts(expected, "en", split)
     assert plain.exists()
-
-
-def test_only_one_endless_line(tmp_path: Path) -> None:
-    (tmp_path / "en.txt").write_bytes(b"word " * 100_000)
-    with pytest.raises(UserError, match=r"0 distinct sentences .*1 too long"):
-        build(tmp_path / "out", en=tmp_path / "en.txt")
 
 
 def test_damaged_archives_and_dumps(tmp_path: Path) -> None:
@@ -253,10 +242,8 @@ def test_failing_at_any_file_leaves_nothing_that_loads_and_a_rerun_finishes(
                 break  # all files were written before the one that was to fail
             except KeyboardInterrupt:
                 pass
-            except UserError as refusal:
-                assert "the disk is full (No space left on device); free some space and run the same command" in str(
-                    refusal
-                )
+            except UserError as full:
+                assert "the disk is full (No space left on device); free some space and run the same" in str(full)
         failures += 1
         with pytest.raises(UserError, match="not a prepared corpus"):
             Corpus.open(out)
@@ -421,14 +408,8 @@ def test_damaged_manifests(corpus: Corpus) -> None:
     edit(corpus, lambda m: m.update(version=99))
     with pytest.raises(UserError, match="version 99; this program reads"):
         Corpus.open(corpus.folder)
-    for text in (
-        original[:-50],
-        "[]",
-        "null",
-        "{}",
-        original.replace('"bytes"', '"size"'),
-        original.replace("uint16", "?"),
-    ):
+    changed = (original.replace('"bytes"', '"size"'), original.replace("uint16", "?"))
+    for text in (original[:-50], "[]", "null", "{}", *changed):
         (corpus.folder / "manifest.json").write_text(text)
         with pytest.raises(UserError, match=r"manifest.json: damaged"):
             Corpus.open(corpus.folder)

@@ -25,6 +25,7 @@ from mlinterf_ds.data.text import normalise
 from mlinterf_ds.data.tokenizer import EOS, Tokenizer
 from mlinterf_ds.errors import UserError
 
+Prepared = tuple[Corpus, dict[str, list[str]]]  # a corpus and the lines that it was made from
 SPLITS = ("train", "meta", "valid", "test")
 TOOL = Path(__file__).parents[2] / "tools" / "prepare_corpus.py"
 
@@ -58,27 +59,31 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {p.name: p.read_bytes() for p in folder.iterdir() if p.name != "arguments.json"}
 
 
+def build(out: Path, size: int = 80, **inputs: Any) -> Corpus:
+    """A corpus of one input for each language, made by this process."""
+    return prepare({code: [text] for code, text in inputs.items()}, out, vocabulary_size=size, workers=1)
+
+
 @pytest.fixture(scope="module")
-def prepared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Corpus, dict[str, list[str]]]:
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
     folder = tmp_path_factory.mktemp("corpus")
     lines = {"en": some_lines(3000), "sw": some_lines(400, 1, "за ко ли ми")}
-    files: dict[str, Any] = {code: [written(folder / f"{code}.txt", of)] for code, of in lines.items()}
-    return prepare(files, folder / "out", vocabulary_size=200, workers=1), lines
+    files = {code: written(folder / f"{code}.txt", of) for code, of in lines.items()}
+    return build(folder / "out", 200, **files), lines
 
 
-def test_every_sentence_is_in_one_split_and_reads_back(prepared: tuple[Corpus, dict[str, list[str]]]) -> None:
+def test_every_sentence_is_in_one_split_and_reads_back(prepared: Prepared) -> None:
     corpus, lines = prepared
     for language, expected in lines.items():
         found = [sentence for split in SPLITS for sentence in texts(corpus, language, split)]
         assert sorted(found) == sorted(expected)
         order = {line: n for n, line in enumerate(expected)}
         for split in SPLITS:  # within a split, in the order of the input
-            assert [order[s] for s in texts(corpus, language, split)] == sorted(
-                order[s] for s in texts(corpus, language, split)
-            )
+            numbers = [order[sentence] for sentence in texts(corpus, language, split)]
+            assert numbers == sorted(numbers)
 
 
-def test_counts_are_those_of_the_text(prepared: tuple[Corpus, dict[str, list[str]]]) -> None:
+def test_counts_are_those_of_the_text(prepared: Prepared) -> None:
     corpus, _ = prepared
     for language in corpus.languages:
         for split in SPLITS:
@@ -86,15 +91,13 @@ def test_counts_are_those_of_the_text(prepared: tuple[Corpus, dict[str, list[str
             assert corpus.sentences(language, split) == len(text)
             assert corpus.words(language, split) == sum(len(sentence.split()) for sentence in text)
             assert corpus.characters(language, split) == sum(len(sentence) for sentence in text)
-            facts = corpus.manifest["languages"][language]["splits"][split]
+            tokens = corpus.manifest["languages"][language]["splits"][split]["tokens"]
             assert (
-                facts["tokens"]
-                == len(corpus.tokens(language, split))
-                == sum(len(corpus.tokenizer.encode(s)) + 1 for s in text)
+                tokens == len(corpus.tokens(language, split)) == sum(len(corpus.tokenizer.encode(s)) + 1 for s in text)
             )
 
 
-def test_held_out_shares(prepared: tuple[Corpus, dict[str, list[str]]]) -> None:
+def test_held_out_shares(prepared: Prepared) -> None:
     corpus, lines = prepared
     for language, of in lines.items():
         for split in ("meta", "valid", "test"):
@@ -102,14 +105,14 @@ def test_held_out_shares(prepared: tuple[Corpus, dict[str, list[str]]]) -> None:
     assert [held_out(n) for n in (50, 400, 1000, 3000, 10_000, 10**6)] == [5, 40, 50, 60, 200, 10_000]
 
 
-def test_tokens_are_memory_mapped_flat_and_read_only(prepared: tuple[Corpus, dict[str, list[str]]]) -> None:
+def test_tokens_are_memory_mapped_flat_and_read_only(prepared: Prepared) -> None:
     tokens = prepared[0].tokens("en", "train")
     assert isinstance(tokens, np.memmap) and tokens.ndim == 1 and tokens.dtype == np.uint16
     with pytest.raises(ValueError, match="read-only"):
         tokens[0] = 0
 
 
-def test_open_chooses_languages(prepared: tuple[Corpus, dict[str, list[str]]]) -> None:
+def test_open_chooses_languages(prepared: Prepared) -> None:
     folder = prepared[0].folder
     assert Corpus.open(folder).languages == ["en", "sw"]
     chosen = Corpus.open(str(folder), ["sw"])
@@ -123,7 +126,7 @@ def test_open_chooses_languages(prepared: tuple[Corpus, dict[str, list[str]]]) -
             Corpus.open(folder, languages)
 
 
-def test_manifest_hash_and_verify(prepared: tuple[Corpus, dict[str, list[str]]]) -> None:
+def test_manifest_hash_and_verify(prepared: Prepared) -> None:
     corpus = prepared[0]
     corpus.verify()
     data = (corpus.folder / "manifest.json").read_bytes()
@@ -131,7 +134,7 @@ def test_manifest_hash_and_verify(prepared: tuple[Corpus, dict[str, list[str]]])
     assert str(corpus.folder.parent).encode() not in data  # no path of this machine
 
 
-def test_megatron_reads_the_shards(prepared: tuple[Corpus, dict[str, list[str]]]) -> None:
+def test_megatron_reads_the_shards(prepared: Prepared) -> None:
     indexed = pytest.importorskip("megatron.core.datasets.indexed_dataset")
     corpus = prepared[0]
     dataset = indexed.IndexedDataset(str(corpus.folder / "en.train"))
@@ -185,10 +188,10 @@ def test_any_number_of_workers_gives_the_same_bits(tmp_path: Path, monkeypatch: 
 def test_the_size_of_blocks_and_buckets_doesnt_matter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lines = some_lines(2000)
     file = written(tmp_path / "en.txt", [*lines, "", "\x07", *[""] * 20_000, *lines[::2]])  # some blocks are all blank
-    whole = prepare({"en": [file]}, tmp_path / "whole", vocabulary_size=200, workers=1)
+    whole = build(tmp_path / "whole", 200, en=file)
     monkeypatch.setattr(inputs_module, "BLOCK", 7777)
     monkeypatch.setattr(stages, "LINES_PER_BUCKET", 700)
-    pieces = prepare({"en": [file]}, tmp_path / "pieces", vocabulary_size=200, workers=1)
+    pieces = build(tmp_path / "pieces", 200, en=file)
     assert contents(whole.folder) == contents(pieces.folder)
 
 
@@ -197,7 +200,7 @@ def test_lines_are_dropped_by_reason_and_the_first_named(tmp_path: Path) -> None
     data = "\n".join([good[0], "", good[0], "\x07\u200b", *good[1:], "  "]).encode()
     data += b"\nno utf-8: \xff\n" + b"x" * 70_000 + b"\nle dernier sans fin"
     (tmp_path / "en.txt").write_bytes(data)
-    corpus = prepare({"en": [tmp_path / "en.txt"]}, tmp_path / "out", vocabulary_size=60, workers=1)
+    corpus = build(tmp_path / "out", en=tmp_path / "en.txt")
     assert corpus.manifest["languages"]["en"]["dropped"] == {
         "empty": {"lines": 2, "first": ["en.txt:2", "en.txt:104"]},
         "control characters only": {"lines": 1, "first": ["en.txt:4"]},
@@ -213,7 +216,7 @@ def test_text_is_normalised_before_it_is_compared(tmp_path: Path) -> None:
     lines = some_lines(60)
     messy = [line.replace(" ", " \u00a0\t").replace("é", "e\u0301") + "\r" for line in lines]
     file = written(tmp_path / "en.txt", [*lines, *messy])
-    corpus = prepare({"en": [file]}, tmp_path / "out", vocabulary_size=60, workers=1)
+    corpus = build(tmp_path / "out", en=file)
     assert corpus.manifest["languages"]["en"]["dropped"]["duplicate"]["lines"] == 60
 
 
@@ -231,7 +234,7 @@ def test_limit_takes_nested_subsets_and_leaves_what_is_held_out(tmp_path: Path) 
     assert made[100].manifest["languages"]["fr"]["dropped"]["over the limit"]["lines"] == 1750
 
 
-def test_another_corpus_tokenizer_can_be_used(prepared: tuple[Corpus, dict[str, list[str]]], tmp_path: Path) -> None:
+def test_another_corpus_tokenizer_can_be_used(prepared: Prepared, tmp_path: Path) -> None:
     file = written(tmp_path / "en.txt", some_lines(300, 5))
     corpus = prepare({"en": [file]}, tmp_path / "out", tokenizer=prepared[0].tokenizer.path, workers=1)
     assert corpus.tokenizer.pieces == prepared[0].tokenizer.pieces
@@ -272,13 +275,14 @@ def test_a_part_of_a_large_language_is_sampled_with_the_right_weight(
 @pytest.mark.parametrize("opener", [gzip.open, bz2.open, lzma.open])
 def test_compressed_text_is_the_same_text(tmp_path: Path, opener: Any) -> None:
     lines = some_lines(200)
-    plain = prepare({"en": [written(tmp_path / "en.txt", lines)]}, tmp_path / "plain", vocabulary_size=60, workers=1)
+    plain = build(tmp_path / "plain", en=written(tmp_path / "en.txt", lines))
     with opener(tmp_path / "en.packed", "wb") as file:  # told by content, not by name
         file.write((tmp_path / "en.txt").read_bytes())
-    packed = prepare({"en": [tmp_path / "en.packed"]}, tmp_path / "packed", vocabulary_size=60, workers=1)
-    assert {k: v for k, v in contents(plain.folder).items() if k != "manifest.json"} == {
-        k: v for k, v in contents(packed.folder).items() if k != "manifest.json"
-    }
+    packed = build(tmp_path / "packed", en=tmp_path / "en.packed")
+    files = [contents(corpus.folder) for corpus in (plain, packed)]
+    assert all(
+        files[0][name] == files[1][name] for name in files[0].keys() | files[1].keys() if name != "manifest.json"
+    )
     source = packed.manifest["languages"]["en"]["sources"][0]
     data = (tmp_path / "en.packed").read_bytes()
     assert source == {"name": "en.packed", "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
@@ -291,7 +295,7 @@ def test_a_folder_is_all_its_files(tmp_path: Path) -> None:
     with gzip.open(tmp_path / "in" / "a.gz", "wt") as file:
         file.write("\n".join(lines[:100]))
     written(tmp_path / "in" / ".hidden", ["hidden"])
-    corpus = prepare({"en": [tmp_path / "in"]}, tmp_path / "out", vocabulary_size=60, workers=1)
+    corpus = build(tmp_path / "out", en=tmp_path / "in")
     assert sum(corpus.sentences("en", split) for split in SPLITS) == 200
     assert [s["name"] for s in corpus.manifest["languages"]["en"]["sources"]] == ["in/a.gz", "in/b/one.txt"]
 
@@ -299,10 +303,10 @@ def test_a_folder_is_all_its_files(tmp_path: Path) -> None:
 def test_standard_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = "\n".join(some_lines(100)).encode()
     monkeypatch.setattr(sys, "stdin", types.SimpleNamespace(buffer=io.BytesIO(data)))
-    corpus = prepare({"en": ["-"]}, tmp_path / "out", vocabulary_size=60, workers=1)
+    corpus = build(tmp_path / "out", en="-")
     assert sum(corpus.sentences("en", split) for split in SPLITS) == 100
     with pytest.raises(UserError, match="is finished; to read standard input again"):
-        prepare({"en": ["-"]}, tmp_path / "out", vocabulary_size=60, workers=1)
+        build(tmp_path / "out", en="-")
 
 
 def documents(count: int) -> list[list[str]]:
@@ -328,7 +332,7 @@ def test_extracted_dump_is_split_by_document(tmp_path: Path, monkeypatch: pytest
         for n, of in enumerate(expected)
     )
     (tmp_path / "wiki_00").write_text(text.replace(expected[0][0], expected[0][0].replace("a", "&#97;", 1)))
-    corpus = prepare({"en": [tmp_path / "wiki_00"]}, tmp_path / "out", vocabulary_size=60, workers=1)
+    corpus = build(tmp_path / "out", en=tmp_path / "wiki_00")
     check_documents_are_whole(corpus, expected)
 
 
@@ -344,7 +348,7 @@ def test_wikipedia_dump_is_cleaned_and_split_by_document(tmp_path: Path) -> None
     expected = documents(120)
     with bz2.open(tmp_path / "enwiki.xml.bz2", "wt") as file:
         file.write(dump(["\n\n".join(of) for of in expected]))
-    corpus = prepare({"en": [tmp_path / "enwiki.xml.bz2"]}, tmp_path / "out", vocabulary_size=60, workers=1)
+    corpus = build(tmp_path / "out", en=tmp_path / "enwiki.xml.bz2")
     check_documents_are_whole(corpus, expected)
 
 
@@ -380,18 +384,18 @@ def test_hugging_face_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         return [{"body": " ".join(of)} for of in expected]
 
     monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
-    corpus = prepare({"en": ["hf:own/name:20231101.en::body"]}, tmp_path / "out", vocabulary_size=60, workers=1)
+    corpus = build(tmp_path / "out", en="hf:own/name:20231101.en::body")
     assert calls == [("own/name", "20231101.en", "train", True)]
     check_documents_are_whole(corpus, expected)
     with pytest.raises(UserError, match="no text column 'text'; it has: body"):
-        prepare({"en": ["hf:own/name"]}, tmp_path / "other", vocabulary_size=60, workers=1)
+        build(tmp_path / "other", en="hf:own/name")
 
 
 def test_a_finished_corpus_is_returned_as_it_is(tmp_path: Path) -> None:
     file = written(tmp_path / "en.txt", some_lines(100))
-    first = prepare({"en": [file]}, tmp_path / "out", vocabulary_size=60, workers=1)
+    first = build(tmp_path / "out", en=file)
     before = {p: p.stat().st_mtime_ns for p in first.folder.iterdir()}
-    assert prepare({"en": [file]}, tmp_path / "out", vocabulary_size=60, workers=2).manifest_hash == first.manifest_hash
+    assert prepare({"en": [file]}, tmp_path / "out", vocabulary_size=80, workers=2).manifest_hash == first.manifest_hash
     assert before == {p: p.stat().st_mtime_ns for p in first.folder.iterdir()}
 
 
@@ -401,14 +405,7 @@ def test_command_line(tmp_path: Path) -> None:
     command = [
         sys.executable,
         str(TOOL),
-        "--out",
-        "out",
-        "--vocab-size",
-        "80",
-        "--limit",
-        "sw=50",
-        "en=en.txt",
-        "sw=sw.txt",
+        *["--out", "out", "--vocab-size", "80", "--limit", "sw=50", "en=en.txt", "sw=sw.txt"],
     ]
     done = subprocess.run([*command, "--licence", "CC0"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -9,16 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlinterf_ds.data.batch import (
-    FIRST_ORDINARY,
-    Batch,
-    Masker,
-    generator,
-    key,
-    mask_rows,
-    masked_per_row,
-    row_draws,
-)
+from mlinterf_ds.data.batch import FIRST_ORDINARY, Batch, Masker, generator, key, mask_rows, masked_per_row, row_draws
 from mlinterf_ds.data.tokenizer import BOS, EOS, MASK
 from mlinterf_ds.data.windows import Windows, shuffled
 

@@ -4,7 +4,7 @@ import math
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import combinations, pairwise
 
 import numpy as np
@@ -15,13 +15,7 @@ from hypothesis import strategies as st
 
 from mlinterf_ds.data.batch import FIRST_ORDINARY, Batch
 from mlinterf_ds.data.evaluation import EvaluationSet, bits_per_character
-from mlinterf_ds.data.stream import (
-    BLOCK,
-    Schedule,
-    TrainStream,
-    ValidationStream,
-    prefetch,
-)
+from mlinterf_ds.data.stream import BLOCK, Schedule, TrainStream, ValidationStream, prefetch
 from mlinterf_ds.data.tokenizer import BOS, EOS
 from mlinterf_ds.errors import UserError
 
@@ -276,35 +270,28 @@ def test_validation_with_one_language() -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "words"),
+    ("stream", "changes", "words"),
     [
-        ({"rows": 3}, ["meta.batch = 3", "4 languages", "meta.languages_per_step"]),
-        ({"languages_per_step": 1}, ["meta.languages_per_step = 1", "2 to 4"]),
-        ({"languages_per_step": 5}, ["meta.languages_per_step = 5", "2 to 4"]),
-        ({"length": 100}, ["'pt'", "'meta'", "70 tokens", "data.sequence_length = 100"]),
-        ({"corpus": Corpus({"en": 200, "sw": 0}), "languages": ["en", "sw"]}, ["'sw'", "'meta' split is empty"]),
-        ({"languages": ["en", "en"]}, ["['en', 'en']", "en, sw, te, pt"]),
+        (validation, {"rows": 3}, ["meta.batch = 3", "4 languages", "meta.languages_per_step"]),
+        (validation, {"languages_per_step": 1}, ["meta.languages_per_step = 1", "2 to 4"]),
+        (validation, {"languages_per_step": 5}, ["meta.languages_per_step = 5", "2 to 4"]),
+        (validation, {"length": 100}, ["'pt'", "'meta'", "70 tokens", "data.sequence_length = 100"]),
+        (
+            validation,
+            {"corpus": Corpus({"en": 200, "sw": 0}), "languages": ["en", "sw"]},
+            ["'sw'", "'meta' split is empty"],
+        ),
+        (validation, {"languages": ["en", "en"]}, ["['en', 'en']", "en, sw, te, pt"]),
+        (train, {"languages": ["en", "xx"]}, ["xx", "en, sw, te, pt"]),
+        (train, {"languages": []}, ["one or more"]),
+        (train, {"corpus": Corpus({"en": 0}), "languages": ["en"]}, ["'en'", "'train' split is empty"]),
+        (train, {"temperature": 0}, ["data.temperature = 0"]),
+        (train, {"length": 1}, ["data.sequence_length = 1"]),
     ],
 )
-def test_validation_refuses_with_the_remedy(changes: dict, words: list[str]) -> None:
+def test_settings_are_refused_with_the_remedy(stream: Callable[..., object], changes: dict, words: list[str]) -> None:
     with pytest.raises(UserError) as error:
-        validation(**changes)
-    assert all(word in str(error.value) for word in words), error.value
-
-
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"languages": ["en", "xx"]}, ["xx", "en, sw, te, pt"]),
-        ({"languages": []}, ["one or more"]),
-        ({"corpus": Corpus({"en": 0}), "languages": ["en"]}, ["'en'", "'train' split is empty"]),
-        ({"temperature": 0}, ["data.temperature = 0"]),
-        ({"length": 1}, ["data.sequence_length = 1"]),
-    ],
-)
-def test_train_refuses_with_the_remedy(changes: dict, words: list[str]) -> None:
-    with pytest.raises(UserError) as error:
-        train(**changes)
+        stream(**changes)
     assert all(word in str(error.value) for word in words), error.value
 
 
