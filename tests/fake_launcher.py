@@ -1,7 +1,7 @@
-"""Stands in for `deepspeed` in tests of a study: a job's results at once, in the recipes' own formats.
+"""A stand-in for `deepspeed` in tests of a study: it writes a job's results at once, in the recipes' own formats.
 
-python tests/fake_launcher.py JOB      one job; fails if a file `break-KIND` beside jobs/ names it
-python tests/fake_launcher.py study OUT SETTINGS...      a study of such jobs, as `launch/study.py` runs it
+python tests/fake_launcher.py JOB      runs one job, which fails if a file `broken` beside jobs/ names it
+python tests/fake_launcher.py study OUT SETTINGS...      runs a study of such jobs, as `launch/study.py` does
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ PAUSE = 0.05  # seconds a unit takes
 
 
 def number(*of: object) -> float:
-    """A score from 0 to 100 that these things decide."""
+    """A score from 0 to 100 that depends on the arguments alone."""
     return int(hashlib.sha256(repr(of).encode()).hexdigest()[:6], 16) % 10000 / 100
 
 

@@ -37,6 +37,16 @@ def started(folder: Path) -> list[str]:
     return (folder / "started").read_text().split()
 
 
+def states(folder: Path) -> dict[str, str]:
+    return {row["job"]: row["state"] for row in Records.load(folder / "records.json").status}
+
+
+def write_unit_job(folder: Path, kind: str, units: str) -> None:
+    """The job.json of a job whose units have one-letter names."""
+    facts = [{"name": name, "arguments": []} for name in units]
+    (folder / "job.json").write_text(json.dumps({"kind": kind, "tensor": 1, "units": facts}))
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An uninterrupted study of two seeds."""
@@ -88,8 +98,7 @@ def test_a_failed_job_is_isolated_and_tried_again(
     said = capsys.readouterr().out
     assert "pretrain.adpt.close.seed1: failed: error: the planted mistake" in said
     assert "finetune.adpt.close.seed1: blocked: needs pretrain.adpt.close.seed1" in said
-    states = {row["job"]: row["state"] for row in Records.load(tmp_path / "records.json").status}
-    assert sorted(states.values()) == ["blocked"] + ["failed"] + ["finished"] * 14
+    assert sorted(states(tmp_path).values()) == ["blocked"] + ["failed"] + ["finished"] * 14
     assert "the planted mistake" in (tmp_path / "report.html").read_text()
     (tmp_path / "broken").unlink()
     before = started(tmp_path)
@@ -228,7 +237,7 @@ def test_a_job_waits_for_another_process_that_works_on_it(tmp_path: Path) -> Non
 
 def test_every_rank_waits_for_its_like(one_rank: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And what another process finished meanwhile is known."""
-    (tmp_path / "job.json").write_text(json.dumps({"kind": "finetune", "tensor": 1, "units": []}))
+    write_unit_job(tmp_path, "finetune", "")
     held: list[int] = []
 
     @contextlib.contextmanager
@@ -277,8 +286,7 @@ def test_a_unit_that_fails_leaves_the_others_be(
         (folder / "summary.json").write_text('{"finished": true}')
 
     monkeypatch.setattr(worker, "_run", run)
-    units = [{"name": name, "arguments": []} for name in "abc"]
-    (tmp_path / "job.json").write_text(json.dumps({"kind": "finetune", "tensor": 1, "units": units}))
+    write_unit_job(tmp_path, "finetune", "abc")
     assert worker.work(tmp_path) == 1 and ran == ["a", "b", "c"]
     done = json.loads((tmp_path / "done.json").read_text())["units"]
     assert {name: facts["state"] for name, facts in done.items()} == {"a": "finished", "b": "failed", "c": "finished"}
@@ -300,8 +308,7 @@ def test_a_unit_that_is_asked_to_end_ends_the_job(
         (folder / "summary.json").write_text('{"finished": false}')
 
     monkeypatch.setattr(worker, "_run", run)
-    units = [{"name": name, "arguments": []} for name in "ab"]
-    (tmp_path / "job.json").write_text(json.dumps({"kind": "pretrain", "tensor": 1, "units": units}))
+    write_unit_job(tmp_path, "pretrain", "ab")
     assert worker.work(tmp_path) == 1 and ran == ["a"]
 
 
@@ -393,8 +400,8 @@ def test_a_report_alone_tells_of_failed_jobs(whole: Path, tmp_path: Path) -> Non
     assert rows["finetune.adpt.close.seed0"]["state"] == "blocked"
     with try_lock(job):  # it is tried again at this moment
         assert fake_launcher.study(str(tmp_path), report=True) == 0
-    states = {row["job"]: row["state"] for row in Records.load(tmp_path / "records.json").status}
-    assert states["pretrain.adpt.close.seed0"] == states["finetune.adpt.close.seed0"] == "waiting"
+    known = states(tmp_path)
+    assert known["pretrain.adpt.close.seed0"] == known["finetune.adpt.close.seed0"] == "waiting"
 
 
 def test_a_report_after_an_edit_shows_what_there_is_and_says_so(
