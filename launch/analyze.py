@@ -1,7 +1,7 @@
 """`deepspeed launch/analyze.py --set checkpoint=... --set analysis=conflict|prune|interference --set output=...`; --help."""
 
 from mlinterf_ds.analysis.main import main as analyze
-from mlinterf_ds.runtime.session import main
+from mlinterf_ds.runtime.output import main
 
 if __name__ == "__main__":
     main(analyze)

@@ -1,7 +1,25 @@
 """`deepspeed launch/pretrain.py --deepspeed_config ds_configs/zero2.json`; --help lists every key."""
 
-from mlinterf_ds.runtime.restarts import pretrain
-from mlinterf_ds.runtime.session import main
+import os
+import sys
+from collections.abc import Sequence
+
+from mlinterf_ds.pretrain.config import read_arguments
+from mlinterf_ds.runtime.output import main
+from mlinterf_ds.runtime.restarts import ATTEMPT, Supervisor
+
+
+def pretrain(arguments: Sequence[str]) -> int:
+    """Train; with `restarts=N` this process supervises, and the same command in a child process trains."""
+    config, _ = read_arguments(arguments)
+    if config.restarts and ATTEMPT not in os.environ:
+        remedy = f"go on with --set output={config.output} --set resume=auto"
+        supervisor = Supervisor(config.restarts, config.parallel.timeout, remedy)
+        return supervisor.run([sys.executable, "-u", sys.argv[0], *arguments])
+    from mlinterf_ds.pretrain.main import main as train  # it imports torch, DeepSpeed and megatron
+
+    return train(arguments)
+
 
 if __name__ == "__main__":
     main(pretrain)

@@ -6,6 +6,7 @@ keys, wrong types and combinations that cannot work raise `UserError` with the k
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import os
 import tomllib
@@ -169,6 +170,28 @@ def describe(kind: type[Section]) -> str:
     rows = fields(kind)
     width = max(len(f"{key}={default}") for key, default, _ in rows)
     return "\n".join(f"  {f'{key}={default}':<{width}}  {meaning}" for key, default, meaning in rows)
+
+
+def parser(description: str, kind: type[Section]) -> argparse.ArgumentParser:
+    """The arguments that every launcher takes; its `--help` lists every key of the configuration."""
+    arguments = argparse.ArgumentParser(
+        description=description,
+        epilog=f"keys for --set and recipes, with their defaults:\n{describe(kind)}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    arguments.add_argument(
+        "--deepspeed_config", default="ds_configs/zero2.json", help="DeepSpeed's JSON file, e.g. one of ds_configs/"
+    )
+    arguments.add_argument(
+        "--recipe", action="append", default=[], help="TOML file or a shipped recipe's name; may be repeated"
+    )
+    arguments.add_argument(
+        "--set", action="append", default=[], metavar="section.key=value", help="set a key; may be repeated"
+    )
+    arguments.add_argument("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)
+    arguments.add_argument("--deepspeed", action="store_true", help=argparse.SUPPRESS)
+    return arguments
 
 
 # --- comparing -------------------------------------------------------------------------------------------------------

@@ -28,7 +28,9 @@ from mlinterf_ds.engine.precision import DTYPES, choose_precision
 from mlinterf_ds.errors import UserError
 from mlinterf_ds.files import write_json
 from mlinterf_ds.pretrained import Pretrained
-from mlinterf_ds.runtime import parallel, session
+from mlinterf_ds.runtime.parallel import Group, Layout
+from mlinterf_ds.runtime.session import in_group
+from mlinterf_ds.sections import ParallelConfig
 from mlinterf_ds.tasks.files import read_text
 from mlinterf_ds.tasks.sources import parse
 from mlinterf_ds.tracking import Tracker, environment_facts
@@ -37,7 +39,7 @@ BLANK = "<mask>"
 ROWS = 64  # evaluated at once
 
 
-def main(arguments: Sequence[str]) -> int:
+def main(arguments: Sequence[str], group: Group | None = None) -> int:
     """`launch/evaluate.py --checkpoint RUN --text sw=FILE` or `--fill "... <mask> ..." --language sw`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
@@ -67,9 +69,7 @@ def main(arguments: Sequence[str]) -> int:
     texts = parse(options.text, "text") if options.text else {}
     if options.out and not options.out.parent.is_dir():
         raise UserError(f"--out {options.out}: there is no folder {options.out.parent}")
-    with session.hushed():
-        layout = parallel.start(options.tensor)
-    try:
+    with in_group(group, ParallelConfig(tensor=options.tensor)) as layout:  # type: ignore[call-arg]
         model = Model(options.checkpoint, layout, options.precision)
         if options.fill:
             results: Any = fill(model, options.fill, options.language, options.top)
@@ -81,9 +81,7 @@ def main(arguments: Sequence[str]) -> int:
                 write_json(options.out, results)
             if texts and model.saved["config"]["tracking"]["enabled"]:
                 record(model, texts, results)
-        return 0
-    finally:
-        parallel.stop()
+    return 0
 
 
 def number(least: int) -> Callable[[str], int]:
@@ -100,7 +98,7 @@ def number(least: int) -> Callable[[str], int]:
 class Model:
     """A checkpoint's encoder and tokenizer on this rank, for evaluation."""
 
-    def __init__(self, place: str, layout: parallel.Layout, precision: str = "auto"):
+    def __init__(self, place: str, layout: Layout, precision: str = "auto"):
         from deepspeed.accelerator import get_accelerator
 
         pretrained = Pretrained.open(place)

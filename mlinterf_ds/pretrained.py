@@ -1,4 +1,4 @@
-"""A pretrained checkpoint as fine-tuning and evaluation start from it; and what ranks must agree on."""
+"""A pretrained checkpoint, as fine-tuning, evaluation, analyses and the export open it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 
 from mlinterf_ds.config import without_removed
 from mlinterf_ds.data.tokenizer import Tokenizer
@@ -17,25 +16,25 @@ from mlinterf_ds.engine.weights import CheckpointReader
 from mlinterf_ds.errors import UserError
 from mlinterf_ds.files import sha256
 from mlinterf_ds.ranks import agreed
-from mlinterf_ds.runtime.session import Signals
-from mlinterf_ds.sections import ModelConfig
+from mlinterf_ds.sections import ModelConfig, TrainConfig
 
 if TYPE_CHECKING:  # reading a checkpoint needs neither DeepSpeed nor megatron
+    from mlinterf_ds.engine.engine import Engine
     from mlinterf_ds.model.encoder import Encoder
     from mlinterf_ds.runtime.parallel import Layout
 
 
 @dataclass(frozen=True)
 class Pretrained:
-    """A checkpoint to start from, and what its run says of it."""
+    """A verified checkpoint of a pretraining run."""
 
     path: Path
     saved: dict[str, Any]  # run.json
 
     @classmethod
-    def open(cls, place: str) -> Pretrained:
+    def open(cls, folder: str) -> Pretrained:
         """The best checkpoint of a run's output folder, or the checkpoint of that folder."""
-        path, saved = agreed(lambda: _verified(place))
+        path, saved = agreed(lambda: _verified(folder))
         if "task" in saved.get("config", {}):
             raise UserError(
                 f"{path}: a checkpoint of a fine-tuning: set checkpoint to a pretraining run's output folder"
@@ -44,7 +43,7 @@ class Pretrained:
 
     @property
     def digest(self) -> str:
-        """Of what it holds: sha256 of complete.json, which has every file's own."""
+        """The SHA-256 of complete.json, which holds every file's own."""
         return sha256(self.path / "complete.json")
 
     @property
@@ -72,9 +71,39 @@ class Pretrained:
         return self.saved.get("run_id")
 
     def shape(self, dropout: float | None = None) -> ModelConfig:
-        """The encoder's; with other dropouts if asked."""
+        """The shape of the encoder, with other dropouts if asked."""
         changed = {} if dropout is None else {"dropout": dropout, "attention_dropout": dropout}
         return ModelConfig(**(self.saved["config"]["model"] | changed))
+
+    def architecture(self, dropout: float | None = None) -> dict[str, Any]:
+        """The arguments with which `Encoder` builds this model (its weights not loaded), with other dropouts if asked."""
+        return {
+            "config": self.shape(dropout),
+            "variant": self.variant,
+            "languages": self.languages,
+            "vocabulary": int(self.saved["vocabulary"]),
+            "positions": self.positions,
+        }
+
+    def engine(
+        self,
+        model: Encoder,
+        training: TrainConfig,
+        deepspeed_json: dict[str, Any],
+        precision: str,
+        layout: Layout,
+        *,
+        missing: bool = False,
+    ) -> Engine:
+        """An engine that trains `model`, built of `architecture`, from this checkpoint's weights and without its moments.
+
+        missing: leave parameters that the checkpoint has not, such as a classifier's, as they are initialised.
+        """
+        from mlinterf_ds.engine.engine import Engine
+
+        engine = Engine(model, training, deepspeed_json, precision, layout)
+        checkpoint.load(self.path, engine, moments=False, missing=missing)
+        return engine
 
     def check(self, tensor: int) -> None:
         """UserError unless the model can be cut for this many tensor-parallel ranks."""
@@ -91,15 +120,9 @@ class Pretrained:
         """The model at this layout, whatever layout saved it, without dropout and for evaluation: no engine, no moments."""
         from mlinterf_ds.model.encoder import Encoder, partition_dim
 
-        shape, tensor = self.shape(dropout=0.0), layout.tensor
+        tensor = layout.tensor
         self.check(tensor)
-        model = Encoder(
-            shape,
-            variant=self.variant,
-            languages=self.languages,
-            vocabulary=int(self.saved["vocabulary"]),
-            positions=self.positions,
-        )
+        model = Encoder(**self.architecture(dropout=0.0))
         reader = CheckpointReader(self.path)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
@@ -109,14 +132,6 @@ class Pretrained:
         return model.to(device, dtype).eval()
 
 
-def _verified(place: str) -> tuple[Path, dict[str, Any]]:
-    path = checkpoint.find(place, "best")
+def _verified(folder: str) -> tuple[Path, dict[str, Any]]:
+    path = checkpoint.find(folder, "best")
     return path, checkpoint.verify(path)
-
-
-def asked_to_stop(signals: Signals, layout: Layout, device: torch.device) -> str:
-    """Which signal asked any rank to end ('' if none did); all ranks agree."""
-    flag = torch.tensor(float(signals.received is not None), device=device)
-    if layout.world > 1:
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-    return (signals.received or "a signal to another rank") if flag else ""

@@ -1,4 +1,4 @@
-"""What the ranks of a job tell each other about files and mistakes; without a process group there is one rank."""
+"""Agreement of a job's ranks on values, files and mistakes; without a process group there is one rank."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from mlinterf_ds.errors import UserError
 
-Found = TypeVar("Found")
+Value = TypeVar("Value")
 
 
 def from_first(value: Any) -> Any:
@@ -20,22 +20,37 @@ def from_first(value: Any) -> Any:
     return box[0]
 
 
-def together() -> None:
-    """Wait until all ranks are here."""
+def wait_for_all() -> None:
+    """Return when all ranks have called this."""
     if dist.is_initialized():
         dist.barrier()
 
 
-def agreed(find: Callable[[], Found]) -> Found:
-    """What rank 0 finds, or the mistake that it finds, on every rank."""
-    found: Any = None
+def agreed(read: Callable[[], Value]) -> Value:
+    """What rank 0 reads, on every rank; a UserError of rank 0 is raised on every rank."""
+    value: Any = None
     problem = ""
     if not dist.is_initialized() or dist.get_rank() == 0:
         try:
-            found = find()
+            value = read()
         except UserError as error:
             problem = str(error)
-    found, problem = from_first((found, problem))
+    value, problem = from_first((value, problem))
     if problem:
         raise UserError(problem)
-    return found
+    return value
+
+
+def agreed_by_all(check: Callable[[], None]) -> None:
+    """Every rank checks its own part; the first rank's UserError is raised on every rank."""
+    problem = None
+    try:
+        check()
+    except UserError as error:
+        problem = str(error)
+    problems = [problem]
+    if dist.is_initialized():
+        problems = [None] * dist.get_world_size()
+        dist.all_gather_object(problems, problem)
+    if first := next(filter(None, problems), None):
+        raise UserError(first)

@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -53,12 +52,11 @@ def refusal(function: Callable[..., Any], *arguments: Any) -> str:
 
 def call(module: str, folder: str, words: Sequence[str]) -> str:
     """Runs the `main` of a module on a rank of the pool, in a folder; returns the message with which it refuses, or ''."""
-    from mlinterf_ds.runtime import parallel
+    from tests.ranks import joined
 
     os.chdir(folder)
     main = importlib.import_module(f"mlinterf_ds.{module}").main
-    with mock.patch.object(parallel, "stop"):  # the process group of the pool outlives the run
-        return refusal(main, list(words))
+    return refusal(main, list(words), joined())
 
 
 def wait_until(condition: Callable[[], Any], seconds: float = 60.0) -> Any:

@@ -38,14 +38,14 @@ def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Makes this process the only rank of a process group, on one thread."""
     import torch
 
-    from mlinterf_ds.runtime import parallel
+    from mlinterf_ds.runtime.parallel import Group
 
-    parallel.start(1, f"file://{tmp_path_factory.mktemp('rendezvous')}/file")
+    group = Group(1, f"file://{tmp_path_factory.mktemp('rendezvous')}/file")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-    parallel.stop()
+    group.leave()
 
 
 @pytest.fixture

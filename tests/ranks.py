@@ -19,13 +19,27 @@ from typing import Any
 
 TIMEOUT = 400.0  # seconds; a test may take 600
 
+_group: Any = None  # on a rank of a pool: the process group that it has joined
+
+
+def joined() -> Any:
+    """On a rank of a pool: its process group, which the runs of all tests share."""
+    assert _group, "not on a rank of a pool"
+    return _group
+
+
+def laid_out(tensor: int) -> Any:
+    """On a rank of a pool: the layout of its ranks with this tensor-parallel size."""
+    return joined().layout(tensor)
+
 
 def _serve(rank: int, world: int, address: str, pipe: Connection) -> None:
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(world)}
     os.environ["OMP_NUM_THREADS"] = "1"
-    from mlinterf_ds.runtime import parallel
+    global _group
+    from mlinterf_ds.runtime.parallel import Group
 
-    parallel.start(1, address)
+    _group = Group(1, address)
     import torch
 
     torch.set_num_threads(1)

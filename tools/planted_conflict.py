@@ -95,13 +95,14 @@ def main(words: Sequence[str]) -> int:
     from mlinterf_ds.data.corpus import Corpus
     from mlinterf_ds.data.prepare.synthetic import prepare_synthetic
     from mlinterf_ds.files import write_csv
-    from mlinterf_ds.runtime import parallel, session
+    from mlinterf_ds.runtime.output import quiet
+    from mlinterf_ds.runtime.parallel import Group
 
     languages = list(dict.fromkeys(code for pair in PAIRS.values() for code in pair))
     prepare_synthetic(languages, options.sentences, folder=options.out / "corpus")
     os.environ.setdefault("WORLD_SIZE", "1")
-    session.quiet(options.out / "log")
-    parallel.start(1)
+    quiet(options.out / "log")
+    group = Group(1)
     corpus, rows = Corpus.open(options.out / "corpus"), []
     for seed in range(options.seeds):
         for name, pair in PAIRS.items():
@@ -111,11 +112,11 @@ def main(words: Sequence[str]) -> int:
     summary = summarise(rows, options.at)
     (options.out / "planted.json").write_text(json.dumps(summary, indent=1) + "\n")
     print(json.dumps(summary, indent=1))
-    parallel.stop()
+    group.leave()
     return 0
 
 
 if __name__ == "__main__":
-    from mlinterf_ds.runtime.session import main as guarded
+    from mlinterf_ds.runtime.output import main as guarded
 
     guarded(main)

@@ -11,25 +11,20 @@ compare with the ceiling, never with 1.
 
 from __future__ import annotations
 
-import csv
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from mlinterf_ds.analysis.job import AnalysisJob
-from mlinterf_ds.data.windows import TokenSource
-from mlinterf_ds.engine.engine import Engine
 from mlinterf_ds.errors import UserError
 from mlinterf_ds.files import write_csv
 from mlinterf_ds.gradients.collect import COMPONENTS, Draws
+from mlinterf_ds.gradients.monitor import measured_components
 from mlinterf_ds.gradients.similarity import ALL, Similarity, measure, spread
-from mlinterf_ds.plots.conflict import FIELDS, by_component, read_curves, training_curves
+from mlinterf_ds.plots.conflict import by_component, read_curves, training_curves
 from mlinterf_ds.plots.heatmaps import heatmaps
-from mlinterf_ds.pretrain.config import ConflictConfig
-
-LOGGED_PAIRS = 28  # pairs of languages with a curve of their own in MLflow: 8 languages
 
 
 def run(job: AnalysisJob) -> dict[str, Any]:
@@ -66,7 +61,7 @@ def run(job: AnalysisJob) -> dict[str, Any]:
         **spread(matrix),
         "matrix": matrix.tolist(),
         "corrected": _plain(found.corrected()),
-        "components": {part: spread(found.matrix(ALL, part)) for part in _parts(found)},
+        "components": {part: spread(found.matrix(ALL, part)) for part in measured_components(found)},
         "costs": costs,
     }
     if job.first:
@@ -77,17 +72,13 @@ def run(job: AnalysisJob) -> dict[str, Any]:
     return summary
 
 
-def _parts(found: Similarity) -> list[str]:
-    return [part for layer, part in found.scopes() if layer == ALL and part != ALL]
-
-
 def _plain(matrix: np.ndarray) -> list[list[float | None]]:
     return [[float(value) if np.isfinite(value) else None for value in row] for row in matrix]
 
 
 def _write(job: AnalysisJob, found: Similarity, summary: Mapping[str, Any]) -> None:
     """Table and figures."""
-    codes, parts = list(found.languages), _parts(found)
+    codes, parts = list(found.languages), measured_components(found)
     cosines = [(layer, part, found.matrix(layer, part)) for layer, part in found.scopes()]
     rows = [
         [layer, part, codes[left], codes[right], float(matrix[left, right])]
@@ -149,84 +140,3 @@ def _draw_runs(job: AnalysisJob) -> dict[str, Any]:
         title = "Gradient similarity during training"
         training_curves(runs, job.output / "training.png", title=title, caption=caption)
     return summary
-
-
-class Monitor:
-    """Conflict during pretraining: measured before the training of a step, on rows, masks and dropout of its own.
-
-    <output>/conflict.csv   step, scope (model or a component), left, right, cosine
-    """
-
-    def __init__(
-        self,
-        engine: Engine,
-        corpus: TokenSource,
-        languages: Sequence[str],
-        config: ConflictConfig,
-        output: Path,
-        *,
-        name: str,
-        length: int,
-        mask_share: float,
-        seed: int,
-        text: str,
-    ):
-        self.engine, self.config, self.output, self.name, self.seed = engine, config, output, name, seed
-        self.draws = Draws(
-            corpus,
-            languages,
-            languages,
-            config=config,
-            length=length,
-            mask_share=mask_share,
-            seed=seed,
-            engine=engine,
-        )
-        self.caption = (
-            f"{text} text, {self.draws.rows} training sequences a gradient, seed {seed}; dashed: two "
-            "batches of one language"
-        )
-        self.first = engine.layout.rank == 0
-        self._table = output / "conflict.csv"
-        if self.first and self._table.is_file():  # a resumed run measures again from its checkpoint on
-            with self._table.open(newline="", encoding="utf-8") as file:
-                rows = [row for row in csv.reader(file) if len(row) == len(FIELDS)]  # a killed run leaves half a line
-            write_csv(self._table, FIELDS, [row for row in rows[1:] if int(row[0]) < engine.step])
-
-    @property
-    def due(self) -> bool:
-        """Whether this step is one to measure."""
-        return self.engine.step % self.config.every == 0
-
-    def measure(self) -> dict[str, float]:
-        """Similarities at the engine's step, as metrics; also added to conflict.csv. The same on all ranks."""
-        step = self.engine.step
-        found, costs = measure(self.engine, self.draws, self.config.sketch, self.seed, step)
-        matrix, codes = found.matrix(), found.languages
-        facts = {f"conflict/{name}": value for name, value in spread(matrix).items()}
-        facts |= {f"conflict/{name}": costs[name] for name in ("seconds_gradients", "seconds_similarity")}
-        pairs = list(found.pairs())
-        if len(pairs) - len(codes) <= LOGGED_PAIRS:
-            facts |= {f"conflict/{codes[left]}-{codes[right]}": float(matrix[left, right]) for left, right in pairs}
-        if self.first:
-            self._append(step, found)
-        return facts
-
-    def _append(self, step: int, found: Similarity) -> None:
-        if not self._table.is_file():
-            write_csv(self._table, FIELDS, [])
-        codes, rows = found.languages, []
-        for scope in ("model", *_parts(found)):
-            cosines = found.matrix(ALL, ALL if scope == "model" else scope)
-            rows += [[step, scope, codes[a], codes[b], float(cosines[a, b])] for a, b in found.pairs()]
-        with self._table.open("a", newline="", encoding="utf-8") as file:
-            csv.writer(file, lineterminator="\n").writerows(rows)
-
-    def draw(self) -> list[Path]:
-        """The figure of what was measured so far; the files written (rank 0)."""
-        if not self.first or not self._table.is_file():
-            return []
-        figure = self.output / "conflict.png"
-        curves = {self.name: read_curves(self._table)}
-        training_curves(curves, figure, title=f"{self.name}: gradient similarity", caption=self.caption)
-        return [self._table, figure]

@@ -11,7 +11,6 @@ import torch
 
 from mlinterf_ds.analysis.config import AnalyzeConfig
 from mlinterf_ds.data.corpus import Corpus
-from mlinterf_ds.engine import checkpoint
 from mlinterf_ds.engine.engine import Engine
 from mlinterf_ds.errors import UserError
 from mlinterf_ds.pretrained import Pretrained
@@ -71,15 +70,6 @@ class AnalysisJob:
             )
         pretrained = self.model
         pretrained.check(self.layout.tensor)
-        shape = pretrained.shape(dropout=0.0)
         training = TrainConfig.model_validate({"batch": rows, "micro_batch": micro_batch})
-        encoder = Encoder(
-            shape,
-            variant=pretrained.variant,
-            languages=pretrained.languages,
-            vocabulary=int(pretrained.saved["vocabulary"]),
-            positions=pretrained.positions,
-        )
-        engine = Engine(encoder, training, self.deepspeed_json, self.precision, self.layout)
-        checkpoint.load(pretrained.path, engine, moments=False)
-        return engine
+        encoder = Encoder(**pretrained.architecture(dropout=0.0))
+        return pretrained.engine(encoder, training, self.deepspeed_json, self.precision, self.layout)

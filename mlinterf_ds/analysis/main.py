@@ -1,76 +1,73 @@
-"""The analysis recipe: open the checkpoint and its corpus, run one analysis on all ranks, record what it found.
+"""The analysis recipe: open the checkpoint and its corpus, run one analysis on all ranks, record its results.
 
 <output>/analysis.json   configuration and MLflow run
-<output>/summary.json    what the analysis found
+<output>/summary.json    results of the analysis
 <output>/*.csv, *.png, *.svg
 """
 
 from __future__ import annotations
 
-import os
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from deepspeed.accelerator import get_accelerator
 
 from mlinterf_ds.analysis.config import AnalyzeConfig
 from mlinterf_ds.analysis.job import AnalysisJob
-from mlinterf_ds.config import load_config
-from mlinterf_ds.data.corpus import Corpus
+from mlinterf_ds.config import load_config, parser
+from mlinterf_ds.data.corpus import Corpus, open_corpus
 from mlinterf_ds.engine.precision import choose_precision, read_json
 from mlinterf_ds.errors import UserError
 from mlinterf_ds.files import write_json
-from mlinterf_ds.pretrain.config import RunConfig
-from mlinterf_ds.pretrain.main import open_corpus
 from mlinterf_ds.pretrained import Pretrained
-from mlinterf_ds.ranks import agreed, from_first
-from mlinterf_ds.runtime import parallel, session
+from mlinterf_ds.ranks import from_first
+from mlinterf_ds.runtime.parallel import Group
+from mlinterf_ds.runtime.session import session
 from mlinterf_ds.tracking import Tracker, environment_facts
 
 
-def main(arguments: Sequence[str]) -> int:
-    """`deepspeed launch/analyze.py --deepspeed_config ... --set checkpoint=... --set analysis=...`."""
-    parser = session.parser("Measure why languages interfere in a pretrained model.", AnalyzeConfig)
-    found = parser.parse_args(arguments)
-    run(load_config(AnalyzeConfig, found.recipe, found.set), read_json(found.deepspeed_config))
+def main(arguments: Sequence[str], group: Group | None = None) -> int:
+    """Analyse as the command line says; `group` is the process group that this process has joined, if it has."""
+    options = parser("Measure why languages interfere in a pretrained model.", AnalyzeConfig).parse_args(arguments)
+    run(load_config(AnalyzeConfig, options.recipe, options.set), read_json(options.deepspeed_config), group)
     return 0
 
 
-def run(config: AnalyzeConfig, deepspeed_json: dict[str, Any]) -> dict[str, Any]:
-    """Run the analysis; its summary (also written to summary.json by rank 0)."""
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        session.remove_stale_locks()
-    with session.hushed():
-        layout = parallel.start(config.parallel.tensor, timeout=config.parallel.timeout)
-    try:
-        output = Path(config.output or from_first(f"runs/{config.name}-{time.strftime('%Y%m%d-%H%M%S')}"))
-        log = output / "log" / f"rank-{layout.rank}.log"
-        agreed(lambda: session.forget(log))
-        if from_first((output / "summary.json").is_file()):
+def run(config: AnalyzeConfig, deepspeed_json: dict[str, Any], group: Group | None = None) -> dict[str, Any]:
+    """Run the analysis; its summary, which rank 0 also writes to summary.json in the output folder."""
+
+    def refuse(output: Path) -> None:
+        if (output / "summary.json").is_file():
             raise UserError(f"{output} holds an analysis: choose another output")
-        precision, why = choose_precision(config.train.precision, deepspeed_json)
-        session.quiet(log)
-        with session.noted(log):
-            pretrained = Pretrained.open(config.checkpoint) if config.checkpoint else None
-            corpus, languages = material(config, pretrained)
+
+    with session(config.name, config.output, config.parallel, refuse, group) as here:
+        precision, reason = choose_precision(config.train.precision, deepspeed_json)
+        pretrained = Pretrained.open(config.checkpoint) if config.checkpoint else None
+        corpus, languages = material(config, pretrained)
         tracker = Tracker.off()
-        if layout.rank == 0:
-            where = f" of {pretrained.path} ({pretrained.variant})" if pretrained else ""
-            print(f"{config.analysis}{where}, {precision} ({why}); output {output}", flush=True)
-            tracker = open_tracker(config, pretrained, output)
-        with session.noted(log), tracker:
-            device = torch.device(_accelerator().current_device_name())
+        if here.first:
+            model = f" of {pretrained.path} ({pretrained.variant})" if pretrained else ""
+            print(f"{config.analysis}{model}, {precision} ({reason}); output {here.output}", flush=True)
+            tracker = open_tracker(config, pretrained, here.output)
+        with tracker:
             job = AnalysisJob(
-                config, pretrained, corpus, languages, layout, device, deepspeed_json, precision, output, tracker.log
+                config=config,
+                pretrained=pretrained,
+                corpus=corpus,
+                languages=languages,
+                layout=here.layout,
+                device=torch.device(get_accelerator().current_device_name()),
+                deepspeed_json=deepspeed_json,
+                precision=precision,
+                output=here.output,
+                log=tracker.log,
             )
             summary = analyse(job)
-            if layout.rank == 0:
-                record(output, summary, tracker)
+            if here.first:
+                record(here.output, summary, tracker)
         return from_first(summary)
-    finally:
-        parallel.stop()
 
 
 def analyse(job: AnalysisJob) -> dict[str, Any]:
@@ -88,12 +85,6 @@ def analyse(job: AnalysisJob) -> dict[str, Any]:
     return interference.run(job)
 
 
-def _accelerator() -> Any:
-    from deepspeed.accelerator import get_accelerator
-
-    return get_accelerator()
-
-
 def material(config: AnalyzeConfig, pretrained: Pretrained | None) -> tuple[Corpus | None, tuple[str, ...]]:
     """The corpus and the languages to analyse; (None, those named) without a checkpoint."""
     if pretrained is None:
@@ -104,11 +95,10 @@ def material(config: AnalyzeConfig, pretrained: Pretrained | None) -> tuple[Corp
             f"languages: the model at {pretrained.path} has no {', '.join(unknown)}, it knows "
             f"{', '.join(pretrained.languages)}: name some of those"
         )
-    place = config.corpus or pretrained.saved["config"]["corpus"]
-    data = pretrained.saved["config"]["data"]
-    trained_on = {"corpus": place, "languages": pretrained.languages, "data": data}
+    saved = pretrained.saved["config"]
+    sentences, limits = saved["data"]["synthetic_sentences"], saved["data"].get("synthetic_limit")
     try:
-        corpus = open_corpus(RunConfig.model_validate(trained_on))
+        corpus = open_corpus(config.corpus or saved["corpus"], pretrained.languages, sentences, limits)
     except UserError as error:
         remedy = "" if config.corpus else f" (the corpus that {pretrained.path} names; --set corpus= names another)"
         raise UserError(f"{error}{remedy}") from None

@@ -4,6 +4,8 @@ import hashlib
 import json
 import os
 import re
+import subprocess
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -220,3 +222,39 @@ def manifest_digest(manifest: Mapping[str, Any]) -> str:
     """Returns the SHA-256 of a manifest's contents without its own digest, whatever their spacing and order."""
     rest = {name: value for name, value in manifest.items() if name != "digest"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def open_corpus(
+    corpus: str, languages: Sequence[str] | None, sentences: int, limits: Mapping[str, int] | None = None
+) -> Corpus:
+    """Opens a run's corpus on all ranks together, and has its files read once in full on every host.
+
+    `corpus` is a prepared folder, or `synthetic` (of `sentences` and `limits`, see `synthetic_folder`), which is prepared on
+    first use. Raises UserError, on every rank, unless the text is what was prepared.
+    """
+    from mlinterf_ds.ranks import agreed, agreed_by_all  # torch, without which a corpus is prepared
+    from mlinterf_ds.runtime.launchers import local_world
+
+    folder = Path(corpus)
+    if corpus == "synthetic":
+        languages = list(languages or SYNTHETIC_LANGUAGES)
+        folder = synthetic_folder(languages, sentences, limits)
+        if not agreed((folder / MANIFEST).is_file):
+            line = [",".join(languages), f"--sentences={sentences}"]
+            line += [f"--limit={code}={count}" for code, count in (limits or {}).items()]
+            agreed(lambda: _prepare_synthetic(line))
+    opened = Corpus.open(folder, languages)
+    agreed_by_all(lambda: opened.verify(int(os.environ["LOCAL_RANK"]), local_world()))
+    return opened
+
+
+def _prepare_synthetic(arguments: list[str]) -> None:
+    """Prepares a synthetic corpus in a process of its own: it forks workers, which a process of torch's threads must not."""
+    folder = str(Path(__file__).parents[2])  # the child imports this package from where this process did
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [folder, os.environ.get("PYTHONPATH")]))}
+    line = [sys.executable, "-m", "mlinterf_ds.data.prepare.synthetic", *arguments]
+    done = subprocess.run(line, env=environment, stderr=subprocess.PIPE, text=True)
+    if done.returncode == 2:
+        raise UserError(done.stderr.strip())
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(line[1:])} failed:\n{done.stderr}")

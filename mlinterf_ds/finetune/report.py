@@ -6,12 +6,14 @@ import math
 from pathlib import Path
 from typing import Any
 
-from mlinterf_ds.finetune.trial import Job
+from mlinterf_ds.finetune.trial import FinetuneJob
 from mlinterf_ds.tasks import metrics
 from mlinterf_ds.tasks.sources import Sets
 
 
-def summarise(job: Job, sets: Sets, options: dict[str, dict[str, str]], tested: list[dict[str, Any]]) -> dict[str, Any]:
+def summarise(
+    job: FinetuneJob, sets: Sets, options: dict[str, dict[str, str]], tested: list[dict[str, Any]]
+) -> dict[str, Any]:
     """The content of summary.json. Scores in percent; std over seeds (sample), 0 for one seed.
 
     tested: one a seed: {"point", "progress", "test": {language: metrics}}.
@@ -55,7 +57,7 @@ def summarise(job: Job, sets: Sets, options: dict[str, dict[str, str]], tested: 
     return summary
 
 
-def _interval(job: Job, sets: Sets, language: str, accuracy: float) -> list[float]:
+def _interval(job: FinetuneJob, sets: Sets, language: str, accuracy: float) -> list[float]:
     total = sum(job.task.labelled(example) for example in sets.test[language])
     return list(metrics.wilson(accuracy / 100 * total, total))
 

@@ -20,10 +20,10 @@ from mlinterf_ds.errors import UserError, refusing
 from mlinterf_ds.files import write_json
 from mlinterf_ds.finetune.config import FinetuneConfig
 from mlinterf_ds.model.encoder import SHARED
-from mlinterf_ds.pretrained import Pretrained, asked_to_stop
+from mlinterf_ds.pretrained import Pretrained
 from mlinterf_ds.ranks import from_first
 from mlinterf_ds.runtime.parallel import Layout
-from mlinterf_ds.runtime.session import Signals
+from mlinterf_ds.runtime.signals import Signals, stop_reason
 from mlinterf_ds.sections import TrainConfig
 from mlinterf_ds.tasks import Limits, Row, Task
 from mlinterf_ds.tasks.batches import TrainBatches, evaluation_batches
@@ -36,7 +36,7 @@ class Stopped(Exception):
 
 
 @dataclass(frozen=True)
-class Job:
+class FinetuneJob:
     """What all fine-tunings of one command share on this rank."""
 
     config: FinetuneConfig
@@ -88,10 +88,10 @@ class Progress:
     epoch_loss: list[float] = field(default_factory=list)  # of the epoch in progress
 
 
-class Finetuning:
+class Trial:
     """One point of the grid with one seed, in `folder`."""
 
-    def __init__(self, job: Job, point: Point, folder: Path, tracker: Tracker):
+    def __init__(self, job: FinetuneJob, point: Point, folder: Path, tracker: Tracker):
         self.job, self.point, self.folder, self.tracker = job, point, folder, tracker
         self.result = folder / "result.json"  # written when trained to the end
         settings = job.config.finetune
@@ -124,7 +124,6 @@ class Finetuning:
 
     def _build(self) -> Engine:
         job, settings, pretrained = self.job, self.job.config.finetune, self.job.pretrained
-        shape = pretrained.shape(settings.dropout)
         training = {
             "batch": self.point.batch,
             "micro_batch": settings.micro_batch,
@@ -138,22 +137,18 @@ class Finetuning:
             "spike": None,  # near its end a hard batch costs many times the usual loss, and is worth it
         }
         model = TaskModel(
-            shape,
             kind=job.task.kind,
             classes=len(job.labels),
-            variant=pretrained.variant,
-            languages=pretrained.languages,
-            vocabulary=int(pretrained.saved["vocabulary"]),
-            positions=pretrained.positions,
             seed=self.point.seed,
+            **pretrained.architecture(settings.dropout),
         )
         names = {name for name, _ in model.named_parameters() if not name.startswith("classifier.")}
         known = set(CheckpointReader(pretrained.path).names)
         if missing := sorted(names - known):
             raise UserError(f"{pretrained.path}: has no parameter {missing[0]} ({len(missing)} in all)")
-        engine = Engine(model, TrainConfig.model_validate(training), job.deepspeed_json, job.precision, job.layout)
-        checkpoint.load(pretrained.path, engine, moments=False, missing=True)
-        return engine
+        return pretrained.engine(
+            model, TrainConfig.model_validate(training), job.deepspeed_json, job.precision, job.layout, missing=True
+        )
 
     # -- training ----------------------------------------------------------------------------------------------------
 
@@ -178,7 +173,7 @@ class Finetuning:
             bar.update()
             if engine.step % self.batches.epoch_steps == 0:
                 self._end_epoch()
-            if stopped := asked_to_stop(signals, self.job.layout, engine.device):
+            if stopped := stop_reason(signals, engine.device):
                 self._save()
                 bar.close()
                 raise Stopped(stopped)

@@ -74,7 +74,7 @@ class Embeddings(nn.Module):
 
 
 class Encoder(nn.Module):
-    """A multilingual masked language model with language-routed modules; `parallel.start` must have been called.
+    """A multilingual masked language model with language-routed modules; this process must have joined a `Group`.
 
     variant: which module is language-specific: none (`mono`, `joint`, `share_adpt`), `ffn`, `attn` or `adpt`.
     languages: codes, in the order of the indices that batches carry. vocabulary: number of pieces, without padding.

@@ -8,7 +8,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from mlinterf_ds.config import ADDRESS, RESUMABLE, Section, load_config
+from mlinterf_ds.config import ADDRESS, RESUMABLE, Section, load_config, parser
 from mlinterf_ds.sections import (
     ConflictSection,
     Counts,
@@ -145,6 +145,12 @@ class RunConfig(Section):
         if self.resume and self.resume != "auto" and self.init:
             raise ValueError("resume and init exclude each other: resume continues a run, init starts a new one")
         return self
+
+
+def read_arguments(arguments: Sequence[str]) -> tuple[RunConfig, str]:
+    """The configuration that the pretraining launcher's arguments ask for, and the path of DeepSpeed's JSON file."""
+    options = parser("Pretrain a multilingual masked language model.", RunConfig).parse_args(arguments)
+    return load_run(options.recipe or ["tiny"], options.set), options.deepspeed_config
 
 
 def load_run(recipes: Sequence[str | Path] = (), overrides: Sequence[str] = ()) -> RunConfig:

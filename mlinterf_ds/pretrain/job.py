@@ -1,8 +1,7 @@
-"""One pretraining run on one rank: state, loop, evaluation, records."""
+"""One pretraining run on one rank: what it is made of, how it resumes, its loop, its evaluation."""
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Iterator
@@ -11,10 +10,8 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from tqdm import tqdm
 
-from mlinterf_ds.analysis.conflict import Monitor
 from mlinterf_ds.config import decisive, differences, flat, without_removed
 from mlinterf_ds.data.batch import Batch
 from mlinterf_ds.data.corpus import Corpus
@@ -28,122 +25,78 @@ from mlinterf_ds.engine.precision import DTYPES
 from mlinterf_ds.engine.space import NewRows
 from mlinterf_ds.engine.throughput import flops_per_row, peak_flops, peak_memory
 from mlinterf_ds.errors import UserError
-from mlinterf_ds.files import write_text
-from mlinterf_ds.model.encoder import SHARED
+from mlinterf_ds.gradients.monitor import Monitor
+from mlinterf_ds.model.encoder import SHARED, Encoder, partition_dim
 from mlinterf_ds.plots.curves import perplexity_curves
-from mlinterf_ds.pretrain import initial, report
+from mlinterf_ds.pretrain import initial
 from mlinterf_ds.pretrain.config import RunConfig
-from mlinterf_ds.pretrain.losses import LossTable
+from mlinterf_ds.pretrain.report import Records
 from mlinterf_ds.ranks import agreed
-from mlinterf_ds.runtime import parallel, session
-from mlinterf_ds.tracking import Tracker, environment_facts
+from mlinterf_ds.runtime.session import Session
+from mlinterf_ds.runtime.signals import Signals, stop_reason
 
 LOG_STEPS = 10  # steps between points of the training curves
 
 
-class Job:
+class PretrainingRun:
     """One pretraining run on this rank."""
 
     def __init__(
-        self,
-        config: RunConfig,
-        deepspeed_json: dict[str, Any],
-        precision: str,
-        layout: parallel.Layout,
-        corpus: Corpus,
-        output: Path,
+        self, config: RunConfig, deepspeed_json: dict[str, Any], precision: str, session: Session, corpus: Corpus
     ):
-        from mlinterf_ds.model.encoder import Encoder, partition_dim
-
-        self.config, self.layout, self.corpus, self.output = config, layout, corpus, output
-        self.first = layout.rank == 0
-        data, train = config.data, config.train
+        self.config, self.session, self.corpus, self.precision = config, session, corpus, precision
+        self.layout, self.first = session.layout, session.first
         self.languages = tuple(config.languages or corpus.languages)
         if config.variant == "mono" and len(self.languages) > 1:
             raise UserError(
                 f"variant=mono takes one language, the corpus has {', '.join(self.languages)}: --set languages=..."
             )
+        self._open_streams()
+        model = self._build_model()
+        copies = [self.layout.tensor if partition_dim(p) is not None else 1 for p in model.parameters()]
+        self.parameters = sum(n * p.numel() for n, p in zip(copies, model.parameters(), strict=True))
+        self.engine = Engine(model, config.train, deepspeed_json, precision, self.layout)
+        self.meta = MetaStep(self.engine, config.meta) if self.validation else None
+        # (step, validation perplexity) of each language
+        self.history: dict[str, list[tuple[int, float]]] = {language: [] for language in self.languages}
+        self.best = math.inf  # mean validation loss of the best checkpoint, in nats
+        self.seconds = 0.0  # of training, before a resume too
+        self.run_id: str | None = None  # MLflow's, of a run that is resumed
+        self.old_pieces: int | None = None  # size of the vocabulary that this run's extends
+        self.start = self._restore()  # how the run starts, for the user; '' from random weights
+        if config.train.freeze == "shared" and self.old_pieces:
+            self.engine.new_rows = NewRows(self.engine.spaces[SHARED], self.old_pieces, self.layout.tensor_rank)
+        self.records = Records(config, session)
+        self.conflict = self._monitor() if config.conflict.every else None
+        self._measure_speed()
+
+    # -- parts -------------------------------------------------------------------------------------------------------
+
+    def _open_streams(self) -> None:
+        """The batches of training and, for the meta variants, of the validation loss; the rows that are evaluated."""
+        config, data = self.config, self.config.data
+        common: dict[str, Any] = {"length": data.sequence_length, "mask_share": data.mask}
         self.stream = TrainStream(
-            corpus,
+            self.corpus,
             self.languages,
-            rows=train.batch,
-            length=data.sequence_length,
-            seed=train.seed,
+            rows=config.train.batch,
+            seed=config.train.seed,
             temperature=data.temperature,
             mixed=data.mixed,
-            mask_share=data.mask,
             only=data.only,
+            **common,
         )
         self.evaluation = {
             language: EvaluationSet(
-                corpus,
-                language,
-                "valid",
-                languages=self.languages,
-                length=data.sequence_length,
-                max_rows=data.eval_rows,
-                mask_share=data.mask,
+                self.corpus, language, "valid", languages=self.languages, max_rows=data.eval_rows, **common
             )
             for language in self.languages
         }
-        model = Encoder(
-            config.model,
-            variant=config.routing,
-            languages=self.languages,
-            vocabulary=corpus.vocabulary_size,
-            positions=data.sequence_length,
-            seed=train.seed,
-        )
-        if config.model.output_bias == "frequency":
-            counts = np.stack([self.evaluation[language].counts for language in self.languages]) + 1.0
-            frequencies = self.stream.probabilities @ (counts / counts.sum(axis=1, keepdims=True))
-            model.head.start_at(torch.from_numpy(np.log(frequencies)))
-        split = [partition_dim(parameter) is not None for parameter in model.parameters()]
-        copies = [layout.tensor if cut else 1 for cut in split]
-        self.parameters = sum(n * p.numel() for n, p in zip(copies, model.parameters(), strict=True))
-        self.engine = Engine(model, train, deepspeed_json, precision, layout)
-        self._prepare_meta()
-        self.history: dict[str, list[tuple[int, float]]] = {language: [] for language in self.languages}
-        self.best, self.seconds, self.run_id = math.inf, 0.0, None
-        self.tracker, self.tracker_open, self.resumed = Tracker.off(), False, ""
-        self.losses: LossTable | None = None
-        self.old_pieces: int | None = None  # of the vocabulary that this run's extends
-        self._restore()
-        if train.freeze == "shared" and self.old_pieces:
-            self.engine.new_rows = NewRows(self.engine.spaces[SHARED], self.old_pieces, layout.tensor_rank)
-        self.conflict = None
-        if config.conflict.every:
-            self.conflict = Monitor(
-                self.engine,
-                corpus,
-                self.languages,
-                config.conflict,
-                output,
-                name=f"{config.name}: {config.variant}",
-                length=data.sequence_length,
-                mask_share=data.mask,
-                seed=train.seed,
-                text=Path(config.corpus).name,
-            )
-        masked = self.stream.batch(0, 0, 1).positions.shape[1]
-        self.row_flops = flops_per_row(
-            config.model,
-            data.sequence_length,
-            corpus.vocabulary_size,
-            masked,
-            adapters=config.variant.endswith("adpt"),
-        )
-        self.peak = peak_flops(self.engine.device, DTYPES[precision]) * layout.world
-
-    def _prepare_meta(self) -> None:
-        """The meta variants' step, and the stream of their validation loss."""
-        config = self.config
-        self.meta: MetaStep | None = None
+        self.validation: ValidationStream | None = None
         if not config.variant.startswith("meta_"):
             return
         if len(self.languages) < 2:
             raise UserError(f"variant={config.variant} needs two languages or more, here is only {self.languages[0]}")
-        self.meta = MetaStep(self.engine, config.meta)
         self.meta_rows = config.meta.batch or config.train.batch
         if self.meta_rows % self.layout.data:
             raise UserError(f"meta.batch={self.meta_rows} is not divisible by {self.layout.data} data-parallel ranks")
@@ -151,56 +104,104 @@ class Job:
             self.corpus,
             self.languages,
             rows=self.meta_rows,
-            length=config.data.sequence_length,
             seed=config.train.seed,
             languages_per_step=config.meta.languages_per_step,
-            mask_share=config.data.mask,
+            **common,
         )
 
-    # -- state ---------------------------------------------------------------------------------------------------
-
-    def _restore(self) -> None:
+    def _build_model(self) -> Encoder:
         config = self.config
-        begun = any((self.output / "checkpoints").glob("step-*"))  # else it was stopped before its first checkpoint
+        model = Encoder(
+            config.model,
+            variant=config.routing,
+            languages=self.languages,
+            vocabulary=self.corpus.vocabulary_size,
+            positions=config.data.sequence_length,
+            seed=config.train.seed,
+        )
+        if config.model.output_bias == "frequency":
+            counts = np.stack([self.evaluation[language].counts for language in self.languages]) + 1.0
+            frequencies = self.stream.probabilities @ (counts / counts.sum(axis=1, keepdims=True))
+            model.head.start_at(torch.from_numpy(np.log(frequencies)))
+        return model
+
+    def _monitor(self) -> Monitor:
+        config = self.config
+        return Monitor(
+            self.engine,
+            self.corpus,
+            self.languages,
+            config.conflict,
+            self.session.output,
+            every=config.conflict.every,
+            name=f"{config.name}: {config.variant}",
+            length=config.data.sequence_length,
+            mask_share=config.data.mask,
+            seed=config.train.seed,
+            text=Path(config.corpus).name,
+        )
+
+    def _measure_speed(self) -> None:
+        """The FLOPs of a row and the peak of all ranks, which model FLOPs utilisation compares."""
+        config = self.config
+        masked = self.stream.batch(0, 0, 1).positions.shape[1]
+        adapters = config.variant.endswith("adpt")
+        vocabulary = self.corpus.vocabulary_size
+        self.row_flops = flops_per_row(config.model, config.data.sequence_length, vocabulary, masked, adapters=adapters)
+        self.peak = peak_flops(self.engine.device, DTYPES[self.precision]) * self.layout.world
+
+    def greeting(self, reason: str) -> str:
+        """What the run is, for the screen; `reason`: why this precision."""
+        about = (
+            f"{self.config.variant} on {', '.join(self.languages)}: {self.parameters / 1e6:.1f}M parameters, "
+            f"{self.layout.data} x {self.layout.tensor} ranks (data x tensor), ZeRO {self.engine.stage}, "
+            f"{self.precision} ({reason}); output {self.session.output}"
+        )
+        return f"{about}\n{self.start}" if self.start else about
+
+    # -- checkpoints -------------------------------------------------------------------------------------------------
+
+    def _restore(self) -> str:
+        """Resume from a checkpoint, or start from the weights of `init`; which of them, for the user."""
+        config, output = self.config, self.session.output
+        begun = any((output / "checkpoints").glob("step-*"))  # else it was stopped before its first checkpoint
         if not config.resume or (config.resume == "auto" and not begun):
-            if config.init:
-                source = initial.weights(config.init, config.model, self.corpus.tokenizer, self.languages)
-                checkpoint.fill(self.engine, source, missing=True)
-                self.old_pieces = source.old if source.new else None
-                grown = f"; {source.new} new pieces start at the mean of its {source.old}" if source.new else ""
-                self.resumed = f"starts from the weights of {config.init}{grown}"
-            return
-        path = checkpoint.find(self.output if config.resume == "auto" else config.resume)
+            return self._start_from(config.init) if config.init else ""
+        path = checkpoint.find(output if config.resume == "auto" else config.resume)
         saved = agreed(lambda: checkpoint.verify(path))
-        self._compare(path, saved)
+        self._refuse_other_settings(path, saved)
         state = checkpoint.load(path, self.engine, state=saved)
         self.history = {language: [tuple(p) for p in points] for language, points in state["history"].items()}
         self.best, self.seconds, self.run_id = state["best"], state["seconds"], state["run_id"]
         self.old_pieces = state.get("old_pieces")
         if self.meta and not self.meta.radius.fixed:
             self.meta.radius.radius = state["radius"]
-        if self.first and path.parent.parent == self.output and self._mean_loss() == self.best < math.inf:
-            checkpoint.mark_best(self.output, path)  # it may have been killed between the two
-        self.resumed = f"resumed from {path} at step {self.engine.step}"
+        if self.first and path.parent.parent == output and self._mean_loss() == self.best < math.inf:
+            checkpoint.mark_best(output, path)  # it may have been killed between saving and marking
+        return f"resumed from {path} at step {self.engine.step}"
 
-    def _compare(self, path: Path, saved: dict[str, Any]) -> None:
-        """Refuse to continue another run: every key that decides data, model or step must be as it was."""
-        now, before = self.config.model_dump(), flat(RunConfig().model_dump()) | flat(without_removed(saved["config"]))  # type: ignore[call-arg]
-        ours, theirs = (
-            decisive(RunConfig, now),
-            decisive(RunConfig, before),
-        )  # a key newer than the checkpoint had its default
-        ours["languages"], theirs["languages"] = list(self.languages), saved["languages"]
-        ours["corpus manifest"], theirs["corpus manifest"] = self.corpus.manifest_hash, saved["manifest"]
-        differ = differences(ours, theirs)
-        if differ:
+    def _start_from(self, init: str) -> str:
+        source = initial.weights(init, self.config.model, self.corpus.tokenizer, self.languages)
+        checkpoint.fill(self.engine, source, missing=True)
+        self.old_pieces = source.old if source.new else None
+        grown = f"; {source.new} new pieces start at the mean of its {source.old}" if source.new else ""
+        return f"starts from the weights of {init}{grown}"
+
+    def _refuse_other_settings(self, path: Path, saved: dict[str, Any]) -> None:
+        """UserError where a key that decides the data, the model or a step is not as it was in the checkpoint."""
+        defaults = flat(RunConfig().model_dump())  # type: ignore[call-arg]  # of keys that are newer than the checkpoint
+        before = decisive(RunConfig, defaults | flat(without_removed(saved["config"])))
+        now = decisive(RunConfig, self.config.model_dump())
+        now["languages"], before["languages"] = list(self.languages), saved["languages"]
+        now["corpus manifest"], before["corpus manifest"] = self.corpus.manifest_hash, saved["manifest"]
+        if changed := differences(now, before):
             raise UserError(
-                f"cannot resume {path} with another configuration: {'; '.join(differ)}. "
+                f"cannot resume {path} with another configuration: {'; '.join(changed)}. "
                 "Set these back, or start a new run from its weights with --set init="
             )
 
     def save(self) -> None:
-        """A checkpoint of this step; the run's best, if this step was evaluated and none was better."""
+        """Save this step, and mark it as the best if it was evaluated and none was better."""
         best = (mean := self._mean_loss()) < self.best
         self.best = min(self.best, mean)
         state = {
@@ -211,76 +212,68 @@ class Job:
             "history": self.history,
             "best": self.best,
             "seconds": self.seconds,
-            "run_id": self.tracker.run_id,
+            "run_id": self.records.tracker.run_id,
             "radius": self.meta.radius.radius if self.meta else None,
             "old_pieces": self.old_pieces,
         }
         files = {"tokenizer.model": self.corpus.folder / "tokenizer.model"}
-        if self.losses:
-            self.losses.flush()  # a run that goes on from here finds every step before it
-        path = checkpoint.save(self.output, self.engine, state, files, self.config.train.keep)
+        self.records.flush()
+        path = checkpoint.save(self.session.output, self.engine, state, files, self.config.train.keep)
         if best and self.first:
-            checkpoint.mark_best(self.output, path)
+            checkpoint.mark_best(self.session.output, path)
 
-    # -- training ------------------------------------------------------------------------------------------------
+    # -- training ----------------------------------------------------------------------------------------------------
 
     def batches(self) -> Iterator[tuple[list[Batch], list[Batch]]]:
-        """This rank's micro-batches of every step to come: training, and (in a meta step) validation."""
+        """This rank's micro-batches of every step to come: training, and in a meta step validation."""
         slices = self.engine.slices(self.config.train.batch)
         for step in range(self.engine.step, self.config.train.steps):
             train = [self.stream.batch(step, start, stop) for start, stop in slices]
             validation: list[Batch] = []
-            if self.meta and step % self.config.meta.every == 0:
+            if self.validation and step % self.config.meta.every == 0:
                 (language,) = train[0].step_languages
                 rows = self.engine.slices(self.meta_rows)
                 validation = [self.validation.batch(step, language, start, stop) for start, stop in rows]
             yield train, validation
 
     def step(self, train: list[Batch], validation: list[Batch]) -> dict[str, float]:
-        """One step of the run's variant."""
+        """One step of the run's variant; its facts."""
         if self.meta:
             return self.meta.step(train, validation)
         if self.config.treatment == "pcgrad":
             return pcgrad_step(self.engine, train, self.config.train.seed)
         return self.engine.train_step(train)
 
-    def train(self, signals: session.Signals) -> dict[str, Any]:
-        """The loop: steps, evaluations, checkpoints; ends with the summary."""
-        config, engine = self.config, self.engine
-        self._open_tracker()
+    def train(self, signals: Signals) -> dict[str, Any]:
+        """Train until the last step or until asked to stop, with evaluations and checkpoints; the summary."""
+        train, engine = self.config.train, self.engine
+        self.records.open(self.languages, self.corpus, self.run_id, engine.step)
         if not self.history[self.languages[0]]:
             self.evaluate()
-        bar = tqdm(total=config.train.steps, initial=engine.step, disable=not self.first, unit="step", mininterval=1)
-        stopped, clock, started_at, saved = "", time.perf_counter(), engine.step, -1
-        before, told = self.seconds, False
-        for train, validation in prefetch(self.batches()):
+        bar = tqdm(total=train.steps, initial=engine.step, disable=not self.first, unit="step", mininterval=1)
+        stopped, saved, started_at = "", -1, engine.step
+        clock, before = time.perf_counter(), self.seconds
+        hours = f"train.max_hours={train.max_hours}"
+        for batches, validation in prefetch(self.batches()):
             self._measure_conflict()
-            facts = self.step(train, validation)
-            step, self.seconds = engine.step, before + time.perf_counter() - clock
-            self._note_loss(facts, step)
-            rate = (step - started_at) * config.train.batch * config.data.sequence_length / (self.seconds - before)
+            facts = self.step(batches, validation)
+            step, last = engine.step, engine.step == train.steps
+            spent = time.perf_counter() - clock
+            self.seconds = before + spent
+            rate = (step - started_at) * train.batch * self.config.data.sequence_length / spent
+            self.records.add_losses(facts, step)
             bar.set_postfix_str(f"loss {facts['loss']:.3f}, {rate:,.0f} tokens/s", refresh=False)
             bar.update()
-            if step % LOG_STEPS == 0 or step == config.train.steps or "meta/self_check" in facts:
+            if step % LOG_STEPS == 0 or last or "meta/self_check" in facts:
                 self._log_step(facts, step, rate)
-            if self.first and engine.spiked and not told:
-                told = True
-                tqdm.write(
-                    f"warning: step {step} was skipped: {engine.spiked} (train.spike={config.train.spike:g}); further ones "
-                    "are counted in train/skipped"
-                )
-            if self.first and facts.get("meta/self_check", 1.0) < AGREEMENT:
-                tqdm.write(
-                    f"warning: step {step}: the finite difference is noise (two radii agree to a cosine of "
-                    f"{facts['meta/self_check']:.2f} only): see meta/radius and meta/change in MLflow"
-                )
-            if step % config.train.epoch_steps == 0 or step == config.train.steps:
+            self._warn(facts, step)
+            if step % train.epoch_steps == 0 or last:
                 self.evaluate()
-            if step % (config.train.save_steps or config.train.epoch_steps) == 0 or step == config.train.steps:
+            if step % (train.save_steps or train.epoch_steps) == 0 or last:
                 saved = step
                 self.save()
-            stopped = self._stop_reason(signals, self.seconds - before)
-            if stopped:
+            late = train.max_hours is not None and spent > train.max_hours * 3600
+            if stopped := stop_reason(signals, engine.device, hours, late):
                 break
         bar.close()
         if not stopped:
@@ -290,85 +283,30 @@ class Job:
         return self._finish(stopped, (engine.step - started_at) / max(1e-9, self.seconds - before))
 
     def _measure_conflict(self) -> None:
-        """Languages' gradient similarity at this step, if it is due; training is not touched by it."""
+        """Log the similarity of languages' gradients, if it is due at this step; it does not change the training."""
         if self.conflict and self.conflict.due:
-            self.tracker.log(self.conflict.measure(), self.engine.step)
+            self.records.tracker.log(self.conflict.measure(), self.engine.step)
 
-    def _stop_reason(self, signals: session.Signals, seconds: float) -> str:
-        """Why all ranks stop now, `seconds` after they began ('' to go on); a signal on any rank counts."""
-        hours = self.config.train.max_hours
-        late = hours is not None and seconds > hours * 3600
-        flags = torch.tensor([float(late), float(signals.received is not None)], device=self.engine.device)
-        if self.layout.world > 1:
-            dist.all_reduce(flags, op=dist.ReduceOp.MAX)
-        if flags[1]:
-            return signals.received or "a signal to another rank"
-        return f"train.max_hours={hours}" if flags[0] else ""
-
-    def evaluate(self) -> None:
-        """Validation perplexity and bits per character of every language; warns of rising ones."""
-        step = self.engine.step
-        metrics: dict[str, float] = {}
-        for language, found in self.evaluation.items():
-            rows = max(1, min(self.engine.micro, 64))
-            loss = self.engine.evaluate(found.batches(rows, self.layout.data_rank, self.layout.data))
-            self.history[language].append((step, math.exp(min(loss, 80.0))))
-            metrics[f"valid/perplexity/{language}"] = self.history[language][-1][1]
-            metrics[f"valid/bits_per_character/{language}"] = found.bits_per_character(loss)
-        self.tracker.log(metrics, step)
-        if self.first:
-            shown = ", ".join(f"{language} {points[-1][1]:.2f}" for language, points in self.history.items())
-            tqdm.write(f"step {step}: validation perplexity {shown}")
-            for language, points in self.history.items():
-                last = [value for _, value in points[-4:]]
-                if len(last) == 4 and last == sorted(last) and last[0] < last[-1]:
-                    tqdm.write(f"warning: {language} has risen for three evaluations: its corpus is being overfitted")
-            baselines = {language: found.unigram_perplexity() for language, found in self.evaluation.items()}
-            path = self.output / "perplexity.png"
-            title = f"{self.config.name}: {self.config.variant}"
-            perplexity_curves(self.history, path, title=title, baselines=baselines)
-            self.tracker.artifact(path)
-
-    def _mean_loss(self) -> float:
-        """Of this step's evaluation: nats, the mean over the languages; infinite if it was not evaluated."""
-        if any(not points or points[-1][0] != self.engine.step for points in self.history.values()):
-            return math.inf
-        return sum(math.log(points[-1][1]) for points in self.history.values()) / len(self.history)
-
-    # -- records -------------------------------------------------------------------------------------------------
-
-    def _open_tracker(self) -> None:
+    def _warn(self, facts: dict[str, float], step: int) -> None:
+        """Tell the user of the first skipped spike, and of finite differences that are noise."""
         if not self.first:
             return
-        config = self.config
-        self.output.mkdir(parents=True, exist_ok=True)
-        (self.output / "config.json").write_text(json.dumps(config.model_dump(), indent=1) + "\n")
-        facts = environment_facts() | {"corpus manifest": self.corpus.manifest_hash}
-        self.tracker = Tracker.start(
-            enabled=config.tracking.enabled,
-            experiment=config.tracking.experiment,
-            name=self.output.name,
-            folder=self.output,
-            parameters=config.model_dump() | {"languages": ",".join(self.languages)},
-            tags=facts
-            | {"variant": config.variant, "languages": ",".join(self.languages), "seed": str(config.train.seed)}
-            | config.tracking.tags,
-            run_id=self.run_id,
-            parent_id=config.tracking.parent,
-        )
-        self.tracker_open = True
-        self.losses = LossTable(self.output / "train.csv", self.engine.step)
-        self.tracker.artifact(self.output / "config.json")
-        self.tracker.artifact(self.corpus.folder / "tokenizer.model")
+        if self.engine.spiked and not self._told_of_spike:
+            self._told_of_spike = True
+            tqdm.write(
+                f"warning: step {step} was skipped: {self.engine.spiked} (train.spike={self.config.train.spike:g}); further "
+                "ones are counted in train/skipped"
+            )
+        if facts.get("meta/self_check", 1.0) < AGREEMENT:
+            tqdm.write(
+                f"warning: step {step}: the finite difference is noise (two radii agree to a cosine of "
+                f"{facts['meta/self_check']:.2f} only): see meta/radius and meta/change in MLflow"
+            )
 
-    def _note_loss(self, facts: dict[str, float], step: int) -> None:
-        """The step's line of train.csv."""
-        if self.losses:
-            losses = {name.removeprefix("loss/"): v for name, v in facts.items() if name.startswith("loss/")}
-            tokens = step * self.config.train.batch * (self.config.data.sequence_length - 1)
-            self.losses.add(step, losses, facts["lr"], tokens)
+    _told_of_spike = False
 
     def _log_step(self, facts: dict[str, float], step: int, rate: float) -> None:
+        """Log the step's facts, the speed (`rate` in tokens per second) and how much text was seen."""
         if not self.first:
             return
         metrics = {f"train/{name}": value for name, value in facts.items()}
@@ -378,40 +316,65 @@ class Job:
         for language, seen in self.stream.seen(step).items():
             metrics[f"seen/tokens/{language}"] = seen["tokens"]
             metrics[f"seen/epochs/{language}"] = seen["epochs"]
-        self.tracker.log(metrics, step)
+        self.records.tracker.log(metrics, step)
+
+    # -- evaluation --------------------------------------------------------------------------------------------------
+
+    def evaluate(self) -> None:
+        """Score every language's validation rows: perplexity and bits per character; warn of rising perplexity."""
+        step = self.engine.step
+        metrics: dict[str, float] = {}
+        for language, rows in self.evaluation.items():
+            at_once = max(1, min(self.engine.micro, 64))
+            loss = self.engine.evaluate(rows.batches(at_once, self.layout.data_rank, self.layout.data))
+            self.history[language].append((step, math.exp(min(loss, 80.0))))
+            metrics[f"valid/perplexity/{language}"] = self.history[language][-1][1]
+            metrics[f"valid/bits_per_character/{language}"] = rows.bits_per_character(loss)
+        self.records.tracker.log(metrics, step)
+        if self.first:
+            self._show_evaluation(step)
+
+    def _show_evaluation(self, step: int) -> None:
+        """Print the newest perplexities, and draw all so far."""
+        shown = ", ".join(f"{language} {points[-1][1]:.2f}" for language, points in self.history.items())
+        tqdm.write(f"step {step}: validation perplexity {shown}")
+        for language, points in self.history.items():
+            newest = [value for _, value in points[-4:]]
+            if len(newest) == 4 and newest == sorted(newest) and newest[0] < newest[-1]:
+                tqdm.write(f"warning: {language} has risen for three evaluations: its corpus is being overfitted")
+        baselines = {language: rows.unigram_perplexity() for language, rows in self.evaluation.items()}
+        path = self.session.output / "perplexity.png"
+        title = f"{self.config.name}: {self.config.variant}"
+        perplexity_curves(self.history, path, title=title, baselines=baselines)
+        self.records.tracker.artifact(path)
+
+    def _mean_loss(self) -> float:
+        """The mean over the languages of this step's validation loss, in nats; infinite if the step was not evaluated."""
+        if any(not points or points[-1][0] != self.engine.step for points in self.history.values()):
+            return math.inf
+        return sum(math.log(points[-1][1]) for points in self.history.values()) / len(self.history)
 
     def _finish(self, stopped: str, steps_per_second: float) -> dict[str, Any]:
-        config = self.config
-        rows = steps_per_second * config.train.batch
+        """The summary of the run, recorded; `stopped`: what ended it before its last step."""
+        rows = steps_per_second * self.config.train.batch
+        losses = {language: math.log(points[-1][1]) for language, points in self.history.items()}
         summary = {
-            "variant": config.variant,
+            "variant": self.config.variant,
             "languages": list(self.languages),
             "steps": self.engine.step,
             "skipped": self.engine.skipped,
             "seconds": round(self.seconds, 3),
-            "tokens_per_second": rows * config.data.sequence_length,
+            "tokens_per_second": rows * self.config.data.sequence_length,
             "mfu": rows * self.row_flops / self.peak,
             "valid_perplexity": {language: points[-1][1] for language, points in self.history.items()},
             "valid_bits_per_character": {
-                language: found.bits_per_character(math.log(self.history[language][-1][1]))
-                for language, found in self.evaluation.items()
+                language: rows.bits_per_character(losses[language]) for language, rows in self.evaluation.items()
             },
-            "unigram_perplexity": {language: found.unigram_perplexity() for language, found in self.evaluation.items()},
+            "unigram_perplexity": {language: rows.unigram_perplexity() for language, rows in self.evaluation.items()},
             "history": self.history,
             "finished": not stopped,
             "stopped_by": stopped,
         }
-        if self.first:
-            write_text(self.output / "summary.json", json.dumps(summary, indent=1) + "\n")
-            self.tracker.artifact(self.output / "summary.json")
-            if self.losses:
-                self.losses.close()
-                self.tracker.artifact(self.output / "train.csv")
-            for path in self.conflict.draw() if self.conflict else []:
-                self.tracker.artifact(path)
-            self.tracker.describe(report.description(summary))
-            browse = self.tracker.browse() if config.tracking.enabled else ""
-            report.show(summary, self.stream.seen(self.engine.step), self.output, browse)
-            self.tracker.close("KILLED" if stopped and not stopped.startswith("train.") else "FINISHED")
-            self.tracker_open = False
+        figures = self.conflict.draw() if self.conflict else []
+        self.records.finish(summary, self.stream.seen(self.engine.step), figures)
         return summary

@@ -1,4 +1,4 @@
-"""What a pretraining run says of itself at its end: on screen and in MLflow."""
+"""What a pretraining run leaves behind: the MLflow run, config.json, train.csv, summary.json, and the table on the screen."""
 
 from __future__ import annotations
 
@@ -6,9 +6,81 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mlinterf_ds.data.corpus import Corpus
+from mlinterf_ds.files import write_json
+from mlinterf_ds.pretrain.config import RunConfig
+from mlinterf_ds.pretrain.losses import LossTable
+from mlinterf_ds.runtime.session import Session
+from mlinterf_ds.tracking import Status, Tracker, environment_facts
+
+
+class Records:
+    """The records of a run, which rank 0 writes; on every other rank, and before `open`, no method does anything."""
+
+    def __init__(self, config: RunConfig, session: Session):
+        self.config, self.session = config, session
+        self.tracker = Tracker.off()
+        self.losses: LossTable | None = None
+
+    def open(self, languages: tuple[str, ...], corpus: Corpus, run_id: str | None, step: int) -> None:
+        """Begin, or go on at `step` with the MLflow run `run_id` of the run that is resumed."""
+        if not self.session.first:
+            return
+        config, output = self.config, self.session.output
+        write_json(output / "config.json", config.model_dump())
+        codes = ",".join(languages)
+        own = {"variant": config.variant, "languages": codes, "seed": str(config.train.seed)}
+        self.tracker = Tracker.start(
+            enabled=config.tracking.enabled,
+            experiment=config.tracking.experiment,
+            name=output.name,
+            folder=output,
+            parameters=config.model_dump() | {"languages": codes},
+            tags=environment_facts() | {"corpus manifest": corpus.manifest_hash} | own | config.tracking.tags,
+            run_id=run_id,
+            parent_id=config.tracking.parent,
+        )
+        self.losses = LossTable(output / "train.csv", step)
+        self.tracker.artifact(output / "config.json")
+        self.tracker.artifact(corpus.folder / "tokenizer.model")
+
+    def add_losses(self, facts: Mapping[str, float], step: int) -> None:
+        """Add the line of a step to train.csv."""
+        if self.losses:
+            losses = {name.removeprefix("loss/"): v for name, v in facts.items() if name.startswith("loss/")}
+            tokens = step * self.config.train.batch * (self.config.data.sequence_length - 1)
+            self.losses.add(step, losses, facts["lr"], tokens)
+
+    def flush(self) -> None:
+        """Put train.csv on the disk, before a checkpoint that a resumed run goes on from."""
+        if self.losses:
+            self.losses.flush()
+
+    def finish(self, summary: dict[str, Any], seen: Mapping[str, Mapping[str, float]], figures: list[Path]) -> None:
+        """Write summary.json, send what the run made, print its table, and close; `seen`: language -> epochs of its text."""
+        if not self.session.first:
+            return
+        output = self.session.output
+        write_json(output / "summary.json", summary)
+        self.tracker.artifact(output / "summary.json")
+        if self.losses:
+            self.losses.close()
+            self.tracker.artifact(output / "train.csv")
+        for path in figures:
+            self.tracker.artifact(path)
+        self.tracker.describe(description(summary))
+        browse = self.tracker.browse() if self.config.tracking.enabled else ""
+        show(summary, seen, output, browse)
+        stopped = summary["stopped_by"]
+        self.close("KILLED" if stopped and not stopped.startswith("train.") else "FINISHED")
+
+    def close(self, status: Status) -> None:
+        """End the MLflow run; a second call does nothing."""
+        self.tracker.close(status)
+
 
 def description(summary: Mapping[str, Any]) -> str:
-    """The run in a few lines of Markdown, from its summary.json."""
+    """The run in a few lines of Markdown, for its page in MLflow."""
     head = ["language", "validation perplexity", "unigram", "bits per character"]
     names = ("valid_perplexity", "unigram_perplexity", "valid_bits_per_character")
     rows = [[code, *(f"{summary[name][code]:.2f}" for name in names)] for code in summary["languages"]]
@@ -17,7 +89,7 @@ def description(summary: Mapping[str, Any]) -> str:
 
 
 def show(summary: Mapping[str, Any], seen: Mapping[str, Mapping[str, float]], output: Path, browse: str) -> None:
-    """The table of languages, what the run took, and how to go on or look; `seen`: language -> epochs of its text."""
+    """Print a row for each language, what the run took, and how to go on or look."""
     print(f"\n{'language':<14}{'valid perplexity':>18}{'unigram':>10}{'bits/character':>16}{'epochs':>9}")
     for language in summary["languages"]:
         print(

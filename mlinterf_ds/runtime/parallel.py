@@ -1,4 +1,4 @@
-"""Process groups: data parallel x tensor parallel, in megatron's layout, over DeepSpeed's accelerator.
+"""The job's process group: data parallel x tensor parallel, in megatron's layout, over DeepSpeed's accelerator.
 
 Ranks that share a copy of the model (tensor parallel) are neighbours; data-parallel ranks are `tensor` apart.
 """
@@ -21,20 +21,23 @@ from megatron.core import parallel_state
 from mlinterf_ds.errors import UserError
 from mlinterf_ds.runtime.launchers import local_world, rendezvous
 
-# megatron's module state before any group exists
-_untouched = {n: copy.copy(v) for n, v in vars(parallel_state).items() if n.startswith("_") and n.isupper()}
-
-
 ARRIVAL = datetime.timedelta(minutes=10)  # that the first rank waits for the last to start
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Where this rank stands."""
+    """The position of this rank among the ranks of the job."""
 
     rank: int
     world: int
     tensor: int  # ranks of a tensor-parallel group
+
+    def __post_init__(self) -> None:
+        if self.world % self.tensor:
+            raise UserError(
+                f"{self.world} ranks cannot be divided into tensor-parallel groups of parallel.tensor={self.tensor}: "
+                f"start a multiple of {self.tensor} ranks (deepspeed --num_gpus) or change parallel.tensor"
+            )
 
     @property
     def data(self) -> int:
@@ -50,23 +53,74 @@ class Layout:
         return self.rank % self.tensor
 
 
-def start(tensor: int = 1, address: str | None = None, timeout: float = 10.0) -> Layout:
-    """Join the job's process group (a single process is a job of one rank) and lay out the ranks.
+def current(tensor: int) -> Layout:
+    """The position of this rank, which has joined the job's group, in groups of this tensor-parallel size."""
+    return Layout(dist.get_rank(), dist.get_world_size(), tensor)
 
-    timeout: minutes after which a rank that waits for the others declares the job lost.
+
+class Group:
+    """All ranks of the job; this process joins them here, and `leave`s. A process without a launcher is a job of one rank.
+
+    Several runs may share a group, one after the other, each with a tensor-parallel size of its own.
     """
+
+    def __init__(self, tensor: int = 1, address: str | None = None, timeout: float = 10.0):
+        """tensor: size of the first layout. timeout: minutes after which a rank that waits for the others gives the job up."""
+        from deepspeed.accelerator import get_accelerator
+
+        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        Layout(self.rank, self.world, tensor)  # a size that does not divide the ranks is refused before they wait
+        _prepare_device()
+        if local_world() == self.world and Path("/sys/class/net/lo").exists():
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # ranks of one host need not listen to others
+        accelerator = get_accelerator()
+        backend = "gloo" if accelerator.device_name() == "cpu" else accelerator.communication_backend_name()
+        store = _meet(address or rendezvous(), self.rank, self.world)
+        limit = datetime.timedelta(minutes=timeout)
+        dist.init_process_group(backend, store=store, timeout=limit, rank=self.rank, world_size=self.world)
+        self._timeout = timeout  # megatron's groups have one of their own, 30 minutes if not told
+        self._bare = {name: copy.copy(value) for name, value in _megatron_state().items()}  # before any group exists
+        self._laid_out: dict[int, dict[str, Any]] = {}  # megatron's state by tensor-parallel size
+        self._tensor = 0  # the size that megatron's state is of
+        self.layout(tensor)
+
+    def layout(self, tensor: int) -> Layout:
+        """Make megatron's groups those of this tensor-parallel size.
+
+        The groups of other sizes are kept rather than destroyed, since each has threads that would outlive it.
+        """
+        layout = Layout(self.rank, self.world, tensor)
+        if tensor != self._tensor:
+            if self._tensor:
+                self._laid_out[self._tensor] = _megatron_state()
+            if tensor in self._laid_out:
+                vars(parallel_state).update(self._laid_out[tensor])
+            else:
+                vars(parallel_state).update({name: copy.copy(value) for name, value in self._bare.items()})
+                parallel_state.initialize_model_parallel(
+                    tensor_model_parallel_size=tensor, distributed_timeout_minutes=self._timeout
+                )
+            self._tensor = tensor
+        return layout
+
+    def leave(self) -> None:
+        """End the groups; the file at which the ranks met is removed by the last of them."""
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
+
+
+def _megatron_state() -> dict[str, Any]:
+    """The variables of megatron's module in which it keeps its groups."""
+    return {name: value for name, value in vars(parallel_state).items() if name.startswith("_") and name.isupper()}
+
+
+def _prepare_device() -> None:
+    """Choose this rank's accelerator, or on a CPU its share of the cores."""
     import deepspeed.ops
     from deepspeed.accelerator import get_accelerator
 
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if world % tensor:
-        raise UserError(
-            f"{world} ranks cannot be divided into tensor-parallel groups of parallel.tensor={tensor}: "
-            f"start a multiple of {tensor} ranks (deepspeed --num_gpus) or change parallel.tensor"
-        )
-    neighbours = local_world()
+    accelerator, neighbours = get_accelerator(), local_world()
     local_rank = int(os.environ.setdefault("LOCAL_RANK", "0"))
-    accelerator = get_accelerator()
     if accelerator.device_name() == "cpu":
         wanted = os.environ.get("OMP_NUM_THREADS", "")  # a user's or scheduler's word; else ranks share the cores
         cores = int(wanted) if wanted.isdigit() else len(os.sched_getaffinity(0)) // max(1, neighbours)
@@ -77,19 +131,6 @@ def start(tensor: int = 1, address: str | None = None, timeout: float = 10.0) ->
         accelerator.set_device(local_rank)
     # DeepSpeed compiles this op at start-up, for inference alone, behind a lock file that a killed rank leaves for ever.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    if parallel_state.model_parallel_is_initialized():  # this process has joined before
-        return relayout(tensor)
-    if neighbours == world and Path("/sys/class/net/lo").exists():
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # ranks of one host need not listen to others
-    if not dist.is_initialized():
-        backend = "gloo" if accelerator.device_name() == "cpu" else accelerator.communication_backend_name()
-        address = address or rendezvous()
-        store = _meet(address, rank, world)
-        limit = datetime.timedelta(minutes=timeout)
-        dist.init_process_group(backend, store=store, timeout=limit, rank=rank, world_size=world)
-        _limits["distributed_timeout_minutes"] = timeout
-    parallel_state.initialize_model_parallel(tensor_model_parallel_size=tensor, **_limits)
-    return Layout(rank, world, tensor)
 
 
 def _meet(address: str, rank: int, world: int) -> dist.Store:
@@ -98,60 +139,6 @@ def _meet(address: str, rank: int, world: int) -> dist.Store:
     store.set(f"arrived/{rank}", "")
     store.wait([f"arrived/{other}" for other in range(world)], ARRIVAL)
     return dist.PrefixStore("group", store)
-
-
-def current(tensor: int) -> Layout:
-    """The layout of the running job."""
-    return Layout(dist.get_rank(), dist.get_world_size(), tensor)
-
-
-_limits: dict[str, Any] = {}  # megatron's groups have a timeout of their own, by default 30 minutes
-_layouts: dict[int, dict[str, Any]] = {}  # megatron's groups by tensor-parallel size
-
-
-def relayout(tensor: int) -> Layout:
-    """Other tensor-parallel groups over the same ranks (one process serves several models, in tests).
-
-    Groups are kept, not destroyed: each has threads that would outlive it.
-    """
-    now = parallel_state.get_tensor_model_parallel_world_size()
-    if now != tensor:
-        known = [name for name in vars(parallel_state) if name.startswith("_") and name.isupper()]
-        _layouts[now] = {name: getattr(parallel_state, name) for name in known}
-        if tensor in _layouts:
-            for name, value in _layouts[tensor].items():
-                setattr(parallel_state, name, value)
-        else:
-            for name in known:
-                setattr(parallel_state, name, _untouched[name])
-            parallel_state.initialize_model_parallel(tensor_model_parallel_size=tensor, **_limits)
-    return current(tensor)
-
-
-_staying = False  # inside `together`
-
-
-@contextlib.contextmanager
-def together(tensor: int = 1) -> Iterator[Layout]:
-    """Several runs inside share one process group: starting one costs no rendezvous, and none ends the group."""
-    global _staying
-    layout = start(tensor)
-    _staying = True
-    try:
-        yield layout
-    finally:
-        _staying = False
-        stop()
-
-
-def stop() -> None:
-    """Leave the groups; the file at which the ranks met is removed by its last user."""
-    if _staying:
-        return
-    if parallel_state.model_parallel_is_initialized():
-        parallel_state.destroy_model_parallel()
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 class ModelParallelUnit:

@@ -1,9 +1,9 @@
-"""`restarts=N`: each rank's process starts the rank proper as a child, and after a fault all ranks start again together.
+"""Starting all ranks of a job again after a fault: each rank's process supervises the rank proper, which is its child.
 
-Every launcher (deepspeed, torchrun, srun, mpirun) starts these supervisors as it would start ranks. They meet once, through a
-store that lives as long as the job; in each attempt the first rank that fails is noted there, everyone's child is killed,
-and when all are down the next attempt goes on from the newest checkpoint. A user's mistake (exit code 2) is final, also
-where a rank that failed because of it was noted first.
+Every launcher (deepspeed, torchrun, srun, mpirun) starts the supervisors as it would start ranks. They meet once, in a
+store that lives as long as the job. In each attempt the first rank that fails is noted in the store, every supervisor
+kills its child, and when all are down the next attempt starts. A user's mistake (exit code 2) is final, even if a rank
+that failed because of it was noted before.
 """
 
 from __future__ import annotations
@@ -18,13 +18,10 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from mlinterf_ds.errors import UserError
-from mlinterf_ds.pretrain.config import RunConfig
-from mlinterf_ds.runtime import session
 from mlinterf_ds.runtime.launchers import ADDRESS, rendezvous
 
 ATTEMPT = "MLINTERF_DS_ATTEMPT"  # set in the ranks proper
@@ -32,40 +29,23 @@ POLL = 0.3  # seconds
 FINAL = (0, 2, 130)  # exit codes after which nothing is started again: done, a user's mistake, interrupted
 
 
-def pretrain(arguments: Sequence[str]) -> int:
-    """The pretraining launcher: supervises if the run asks for restarts, else (and in the children) trains."""
-    options = session.parser(session.PRETRAIN).parse_args(arguments)
-    config = session.configuration(options)
-    if config.restarts and ATTEMPT not in os.environ:
-        return Supervisor(config).run([sys.executable, "-u", sys.argv[0], *arguments])
-    from mlinterf_ds.pretrain.main import main  # heavy: a supervisor does without
-
-    return main(arguments)
-
-
-def resuming(config: RunConfig) -> RunConfig:
-    """With restarts, a run goes on from its own newest checkpoint as soon as there is one."""
-    own = config.output and any((Path(config.output) / "checkpoints").glob("step-*"))
-    return config.model_copy(update={"resume": "auto"}) if config.restarts and (own or not config.resume) else config
-
-
 class Supervisor:
-    """One rank's."""
+    """Supervises one rank."""
 
-    def __init__(self, config: RunConfig):
-        import torch.distributed as dist
+    def __init__(self, restarts: int, timeout: float, remedy: str):
+        """restarts: attempts after the first. timeout: minutes to wait for other ranks. remedy: what a user does then."""
+        import torch.distributed as dist  # no other part of torch or DeepSpeed is needed to supervise
 
-        self.restarts, self.patience = config.restarts, 60 * config.parallel.timeout  # seconds
-        self.again = f"go on with --set output={config.output} --set resume=auto"
+        self.restarts, self.patience, self.remedy = restarts, 60 * timeout, remedy  # patience in seconds
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.address = address = rendezvous()
         limit = datetime.timedelta(seconds=self.patience)
         self.store: Any = next(iter(dist.rendezvous(address, self.rank, self.world, timeout=limit)))[0]
-        self.child: subprocess.Popen[bytes] | None = None
-        self.alive = self.ending = 0.0  # when the store last answered; when an end began (0: not yet)
+        self.child: Any = None  # a subprocess.Popen once started
+        self.alive = self.ending = 0.0  # monotonic times: when the store last answered; when an end began (0: not yet)
 
     def run(self, line: Sequence[str]) -> int:
-        """Attempts until one ends well or none is left; the exit code of the last."""
+        """Run the command `line` as this rank until an attempt ends well or none is left; the last exit code."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._forward)
         self.alive = time.monotonic()
@@ -77,54 +57,62 @@ class Supervisor:
                     self._leave()
                     return abs(status)
                 if self.rank == 0 and attempt < self.restarts:
-                    said = f"rank {rank} {_how(status)}: starting all ranks again ({attempt + 1} of {self.restarts})"
-                    print(f"\n{said}", flush=True)
+                    count = f"({attempt + 1} of {self.restarts})"
+                    print(f"\nrank {rank} {_how(status)}: starting all ranks again {count}", flush=True)
             self._leave()
-            raise UserError(f"rank {rank} {_how(status)}, after {self.restarts} restarts: mend it, then {self.again}")
+            raise UserError(f"rank {rank} {_how(status)}, after {self.restarts} restarts: mend it, then {self.remedy}")
         except RuntimeError as error:  # the store: rank 0's host is gone
             first = str(error).splitlines()[0]
-            raise UserError(f"rank {self.rank} lost the host of rank 0 ({first}): {self.again}") from None
+            raise UserError(f"rank {self.rank} lost the host of rank 0 ({first}): {self.remedy}") from None
         finally:
             self._kill()
 
     def _attempt(self, attempt: int, line: Sequence[str]) -> tuple[int, int]:
-        """(the rank that failed first, its status), or (0, 0)."""
-        store, place = self.store, f"attempt-{attempt}"
-        if self.address == "env://":
-            if self.rank == 0:
-                store.set(f"{place}/port", str(_free_port()))
-            meeting = {"MASTER_PORT": store.get(f"{place}/port").decode(), ADDRESS: "env://"}
-        else:  # one host: a file, so that nothing listens to the network
-            meeting = {ADDRESS: f"{self.address}-{place}"}
-        self.child = subprocess.Popen(line, env=os.environ | meeting | {ATTEMPT: str(attempt)})
-        if self._all_have("asked"):  # while it was started
-            self.child.send_signal(signal.SIGTERM)
-        told = False
-        while not self._all_have(f"{place}/failed"):
+        """Run the rank once; the rank that failed first and its exit status, or (0, 0)."""
+        store, prefix = self.store, f"attempt-{attempt}"
+        self._start(prefix, attempt, line)
+        reported = False
+        while not self._all_have(f"{prefix}/failed"):
             status = self.child.poll()
-            if status is not None and not told:
-                told, self.ending = True, self.ending or time.monotonic()
+            if status is not None and not reported:
+                reported, self.ending = True, self.ending or time.monotonic()
                 if status:
-                    store.compare_set(f"{place}/failed", "", f"{self.rank} {status}")  # the first stands
+                    store.compare_set(f"{prefix}/failed", "", f"{self.rank} {status}")  # kept if it is the first
                 else:
-                    store.set(f"{place}/done/{self.rank}", "")
-            if told and self._all_have(*self._of_all(f"{place}/done")):
+                    store.set(f"{prefix}/done/{self.rank}", "")
+            if reported and self._all_have(*self._of_all(f"{prefix}/done")):
                 return 0, 0
             if self.ending and time.monotonic() - self.ending > self.patience:
-                raise UserError(f"other ranks have not ended within {self.patience / 60:g} minutes: {self.again}")
+                raise UserError(f"other ranks have not ended within {self.patience / 60:g} minutes: {self.remedy}")
             self._pause()
+        return self._verdict(prefix)
+
+    def _start(self, prefix: str, attempt: int, line: Sequence[str]) -> None:
+        """Start the child, which meets the other ranks where no other attempt's do."""
+        if self.address == "env://":
+            if self.rank == 0:
+                self.store.set(f"{prefix}/port", str(free_port()))
+            meeting = {"MASTER_PORT": self.store.get(f"{prefix}/port").decode(), ADDRESS: "env://"}
+        else:  # ranks of one host meet in a file, so that nothing listens to the network
+            meeting = {ADDRESS: f"{self.address}-{prefix}"}
+        self.child = subprocess.Popen(line, env=os.environ | meeting | {ATTEMPT: str(attempt)})
+        if self._all_have("asked"):  # the signal came while the child was being started
+            self.child.send_signal(signal.SIGTERM)
+
+    def _verdict(self, prefix: str) -> tuple[int, int]:
+        """After a failure: kill the child, wait until all ranks have, and read what ended the attempt."""
         self._kill()
-        if (status := self.child.returncode) in FINAL[1:]:  # ended before it could be killed, maybe not noted yet
-            store.compare_set(f"{place}/final", "", f"{self.rank} {status}")
-        store.set(f"{place}/down/{self.rank}", "")
-        self._wait(*self._of_all(f"{place}/down"))
+        if (status := self.child.returncode) in FINAL[1:]:  # it ended before it could be killed, maybe not noted yet
+            self.store.compare_set(f"{prefix}/final", "", f"{self.rank} {status}")
+        self.store.set(f"{prefix}/down/{self.rank}", "")
+        self._wait(*self._of_all(f"{prefix}/down"))
         self.ending = 0.0
-        reason = f"{place}/final" if self._all_have(f"{place}/final") else f"{place}/failed"
-        rank, status = map(int, store.get(reason).decode().split())
+        key = f"{prefix}/final" if self._all_have(f"{prefix}/final") else f"{prefix}/failed"
+        rank, status = map(int, self.store.get(key).decode().split())
         return rank, status
 
     def _leave(self) -> None:
-        """The store lives in rank 0's process, which goes last."""
+        """End; rank 0, whose process holds the store, goes last."""
         self.store.set(f"left/{self.rank}", "")
         if self.rank == 0:
             self._wait(*self._of_all("left"))
@@ -133,7 +121,7 @@ class Supervisor:
         deadline = time.monotonic() + min(60.0, self.patience)
         while not self._all_have(*keys):
             if time.monotonic() > deadline:
-                raise UserError(f"not all ranks could be ended: is a host cut off? Then {self.again}")
+                raise UserError(f"not all ranks could be ended: is a host cut off? Then {self.remedy}")
             self._pause()
 
     def _of_all(self, prefix: str) -> list[str]:
@@ -143,7 +131,7 @@ class Supervisor:
         return bool(self.store.check(list(keys)))
 
     def _pause(self) -> None:
-        """Until the next look at the store, or till the child ends: what fails because of it must not be noted first."""
+        """Wait for the next look at the store, or until the child ends, so that its end is noted before its consequences."""
         self.alive = time.monotonic()
         if self.child and self.child.poll() is None:
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -152,7 +140,7 @@ class Supervisor:
             time.sleep(POLL)
 
     def _forward(self, number: int, _: FrameType | None) -> None:
-        """A scheduler's or user's wish to end: the child saves; nothing is started again."""
+        """Hand a scheduler's or user's signal on to the child, which saves; nothing is started again."""
         self.ending = self.ending or time.monotonic()
         if self.child and self.child.poll() is None:
             self.child.send_signal(number)
@@ -164,11 +152,11 @@ class Supervisor:
             self.child.wait()
 
     def _watch(self) -> None:
-        """A store on a host that was cut off does not answer, and calls to it do not return."""
+        """Exit when the store has not answered for too long: calls to a host that was cut off do not return."""
         while time.monotonic() - self.alive < self.patience + 10:
             time.sleep(1)
         self._kill()
-        print(f"\nerror: rank {self.rank} hears nothing of rank 0's host: {self.again}", file=sys.stderr)
+        print(f"\nerror: rank {self.rank} hears nothing of rank 0's host: {self.remedy}", file=sys.stderr)
         os._exit(1)
 
 
@@ -176,7 +164,8 @@ def _how(status: int) -> str:
     return f"was killed by {signal.Signals(-status).name}" if status < 0 else f"failed with exit code {status}"
 
 
-def _free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("", 0))
-        return int(found.getsockname()[1])
+def free_port() -> int:
+    """A TCP port of this host that nobody uses now."""
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return int(probe.getsockname()[1])

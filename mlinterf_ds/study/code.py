@@ -22,7 +22,7 @@ IRRELEVANT = (
     "plots",
     "runtime/launchers.py",
     "runtime/restarts.py",
-    "runtime/session.py",
+    "runtime/output.py",
     "runtime/signals.py",
     "tracking",
 )

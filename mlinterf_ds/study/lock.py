@@ -7,13 +7,13 @@ import fcntl
 from collections.abc import Iterator
 from pathlib import Path
 
-from mlinterf_ds.runtime import session
+from mlinterf_ds.runtime.output import writing
 
 
 @contextlib.contextmanager
 def try_lock(folder: Path) -> Iterator[bool]:
     """Hold the folder if no other process does; whether it is held. UserError if it can't be written."""
-    with session.writing(folder):
+    with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         file = (folder / ".lock").open("w")
     with file:

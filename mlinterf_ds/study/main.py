@@ -17,9 +17,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from mlinterf_ds.config import describe, load_config
+from mlinterf_ds.config import parser as launcher_parser
 from mlinterf_ds.errors import UserError
 from mlinterf_ds.files import write_json
-from mlinterf_ds.runtime import session
 from mlinterf_ds.study import cost, mlflow_run, plan, registry, report, runner, slurm, worker
 from mlinterf_ds.study.config import AnalysisSection, SetSection, StudyConfig, TaskSection
 from mlinterf_ds.study.corpora import Corpora
@@ -52,7 +52,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = session.parser("Run a grid of models, fine-tunings and analyses, and report on it.", StudyConfig)
+    parser = launcher_parser("Run a grid of models, fine-tunings and analyses, and report on it.", StudyConfig)
     for name, section in (("sets", SetSection), ("tasks", TaskSection), ("analyses", AnalysisSection)):
         parser.epilog = f"{parser.epilog}\n\nkeys of each [[{name}]] in a recipe:\n{describe(section)}"
     parser.set_defaults(deepspeed_config="ds_configs/zero1.json")

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mlinterf_ds.runtime import session
+from mlinterf_ds.runtime.signals import Signals
 from mlinterf_ds.study import launch
 from mlinterf_ds.study.config import StudyConfig
 from mlinterf_ds.study.jobs import Job
@@ -49,7 +49,7 @@ def run(jobs: Sequence[Job], config: StudyConfig, output: Path, write: Callable[
     """
     outcomes = {job.name: Outcome(job, "finished" if is_finished(job, output) else "waiting") for job in jobs}
     workplaces = slots(config)
-    with session.Signals() as signals:
+    with Signals() as signals:
         while True:
             for slot in workplaces:
                 if slot.process is None and (job := _next(jobs, outcomes)):

@@ -16,7 +16,7 @@ import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mlinterf_ds import ranks
 from mlinterf_ds.files import read_json, write_json
@@ -24,31 +24,35 @@ from mlinterf_ds.study.code import RECIPES
 from mlinterf_ds.study.lock import wait_for_lock
 from mlinterf_ds.tracking.facts import first_line
 
+if TYPE_CHECKING:
+    from mlinterf_ds.runtime.parallel import Group
+
 DONE = "done.json"
 STARTED = "MLINTERF_STUDY_STARTED"  # environment variable: when the launcher was started, in seconds since the epoch
 
 
 def work(folder: Path) -> int:
     """Run the job of a folder on this rank; 1 if a unit failed or the job was asked to end."""
-    from mlinterf_ds.runtime import parallel
+    from mlinterf_ds.runtime.session import own_group
+    from mlinterf_ds.sections import ParallelConfig
 
     job, rank = read_json(folder / "job.json"), int(os.environ.get("RANK", "0"))
     started, busy = float(os.environ.get(STARTED, time.time())), 0.0
     with wait_for_lock(folder, rank):
         units = finished_units(folder)  # only now: another process may have worked on the job until the lock was free
-        with parallel.together(job["tensor"]) as layout:
+        with own_group(ParallelConfig(tensor=job["tensor"])) as group:  # type: ignore[call-arg]
             for unit in job["units"]:
                 name, begin = unit["name"], time.time()
                 if is_complete(folder / name):
                     continue
                 facts: dict[str, Any] = {"state": "finished"}
                 try:
-                    _run(job["kind"], folder / name, unit["arguments"])
+                    _run(job["kind"], folder / name, unit["arguments"], group)
                     if not is_complete(folder / name):
                         return 1  # the run was asked to end, and the next start of the job resumes it
                 except Exception as error:  # whatever it is, the other units can run
                     facts = {"state": "failed", "reason": first_line(error)}
-                    if layout.world > 1:
+                    if group.world > 1:
                         raise
                 busy += time.time() - begin
                 units[name] = facts | {"seconds": round(time.time() - begin, 2)}
@@ -61,14 +65,14 @@ def work(folder: Path) -> int:
     return int(any(facts["state"] == "failed" for facts in units.values()))
 
 
-def _run(kind: str, folder: Path, arguments: list[str]) -> None:
+def _run(kind: str, folder: Path, arguments: list[str], group: Group) -> None:
     """Run a unit with its recipe. A fine-tuning's checkpoints are removed: a study needs its scores and predictions alone."""
-    main: Callable[[list[str]], int] = importlib.import_module(RECIPES[kind]).main
+    main: Callable[[list[str], Group], int] = importlib.import_module(RECIPES[kind]).main
     if kind == "analyze":
         ranks.agreed(lambda: _remove(folder))  # an interrupted analysis can't be resumed
-    main([*arguments, "--set", f"output={folder}", *(["--set", "resume=auto"] if kind != "analyze" else [])])
+    main([*arguments, "--set", f"output={folder}", *(["--set", "resume=auto"] if kind != "analyze" else [])], group)
     if kind == "finetune":
-        ranks.together()  # all ranks have read their checkpoints
+        ranks.wait_for_all()  # all ranks have read their checkpoints
         ranks.agreed(lambda: _remove(*folder.glob("seed*/checkpoints")))
 
 

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from mlinterf_ds.errors import UserError
-from mlinterf_ds.runtime import session
 from mlinterf_ds.runtime.launchers import rendezvous
+from mlinterf_ds.runtime.output import PeerFailed, noted, remove_stale_locks
+from mlinterf_ds.runtime.signals import Signals
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="needs /proc")
@@ -22,13 +23,13 @@ def test_a_lock_nobody_holds_is_removed_and_one_in_use_is_kept(tmp_path: Path, m
         path.parent.mkdir()
         path.touch()
     with used.open():
-        assert session.remove_stale_locks() == [stale]
+        assert remove_stale_locks() == [stale]
     assert used.exists() and not stale.exists()
     assert str(stale) in capsys.readouterr().err
 
 
 def test_signals_ask_and_the_second_interrupt_interrupts() -> None:
-    with session.Signals() as signals:
+    with Signals() as signals:
         assert signals.received is None
         os.kill(os.getpid(), signal.SIGTERM)
         assert signals.received == "SIGTERM"
@@ -39,7 +40,8 @@ def test_signals_ask_and_the_second_interrupt_interrupts() -> None:
 
 ENDING = """
 import ctypes, os, signal, sys, time
-from mlinterf_ds.runtime.session import Signals, main
+from mlinterf_ds.runtime.output import main
+from mlinterf_ds.runtime.signals import Signals
 def run(_):
     with Signals("go on so", grace=0.2):
         if sys.argv[1] == "failing":
@@ -79,12 +81,12 @@ def test_a_rank_that_is_told_to_end_inside_a_collective_says_the_way_on() -> Non
 def test_the_first_failure_is_told_by_all(tmp_path: Path) -> None:
     logs = [tmp_path / f"rank-{rank}.log" for rank in range(4)]
     first = f"rank 3 failed first: KeyError: 'a word'; its log: {logs[3]}"
-    with pytest.raises(KeyError), session.noted(logs[3]):
+    with pytest.raises(KeyError), noted(logs[3]):
         raise KeyError("a word")
-    with pytest.raises(session.PeerFailed) as told, session.noted(logs[0]):
+    with pytest.raises(PeerFailed) as told, noted(logs[0]):
         raise RuntimeError("a peer is gone")
     assert str(told.value) == f"RuntimeError: a peer is gone; {first}"
-    with pytest.raises(UserError, match=r"^use a file$"), session.noted(logs[1]):
+    with pytest.raises(UserError, match=r"^use a file$"), noted(logs[1]):
         raise UserError("use a file")  # found by all ranks: said as one rank alone would say it
     for rank, error in ((3, "KeyError: 'a word'"), (0, "RuntimeError: a peer is gone"), (1, "UserError: use a file")):
         assert logs[rank].read_text().startswith("Traceback") and error in logs[rank].read_text()
@@ -101,7 +103,7 @@ def test_the_first_failure_is_told_by_all(tmp_path: Path) -> None:
 )
 def test_how_a_launcher_ends(raised: str, status: int, said: str) -> None:
     code = (
-        "from mlinterf_ds.runtime.session import PeerFailed, main\nfrom mlinterf_ds.errors import UserError\n"
+        "from mlinterf_ds.runtime.output import PeerFailed, main\nfrom mlinterf_ds.errors import UserError\n"
         f"def run(_):\n    raise {raised}\nmain(run, [])"
     )
     done = subprocess.run(
@@ -118,8 +120,8 @@ def test_a_first_failure_that_is_just_being_written_is_waited_for(tmp_path: Path
     writer = threading.Timer(0.3, told.write_text, ["rank 3 failed first: KeyError"])
     writer.start()
     with (
-        pytest.raises(session.PeerFailed, match="gone; rank 3 failed first: KeyError"),
-        session.noted(tmp_path / "rank-0.log"),
+        pytest.raises(PeerFailed, match="gone; rank 3 failed first: KeyError"),
+        noted(tmp_path / "rank-0.log"),
     ):
         raise RuntimeError("gone")
     writer.join()
@@ -137,13 +139,13 @@ def test_a_rank_that_was_killed_or_stopped_is_told_by_its_neighbour(tmp_path: Pa
     """It could write no reason itself; the neighbour's trace, of a collective, says nothing more: it is in the log."""
     log = tmp_path / "rank-0.log"
     with (
-        pytest.raises(session.PeerFailed, match="another rank, or the network to it, was lost") as told,
-        session.noted(log),
+        pytest.raises(PeerFailed, match="another rank, or the network to it, was lost") as told,
+        noted(log),
     ):
         raise RuntimeError(reason)
     assert "typically" not in str(told.value) and str(told.value).endswith(f"; its log: {log}")
     assert "Traceback" in log.read_text() and (tmp_path / "failed").read_text().startswith("rank 0 failed first: ")
-    with pytest.raises(RuntimeError, match="^shapes differ$"), session.noted(tmp_path / "other" / "rank-0.log"):
+    with pytest.raises(RuntimeError, match="^shapes differ$"), noted(tmp_path / "other" / "rank-0.log"):
         raise RuntimeError("shapes differ")
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from mlinterf_ds.errors import UserError
 from mlinterf_ds.pretrain.config import load_run
-from mlinterf_ds.runtime.restarts import Supervisor, resuming
+from mlinterf_ds.runtime.restarts import Supervisor
 from tests.commands import ROOT, wait_until
 from tests.mlflow_server import free_port
 
@@ -31,11 +31,9 @@ sys.exit(0 if end == "wait" else int(end))
 """
 SUPERVISOR = """
 import sys
-from mlinterf_ds.runtime import session
-from mlinterf_ds.pretrain.config import load_run
+from mlinterf_ds.runtime.output import main
 from mlinterf_ds.runtime.restarts import Supervisor
-config = load_run([], ["restarts=2", "output=runs/x", "parallel.timeout=0.5"])
-session.main(lambda line: Supervisor(config).run(line), sys.argv[1:])
+main(lambda line: Supervisor(2, 0.5, "go on with --set output=runs/x --set resume=auto").run(line), sys.argv[1:])
 """
 
 
@@ -88,7 +86,7 @@ def test_a_users_mistake_is_not_tried_again(tmp_path: Path) -> None:
 def test_two_failures_at_once(status: int, unseen: list[bool], verdict: tuple, tmp_path: Path, monkeypatch) -> None:
     """Rank 1 is noted before this rank 0's child ends; `unseen`: but after its supervisor's look at the store."""
     monkeypatch.setenv("MLINTERF_DS_RENDEZVOUS", f"file://{tmp_path}/meeting")
-    supervisor = Supervisor(load_run([], ["restarts=1", f"output={tmp_path}", "parallel.timeout=0.5"]))
+    supervisor = Supervisor(1, 0.5, "")
     supervisor.store.set("attempt-0/failed", "1 7")
     looks = iter(unseen)
 
@@ -103,7 +101,7 @@ def test_two_failures_at_once(status: int, unseen: list[bool], verdict: tuple, t
 def test_a_signal_between_attempts_reaches_the_next_rank(tmp_path: Path, monkeypatch) -> None:
     """It was asked for before there was a child to hand it to."""
     monkeypatch.setenv("MLINTERF_DS_RENDEZVOUS", f"file://{tmp_path}/meeting")
-    supervisor = Supervisor(load_run([], ["restarts=1", f"output={tmp_path}", "parallel.timeout=0.5"]))
+    supervisor = Supervisor(1, 0.5, "")
     supervisor.store.set("asked", "")
     began = time.monotonic()
     assert supervisor._attempt(1, [sys.executable, "-c", "import time; time.sleep(60)"]) == (0, -signal.SIGTERM)
@@ -133,6 +131,8 @@ def test_a_supervisor_without_rank_0s_host_ends_in_bounded_time(tmp_path: Path) 
 
 
 def test_what_a_restarted_run_resumes_from(tmp_path: Path) -> None:
+    from mlinterf_ds.pretrain.main import resuming
+
     settings = [f"output={tmp_path}", "restarts=1", "resume=elsewhere/checkpoints/step-00000003"]
     config = load_run([], settings)
     assert resuming(config).resume.startswith("elsewhere"), "nothing of its own yet"

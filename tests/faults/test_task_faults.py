@@ -57,11 +57,11 @@ def noted(model: Path, data: Path) -> list[str]:
     from mlinterf_ds.config import load_config
     from mlinterf_ds.finetune.config import FinetuneConfig
     from mlinterf_ds.finetune.main import prepare
-    from mlinterf_ds.runtime import parallel
+    from tests.ranks import laid_out
 
     config = load_config(FinetuneConfig, [], [*bodies.FINETUNE, f"checkpoint={model}", "task=ner"])
     options = {"train": {"te": str(data / "ner-te")}, "dev": {"te": "split"}, "test": {"as": str(data / "strange")}}
-    return prepare(config, options, {}, "fp32", parallel.relayout(1))[1].notes
+    return prepare(config, options, {}, "fp32", laid_out(1))[1].notes
 
 
 def test_words_that_the_vocabulary_lacks_are_noted(ground: Path, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from mlinterf_ds.engine.optimizer import LossScale
 from mlinterf_ds.engine.precision import read_json
 from mlinterf_ds.engine.weights import CheckpointReader
 from mlinterf_ds.pretrain.config import RunConfig, load_run
-from mlinterf_ds.runtime import parallel
+from tests.ranks import laid_out
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 LANGUAGES = ("te", "as", "en")  # two of them occur inside names of modules
@@ -59,7 +59,7 @@ def make(
     """(engine, stream, config) on the ranks that run this; bucket: elements DeepSpeed reduces at once."""
     from mlinterf_ds.model.encoder import Encoder
 
-    layout = parallel.relayout(tensor)
+    layout = laid_out(tensor)
     from deepspeed.accelerator import get_accelerator
 
     get_accelerator().is_fp16_supported = lambda: True  # this CPU is slow at it, which a tiny model does not feel

@@ -6,7 +6,6 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 
@@ -20,14 +19,14 @@ from mlinterf_ds.evaluate import Model, fill
 from mlinterf_ds.model.encoder import Encoder
 from mlinterf_ds.pretrain import initial, main
 from mlinterf_ds.pretrain.config import load_run
-from mlinterf_ds.runtime import parallel
 from tests.parity.bodies import REPOSITORY
 from tests.parity.finetune_bodies import LANGUAGES, LENGTH, SHAPE
+from tests.ranks import joined, laid_out
 
 
 def logits(place: str, tokens: list[list[int]], lengths: list[int], languages: list[int]) -> torch.Tensor:
     """Our encoder's (rows, length, vocabulary), fp32."""
-    model = Model(place, parallel.relayout(1), "fp32")
+    model = Model(place, laid_out(1), "fp32")
     rows = torch.tensor(tokens)
     padding = torch.arange(rows.shape[1])[None] >= torch.tensor(lengths)[:, None]
     with torch.no_grad():
@@ -37,7 +36,7 @@ def logits(place: str, tokens: list[list[int]], lengths: list[int], languages: l
 
 def filled(place: str, text: str, language: str) -> list[Any]:
     """What `launch/evaluate.py --fill` shows."""
-    return fill(Model(place, parallel.relayout(1), "fp32"), text, language, 5)
+    return fill(Model(place, laid_out(1), "fp32"), text, language, 5)
 
 
 def rows() -> dict[str, torch.Tensor]:
@@ -55,7 +54,7 @@ def started(
     place: str, vocabulary: str, settings: Sequence[str], json_name: str = "zero1", tensor: int = 1, out: str = ""
 ) -> tuple[float, str]:
     """A run that starts from `place`: (its loss on `rows()`, "") or (0, why it was refused); saved to `out`."""
-    layout = parallel.relayout(tensor)
+    layout = laid_out(tensor)
     config = load_run([], [*SHAPE, *settings])
     tokenizer = Tokenizer(vocabulary)
     model = Encoder(
@@ -77,5 +76,5 @@ def started(
 def pretrained(folder: str, settings: Sequence[str], json_name: str = "zero2") -> Any:
     """`launch/pretrain.py`'s run in this folder: its summary."""
     os.chdir(folder)
-    with mock.patch.object(parallel, "stop"):  # the pool goes on
-        return main.run(load_run(["tiny"], list(settings)), read_json(REPOSITORY / f"ds_configs/{json_name}.json"))
+    deepspeed = read_json(REPOSITORY / f"ds_configs/{json_name}.json")
+    return main.run(load_run(["tiny"], list(settings)), deepspeed, joined())

@@ -17,12 +17,12 @@ from mlinterf_ds.engine.engine import Engine
 from mlinterf_ds.engine.precision import read_json
 from mlinterf_ds.finetune.config import FinetuneConfig
 from mlinterf_ds.finetune.main import prepare
-from mlinterf_ds.finetune.trial import Finetuning, Point
+from mlinterf_ds.finetune.trial import Point, Trial
 from mlinterf_ds.pretrain.config import load_run
-from mlinterf_ds.runtime import parallel
-from mlinterf_ds.runtime.session import Signals
+from mlinterf_ds.runtime.signals import Signals
 from mlinterf_ds.tracking import Tracker
 from tests.parity.bodies import REPOSITORY
+from tests.ranks import laid_out
 
 LANGUAGES = ("te", "as")  # both occur inside names of modules
 LENGTH = 24
@@ -51,7 +51,7 @@ def pretrain(
     """A checkpoint of an untrained model, with a vocabulary learnt from WORDS; noise: on biases and norms."""
     from mlinterf_ds.model.encoder import Encoder
 
-    layout = parallel.relayout(tensor)
+    layout = laid_out(tensor)
     folder = Path(out)
     draw = random.Random(0)
     if layout.rank == 0:
@@ -108,9 +108,9 @@ def write_data(folder: Path) -> None:
 
 def make(
     task: str, pretrained: str, data: str, out: str, settings: list[str], json_name: str, tensor: int, seed: int = 0
-) -> Finetuning:
+) -> Trial:
     """A fine-tuning of `te` that is tested on both languages."""
-    layout = parallel.relayout(tensor)
+    layout = laid_out(tensor)
     own = [f"checkpoint={pretrained}", f"task={task}", f"parallel.tensor={tensor}"]
     config = load_config(FinetuneConfig, [], [*FINETUNE, *own, *settings])
     files = {language: f"{data}/{task}-{language}" for language in LANGUAGES}
@@ -120,7 +120,7 @@ def make(
     )
     section = config.finetune
     assert section.head_lr is not None
-    return Finetuning(job, Point(seed, section.batch[0], section.lr[0], section.head_lr[0]), Path(out), Tracker.off())
+    return Trial(job, Point(seed, section.batch[0], section.lr[0], section.head_lr[0]), Path(out), Tracker.off())
 
 
 def finetune(

@@ -13,10 +13,10 @@ from mlinterf_ds.analysis.masks.gates import Gates
 from mlinterf_ds.analysis.masks.learning import Subject, in_language
 from mlinterf_ds.data.stream import TrainStream
 from mlinterf_ds.engine.optimizer import LossScale
-from mlinterf_ds.runtime import parallel
 from mlinterf_ds.sections import ModelConfig
 from tests.commands import refusal
 from tests.parity.bodies import Made
+from tests.ranks import laid_out
 
 CODES = ("te", "as")
 LENGTH, HEADS, NEURONS = 16, 4, 64
@@ -29,7 +29,7 @@ def subject(kinds: Sequence[str], tensor: int = 1, variant: str = "joint", sprea
     """An untrained frozen model on this layout; `spread` multiplies its matrices."""
     from mlinterf_ds.model.encoder import Encoder
 
-    layout = parallel.relayout(tensor)
+    layout = laid_out(tensor)
     corpus = Made(CODES)
     model = Encoder(
         SHAPE, variant=variant, languages=CODES, vocabulary=corpus.vocabulary_size, positions=LENGTH, seed=3

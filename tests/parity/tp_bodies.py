@@ -13,6 +13,7 @@ from mlinterf_ds.model.layers import CoreAttention
 from mlinterf_ds.runtime import parallel
 from mlinterf_ds.sections import ModelConfig
 from tests.model_batches import CODES, LENGTH, SHAPE, batch
+from tests.ranks import laid_out
 
 RANKS = 2
 
@@ -38,7 +39,7 @@ def run(model: Encoder, vocabulary: int, languages: list[int]) -> dict[str, Tens
 
 def equals_one_rank(variant: str, vocabulary: int, options: dict[str, Any], languages: list[int]) -> None:
     """Initial weights, hidden states, logits, loss and every gradient."""
-    parallel.relayout(1)
+    laid_out(1)
     whole = build(variant, vocabulary, **options)
     fresh = {name: parameter.detach().clone() for name, parameter in whole.named_parameters()}
     source = torch.Generator().manual_seed(0)
@@ -48,7 +49,7 @@ def equals_one_rank(variant: str, vocabulary: int, options: dict[str, Any], lang
             parameter.copy_(centre + spread * torch.randn(parameter.shape, generator=source))
     expected = run(whole, vocabulary, languages)
 
-    rank = parallel.relayout(RANKS).tensor_rank
+    rank = laid_out(RANKS).tensor_rank
     sliced = build(variant, vocabulary, **options)
     parameters = dict(sliced.named_parameters())
     for name, original in whole.named_parameters():
@@ -68,7 +69,7 @@ def equals_one_rank(variant: str, vocabulary: int, options: dict[str, Any], lang
 
 def replicas_agree_under_dropout(variant: str, recompute: bool) -> None:
     """With dropout, what ranks hold in common stays common: the loss and the gradients of whole parameters, bit for bit."""
-    parallel.relayout(RANKS)
+    laid_out(RANKS)
     model = build(variant, 100, dropout=0.2, attention_dropout=0.2, recompute=recompute)
     rows = batch([1, 0, 1], step_languages=(0, 1, 2))
     first, _ = model(rows)
@@ -87,7 +88,7 @@ def replicas_agree_under_dropout(variant: str, recompute: bool) -> None:
 
 def attention_drops_differently() -> tuple[Tensor, Tensor]:
     """The same heads on both ranks: (output with dropout, the ambient random state after it)."""
-    parallel.relayout(RANKS)
+    laid_out(RANKS)
     core = build("joint", 100, attention_dropout=0.5).block.layers[0].self_attention.core_attention
     assert isinstance(core, CoreAttention)
     heads = torch.randn(2, LENGTH, 2, 8, generator=torch.Generator().manual_seed(0))

@@ -13,7 +13,7 @@ import torch
 
 from mlinterf_ds.errors import UserError
 from tests.parity import finetune_bodies as bodies
-from tests.ranks import pool
+from tests.ranks import laid_out, pool
 
 
 @pytest.fixture(scope="module")
@@ -27,18 +27,16 @@ def ground(ground: Path) -> Path:
 
 def scored(ground: str, tensor: int) -> dict[str, Any]:
     from mlinterf_ds.evaluate import Model, score
-    from mlinterf_ds.runtime import parallel
 
-    model = Model(f"{ground}/model", parallel.relayout(tensor), "fp32")
+    model = Model(f"{ground}/model", laid_out(tensor), "fp32")
     return score(model, "as", Path(ground) / "text", 6)
 
 
 def by_hand(ground: str) -> tuple[float, list[float]]:
     """(pseudo-perplexity of the first six lines, chances of the first piece of `fill`) with plain loops."""
     from mlinterf_ds.evaluate import Model, fill
-    from mlinterf_ds.runtime import parallel
 
-    model = Model(f"{ground}/model", parallel.relayout(1), "fp32")
+    model = Model(f"{ground}/model", laid_out(1), "fp32")
     total, count = 0.0, 0
     with torch.no_grad():
         for line in (Path(ground) / "text").read_text().split("\n")[:6]:
@@ -71,9 +69,8 @@ def test_pseudo_perplexity_and_fill_by_hand(ground: Path) -> None:
 
 def cut(ground: str) -> tuple[dict[str, Any], str]:
     from mlinterf_ds.evaluate import Model, _shown, score
-    from mlinterf_ds.runtime import parallel
 
-    model = Model(f"{ground}/model", parallel.relayout(1), "fp32")
+    model = Model(f"{ground}/model", laid_out(1), "fp32")
     found = score(model, "as", Path(ground) / "long", 2)
     return found, _shown({"as": found})
 
@@ -86,9 +83,8 @@ def test_sentences_longer_than_a_row_are_counted_and_said(ground: Path) -> None:
 
 def strange(ground: str) -> tuple[dict[str, Any], str]:
     from mlinterf_ds.evaluate import Model, _shown, score
-    from mlinterf_ds.runtime import parallel
 
-    found = score(Model(f"{ground}/model", parallel.relayout(1), "fp32"), "as", Path(ground) / "strange", 0)
+    found = score(Model(f"{ground}/model", laid_out(1), "fp32"), "as", Path(ground) / "strange", 0)
     return found, _shown({"as": found})
 
 

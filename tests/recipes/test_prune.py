@@ -15,7 +15,7 @@ from mlinterf_ds.data.prepare.synthetic import prepare_synthetic
 from mlinterf_ds.pretrain.config import load_run
 from tests.commands import arguments, call, table
 from tests.parity.bodies import REPOSITORY
-from tests.ranks import pool
+from tests.ranks import laid_out, pool
 
 SHORT = ["tracking.enabled=false", "analysis=prune", "prune.steps=3", "prune.rows=4", "prune.sequences=4"]
 SHAPE = ["variant=attn", "model.layers=2", "model.heads=2", "model.width=16", "model.ffn=32", "data.sequence_length=16"]
@@ -28,9 +28,8 @@ def checkpoint(folder: str) -> None:
     from mlinterf_ds.engine.engine import Engine
     from mlinterf_ds.engine.precision import read_json
     from mlinterf_ds.model.encoder import Encoder
-    from mlinterf_ds.runtime import parallel
 
-    layout, corpus = parallel.relayout(1), Corpus.open(f"{folder}/corpus")
+    layout, corpus = laid_out(1), Corpus.open(f"{folder}/corpus")
     config = load_run([], [*SHAPE, f"corpus={folder}/corpus"])
     model = Encoder(
         config.model, variant="attn", languages=LANGUAGES, vocabulary=corpus.vocabulary_size, positions=16, seed=0

@@ -23,7 +23,7 @@ from mlinterf_ds.study.lock import try_lock, wait_for_lock
 from mlinterf_ds.tracking import Tracker
 from tests import fake_launcher
 from tests.commands import flags, wait_until
-from tests.ranks import pool
+from tests.ranks import joined, pool
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -198,7 +198,7 @@ def cleared(folder: str, kind: str) -> tuple[list[str], list[str]]:
 
     place, removed, really = Path(folder) / "unit", list[str](), shutil.rmtree
 
-    def recipe(arguments: list[str]) -> int:
+    def recipe(arguments: list[str], group: object) -> int:
         assert (place / "old").exists() == (kind == "finetune"), "what a half-done analysis left is gone, on every rank"
         dist.barrier()
         (place / "seed0/checkpoints").mkdir(parents=True, exist_ok=True)
@@ -214,7 +214,7 @@ def cleared(folder: str, kind: str) -> tuple[list[str], list[str]]:
         mock.patch.object(worker.importlib, "import_module", lambda _: types.SimpleNamespace(main=recipe)),
         mock.patch.object(worker.shutil, "rmtree", remove),
     ):
-        worker._run(kind, place, [])
+        worker._run(kind, place, [], joined())
     return removed, sorted(path.name for path in place.rglob("*"))
 
 
@@ -265,11 +265,8 @@ def test_only_a_whole_summary_is_a_finished_unit(tmp_path: Path) -> None:
 @pytest.fixture
 def one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     """A process group of one, without the seconds it takes to import one."""
-    import mlinterf_ds
-
-    stand_in = types.SimpleNamespace(together=lambda tensor: contextlib.nullcontext(types.SimpleNamespace(world=1)))
-    monkeypatch.setitem(sys.modules, "mlinterf_ds.runtime.parallel", stand_in)
-    monkeypatch.setattr(mlinterf_ds, "parallel", stand_in, raising=False)
+    stand_in = types.SimpleNamespace(own_group=lambda parallel: contextlib.nullcontext(types.SimpleNamespace(world=1)))
+    monkeypatch.setitem(sys.modules, "mlinterf_ds.runtime.session", stand_in)
 
 
 def test_a_unit_that_fails_leaves_the_others_be(
@@ -278,7 +275,7 @@ def test_a_unit_that_fails_leaves_the_others_be(
     ran: list[str] = []
     broken = {"b"}
 
-    def run(kind: str, folder: Path, arguments: list[str]) -> None:
+    def run(kind: str, folder: Path, arguments: list[str], group: object) -> None:
         ran.append(folder.name)
         if folder.name in broken:
             raise UserError("no such file")
@@ -302,7 +299,7 @@ def test_a_unit_that_is_asked_to_end_ends_the_job(
 ) -> None:
     ran: list[str] = []
 
-    def run(kind: str, folder: Path, arguments: list[str]) -> None:
+    def run(kind: str, folder: Path, arguments: list[str], group: object) -> None:
         ran.append(folder.name)
         folder.mkdir()
         (folder / "summary.json").write_text('{"finished": false}')

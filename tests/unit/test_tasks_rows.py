@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from mlinterf_ds.data.tokenizer import BOS, EOS, UNK, Tokenizer
 from mlinterf_ds.errors import UserError
 from mlinterf_ds.model.encoder import SHARED, at_positions
-from mlinterf_ds.runtime import parallel
+from mlinterf_ds.runtime.parallel import Group
 from mlinterf_ds.sections import ModelConfig
 from mlinterf_ds.tasks import TASKS, Limits, Row, metrics, spans
 from mlinterf_ds.tasks.batches import TrainBatches, collate, evaluation_batches
@@ -229,7 +229,7 @@ def test_evaluation_covers_every_row_in_equally_many_batches(count: int, ranks: 
 # --- heads -----------------------------------------------------------------------------------------------------------
 def model(kind: str, classes: int) -> TaskModel:
     if not torch.distributed.is_initialized():
-        parallel.start(1)
+        Group(1)
     shape = ModelConfig(layers=1, heads=2, width=16, ffn=16, dropout=0, attention_dropout=0)  # type: ignore[call-arg]
     options = {"variant": "adpt", "languages": ["en", "sw"], "vocabulary": 64, "positions": 16, "seed": 1}
     encoder = TaskModel(shape, kind=kind, classes=classes, **options)  # type: ignore[arg-type]

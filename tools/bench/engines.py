@@ -38,10 +38,11 @@ class RandomCorpus:
 def start(rank: int, world: int, folder: str, threads: int) -> None:
     """Joins this process to a group of `world` ranks that meet in `folder` and share `threads` threads."""
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(world)}
-    from mlinterf_ds.runtime import parallel, session
+    from mlinterf_ds.runtime.output import quiet
+    from mlinterf_ds.runtime.parallel import Group
 
-    session.quiet(Path(folder) / f"rank-{rank}.log")
-    parallel.start(1, f"file://{folder}/rendezvous")
+    quiet(Path(folder) / f"rank-{rank}.log")
+    Group(1, f"file://{folder}/rendezvous")
     torch.set_num_threads(max(1, threads // world))
 
 

@@ -50,7 +50,7 @@ def compiler() -> list[Check]:
 
 def locks() -> list[Check]:
     """Looks for locks that a killed build of an extension left behind."""
-    from mlinterf_ds.runtime.session import stale_locks
+    from mlinterf_ds.runtime.output import stale_locks
 
     stale = stale_locks()
     if not stale:

@@ -65,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prepare_synthetic(options.languages.split(","), options.sentences, limits_of(options.limit))
     except UserError as error:
         print(error, file=sys.stderr)
-        return 1
+        return 2
     return 0
 
 

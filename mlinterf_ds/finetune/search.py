@@ -1,0 +1,159 @@
+"""The search over a fine-tuning job's grid, the test of the best point with every seed, and the job's records."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import json
+from typing import Any
+
+from mlinterf_ds.config import decisive, differences
+from mlinterf_ds.errors import UserError, refusing
+from mlinterf_ds.files import write_json, write_text
+from mlinterf_ds.finetune.config import FinetuneConfig
+from mlinterf_ds.finetune.report import show, summarise, table
+from mlinterf_ds.finetune.trial import FinetuneJob, Point, Stopped, Trial
+from mlinterf_ds.ranks import from_first
+from mlinterf_ds.runtime.output import hushed
+from mlinterf_ds.runtime.session import Session
+from mlinterf_ds.runtime.signals import Signals
+from mlinterf_ds.tasks.sources import Sets
+from mlinterf_ds.tracking import Tracker, environment_facts
+
+Options = dict[str, dict[str, str]]  # split -> language -> file, 'synthetic' or 'split'
+
+
+class Search:
+    """All fine-tunings of one command: the grid with the first seed, then its best point with every other seed."""
+
+    def __init__(self, job: FinetuneJob, sets: Sets, options: Options, session: Session):
+        self.job, self.sets, self.options, self.output, self.log = job, sets, options, session.output, session.log
+        self.tracker = Tracker.off()
+
+    def run(self) -> dict[str, Any]:
+        """Train, test and report; the summary, or {"finished": False} if the job was asked to end before."""
+        run_id = self._check_resumed()
+        if self.job.first:
+            self.output.mkdir(parents=True, exist_ok=True)
+            self._open_tracker(run_id)
+        status, finished = "FAILED", True
+        tested: list[dict[str, Any]] = []
+        try:
+            with Signals() as signals:
+                points = self._search(signals)
+                tested = [self._test(point, signals) for point in points]
+            status = "FINISHED"
+        except Stopped as reason:
+            status, finished = "KILLED", False
+            if self.job.first:
+                print(f"stopped by {reason}; go on with --set output={self.output} --set resume=auto", flush=True)
+        finally:
+            if status != "FINISHED":
+                self.tracker.close("KILLED" if status == "KILLED" else "FAILED")
+        return self._finish(tested) if finished else {"task": self.job.task.name, "finished": False}
+
+    def _search(self, signals: Signals) -> list[Point]:
+        """The grid's best point by the dev set, for every seed."""
+        settings = self.job.config.finetune
+        head_rates: list[float | None] = [*settings.head_lr] if settings.head_lr else [None]
+        grid = [
+            Point(settings.seeds[0], batch, lr, lr if head_lr is None else head_lr)
+            for batch, lr, head_lr in itertools.product(settings.batch, settings.lr, head_rates)
+        ]
+        best = grid[0]
+        if len(grid) > 1:
+            scores = [self._train(point, signals).progress.best for point in grid]
+            best = grid[scores.index(max(scores))]
+            if self.job.first:
+                print(f"best of the grid by dev {self.job.task.metric}: {best.name}", flush=True)
+        return [Point(seed, best.batch, best.lr, best.head_lr) for seed in settings.seeds]
+
+    def _train(self, point: Point, signals: Signals) -> Trial:
+        gc.collect()  # the last engine's cycles
+        trial = Trial(self.job, point, self.output / point.name, self.tracker)
+        with hushed(self.log):
+            trial.prepare()
+        trial.train(signals)
+        return trial
+
+    def _test(self, point: Point, signals: Signals) -> dict[str, Any]:
+        """Predict and score every test set with the best epoch's weights; predictions are written."""
+        trial = self._train(point, signals)
+        with hushed(self.log):
+            trial.load_best()
+        facts: dict[str, Any] = {"point": vars(point), "progress": vars(trial.progress), "test": {}}
+        report = []
+        for language in self.job.rows["test"]:
+            predictions, task = trial.predict("test", language), self.job.task
+            if self.job.first:
+                examples = self.job.examples["test"][language]
+                path = self.output / "predictions" / f"seed{point.seed}" / f"{language}{task.suffix(examples)}"
+                task.write(examples, predictions, path)
+                facts["test"][language] = task.score(examples, predictions)
+                counts = [f"{a:.10g},{b:.10g},{c:.10g}\n" for a, b, c in task.counts(examples, predictions)]
+                table = self.output / "counts" / f"seed{point.seed}" / f"{language}.csv"
+                write_text(table, "right,predicted,gold\n" + "".join(counts))
+                report.append(f"## {language}\n\n{task.report(examples, predictions)}")
+                scores = {f"test/{name}/{language}": value for name, value in facts["test"][language].items()}
+                self.tracker.log(self.job.logged(point, scores), 0)
+        if self.job.first and point.seed == self.job.config.finetune.seeds[0]:
+            write_text(self.output / "report.md", f"# Errors of {point.name}\n\n" + "\n".join(report))
+        trial.close()
+        return facts
+
+    def _finish(self, tested: list[dict[str, Any]]) -> dict[str, Any]:
+        summary: dict[str, Any] = {}
+        if self.job.first:
+            summary = summarise(self.job, self.sets, self.options, tested)
+            write_json(self.output / "summary.json", summary)
+            write_text(self.output / "table.md", table(summary))
+            for name in ("summary.json", "table.md", "report.md", "predictions"):
+                self.tracker.artifact(self.output / name)
+            if not self.job.config.finetune.single:
+                name = f"{summary['task']}/test/{summary['metric']}"
+                self.tracker.log({f"{name}/{code}": found["mean"] for code, found in summary["scores"].items()}, 0)
+            self.tracker.describe(table(summary))
+            self.tracker.close("FINISHED")
+            print(show(summary, self.output), flush=True)
+        return from_first(summary)
+
+    # -- records -----------------------------------------------------------------------------------------------------
+
+    def _identity(self) -> dict[str, Any]:
+        """What a resumed job must not change."""
+        kept = decisive(FinetuneConfig, self.job.config.model_dump())
+        return kept | {"data": self.sets.origin, "pretrained weights": self.job.pretrained.digest}
+
+    def _check_resumed(self) -> str | None:
+        """MLflow's run id of the job that is continued; UserError if it was another job."""
+        path = self.output / "job.json"
+        text = from_first(path.read_text() if self.job.config.resume and path.is_file() else "")
+        if not text:
+            return None
+        ours = json.loads(json.dumps(self._identity()))
+        with refusing(f"{path}: not what a fine-tuning writes", "; choose another output"):
+            saved = json.loads(text)
+            theirs, run_id = dict(saved["identity"]), saved["run_id"]
+        differ = differences(ours, theirs)
+        if differ:
+            raise UserError(
+                f"cannot resume {self.output} with other settings: {'; '.join(differ)}. Choose another output"
+            )
+        return run_id
+
+    def _open_tracker(self, run_id: str | None) -> None:
+        job = self.job
+        self.tracker = Tracker.start(
+            enabled=job.config.tracking.enabled,
+            experiment=job.config.tracking.experiment,
+            name=self.output.name,
+            folder=self.output,
+            parameters=job.config.model_dump() | {"data": self.options},
+            tags=environment_facts()
+            | {"task": job.task.name, "variant": job.pretrained.saved["config"]["variant"]}
+            | job.config.tracking.tags,
+            run_id=run_id,
+            parent_id=job.pretrained.run_id or job.config.tracking.parent,
+        )
+        record = {"identity": self._identity(), "run_id": self.tracker.run_id, "config": job.config.model_dump()}
+        write_json(self.output / "job.json", record)

@@ -1,0 +1,181 @@
+"""What a process prints: third-party chatter goes to the rank's log, a failure is told once and by all ranks, `main` exits."""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import logging
+import os
+import re
+import sys
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from mlinterf_ds.errors import UserError
+from mlinterf_ds.runtime.launchers import adopt
+
+NOISY = ("DeepSpeed", "megatron", "mlflow", "alembic", "torch", "matplotlib")
+
+
+@contextlib.contextmanager
+def writing(output: Path) -> Iterator[None]:
+    """A context in which a failure to write is a user's mistake: the choice of the output folder."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"output={output}: cannot write there ({error.strerror}): name another folder, --set output=FOLDER"
+        ) from None
+
+
+# --- quiet -----------------------------------------------------------------------------------------------------------
+def quiet(log: Path) -> None:
+    """Send loggers and warnings of other packages to the file `log`; this package's messages stay on the screen."""
+    import deepspeed  # noqa: F401  (its logger takes a handler when imported)
+
+    with writing(log.parent.parent):
+        log.parent.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(log, delay=True)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
+    logging.captureWarnings(True)
+    for name in (*NOISY, "py.warnings"):
+        logger = logging.getLogger(name)
+        logger.handlers[:] = [handler]
+        logger.propagate = False
+    warnings.simplefilter("default")
+
+
+@contextlib.contextmanager
+def hushed(log: Path | None = None) -> Iterator[None]:
+    """A context whose standard output, also that of compilers started in it, goes to the file `log`, or nowhere."""
+    if log:
+        log.parent.mkdir(parents=True, exist_ok=True)
+    sys.stdout.flush()
+    with (log or Path(os.devnull)).open("a") as file:
+        saved = os.dup(1)
+        os.dup2(file.fileno(), 1)
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+            os.dup2(saved, 1)
+            os.close(saved)
+
+
+def stale_locks() -> list[Path]:
+    """Locks that a killed compiler left in torch's extension cache, for which every later start would wait.
+
+    A lock is stale when no running process has the file open (torch keeps it open while it builds). Needs /proc.
+    """
+    root = os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "torch_extensions"
+    locks = [path.resolve() for path in Path(root).glob("**/lock") if path.is_file()]
+    if not locks or not Path("/proc/self/fd").is_dir():
+        return []
+    time.sleep(0.2)  # a process that is creating one has opened it by then
+    held = set()
+    for link in Path("/proc").glob("[0-9]*/fd/*"):
+        with contextlib.suppress(OSError):
+            held.add(os.readlink(link))
+    return [path for path in locks if str(path) not in held]
+
+
+def remove_stale_locks() -> list[Path]:
+    """Remove the stale locks, so that this start does not wait for them."""
+    stale = stale_locks()
+    for path in stale:
+        path.unlink(missing_ok=True)
+        print(f"removed {path}, left by a build that was killed", file=sys.stderr)
+    return stale
+
+
+# --- failures --------------------------------------------------------------------------------------------------------
+# What gloo and NCCL say on a rank whose neighbour, or the network to it, is gone.
+LOST = re.compile(
+    r"gloo/transport|Connection (closed|reset) by peer|Broken pipe|Timed out waiting|remote process exited|Watchdog"
+)
+
+
+class PeerFailed(Exception):
+    """This rank failed because another did. The message holds the other's reason; this rank's trace is in its log only."""
+
+
+@contextlib.contextmanager
+def noted(log: Path) -> Iterator[None]:
+    """A context whose failure is written to the rank's log, and the job's first failure also to `failed` beside it.
+
+    Most ranks fail because another did, and that one may have been killed without a word; so a later failure is raised as
+    PeerFailed, with what `failed` holds. A UserError is raised as it is.
+    """
+    try:
+        yield
+    except Exception as error:  # any kind: it is raised again
+        first = ""
+        with contextlib.suppress(OSError):  # if the disk is full, the failure itself must still come through
+            with log.open("a") as file:
+                traceback.print_exception(error, file=file)
+            first = _first_failure(error, log)
+        message = f"{type(error).__name__}: {error}".partition(". This is typically caused")[0]
+        if first and not isinstance(error, UserError):
+            raise PeerFailed(f"{message}; {first}") from error
+        if isinstance(error, RuntimeError) and LOST.search(message):
+            raise PeerFailed(f"another rank, or the network to it, was lost ({message}); its log: {log}") from error
+        raise
+
+
+def _first_failure(error: Exception, log: Path) -> str:
+    """What the file `failed` says of another rank's earlier failure; '' if there was none, and then this one is written."""
+    failed = log.with_name("failed")
+    try:
+        with failed.open("x") as file:
+            rank = log.stem.replace("-", " ")
+            file.write(f"{rank} failed first: {type(error).__name__}: {str(error)[:300]}; its log: {log}")
+        return ""
+    except FileExistsError:
+        deadline = time.monotonic() + 2  # an empty file is just being written
+        while not (first := failed.read_text()) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        return first
+
+
+def forget(log: Path) -> None:
+    """Remove the `failed` file of an earlier attempt, which lies beside the rank's log."""
+    with writing(log.parent.parent):
+        log.with_name("failed").unlink(missing_ok=True)
+
+
+def main(run: Callable[[Sequence[str]], int], arguments: Sequence[str] | None = None) -> None:
+    """Run a launcher's function on the command line's arguments, and exit with its status.
+
+    A UserError ends with its message alone and status 2, an interrupt with 130, any other error with 1. A rank that fails
+    leaves at once, without the clean-up in which it would wait for the others; the launcher then ends those too.
+    """
+    faulthandler.enable()
+    rank = os.environ.get("RANK", "0")
+    try:
+        adopt()
+        rank = os.environ.get("RANK", "0")
+        status = run(sys.argv[1:] if arguments is None else arguments)
+        sys.stdout.flush()
+    except UserError as error:
+        if rank != "0":
+            time.sleep(3)  # all ranks find most mistakes at once: rank 0 prints it, and the launcher ends the others
+        print(f"\nerror: {error}", file=sys.stderr, flush=True)
+        status = 2
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr, flush=True)
+        status = 130
+    except Exception as error:  # a bug of this package: the trace for the report, the reason last for the user
+        if isinstance(error, PeerFailed):
+            reason = str(error)
+        else:
+            traceback.print_exc()
+            reason = f"{type(error).__name__}: {error}"
+        hints = "".join(f"; {note}" for note in getattr(error, "__notes__", []))
+        print(f"\nerror: rank {rank} failed: {reason}{hints}", file=sys.stderr, flush=True)
+        status = 1
+    if status:
+        sys.stdout.flush()
+        os._exit(status)

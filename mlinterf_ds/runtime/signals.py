@@ -1,0 +1,76 @@
+"""How a run is asked to end: SIGTERM and SIGINT, heard by any rank and agreed on by all."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+from mlinterf_ds.errors import UserError
+
+if TYPE_CHECKING:  # a study waits for signals without torch
+    import torch
+
+
+class Signals:
+    """A context in which SIGTERM and SIGINT ask for a checkpoint and a clean end; a second SIGINT interrupts as usual.
+
+    When a rank is lost, launchers send SIGTERM to the others, and SIGKILL 30 seconds later. A rank that is already failing
+    must still print its reason, so it goes on catching SIGTERM after the context (unless it fails with a user's mistake,
+    which all ranks find). A rank that waits for the lost one inside a collective runs no Python signal handler: a thread
+    prints `remedy`, the command that resumes, `grace` seconds after the signal.
+    """
+
+    def __init__(self, remedy: str = "", grace: float = 10.0) -> None:
+        self.received: str | None = None
+        self.remedy, self.grace = remedy, grace
+        self._left = threading.Event()
+
+    def __enter__(self) -> Signals:
+        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+        if self.remedy:
+            reading, self._writing = os.pipe()
+            os.set_blocking(self._writing, False)
+            self._woken = signal.set_wakeup_fd(self._writing, warn_on_full_buffer=False)
+            threading.Thread(target=self._watch, args=(reading,), daemon=True).start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
+        if self.remedy:
+            self._left.set()
+            signal.set_wakeup_fd(self._woken)
+            os.close(self._writing)  # ends the thread
+        failing = self.remedy and kind and not issubclass(kind, UserError)
+        for number, handler in self._before.items():
+            if not (failing and number == signal.SIGTERM):
+                signal.signal(number, handler)
+
+    def _watch(self, reading: int) -> None:
+        with open(reading, "rb", buffering=0) as signals:
+            while number := signals.read(1):
+                if number[0] == signal.SIGTERM and not self._left.wait(self.grace):
+                    rank = os.environ.get("RANK", "0")
+                    message = f"rank {rank}, told to end, still saves, or waits for a rank that was lost; {self.remedy}"
+                    print(f"\n{message}", file=sys.stderr, flush=True)
+                    return
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.received and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = signal.Signals(number).name
+
+
+def stop_reason(signals: Signals, device: torch.device, limit: str = "", reached: bool = False) -> str:
+    """Why all ranks stop now: the signal that any of them received, or `limit` if any of them reached it; '' to go on."""
+    import torch
+    import torch.distributed as dist
+
+    flags = torch.tensor([float(reached), float(signals.received is not None)], device=device)
+    if dist.get_world_size() > 1:
+        dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+    if flags[1]:
+        return signals.received or "a signal to another rank"
+    return limit if flags[0] else ""
