@@ -40,9 +40,7 @@ def poisoned(variant: str, json_name: str) -> dict[str, Any]:
     engine.model.register_forward_hook(poison)
 
     def step(until: int) -> dict[str, float]:
-        if meta:
-            return bodies.advance_meta(engine, stream, config, meta, until)[-1]
-        return bodies.advance(engine, stream, config, until)[-1]
+        return bodies.advance(engine, stream, config, until, meta)[-1]
 
     step(2)
     before, bad[0] = everything(engine), True
@@ -102,15 +100,13 @@ def spiked(settings: list[str], json_name: str, out: str, source: str | None, li
     engine.model.register_forward_hook(lambda _, __, found: (found[0] * factor(), found[1] * factor()))
 
     def step(until: int) -> list[dict[str, float]]:
-        if meta:
-            return bodies.advance_meta(engine, stream, config, meta, until)
         if config.treatment == "pcgrad":
             facts = []
             while engine.step < until:
                 micro = [stream.batch(engine.step, *slice_) for slice_ in engine.slices(config.train.batch)]
                 facts.append(pcgrad_step(engine, micro, 0))
             return facts
-        return bodies.advance(engine, stream, config, until)
+        return bodies.advance(engine, stream, config, until, meta)
 
     try:
         if source:

@@ -92,8 +92,12 @@ def make(
     return Engine(model, config.train, deepspeed_json, config.train.precision, layout), stream, config
 
 
-def advance(engine: Engine, stream: TrainStream, config: RunConfig, until: int) -> list[dict[str, float]]:
-    """Ordinary steps up to step `until`; their facts."""
+def advance(
+    engine: Engine, stream: TrainStream, config: RunConfig, until: int, meta: MetaStep | None = None
+) -> list[dict[str, float]]:
+    """Trains up to step `until`, by meta steps where `meta` is given; returns the facts of every step."""
+    if meta:
+        return advance_meta(engine, stream, config, meta, until)
     facts = []
     while engine.step < until:
         slices = engine.slices(config.train.batch)

@@ -101,9 +101,6 @@ def trained(settings: list[str], json_name: str, tensor: int, out: str, every: i
     for step in range(4):
         if every and step % every == 0:
             measure(engine, draws, 64 if step else "exact", 0, step)
-        if meta:
-            facts += bodies.advance_meta(engine, stream, config, meta, step + 1)
-        else:
-            facts += bodies.advance(engine, stream, config, step + 1)
+        facts += bodies.advance(engine, stream, config, step + 1, meta)
     checkpoint.save(Path(out), engine, {}, {}, keep=9)
     return facts

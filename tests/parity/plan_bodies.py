@@ -1,4 +1,4 @@
-"""What a rank really holds and sends in a step: tensors counted by storage, collectives by what enters them."""
+"""Measures what a rank holds and sends in a step: tensors by their storage, collectives by the tensors that enter them."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ COLLECTIVES = {"allreduce_": "all_reduce", "_allgather_base_": "all_gather", "_r
 
 
 class Traffic(TorchDispatchMode):
-    """Bytes that enter collectives, by (group size, collective)."""
+    """Counts the bytes that enter collectives, by group size and collective."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -52,7 +52,7 @@ class Traffic(TorchDispatchMode):
             group = next(a for a in args if isinstance(a, torch.ScriptObject) and "ProcessGroup" in str(a._type()))
             size = max(
                 tensor.nbytes for tensor in flat
-            )  # the whole tensor: input of a reduction, output of a gathering
+            )  # of the whole tensor: a reduction's input, a gathering's output
             self.bytes[torch.distributed.ProcessGroup.unbox(group).size(), COLLECTIVES.get(name, name)] += size
         return function(*args, **(kwargs or {}))
 
@@ -60,28 +60,23 @@ class Traffic(TorchDispatchMode):
 def measure(
     settings: list[str], json_name: str, tensor: int, languages: tuple[str, ...], bucket: int | None = None
 ) -> dict[str, Any]:
-    """A second step (a first one makes lazily made buffers) under observation; this rank's figures.
+    """Observes the second step of an engine, as the first one still allocates buffers; returns bytes of this rank by kind.
 
-    "vectors": what is alive beside weights, masters and moments at the end of a pass, at most: gradients, the meta step's.
+    "vectors" is the most that is alive at the end of a pass beside weights, masters and moments: gradients, and the vectors
+    of a meta step.
     """
-    if json_name != "zero3":  # DeepSpeed's ZeRO 3 replaces it for good in a process where it ran
+    if json_name != "zero3":  # a process in which DeepSpeed's ZeRO 3 ran keeps its replacement
         torch.nn.functional.linear = torch._C._nn.linear
-    leavings = tensors_alive()  # of other tests: held here, so that their memory is not used again meanwhile
+    leavings = tensors_alive()  # of earlier tests; this reference keeps their memory from being used again
     engine, stream, config = bodies.make(settings, json_name, tensor, languages, bucket)
     meta = MetaStep(engine, config.meta) if config.variant.startswith("meta_") else None
 
-    def step(until: int) -> None:
-        if meta:
-            bodies.advance_meta(engine, stream, config, meta, until)
-        else:
-            bodies.advance(engine, stream, config, until)
-
-    step(1)
-    between_steps = held(engine)
+    bodies.advance(engine, stream, config, 1, meta)
+    sizes = held(engine)
     inner, vectors, saved = engine.accumulate, [0], [0]
 
     def beside(tensors: Any) -> int:
-        """Bytes of these beside what is held between steps; asked now, as a meta step renews what is held."""
+        """Bytes of these tensors beside those held between steps, which a meta step replaces: ask for them at each call."""
         kept = storages(leavings) | storages(all_held(engine))
         return sum(size for at, size in storages(tensors).items() if at not in kept)
 
@@ -89,11 +84,11 @@ def measure(
 
     def pack(item: torch.Tensor) -> torch.Tensor:
         if not isinstance(item, torch.nn.Parameter):
-            packed.append(weakref.ref(item))  # a parameter under ZeRO 3 saves itself, not what is gathered for it
+            packed.append(weakref.ref(item))  # under ZeRO 3 a parameter saves itself, not its gathered value
         return item
 
     def forward_ends(*_: Any) -> None:
-        """What the graph holds now: what ended with a branch that leads nowhere does not count."""
+        """Measures what the graph holds now; tensors of branches that lead nowhere are gone already."""
         saved[0] = max(saved[0], beside(reference() for reference in packed))
         packed.clear()
 
@@ -113,12 +108,12 @@ def measure(
 
     engine.accumulate, engine._reduce = watched, reducing  # type: ignore[method-assign]
     with Traffic() as traffic:
-        step(2)
-    return between_steps | {"activations": saved[0], "vectors": vectors[0], "traffic": dict(traffic.bytes)}
+        bodies.advance(engine, stream, config, 2, meta)
+    return sizes | {"activations": saved[0], "vectors": vectors[0], "traffic": dict(traffic.bytes)}
 
 
 def all_held(engine: Engine) -> list[torch.Tensor]:
-    """Weights, masters and moments."""
+    """The tensors of weights, masters and moments."""
     tensors: list[torch.Tensor] = []
     for name, space in engine.spaces.items():
         for master in space.masters:
@@ -128,6 +123,7 @@ def all_held(engine: Engine) -> list[torch.Tensor]:
 
 
 def weights(space: Any) -> list[torch.Tensor]:
+    """The tensors of a space's weights, this rank's parts under ZeRO 3 included."""
     tensors = []
     for parameter in space.parameters.values():
         tensors += [parameter.data, parameter.ds_tensor.data] if hasattr(parameter, "ds_tensor") else [parameter.data]
@@ -135,55 +131,53 @@ def weights(space: Any) -> list[torch.Tensor]:
 
 
 def held(engine: Engine) -> dict[str, float]:
-    """Bytes by kind between steps."""
-    sizes: dict[str, float] = {}
+    """Bytes that this rank holds between steps, by kind."""
     own = [space for name, space in engine.spaces.items() if name != SHARED]
     shared = engine.spaces[SHARED]
 
     def states(name: str) -> list[torch.Tensor]:
         return [t for m in engine.spaces[name].masters for t in (m, *engine.optimizers[name].state[m].values())]
 
-    sizes["weights"] = sum(storages(weights(shared)).values())
-    sizes["optimizer"] = sum(storages(states(SHARED)).values())
-    sizes["adapters"] = sum(storages(t for s in own for t in weights(s)).values())
-    sizes["adapters"] += sum(storages(t for n in engine.spaces if n != SHARED for t in states(n)).values())
-    return sizes
+    own_states = [tensor for name in engine.spaces if name != SHARED for tensor in states(name)]
+    return {
+        "weights": sum(storages(weights(shared)).values()),
+        "optimizer": sum(storages(states(SHARED)).values()),
+        "adapters": sum(storages(t for space in own for t in weights(space)).values())
+        + sum(storages(own_states).values()),
+    }
 
 
 def elements(settings: list[str], tensor: int, languages: tuple[str, ...]) -> tuple[int, int]:
-    """(shared, one language's) elements of this rank's encoder."""
+    """The elements of this rank's encoder: of the shared parameters, and of one language's own."""
     engine, _, _ = bodies.make(settings, "zero0", tensor, languages)
     shared, own, *_ = engine.model.parameter_groups().values()
     return sum(p.numel() for p in shared.values()), sum(p.numel() for p in own.values())
 
 
 def _attention(query: Any, key: Any, *_: Any, **__: Any) -> int:
-    """Two products (rows, heads, length, channels) x (rows, heads, channels, length): scores, and the mix of values."""
+    """FLOPs of the two products of attention, for the scores and for the mix of values.
+
+    The shapes are (rows, heads, length, channels) and (rows, heads, channels, length).
+    """
     rows, heads, length, channels = query
     return 2 * 2 * rows * heads * length * key[2] * channels
 
 
 aten = torch.ops.aten
-FUSED = {  # torch's own table lacks the CPU's; a backward pass is twice the forward one, what is computed again not counted
+FUSED = {  # torch's table lacks these; a backward pass counts twice the forward one, without recomputation
     aten._scaled_dot_product_flash_attention_for_cpu: _attention,
     aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda _, *shapes, **kinds: 2 * _attention(*shapes),
 }
 
 
 def flops(settings: list[str], languages: tuple[str, ...]) -> float:
-    """Counted by torch as they are dispatched, of an average step after the first ones (a meta run's first seeks a radius)."""
+    """FLOPs of an average step, as torch counts dispatched operators; the first steps, which search a radius, do not count."""
     torch.nn.functional.linear = torch._C._nn.linear  # see `measure`
     engine, stream, config = bodies.make([*settings, "meta.check_every=0"], "zero0", 1, languages)
     meta = MetaStep(engine, config.meta) if config.variant.startswith("meta_") else None
 
-    def advance(until: int) -> None:
-        if meta:
-            bodies.advance_meta(engine, stream, config, meta, until)
-        else:
-            bodies.advance(engine, stream, config, until)
-
     every = config.meta.every
-    advance(every)
+    bodies.advance(engine, stream, config, every, meta)
     with FlopCounterMode(display=False, custom_mapping=FUSED) as counted:
-        advance(2 * every)
+        bodies.advance(engine, stream, config, 2 * every, meta)
     return counted.get_total_flops() / every

@@ -1,4 +1,4 @@
-"""tools/plan.py's arithmetic against what engines hold and send: memory within 10%, parameters and traffic exactly."""
+"""Compares the arithmetic of tools/plan.py with what engines hold and send: memory within 10%, parameters and traffic exactly."""
 
 import pytest
 
@@ -39,19 +39,19 @@ def test_memory_and_traffic_of_a_step(json_name: str, ranks: int, tensor: int, e
     config = load_run([], [*bodies.TINY, f"parallel.tensor={tensor}", *settings])
     layout = arithmetic.PlannedLayout(ranks, tensor, int(json_name[4]), config.train.precision)
     count = arithmetic.parameters(config, len(bodies.LANGUAGES), VOCABULARY, tensor)
-    wanted = arithmetic.memory(config, count, layout, VOCABULARY, on_gpu=False)
-    wanted["vectors"] = wanted.pop("gradients") + wanted.pop("meta step", 0.0)
-    found = pool(ranks).run(plan_bodies.measure, settings, json_name, tensor, bodies.LANGUAGES)[0]
+    planned = arithmetic.memory(config, count, layout, VOCABULARY, on_gpu=False)
+    planned["vectors"] = planned.pop("gradients") + planned.pop("meta step", 0.0)
+    measured = pool(ranks).run(plan_bodies.measure, settings, json_name, tensor, bodies.LANGUAGES)[0]
     for kind in ("weights", "optimizer", "adapters", "vectors", "activations"):
-        print(f"{kind:<12}{wanted[kind] / 1e6:>10.3f}{found[kind] / 1e6:>10.3f} MB planned, measured")
-        assert wanted[kind] == pytest.approx(found[kind], rel=0.1, abs=64), kind
-    check_traffic(config, count, layout, found["traffic"])
+        print(f"{kind:<12}{planned[kind] / 1e6:>10.3f}{measured[kind] / 1e6:>10.3f} MB planned, measured")
+        assert planned[kind] == pytest.approx(measured[kind], rel=0.1, abs=64), kind
+    check_traffic(config, count, layout, measured["traffic"])
 
 
 def check_traffic(
     config, count: arithmetic.ParameterCount, layout: arithmetic.PlannedLayout, traffic: dict[tuple[int, str], int]
 ) -> None:
-    """The planned bytes are what entered the collectives, but for a few scalars (norms, losses)."""
+    """Asserts that the planned bytes entered the collectives; norms and losses add a few scalars."""
     volume = arithmetic.data_parallel_volume(config, count, layout)
     inside = arithmetic.tensor_parallel_volume(config, layout)
     planned_by_size = [(layout.data, volume), (layout.tensor, {"all_reduce": inside})]
@@ -109,7 +109,7 @@ def test_an_absent_language_costs_its_share_of_memory_and_nothing_else() -> None
     ids=" ".join,
 )
 def test_flops_of_a_step(extra: list[str]) -> None:
-    """What torch counts; the plan rounds passes that want one language's gradients to two thirds."""
+    """The plan agrees with torch's count; it takes a pass to one language's gradients for two thirds of a whole pass."""
     config = load_run([], [*bodies.TINY, *SHAPE, *extra])
     counted = pool(1).run(plan_bodies.flops, [*SHAPE, *extra], bodies.LANGUAGES)[0]
     planned = arithmetic.step_flops(config, VOCABULARY)
