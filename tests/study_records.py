@@ -25,7 +25,7 @@ def planted(
 ) -> Records:
     """Joint scores 80 within and 70 zero-shot; `mono` points above joint, mono at low resource `low` above joint; the
     source scores `far` points more with the distant partner than with the close one."""
-    found = Records(source="syn", distances={"close": 0.2, "far": 0.95})
+    records = Records(source="syn", distances={"close": 0.2, "far": 0.95})
     table = PLANTED | (shifts or {})
     for seed in range(seeds):
         for number, (variant, (within, across)) in enumerate(table.items()):
@@ -34,17 +34,17 @@ def planted(
                 on_source = WITHIN + within + shift
                 target = languages[1]
                 facts = {"set": name, "kind": "pair", "languages": languages, "variant": variant}
-                found.scores += [
+                records.scores += [
                     score(facts, seed, number, "syn", "syn", on_source),
                     score(facts, seed, number, target, target, WITHIN + within),
                     score(facts, seed, number, "syn", target, ZERO_SHOT + across),
                 ]
                 loss = 5.0 - (0.5 if variant == "meta_adpt" else 0.0)
-                found.models.append(trained(facts, seed, loss + 0.001 * seed))
-        _mono(found, seed, mono, low)
-        _others(found, seed)
-        _causes(found, seed)
-    return found
+                records.models.append(trained(facts, seed, loss + 0.001 * seed))
+        _mono(records, seed, mono, low)
+        _others(records, seed)
+        _causes(records, seed)
+    return records
 
 
 def score(
@@ -73,41 +73,41 @@ def trained(facts: dict[str, Any], seed: int, loss: float) -> TrainedModel:
     )  # fmt: skip
 
 
-def _mono(found: Records, seed: int, mono: float, low: float) -> None:
+def _mono(records: Records, seed: int, mono: float, low: float) -> None:
     for language in ("syn", "syn-close", "syn-far"):
         facts = {"set": language, "kind": "mono", "languages": [language], "variant": "mono"}
-        found.models.append(trained(facts, seed, 5.0))
+        records.models.append(trained(facts, seed, 5.0))
         shift = -2.0 if language == "syn" else 0.0  # the joint source scores lie between those of the two pairs
-        found.scores.append(score(facts, seed, 8, language, language, WITHIN + mono + shift))
+        records.scores.append(score(facts, seed, 8, language, language, WITHIN + mono + shift))
         if language == "syn":
-            found.scores += [score(facts, seed, 8, "syn", target, FLOOR) for target in ("syn-close", "syn-far")]
+            records.scores += [score(facts, seed, 8, "syn", target, FLOOR) for target in ("syn-close", "syn-far")]
     facts = {"set": "syn-far@400", "kind": "mono", "languages": ["syn-far"], "variant": "mono"}
-    found.models.append(trained(facts, seed, 5.0))
-    found.scores.append(score(facts, seed, 9, "syn-far", "syn-far", 60.0 + low))
+    records.models.append(trained(facts, seed, 5.0))
+    records.scores.append(score(facts, seed, 9, "syn-far", "syn-far", 60.0 + low))
 
 
-def _others(found: Records, seed: int) -> None:
+def _others(records: Records, seed: int) -> None:
     """A low-resource pair, a triple, all languages, and a frozen fine-tuning."""
     facts: dict[str, Any] = {"set": "far-low", "kind": "low", "languages": ["syn", "syn-far"], "variant": "joint"}
-    found.scores += [
+    records.scores += [
         score(facts, seed, 0, "syn-far", "syn-far", 60.0),
         score(facts, seed, 0, "syn", "syn", WITHIN - 4.0),  # as with the whole partner
     ]
     facts = {"set": "far-tri", "kind": "triple", "languages": ["syn", "syn-far", "syn-far-2"], "variant": "joint"}
-    found.scores += [
+    records.scores += [
         score(facts, seed, 0, "syn-far", "syn-far", WITHIN + 0.1),
         score(facts, seed, 0, "syn", "syn-far", ZERO_SHOT + 5.0),
     ]
     facts = {"set": "many", "kind": "many", "languages": ["syn", "syn-close", "syn-far"], "variant": "joint"}
-    found.scores.append(score(facts, seed, 0, "syn-far", "syn-far", WITHIN + 9.0))
+    records.scores.append(score(facts, seed, 0, "syn-far", "syn-far", WITHIN + 9.0))
     facts = {"set": "far", "kind": "pair", "languages": PAIRS["far"], "variant": "adpt"}
-    found.scores.append(score(facts, seed, 3, "syn-far", "syn-far", WITHIN - 1.0, control="freeze"))
+    records.scores.append(score(facts, seed, 3, "syn-far", "syn-far", WITHIN - 1.0, control="freeze"))
 
 
-def _causes(found: Records, seed: int) -> None:
+def _causes(records: Records, seed: int) -> None:
     common = {"set": "far", "languages": PAIRS["far"], "variant": "joint", "seed": seed}
     facts: dict[str, Any] = {"within": 0.8 + 0.01 * seed, "between": 0.5}
-    found.analyses.append(AnalysisSummary(**common, analysis="conflict", facts=facts))
+    records.analyses.append(AnalysisSummary(**common, analysis="conflict", facts=facts))
     cosines = {(0, "attention"): 0.9, (0, "ffn"): 0.7, (1, "attention"): 0.6, (1, "ffn"): 0.4}
     layers = [
         {
@@ -121,4 +121,4 @@ def _causes(found: Records, seed: int) -> None:
         for left, right in (("syn", "syn-far"), ("syn", "syn"))
     ]
     layers.append({"layer": "all", "component": "all", "left": "syn", "right": "syn-far", "cosine": "0.1"})
-    found.analyses.append(AnalysisSummary(**common, analysis="prune", facts={"layers": layers}))
+    records.analyses.append(AnalysisSummary(**common, analysis="prune", facts={"layers": layers}))

@@ -26,34 +26,21 @@ def draw(output: Path, results: InterferenceResults) -> None:
     _write_table(output, results)
     for metric in dict.fromkeys(comparison.metric for comparison in results.comparisons):
         _draw_metric(output, results, metric)
-    languages = results.languages
-    for metric, panels in transfer(results.tuned, languages).items():
+    for metric, matrices in transfer(results.tuned, results.languages).items():
         caption = "mean over seeds and over the models that have both languages; diagonal: within-language"
-        heatmaps(
-            panels,
-            languages,
-            languages,
-            output / f"transfer-{_stem(metric)}.png",
-            title=f"Zero-shot transfer: {metric}",
-            label=metric,
-            caption=f"{results.data}\n{caption}",
-            form=".1f",
-            middle=float(np.nanmean(np.stack(list(panels.values())))),
-            row_label="fine-tuned on",
-            column_label="tested on",
+        _draw_matrices(
+            results, matrices, output / f"transfer-{_stem(metric)}.png", title=f"Zero-shot transfer: {metric}",
+            label=metric, caption=f"{results.data}\n{caption}", form=".1f", row_label="fine-tuned on",
+            column_label="tested on", middle=float(np.nanmean(np.stack(list(matrices.values())))),
+        )  # fmt: skip
+    if results.distances and len(results.languages) > 1:
+        caption = (
+            "vocabulary: 1 − overlap of unigrams; characters: Jensen-Shannon of sequences of 1 to 3; training text of "
         )
-    if results.distances and len(languages) > 1:
-        heatmaps(
-            results.distances,
-            languages,
-            languages,
-            output / "distance.png",
-            title="Distance between languages",
-            label="distance",
-            caption="vocabulary: 1 − overlap of unigrams; characters: Jensen-Shannon of sequences of 1 to 3; training text of "
-            + results.data,
-            middle=0.5,
-        )
+        _draw_matrices(
+            results, results.distances, output / "distance.png", title="Distance between languages", label="distance",
+            caption=caption + results.data, middle=0.5,
+        )  # fmt: skip
     if results.mono or results.joint:
         _draw_curves(output, results)
 
@@ -105,18 +92,15 @@ def _draw_metric(output: Path, results: InterferenceResults, metric: str) -> Non
     caption = f"{basis}; 95% bootstrap intervals, paired; right of 0: joint training hurts"
     intervals(gaps, output / f"differences-{stem}.png", title="Interference", label=unit, caption=caption)
     if matrices := results.pair_matrices(metric):
-        heatmaps(
-            matrices,
-            results.languages,
-            results.languages,
-            output / f"pairs-{stem}.png",
-            title="Interference of pairs",
-            label=unit,
-            caption=f"{basis}; positive: the partner hurts; grey: no such run",
-            form="+.2f",
-            row_label="language",
-            column_label="partner",
-        )
+        caption = f"{basis}; positive: the partner hurts; grey: no such run"
+        _draw_matrices(
+            results, matrices, output / f"pairs-{stem}.png", title="Interference of pairs", label=unit, caption=caption,
+            form="+.2f", row_label="language", column_label="partner",
+        )  # fmt: skip
+
+
+def _draw_matrices(results: InterferenceResults, matrices: dict[str, np.ndarray], path: Path, **options: Any) -> None:
+    heatmaps(matrices, results.languages, results.languages, path, **options)
 
 
 def _level(category: str, series: str, values: tuple[float, ...]) -> Value:

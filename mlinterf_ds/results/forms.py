@@ -1,11 +1,10 @@
-"""Tables as Markdown, CSV and LaTeX."""
+"""Writes tables as Markdown, CSV and LaTeX."""
 
 from __future__ import annotations
 
 import csv
 import io
 from collections.abc import Iterable
-from typing import Any
 
 from mlinterf_ds.results.tables import Cell, Table
 
@@ -33,16 +32,14 @@ def markdown(table: Table) -> str:
 
 
 def comma_separated(table: Table) -> str:
-    """A line a cell: block, row, column, mean, std, seeds, paper, best, mark."""
+    """CSV with a row for each cell of the table."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(["block", "row", "column", "mean", "std", "seeds", "paper", "best", "mark"])
     for block, name, column, cell in _cells(table):
-        numbers: list[Any] = ["" if x is None else f"{x:.4f}" for x in (cell.mean, cell.std)]
-        known = "" if cell.paper is None else cell.paper
-        if cell.text:
-            numbers[0] = cell.text
-        writer.writerow([block, name, column, *numbers, len(cell.values), known, int(cell.best), cell.mark])
+        mean, std = ("" if x is None else f"{x:.4f}" for x in (cell.mean, cell.std))
+        row = [block, name, column, cell.text or mean, std, len(cell.values), cell.paper, int(cell.best), cell.mark]
+        writer.writerow(row)
     return out.getvalue()
 
 

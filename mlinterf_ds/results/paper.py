@@ -1,7 +1,7 @@
-"""The paper's own numbers (Wang, Lipton and Tsvetkov 2020, tables 1 to 7), to stand beside ours.
+"""The paper's own numbers (Wang, Lipton and Tsvetkov 2020, tables 1 to 7), shown beside ours.
 
-Rows are in the order of `ROWS`, which names ours: `xlm` is the paper's XLM-100, a joint model of 100 languages and 827M
-parameters. Two numbers are misprints and left out; `MISPRINTS` has the reasons.
+The rows of each text are in the order of `ROWS`; `xlm` is the paper's XLM-100, a joint model of 100 languages and 827M
+parameters. Two numbers are misprints and left out; `MISPRINTS` says why.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ MISPRINTS = {
 
 
 def _read() -> dict[tuple[str, str, str, str, str], float]:
-    found = {}
+    scores = {}
     for task, (head, settings) in {"ner": _NER, "pos": _POS, "qa": _QA, "nli": _NLI}.items():
         names = ("f1", "em") if task == "qa" else ("accuracy",) if task == "nli" else ("f1",)
         for setting, text in settings.items():
@@ -112,8 +112,8 @@ def _read() -> dict[tuple[str, str, str, str, str], float]:
                 for language, cell in zip(head.split(), line.split(), strict=True):
                     for name, value in zip(names, cell.split("/"), strict=False):
                         if value != "-":
-                            found[task, name, setting, row, language] = float(value)
-    return found
+                            scores[task, name, setting, row, language] = float(value)
+    return scores
 
 
 #: (task, metric, setting, row, language or "avg") -> percent

@@ -135,15 +135,9 @@ class PretrainedRun:
         """How often the best checkpoint had seen the training text of each language."""
         data, train = self.config["data"], self.config["train"]
         stream = TrainStream(
-            corpus,
-            self.pretrained.languages,
-            rows=train["batch"],
-            length=data["sequence_length"],
-            seed=train["seed"],
-            temperature=data["temperature"],
-            mixed=data["mixed"],
-            mask_share=data["mask"],
-        )
+            corpus, self.pretrained.languages, rows=train["batch"], length=data["sequence_length"], seed=train["seed"],
+            temperature=data["temperature"], mixed=data["mixed"], mask_share=data["mask"],
+        )  # fmt: skip
         return {code: facts["epochs"] for code, facts in stream.seen(self.step).items()}
 
     def settings_unlike(self, other: PretrainedRun) -> list[str]:

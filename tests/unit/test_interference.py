@@ -104,14 +104,14 @@ def test_synthetic_languages_in_order(tmp_path: Path) -> None:
     corpus = prepare(
         {code: [tmp_path / code] for code in codes}, tmp_path / "corpus", vocabulary_size=900, progress=False, workers=1
     )
-    found = distance.distances(corpus, codes)
-    assert list(found) == ["vocabulary", "characters", "planted"]
-    for name, matrix in found.items():
+    matrices = distance.distances(corpus, codes)
+    assert list(matrices) == ["vocabulary", "characters", "planted"]
+    for name, matrix in matrices.items():
         assert (matrix == matrix.T).all() and (np.diagonal(matrix) == 0).all() and matrix.max() <= 1, name
         _, close, mid, far = matrix[0]
         assert far > 1.15 * max(close, mid), name
         assert close == pytest.approx(mid, abs=0.05) or name == "planted"
-    assert found["planted"][0].tolist() == pytest.approx([0, 0.20, 0.3667, 0.95], abs=1e-3), "as `language` states"
+    assert matrices["planted"][0].tolist() == pytest.approx([0, 0.20, 0.3667, 0.95], abs=1e-3), "as `language` states"
     whole = (tmp_path / "syn").read_text().split("\n")
     assert set(distance.sentences(corpus, "syn", 7)) < set(whole) and len(distance.sentences(corpus, "syn", 7)) == 7
 
@@ -130,10 +130,10 @@ def test_a_low_resource_version_beside_the_whole_language(tmp_path: Path) -> Non
 def test_typology(tmp_path: Path) -> None:
     path = tmp_path / "features.tsv"
     path.write_text("code\torder\tcase\ttone\nen\tSVO\t0\t\nhi\tSOV\t1\t0\nsw\tSVO\t0\t1\n")
-    found = distance.read_typology(path)
-    assert distance.typology_distance(found["en"], found["hi"]) == 1  # of the two features known of both
-    assert distance.typology_distance(found["hi"], found["sw"]) == 1
-    assert distance.typology_distance(found["en"], found["sw"]) == 0
+    features = distance.read_typology(path)
+    assert distance.typology_distance(features["en"], features["hi"]) == 1  # of the two features known of both
+    assert distance.typology_distance(features["hi"], features["sw"]) == 1
+    assert distance.typology_distance(features["en"], features["sw"]) == 0
     assert math.isnan(distance.typology_distance(["", "1"], ["1", ""]))
     assert distance.typology_distance(["1", "0", "1"], ["1", "1", "1"]) == pytest.approx(1 / 3), "0 and 1 are classes"
     assert distance.typology_distance(["0.5", "0"], ["0.3", "0.4"]) == pytest.approx(1 - 0.3 / 0.5)

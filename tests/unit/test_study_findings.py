@@ -20,30 +20,30 @@ UNASKED = {"meta_adpt_beats_meta_adpt_direct", "meta_adpt_beats_adpt_compute"}  
 
 
 def verdicts(records: Records) -> dict[str, str]:
-    return {found.name: found.verdict for found in all_findings(records)}
+    return {finding.name: finding.verdict for finding in all_findings(records)}
 
 
 def test_the_papers_claims_hold_where_they_were_planted() -> None:
-    found = verdicts(planted())
+    verdict_of = verdicts(planted())
     # 70 zero-shot, 30 without the language: attn at 50 keeps exactly half, so does not collapse for sure; ffn does
-    assert found.pop("attn_collapses_zero_shot") == "undecided"
-    assert {found.pop(name) for name in UNASKED} == {"undecided"}
-    assert set(found.values()) == {"holds"}, {name for name, verdict in found.items() if verdict != "holds"}
+    assert verdict_of.pop("attn_collapses_zero_shot") == "undecided"
+    assert {verdict_of.pop(name) for name in UNASKED} == {"undecided"}
+    assert set(verdict_of.values()) == {"holds"}, {name for name, verdict in verdict_of.items() if verdict != "holds"}
 
 
 def test_planted_effects_are_measured() -> None:
-    found = {each.name: each for each in all_findings(planted())}
-    assert found["share_adpt_beats_joint_zero_shot"].effect.mean == pytest.approx(3.0, abs=0.05)
-    assert found["meta_adpt_best_within"].effect.mean == pytest.approx(2.0, abs=0.05)
-    assert found["meta_adpt_best_zero_shot"].effect.mean == pytest.approx(3.0, abs=0.05)
-    assert "share_adpt" in found["meta_adpt_best_zero_shot"].note
-    assert found["ffn_collapses_zero_shot"].effect.mean == pytest.approx(30 + 0.5 * 40 - 10, abs=0.05)
-    assert found["distance_worsens_interference"].effect.mean == pytest.approx(4.0, abs=0.05)
-    assert found["gradients_conflict_across_languages"].effect.mean == pytest.approx(0.32)
-    assert found["lower_layers_shared_more"].effect.mean == pytest.approx(0.3 + 0.02)
-    assert found["attention_shared_more"].effect.mean == pytest.approx(0.2)
-    assert found["meta_adpt_converges_faster"].effect.mean == pytest.approx(0.5)
-    beside = found["ffn_collapses_zero_shot"].beside
+    of = {finding.name: finding for finding in all_findings(planted())}
+    assert of["share_adpt_beats_joint_zero_shot"].effect.mean == pytest.approx(3.0, abs=0.05)
+    assert of["meta_adpt_best_within"].effect.mean == pytest.approx(2.0, abs=0.05)
+    assert of["meta_adpt_best_zero_shot"].effect.mean == pytest.approx(3.0, abs=0.05)
+    assert "share_adpt" in of["meta_adpt_best_zero_shot"].note
+    assert of["ffn_collapses_zero_shot"].effect.mean == pytest.approx(30 + 0.5 * 40 - 10, abs=0.05)
+    assert of["distance_worsens_interference"].effect.mean == pytest.approx(4.0, abs=0.05)
+    assert of["gradients_conflict_across_languages"].effect.mean == pytest.approx(0.32)
+    assert of["lower_layers_shared_more"].effect.mean == pytest.approx(0.3 + 0.02)
+    assert of["attention_shared_more"].effect.mean == pytest.approx(0.2)
+    assert of["meta_adpt_converges_faster"].effect.mean == pytest.approx(0.5)
+    beside = of["ffn_collapses_zero_shot"].beside
     assert beside["unseen"] == pytest.approx(30, abs=0.2) and beside["majority"] == 10
 
 
@@ -52,8 +52,8 @@ def test_the_opposite_fails() -> None:
         "meta_adpt": (-1.0, 3.0),
         "joint": (0.0, 4.0),
     }
-    found = verdicts(planted(shifts=worse, mono=-8.0, low=4.0, far=4.0))
-    fails = {name for name, verdict in found.items() if verdict == "fails"}
+    verdict_of = verdicts(planted(shifts=worse, mono=-8.0, low=4.0, far=4.0))
+    fails = {name for name, verdict in verdict_of.items() if verdict == "fails"}
     assert {"mono_beats_joint_within", "joint_beats_mono_at_low_resource", "distance_worsens_interference"} <= fails
     assert {f"{name}_beats_joint_within" for name in ("ffn", "attn", "adpt", "share_adpt")} <= fails
     assert {"meta_adpt_best_within", "meta_adpt_best_zero_shot", "attn_collapses_zero_shot"} <= fails
@@ -64,47 +64,47 @@ def test_the_opposite_fails() -> None:
 def test_nothing_collapses_where_joint_training_transfers_nothing() -> None:
     """Joint zero-shot at 30.5 is within the margin of the floor of 30: ffn, far below, has lost no transfer."""
     nothing = {"joint": (0.0, -39.5), "ffn": (0.0, -60.0), "attn": (0.0, -60.0)}
-    found = {each.name: each for each in all_findings(planted(shifts=nothing))}["ffn_collapses_zero_shot"]
-    assert (found.verdict, found.parts) == ("undecided", {})
-    assert "without pos syn-close, pos syn-far, where joint transfers nothing" in found.note
+    collapse = {finding.name: finding for finding in all_findings(planted(shifts=nothing))}["ffn_collapses_zero_shot"]
+    assert (collapse.verdict, collapse.parts) == ("undecided", {})
+    assert "without pos syn-close, pos syn-far, where joint transfers nothing" in collapse.note
 
 
 def test_one_seed_decides_nothing_and_says_so() -> None:
-    for found in all_findings(planted(seeds=1)):
-        assert found.verdict == "undecided" and ("one seed" in found.note or found.name in UNASKED)
-        assert found.effect.low == -math.inf or not found.effect.values
+    for finding in all_findings(planted(seeds=1)):
+        assert finding.verdict == "undecided" and ("one seed" in finding.note or finding.name in UNASKED)
+        assert finding.effect.low == -math.inf or not finding.effect.values
 
 
 def test_an_empty_study_says_that_it_has_no_records() -> None:
-    for found in all_findings(Records(source="syn")):
-        assert (found.verdict, found.effect.values) == ("undecided", ()) and "no records" in found.note
+    for finding in all_findings(Records(source="syn")):
+        assert (finding.verdict, finding.effect.values) == ("undecided", ()) and "no records" in finding.note
 
 
 def test_the_report_of_findings_names_all_of_them() -> None:
     records = planted()
-    found = all_findings(records)
-    text = markdown(found, records.confidence)
-    assert len(found) >= 20 and all(each.claim in text for each in found) and "95% interval" in text
-    assert f"not corrected for there being {len(found)} of them" in text and "5% are still told apart" in text
+    findings = all_findings(records)
+    text = markdown(findings, records.confidence)
+    assert len(findings) >= 20 and all(finding.claim in text for finding in findings) and "95% interval" in text
+    assert f"not corrected for there being {len(findings)} of them" in text and "5% are still told apart" in text
 
 
 def test_controls_are_compared_by_their_own_rows() -> None:
     records = planted()
     ours = [s for s in records.scores if s.variant == "meta_adpt"]
     records.scores += [replace(s, control="direct", score=s.score - 1.5 - 0.1 * (s.seed % 2)) for s in ours]
-    found = {each.name: each for each in all_findings(records)}
-    direct = found["meta_adpt_beats_meta_adpt_direct"]
+    of = {finding.name: finding for finding in all_findings(records)}
+    direct = of["meta_adpt_beats_meta_adpt_direct"]
     assert direct.verdict == "holds" and direct.effect.mean == pytest.approx(1.54)
-    assert found["meta_adpt_best_within"].effect.mean == pytest.approx(2.0, abs=0.05)  # the control is no rival
+    assert of["meta_adpt_best_within"].effect.mean == pytest.approx(2.0, abs=0.05)  # the control is no rival
 
 
 # --- statistics --------------------------------------------------------------------------------------------------------
 def test_interval_is_students() -> None:
     values = [1.0, 2.5, 0.5, 1.5, 2.0]
-    found = student_effect(values, 0.9)
+    effect = student_effect(values, 0.9)
     low, high = stats.ttest_1samp(values, 0).confidence_interval(0.9)
-    assert (found.low, found.high) == pytest.approx((low, high))
-    assert found.size == pytest.approx(np.mean(values) / np.std(values, ddof=1))
+    assert (effect.low, effect.high) == pytest.approx((low, high))
+    assert effect.size == pytest.approx(np.mean(values) / np.std(values, ddof=1))
 
 
 @pytest.mark.parametrize(
@@ -118,8 +118,8 @@ def test_interval_is_students() -> None:
     ],
 )
 def test_verdicts(values: list[float], sign: str, equal: str) -> None:
-    found = student_effect(values)
-    assert (positive(found), negligible(found, 1.0)) == (sign, equal)
+    effect = student_effect(values)
+    assert (positive(effect), negligible(effect, 1.0)) == (sign, equal)
 
 
 def test_a_claim_of_several_parts() -> None:
@@ -140,10 +140,10 @@ def test_bootstrap_against_the_exact_sign_test() -> None:
         other = right.copy()
         other[wrong[:better]], other[np.flatnonzero(right)[:worse]] = 1, 0
         exact = stats.binomtest(better, 20).pvalue
-        found = bootstrap_p([counts(other)], [counts(right)], resamples=2000)
+        p = bootstrap_p([counts(other)], [counts(right)], resamples=2000)
         # the bootstrap's normal limit; the exact test is more cautious in the tails
         limit = 2 * stats.norm.sf(abs(better - worse) / math.sqrt(20 - (better - worse) ** 2 / 200))
-        assert found == pytest.approx(limit, abs=0.05) and abs(found - exact) < 0.2
+        assert p == pytest.approx(limit, abs=0.05) and abs(p - exact) < 0.2
     assert bootstrap_p([counts(right)], [counts(right)]) == 1.0
 
 
@@ -156,12 +156,12 @@ def test_scores_beside_a_claim_are_of_what_all_rows_have() -> None:
     """A row that lacks a language must not look better or worse for it."""
     records = planted(seeds=1)
     records.scores = [s for s in records.scores if not (s.variant == "adpt" and s.set == "far")]
-    found = mean_scores(records, ("adpt", "joint", "attn"), "within")
-    mine = {
+    means = mean_scores(records, ("adpt", "joint", "attn"), "within")
+    by_hand = {
         row: statistics.fmean(
             s.score for s in records.scores if s.variant == row and s.train == s.language == "syn-close"
         )
         for row in ("adpt", "joint", "attn")
     }
-    assert found == pytest.approx(mine | {"majority": MAJORITY})
+    assert means == pytest.approx(by_hand | {"majority": MAJORITY})
     assert "ffn" not in mean_scores(records, ("joint",), "within")
