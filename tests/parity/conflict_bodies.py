@@ -85,9 +85,9 @@ def plain(settings: list[str]) -> dict[Key, np.ndarray]:
     scopes: list[Key] = [(a, p) for a in ("all", *layers) for p in ("all", *parts)]
     cosines = {}
     for layer, part in scopes:
-        mine = [n for n in names if part in ("all", group_of(n)[1]) and layer in ("all", group_of(n)[0])]
-        if mine:
-            rows = torch.stack([torch.cat([g[name].flatten() for name in mine]) for g in flat]).double()
+        scope_names = [n for n in names if part in ("all", group_of(n)[1]) and layer in ("all", group_of(n)[0])]
+        if scope_names:
+            rows = torch.stack([torch.cat([g[name].flatten() for name in scope_names]) for g in flat]).double()
             cosines[layer, part] = F.cosine_similarity(rows[:, None], rows[None], dim=2).numpy()
     return cosines
 

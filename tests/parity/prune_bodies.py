@@ -140,9 +140,11 @@ def multiply(gated: Subject, gates: Tensor) -> None:
             if kind not in kinds:
                 continue
             size = weight.shape[0] if kind == "rows" else HEADS if kind == "heads" else NEURONS
-            mine = gates[at : at + size]
+            site_gates = gates[at : at + size]
             at += size
-            weight.mul_(mine[:, None] if kind == "rows" else mine.repeat_interleave(width if kind == "heads" else 1))
+            weight.mul_(
+                site_gates[:, None] if kind == "rows" else site_gates.repeat_interleave(width if kind == "heads" else 1)
+            )
     assert at == gated.gates.count
 
 

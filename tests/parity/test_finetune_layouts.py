@@ -43,9 +43,9 @@ def test_two_ranks_predict_what_one_does(ground, reference, task, json_name, ten
     wanted = reference(task)
     results = pool(2).run(bodies.finetune, task, *ground, str(tmp_path), EXACT + extra, json_name, tensor)
     assert results[0]["predictions"] == wanted["predictions"]
-    for ours in results:
-        assert ours["progress"]["losses"] == pytest.approx(wanted["progress"]["losses"], rel=1e-3)
-        assert ours["progress"]["dev"] == wanted["progress"]["dev"]
+    for result in results:
+        assert result["progress"]["losses"] == pytest.approx(wanted["progress"]["losses"], rel=1e-3)
+        assert result["progress"]["dev"] == wanted["progress"]["dev"]
     assert results[1]["predictions"] == {"te": [], "as": []}
 
 
@@ -66,9 +66,9 @@ def test_resume_is_bit_exact(ground, json_name: str, tensor: int, steps: int, tm
     assert rest == whole
     last = sorted((tmp_path / "a" / "checkpoints").glob("step-*"))[-1].name
     for kind in ("master", "exp_avg"):
-        ours, theirs = (weights(tmp_path / run / "checkpoints" / last, kind) for run in "ab")
-        assert ours.keys() == theirs.keys()
-        assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
+        uninterrupted, resumed = (weights(tmp_path / run / "checkpoints" / last, kind) for run in "ab")
+        assert uninterrupted.keys() == resumed.keys()
+        assert all(torch.equal(value, resumed[name]) for name, value in uninterrupted.items())
 
 
 @pytest.mark.parametrize("freeze", ["none", "language", "shared"])

@@ -31,8 +31,8 @@ def check(reference, settings: list[str], json_name: str, ranks: int, tensor: in
     wanted, weights = reference(settings)
     results = pool(ranks).run(bodies.train, settings + extra, json_name, tensor, str(out))
     for facts in results:
-        for ours, theirs in zip(facts, wanted, strict=True):
-            assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-5)
+        for step, expected in zip(facts, wanted, strict=True):
+            assert step == pytest.approx(expected, rel=1e-5, abs=1e-5)
     after = bodies.weights(out / "checkpoints" / "step-00000004")
     assert after.keys() == weights.keys()
     # Adam divides by the gradient's size: a weight whose gradient is round-off (a key bias) moves by up to lr.
@@ -83,8 +83,8 @@ def test_checkpoint_loads_at_another_layout(tmp_path: Path) -> None:
     source = tmp_path / "half" / "checkpoints" / "step-00000003"
     for json_name, ranks, tensor in [("zero1", 1, 1), ("zero2", 2, 1), ("zero0", 2, 2)]:
         rest = pool(ranks).run(bodies.resumed, settings, json_name, tensor, str(source), 6)[0]
-        for ours, theirs in zip(rest, whole[3:], strict=True):
-            assert ours == pytest.approx(theirs, rel=1e-4)
+        for step, expected in zip(rest, whole[3:], strict=True):
+            assert step == pytest.approx(expected, rel=1e-4)
 
 
 def test_fp16_goes_through_overflow_scale_changes_and_resume(tmp_path: Path) -> None:

@@ -91,8 +91,8 @@ SETTINGS = ["variant=meta_adpt", "meta.radius=1e-3", "meta.check_every=0", "meta
 def test_every_layout_equals_one_process(one_process, json_name, ranks, tensor, extra, tmp_path: Path) -> None:
     wanted, weights = one_process
     for facts in pool(ranks).run(bodies.train_meta, SETTINGS + extra, json_name, tensor, str(tmp_path)):
-        for ours, theirs in zip(facts, wanted, strict=True):
-            assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-5)
+        for step, expected in zip(facts, wanted, strict=True):
+            assert step == pytest.approx(expected, rel=1e-3, abs=1e-5)
     for name, value in bodies.weights(tmp_path / "checkpoints" / "step-00000004").items():
         if "linear_qkv.bias" not in name:  # a key bias has no gradient: Adam turns its round-off into steps
             assert (value - weights[name]).norm() <= 1e-3 * weights[name].norm() + 1e-6, name
@@ -165,8 +165,8 @@ def test_pcgrad_at_every_layout(json_name: str, ranks: int, tensor: int) -> None
     settings = ["variant=joint", "data.mixed=true", "treatment=pcgrad"]
     (wanted,) = pool(1).run(meta_bodies.pcgrad_facts, settings, "zero0", 1)
     for facts in pool(ranks).run(meta_bodies.pcgrad_facts, settings, json_name, tensor):
-        for ours, theirs in zip(facts, wanted, strict=True):
-            assert ours == pytest.approx(theirs, rel=1e-4)
+        for step, expected in zip(facts, wanted, strict=True):
+            assert step == pytest.approx(expected, rel=1e-4)
 
 
 def test_a_runs_first_step_searches_its_radius() -> None:

@@ -47,11 +47,11 @@ def planted() -> dict[str, Any]:
 @pytest.mark.parametrize("kind", bodies.BOTH)
 def test_planted_useless_groups_are_the_most_negative(planted: dict[str, Any], language: str, kind: str) -> None:
     """Of as many most negative groups as were planted, at least 90% are planted ones."""
-    mine = [index for index, other in enumerate(planted["kinds"]) if other == kind]
+    of_kind = [index for index, other in enumerate(planted["kinds"]) if other == kind]
     useless = {
         planted["names"].index(f"L{layer} {kind[:-1]} {number}") for layer in (0, 1) for number in bodies.PLANTED[kind]
     }
-    lowest = sorted(mine, key=lambda index: float(planted["pi"][language][index]))[: len(useless)]
+    lowest = sorted(of_kind, key=lambda index: float(planted["pi"][language][index]))[: len(useless)]
     assert len(useless & set(lowest)) >= 0.9 * len(useless)
 
 

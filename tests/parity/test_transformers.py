@@ -93,9 +93,9 @@ def test_loss_and_gradients() -> None:
     loss.backward()
     expected.backward()
     words = reference.roberta.embeddings.word_embeddings.weight.grad
-    mine = ours.embeddings.word.weight.grad[:VOCABULARY].clone()
-    mine[1] = words[1]  # they drop the gradient of their padding token
-    torch.testing.assert_close(mine, words, rtol=1e-5, atol=1e-5)
+    words_here = ours.embeddings.word.weight.grad[:VOCABULARY].clone()
+    words_here[1] = words[1]  # they drop the gradient of their padding token
+    torch.testing.assert_close(words_here, words, rtol=1e-5, atol=1e-5)
     attention = reference.roberta.encoder.layer[0].attention.self
     qkv = ours.block.layers[0].self_attention.linear_qkv.weight.grad.unflatten(0, (HEADS, 3, -1))
     for part, projection in enumerate((attention.query, attention.key, attention.value)):

@@ -164,8 +164,10 @@ def test_similarity_by_hand() -> None:
 
 def draws(sequences: int | None, ranks: int = 1, rank: int = 0, languages: tuple[str, ...] = ("te", "as")) -> Draws:
     def slices(rows: int, micro: int) -> list[tuple[int, int]]:
-        mine = rows // ranks
-        return [(s, min(s + micro, (rank + 1) * mine)) for s in range(rank * mine, (rank + 1) * mine, micro)]
+        rank_rows = rows // ranks
+        return [
+            (s, min(s + micro, (rank + 1) * rank_rows)) for s in range(rank * rank_rows, (rank + 1) * rank_rows, micro)
+        ]
 
     fake: Any = SimpleNamespace(device=torch.device("cpu"), layout=Layout(rank, ranks, 1), slices=slices)
     config = ConflictConfig(sequences=sequences, micro_batch=3)  # type: ignore[call-arg]

@@ -19,10 +19,10 @@ def test_gated_groups_equal_adamw_run_per_language() -> None:
     start = {language: torch.randn(7) for language in ("as", "te", "en")}
     ours = {language: [value.clone().requires_grad_()] for language, value in start.items()}
     optimizers = {language: adamw(masters, config) for language, masters in ours.items()}
-    theirs = {language: value.clone().requires_grad_() for language, value in start.items()}
+    reference = {language: value.clone().requires_grad_() for language, value in start.items()}
     separate = {
         language: torch.optim.AdamW([value], lr=0.01, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.1)
-        for language, value in theirs.items()
+        for language, value in reference.items()
     }
     for step in range(30):
         language = ("as", "te")[step % 3 == 0]
@@ -30,12 +30,12 @@ def test_gated_groups_equal_adamw_run_per_language() -> None:
         idle = {other: ours[other][0].detach().clone() for other in ours if other != language}
         apply(optimizers[language], ours[language], [gradient.clone()], lr)
         separate[language].param_groups[0]["lr"] = lr
-        theirs[language].grad = gradient
+        reference[language].grad = gradient
         separate[language].step()
         for other, before in idle.items():
             assert torch.equal(before, ours[other][0])
     for language in start:
-        torch.testing.assert_close(ours[language][0], theirs[language], rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(ours[language][0], reference[language], rtol=1e-6, atol=1e-7)
     assert torch.equal(ours["en"][0], start["en"]) and optimizers["en"].state[ours["en"][0]]["step"] == 0
 
 
@@ -56,14 +56,14 @@ def test_loss_scale_follows_deepspeeds(monkeypatch) -> None:
 
     torch.manual_seed(1)
     ours = LossScale(True, {"initial_scale_power": 8, "loss_scale_window": 5, "hysteresis": 2, "min_loss_scale": 1})
-    theirs = DynamicLossScaler(
+    reference = DynamicLossScaler(
         init_scale=2**8, scale_window=5, min_scale=1, delayed_shift=2, consecutive_hysteresis=False,
         raise_error_at_min_scale=False, dtype=torch.float16,
     )  # fmt: skip
     for overflow in (torch.rand(400) < 0.2).tolist():
         ours.update(overflow)
-        theirs.update_scale(overflow)
-        assert ours.value == theirs.cur_scale
+        reference.update_scale(overflow)
+        assert ours.value == reference.cur_scale
     assert LossScale(False, {}).value == 1.0
     fixed = LossScale(True, {"loss_scale": 128})
     fixed.update(True)
