@@ -1,8 +1,8 @@
 """Gradient conflict (paper, sections 3.1 and 3.3, figure 3): how far languages pull shared parameters apart.
 
-On a checkpoint (`run`) and during pretraining (`Monitor`). The similarity of two languages is the cosine of their
-gradients; two batches of one language give the ceiling. A short batch's gradient is noisy, which lowers all cosines alike:
-compare with the ceiling, never with 1.
+It is measured here on a checkpoint, and by `gradients/monitor.py` during pretraining. The similarity of two languages is the
+cosine of their gradients. Two batches of one language give the ceiling: the gradient of a short batch is noisy, which lowers all
+cosines alike, so compare with the ceiling and never with 1.
 
 <output>/similarity.csv         layer, component, left, right, cosine: everything measured
 <output>/matrix.png/.svg/.csv   the languages' matrices: whole model and components
@@ -44,8 +44,8 @@ def run(job: AnalysisJob) -> dict[str, Any]:
         seed=settings.seed,
         engine=engine,
     )
-    found, costs = measure(engine, draws, settings.sketch, settings.seed)
-    matrix = found.matrix()
+    similarity, costs = measure(engine, draws, settings.sketch, settings.seed)
+    matrix = similarity.matrix()
     if not np.isfinite(matrix).all():
         raise UserError(
             f"{job.model.path}: a gradient is zero or not finite in {job.precision}: the model has diverged, or try "
@@ -60,12 +60,12 @@ def run(job: AnalysisJob) -> dict[str, Any]:
         "seed": settings.seed,
         **spread(matrix),
         "matrix": matrix.tolist(),
-        "corrected": _plain(found.corrected()),
-        "components": {part: spread(found.matrix(ALL, part)) for part in measured_components(found)},
+        "corrected": _plain(similarity.corrected()),
+        "components": {part: spread(similarity.matrix(ALL, part)) for part in measured_components(similarity)},
         "costs": costs,
     }
     if job.first:
-        _write(job, found, summary)
+        _write(job, similarity, summary)
         facts = {f"conflict/{name}": summary[name] for name in ("within", "between", "least") if name in summary}
         job.log(facts | {f"conflict/{name}": v for name, v in costs.items() if not isinstance(v, str)}, 0)
         print(_shown(summary), flush=True)
@@ -76,14 +76,14 @@ def _plain(matrix: np.ndarray) -> list[list[float | None]]:
     return [[float(value) if np.isfinite(value) else None for value in row] for row in matrix]
 
 
-def _write(job: AnalysisJob, found: Similarity, summary: Mapping[str, Any]) -> None:
-    """Table and figures."""
-    codes, parts = list(found.languages), measured_components(found)
-    cosines = [(layer, part, found.matrix(layer, part)) for layer, part in found.scopes()]
+def _write(job: AnalysisJob, similarity: Similarity, summary: Mapping[str, Any]) -> None:
+    """Write similarity.csv and draw both figures."""
+    codes, parts = list(similarity.languages), measured_components(similarity)
+    cosines = [(layer, part, similarity.matrix(layer, part)) for layer, part in similarity.scopes()]
     rows = [
         [layer, part, codes[left], codes[right], float(matrix[left, right])]
         for layer, part, matrix in cosines
-        for left, right in found.pairs()
+        for left, right in similarity.pairs()
     ]
     write_csv(job.output / "similarity.csv", ["layer", "component", "left", "right", "cosine"], rows)
     error = "" if summary["costs"]["sketch"] == "exact" else f"; projected to {summary['costs']['sketch']} dimensions"
@@ -92,18 +92,23 @@ def _write(job: AnalysisJob, found: Similarity, summary: Mapping[str, Any]) -> N
         f"{job.text.folder.name}, seed "
         f"{summary['seed']}{error}\ndiagonal: two batches of one language"
     )
-    panels = {"whole model": found.matrix()} | {part: found.matrix(ALL, part) for part in parts}
+    panels = {"whole model": similarity.matrix()} | {part: similarity.matrix(ALL, part) for part in parts}
     title = "Similarity of the languages' gradients"
     heatmaps(panels, codes, codes, job.output / "matrix.png", title=title, label="cosine", caption=caption)
-    by_component(by_layer(found), job.output / "components.png", title=title, caption=caption.split("\n")[0])
+    by_component(by_layer(similarity), job.output / "components.png", title=title, caption=caption.split("\n")[0])
 
 
-def by_layer(found: Similarity) -> dict[str, dict[str, tuple[float, float]]]:
+def by_layer(similarity: Similarity) -> dict[str, dict[str, tuple[float, float]]]:
     """component -> layer ('' for what lies outside the layers) -> (mean within, mean between)."""
     table: dict[str, dict[str, tuple[float, float]]] = {}
-    for layer, part in [("", "whole model"), *((str(a), p) for p in COMPONENTS for a, q in found.groups if p == q)]:
+    for layer, part in [
+        ("", "whole model"),
+        *((str(a), p) for p in COMPONENTS for a, q in similarity.groups if p == q),
+    ]:
         outside = layer in ("", "None")
-        matrix = found.matrix() if part == "whole model" else found.matrix(None if outside else int(layer), part)
+        matrix = (
+            similarity.matrix() if part == "whole model" else similarity.matrix(None if outside else int(layer), part)
+        )
         facts = spread(matrix)
         name = f"{part} (outside)" if layer == "None" and part == "other" else part
         table.setdefault(name, {})["" if outside else layer] = (facts["within"], facts.get("between", np.nan))
@@ -124,17 +129,17 @@ def _shown(summary: Mapping[str, Any]) -> str:
 
 
 def _draw_runs(job: AnalysisJob) -> dict[str, Any]:
-    """Figure 3 from the conflict.csv of several runs."""
-    places = [str(place) for place in job.config.conflict.runs]
-    short = [Path(place).name or place for place in places]
-    names = short if len(set(short)) == len(short) else places
-    runs = {name: read_curves(Path(place) / "conflict.csv") for name, place in zip(names, places, strict=True)}
+    """Draw figure 3 from the conflict.csv of several runs; the summary holds the last similarity of each pair."""
+    folders = [str(folder) for folder in job.config.conflict.runs]
+    short = [Path(folder).name or folder for folder in folders]
+    names = short if len(set(short)) == len(short) else folders
+    runs = {name: read_curves(Path(folder) / "conflict.csv") for name, folder in zip(names, folders, strict=True)}
     summary: dict[str, Any] = {"analysis": "conflict", "runs": {}}
     for name, curves in runs.items():
         last = {f"{left}-{right}": points[-1] for (left, right), points in curves.items()}
         summary["runs"][name] = {pair: {"step": step, "cosine": value} for pair, (step, value) in last.items()}
     if job.first:
-        rows = [(run, *pair, *point) for run, found in runs.items() for pair, line in found.items() for point in line]
+        rows = [(run, *pair, *point) for run, curves in runs.items() for pair, line in curves.items() for point in line]
         write_csv(job.output / "training.csv", ["run", "left", "right", "step", "cosine"], rows)
         caption = "dashed: two batches of one language. " + ", ".join(map(str, job.config.conflict.runs))
         title = "Gradient similarity during training"
