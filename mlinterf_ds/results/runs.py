@@ -22,7 +22,7 @@ from mlinterf_ds.data.stream import TrainStream
 from mlinterf_ds.engine import checkpoint
 from mlinterf_ds.errors import UserError, refusing
 from mlinterf_ds.files import read_csv, read_json
-from mlinterf_ds.pretrain.losses import COLUMNS
+from mlinterf_ds.pretrain.report import COLUMNS
 from mlinterf_ds.pretrained import Pretrained
 from mlinterf_ds.sections import LANGUAGE_PATTERN
 

@@ -1,63 +1,115 @@
-"""Imports go one way: config <- parallel <- data, model, meta, tracking <- engine, tasks <- report, export <- analysis <- recipes."""
+"""The layout of the package, written down once: which room may import which, walked import by import."""
+
+from __future__ import annotations
 
 import ast
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 PACKAGE = Path(__file__).resolve().parents[2] / "mlinterf_ds"
-LAYERS = {
-    "errors": 0, "files": 1, "ranks": 1, "config": 1, "runtime": 2, "data": 3, "model": 3, "meta": 3, "tracking": 3, "plots": 3,
-    "engine": 4, "tasks": 4, "gradients": 5, "export": 6, "pretrained": 6, "pretrain": 7, "evaluate": 8, "finetune": 8,
-    "results": 9, "analysis": 9, "study": 10,
-}  # fmt: skip
-FORBIDDEN = {
-    "model": {"data", "meta", "tracking"},
-    "data": {"model", "meta", "tracking"},
-    "meta": {"data", "model", "tracking"},
+
+# A room (a folder or file of the package) imports only rooms of earlier lines.
+LAYERS = [
+    ["errors", "meta"],  # meta is the algorithm, which needs torch alone
+    ["files", "ranks", "config"],
+    ["sections"],
+    ["runtime", "tracking", "plots"],
+    ["data", "model"],
+    ["engine"],
+    ["tasks", "gradients", "pretrained"],
+    ["export"],
+    ["pretrain"],
+    ["finetune", "evaluate"],
+    ["results"],
+    ["analysis"],
+    ["study"],
+]
+LAYER = {room: number for number, rooms in enumerate(LAYERS) for room in rooms}
+# Who alone may import a room of this package, or a library.
+ONLY = {
+    "tracking": {"pretrain", "finetune", "evaluate", "analysis", "study"},  # the recipes
+    "meta": {"engine", "gradients"},
+    "megatron": {"model", "runtime", "engine"},
+    "mlflow": {"tracking", "export", "study"},
 }
-FILES = sorted(path for path in PACKAGE.rglob("*.py") if path.parent != PACKAGE or path.name != "__init__.py")
+# The one file that may read a library's private names.
+PRIVATE = [
+    ("engine/zero.py", r"deepspeed\.runtime|\bds_(tensor|shape|numel|persist)\b|persistent_parameters"),
+    ("runtime/parallel.py", r"parallel_state\._|\(parallel_state\)"),
+]
+FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 
 
-def imported(path: Path) -> set[str]:
-    found: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module:
-            module = node.module.split(".")
-            if module[0] == "mlinterf_ds":
-                found |= {module[1]} if len(module) > 1 else {alias.name for alias in node.names}
-            else:
-                found.add(module[0])
-        elif isinstance(node, ast.Import):
-            found |= {alias.name.split(".")[1 if alias.name.startswith("mlinterf_ds.") else 0] for alias in node.names}
-    return found
+def modules(path: Path) -> Iterator[str]:
+    """The modules that a file imports, in functions too, but not those for type checkers alone."""
+
+    def walk(node: ast.AST) -> Iterator[str]:
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.dump(child.test):
+                continue
+            if isinstance(child, ast.ImportFrom) and child.module:
+                yield child.module
+                yield from (f"{child.module}.{alias.name}" for alias in child.names)
+            elif isinstance(child, ast.Import):
+                yield from (alias.name for alias in child.names)
+            yield from walk(child)
+
+    return walk(ast.parse(path.read_text()))
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_layers(path: Path) -> None:
-    mine = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
-    assert mine in LAYERS, f"{mine} has no layer: add it above"
-    for other in imported(path) & LAYERS.keys() - {mine}:
-        assert LAYERS[other] <= LAYERS[mine], f"{mine} imports {other}"
-        assert other not in FORBIDDEN.get(mine, set()), f"{mine} imports {other}"
+def room(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def rooms(path: Path) -> set[str]:
+    """The rooms of this package and the libraries that a file imports."""
+    names = [name.split(".") for name in modules(path)]
+    return {parts[1] if parts[0] == PACKAGE.name else parts[0] for parts in names if parts != [PACKAGE.name]}
+
+
+@pytest.mark.parametrize("name", LAYER)
+def test_a_room_imports_only_rooms_below(name: str) -> None:
+    for path in FILES:
+        if room(path) == name:
+            for other in rooms(path) - {name}:
+                assert LAYER.get(other, -1) < LAYER[name], f"{path.relative_to(PACKAGE)} imports {other}"
+                assert name in ONLY.get(other, {name}), f"{path.relative_to(PACKAGE)} imports {other}"
+
+
+def test_every_room_has_a_layer() -> None:
+    assert {room(path) for path in FILES} == LAYER.keys()
 
 
 def test_the_algorithm_needs_torch_alone() -> None:
     standard = {"__future__", "math", "collections", "contextlib", "dataclasses", "typing"}
     for path in (PACKAGE / "meta").glob("*.py"):
-        assert imported(path) <= standard | {"torch", "meta"}, path
+        assert rooms(path) <= standard | {"torch", "meta"}, path
 
 
-@pytest.mark.parametrize(
-    "home, private",
-    [
-        ("engine/zero.py", r"deepspeed\.runtime|\bds_(tensor|shape|numel|persist)\b|persistent_parameters"),
-        ("runtime/parallel.py", r"parallel_state\._|\(parallel_state\)"),
-    ],
-)
+@pytest.mark.parametrize("home, private", PRIVATE)
 def test_one_file_alone_reads_the_internals_of_a_library(home: str, private: str) -> None:
     assert re.search(private, (PACKAGE / home).read_text())
     for path in FILES:
         if str(path.relative_to(PACKAGE)) != home:
             assert not re.search(private, path.read_text()), path
+
+
+def test_what_pretraining_needs_stays_small() -> None:
+    """All files of this package that pretraining imports, directly or not, empty ones apart."""
+    waiting, needed = [PACKAGE / "pretrain" / "main.py"], set()
+    while waiting:
+        path = waiting.pop()
+        if path in needed:
+            continue
+        needed.add(path)
+        for name in modules(path):
+            first, *parts = name.split(".")
+            if first == PACKAGE.name:
+                bases = [PACKAGE.joinpath(*parts[:depth]) for depth in range(1, len(parts) + 1)]
+                files = [file for base in bases for file in (base.with_suffix(".py"), base / "__init__.py")]
+                waiting += [file for file in files if file.is_file()]
+    assert not {"finetune", "analysis", "results", "study", "evaluate"} & {room(path) for path in needed}
+    assert len([path for path in needed if path.read_text().strip()]) <= 51

@@ -18,7 +18,7 @@ from mlinterf_ds.data.synthetic import write_sentences
 from mlinterf_ds.errors import UserError
 from mlinterf_ds.plots import bars, curves
 from mlinterf_ds.plots.bars import Value
-from mlinterf_ds.pretrain.losses import LossTable
+from mlinterf_ds.pretrain.report import LossTable
 from mlinterf_ds.results.comparison import BITS, Comparison, compare_scores, transfer
 from mlinterf_ds.results.interference import InterferenceResults
 from mlinterf_ds.results.runs import FineTunedRun, Setup, read_losses
