@@ -46,16 +46,16 @@ def analyse(ranks: int, folder: Path, *settings: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    found = tmp_path_factory.mktemp("runs")
-    with contextlib.chdir(found):  # here, not on a rank: preparing starts processes
+    working = tmp_path_factory.mktemp("runs")
+    with contextlib.chdir(working):  # here, not on a rank: preparing starts processes
         for settings in (RUNS["joint-0"], RUNS["other"]):
             config = load_run([], [*SHORT, *settings])
             data = config.data
             prepare_synthetic(config.languages or [], data.synthetic_sentences, data.synthetic_limit)
     for name, settings in RUNS.items():
         words = arguments(*SHORT, *settings, f"output=runs/{name}")
-        assert pool(1).run(call, "pretrain.main", str(found), words) == [""]
-    return found
+        assert pool(1).run(call, "pretrain.main", str(working), words) == [""]
+    return working
 
 
 @pytest.fixture(scope="module")
@@ -101,8 +101,8 @@ def test_two_ranks_find_the_same(folder: Path, summary: dict[str, Any]) -> None:
     settings = ["output=two", "interference.split=valid", "interference.rows=7"]
     for ranks, out in ((1, "one"), (2, "two")):
         assert analyse(ranks, folder, *PAIR, *settings, f"output={out}") == [""] * ranks
-    found = [json.loads((folder / out / "summary.json").read_text())["comparisons"] for out in ("one", "two")]
-    for one, two in zip(*found, strict=True):
+    tables = [json.loads((folder / out / "summary.json").read_text())["comparisons"] for out in ("one", "two")]
+    for one, two in zip(*tables, strict=True):
         assert one["rows"] == 7
         for key in ("mono", "joint", "interference", "interval"):
             assert one[key] == pytest.approx(two[key], abs=1e-5)
@@ -137,13 +137,13 @@ def test_train_csv_has_every_step_of_a_run(folder: Path) -> None:
 
 def test_a_low_resource_version_keeps_what_is_held_out(folder: Path) -> None:
     limited, whole = (
-        json.loads((folder / place / "manifest.json").read_text())
-        for place in (CORPUS, "corpora/synthetic-800-syn+syn-far")
+        json.loads((folder / corpus / "manifest.json").read_text())
+        for corpus in (CORPUS, "corpora/synthetic-800-syn+syn-far")
     )
     assert limited["vocabulary"]["sha256"] == whole["vocabulary"]["sha256"]
-    ours, theirs = (each["languages"]["syn-far"]["splits"] for each in (limited, whole))
-    assert ours["train"]["sentences"] == 150 < theirs["train"]["sentences"]
-    assert ours["valid"] == theirs["valid"]
+    low, full = (manifest["languages"]["syn-far"]["splits"] for manifest in (limited, whole))
+    assert low["train"]["sentences"] == 150 < full["train"]["sentences"]
+    assert low["valid"] == full["valid"]
     assert limited["languages"]["syn"]["splits"] == whole["languages"]["syn"]["splits"]
 
 
@@ -176,5 +176,5 @@ def test_a_users_mistake(folder: Path, settings: list[str], words: list[str]) ->
     if not (folder / "runs/stopped").exists():
         shutil.copytree(folder / "runs/syn-0", folder / "runs/stopped")
         (folder / "runs/stopped/summary.json").unlink()
-    (said,) = analyse(1, folder, *settings, "output=refused")
-    assert all(word in said for word in words), said
+    (message,) = analyse(1, folder, *settings, "output=refused")
+    assert all(word in message for word in words), message
