@@ -11,13 +11,15 @@ import csv
 import io
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mlinterf_ds.data.corpus import Corpus
 from mlinterf_ds.files import replacing, write_json
 from mlinterf_ds.pretrain.config import RunConfig
-from mlinterf_ds.runtime.session import Session
 from mlinterf_ds.tracking import Status, Tracker, environment_facts
+
+if TYPE_CHECKING:  # the session needs megatron, the columns of train.csv do not
+    from mlinterf_ds.runtime.session import Session
 
 COLUMNS = ["step", "language", "loss", "lr", "tokens"]  # of train.csv
 
