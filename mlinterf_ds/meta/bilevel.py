@@ -14,7 +14,7 @@ A step of Algorithm 1 over language i changes its own parameters phi_i, then the
                                                                                                                (Eq. 8)
 
 Nothing here knows about ranks, dtypes or models: `engine/meta_step.py` takes the steps on the engine, and
-`meta/local.py` is the same in plain torch, with exact double backward beside it.
+`tools/bench/double_backward.py` is the same in plain torch, with exact second derivatives.
 """
 
 from __future__ import annotations

@@ -13,9 +13,9 @@ from mlinterf_ds.engine.engine import Engine
 from mlinterf_ds.engine.meta_step import MetaStep, Phases
 from mlinterf_ds.engine.space import Vector
 from mlinterf_ds.meta.bilevel import AdamLookahead, GradientDescent, mixed_product
-from mlinterf_ds.meta.local import LocalSpace, exact_hypergradient, exact_mixed_product, gradients_of
 from mlinterf_ds.model.encoder import SHARED, Encoder
 from tests.parity import bodies
+from tools.bench.double_backward import LocalSpace, exact_hypergradient, exact_mixed_product, gradients_of
 
 
 def double(batch: Any) -> Any:

@@ -21,13 +21,11 @@ from mlinterf_ds.data.synthetic import (
     annotated,
     distance,
     entailments,
-    entropy_floor,
     language,
     questions,
     sentences,
     write_sentences,
 )
-from mlinterf_ds.data.synthetic.entropy import Forced, entropy, masked_nats
 from mlinterf_ds.data.synthetic.grammar import (
     CONCEPTS,
     FAMILY,
@@ -49,6 +47,7 @@ from mlinterf_ds.data.synthetic.grammar import (
 from mlinterf_ds.data.synthetic.language import SCRIPTS, is_common, lexicon, overlap
 from mlinterf_ds.data.synthetic.sentence import grammar
 from mlinterf_ds.errors import UserError
+from tests.synthetic_entropy import Forced, entropy, entropy_floor, masked_nats
 
 LANGUAGES = ("syn", "syn-close", "syn-mid", "syn-far", "syn-far-4")
 CONTENT = {"NOUN", "VERB", "ADJ", "ADV", "PROPN"}

@@ -47,8 +47,8 @@ def steps(options: argparse.Namespace, count: int) -> Work:
 def exact_step(engine: Any, batch: Any, held_out: Any) -> Callable[[], None]:
     """The same hypergradient and updates by double backward, in one process and plain torch."""
     from mlinterf_ds.meta.bilevel import GradientDescent
-    from mlinterf_ds.meta.local import LocalSpace, exact_hypergradient, gradients_of
     from mlinterf_ds.model.encoder import SHARED, Encoder
+    from tools.bench.double_backward import LocalSpace, exact_hypergradient, gradients_of
 
     trained = engine.model
     model = Encoder(

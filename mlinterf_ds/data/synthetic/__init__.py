@@ -1,6 +1,6 @@
 """Synthetic languages: a seeded family of artificial languages over one shared meaning space.
 
-They are a model organism. How far two languages are apart, what a word means and how much there is to learn are known
+They are a model organism. How far two languages are apart, and what a word means, are known
 exactly, so that experiments run in minutes without a download and instruments can be checked. What holds here need not
 hold for natural languages: these have no pragmatics, no discourse beyond a sentence, no idioms, shallow syntax, and
 meanings that are drawn from tables.
@@ -18,7 +18,6 @@ meanings that are drawn from tables.
   Sentences have about 9 tokens.
 - Example number i depends on the language, the seed, the split and i, but not on how many are asked for. Each language has
   a `train` split of its own; any other split has the same meanings, in the same order, in every language.
-- `entropy_floor` bounds how well any model can predict the text.
 """
 
 import os
@@ -27,7 +26,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mlinterf_ds.data.synthetic.draws import draws
-from mlinterf_ds.data.synthetic.entropy import EntropyFloor, entropy_floor
 from mlinterf_ds.data.synthetic.grammar import Meaning, sample_meaning
 from mlinterf_ds.data.synthetic.language import SyntheticLanguage, distance, language, resolve
 from mlinterf_ds.data.synthetic.sentence import grammar
@@ -38,13 +36,11 @@ from mlinterf_ds.files import replacing
 __all__ = [
     "Annotated",
     "Entailment",
-    "EntropyFloor",
     "Question",
     "SyntheticLanguage",
     "annotated",
     "distance",
     "entailments",
-    "entropy_floor",
     "language",
     "questions",
     "sentences",

@@ -2,7 +2,7 @@
 
 A meaning is a tree of concept numbers. It is sampled independently of any language, by random choices from the tables
 below, and `sentence.Grammar` turns it into a sentence of a language. Given a language, sentences differ only through these
-choices, so that the choices' probabilities determine the entropy of the text (`entropy.py`).
+choices, so that the choices' probabilities determine the entropy of the text.
 """
 
 import random
@@ -84,7 +84,7 @@ class Table(Generic[T]):
 
 
 class Draw:
-    """Makes random choices out of a row of uniform numbers. Subclasses weigh or force the choices (`entropy.py`)."""
+    """Makes random choices out of a row of uniform numbers. Subclasses may weigh or force the choices."""
 
     def __init__(self, uniforms: Sequence[float]) -> None:
         self._next: Callable[[], float] = iter(uniforms).__next__
