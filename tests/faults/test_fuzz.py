@@ -30,8 +30,8 @@ from mlinterf_ds.study.config import StudyConfig
 from mlinterf_ds.tasks import TASKS, Limits
 from mlinterf_ds.tasks.ner import iob2
 from tests.faults.fuzz import MUTATIONS, STRANGE, WOUNDS, cases, mutated, refuses, wounded
-from tests.faults.test_doctor import doctor
 from tests.unit.test_corpus import SPLITS, some_lines, written
+from tools.doctor import hosts as doctor_hosts
 
 RECIPES = Path(__file__).parents[2] / "launch" / "recipes"
 COUNTS = {
@@ -505,7 +505,7 @@ def test_damaged_hostfiles(tmp_path: Path) -> None:
     def case(wounds: Any) -> bool:
         path.write_bytes(wounded(b"# hosts\nnode-1 slots=8\nnode-2 slots=8 # b\n\n10.0.0.3 slots=4\n", wounds))
         try:
-            hosts = doctor.read_hostfile(path)
+            hosts = doctor_hosts.read_hostfile(path)
         except SystemExit as error:
             assert str(path) in str(error)
             return True
