@@ -21,8 +21,7 @@ import torch.distributed as dist
 
 from mlinterf_ds.data.batch import Batch
 from mlinterf_ds.data.evaluation import EvaluationSet
-from mlinterf_ds.data.text import normalise
-from mlinterf_ds.data.tokenizer import BOS, EOS, MANY_UNKNOWN, MASK, UNK, Tokenizer
+from mlinterf_ds.data.tokenizer import BOS, EOS, MANY_UNKNOWN, MASK, UNK, Tokenizer, normalise
 from mlinterf_ds.engine.engine import weighted_loss
 from mlinterf_ds.engine.precision import DTYPES, choose_precision
 from mlinterf_ds.errors import UserError

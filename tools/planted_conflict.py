@@ -29,8 +29,8 @@ def train_and_measure(
     from mlinterf_ds.data.stream import TrainStream
     from mlinterf_ds.engine.engine import Engine
     from mlinterf_ds.engine.precision import read_json
-    from mlinterf_ds.gradients.collect import Draws
-    from mlinterf_ds.gradients.similarity import measure, spread
+    from mlinterf_ds.gradients.measure import Draws, measure
+    from mlinterf_ds.gradients.similarity import spread
     from mlinterf_ds.model.encoder import Encoder
     from mlinterf_ds.pretrain.config import load_run
     from mlinterf_ds.runtime import parallel

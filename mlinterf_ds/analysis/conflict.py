@@ -20,9 +20,8 @@ import numpy as np
 from mlinterf_ds.analysis.job import AnalysisJob
 from mlinterf_ds.errors import UserError
 from mlinterf_ds.files import write_csv
-from mlinterf_ds.gradients.collect import COMPONENTS, Draws
-from mlinterf_ds.gradients.monitor import measured_components
-from mlinterf_ds.gradients.similarity import ALL, Similarity, measure, spread
+from mlinterf_ds.gradients.measure import Draws, measure, measured_components
+from mlinterf_ds.gradients.similarity import ALL, COMPONENTS, Similarity, spread
 from mlinterf_ds.plots.conflict import by_component, read_curves, training_curves
 from mlinterf_ds.plots.heatmaps import heatmaps
 

@@ -1,7 +1,8 @@
-"""A SentencePiece BPE vocabulary shared by all languages of a corpus."""
+"""The normalisation of text, and a SentencePiece BPE vocabulary shared by all languages of a corpus."""
 
 import io
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
@@ -10,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import sentencepiece
 
-from mlinterf_ds.data.text import normalise
 from mlinterf_ds.errors import UserError
 from mlinterf_ds.files import write_bytes
 
@@ -23,11 +23,33 @@ SPECIAL_PIECES = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
 # held-out text takes 0.4% more pieces than if all words are used, and learning takes half the time.
 CHARACTERS_PER_PIECE, FEWEST_CHARACTERS = 75, 500_000
 
+# Control and invisible formatting characters: C0 and C1 controls, soft hyphen, zero-width space, directional marks,
+# byte-order mark, lone surrogates, noncharacters. Joiners (U+200C, U+200D) stay: Persian, Hindi and other languages spell
+# with them. Whatever `str.split` takes for whitespace stays too, and is folded later.
+INVISIBLE = re.compile(
+    "[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\xad\u200b\u200e\u200f\u202a-\u202e\u2060-\u206f\ufeff"
+    "\ud800-\udfff\ufdd0-\ufdef\ufff9-\ufffb\ufffe\uffff]"
+)
+# SentencePiece writes a space as this character, so that this character in a text could only be read back as a space.
+SPACE_PIECE = "\u2581"
+
+
+def strip_invisible(text: str) -> str:
+    """Returns `text` in NFC without control characters. Newlines and other whitespace stay: it may be many lines."""
+    if text.isascii() and text.isprintable():
+        return text
+    return unicodedata.normalize("NFC", INVISIBLE.sub("", text)).replace(SPACE_PIECE, " ")
+
+
+def normalise(text: str) -> str:
+    """Returns the text as models see it: NFC, no control characters, each run of whitespace one space. Idempotent."""
+    return " ".join(strip_invisible(text).split())
+
 
 class Tokenizer:
     """Turns text into piece ids and back. Ids: `<s>` 0, `<pad>` 1, `</s>` 2, `<unk>` 3, `<mask>` 4, then the learned pieces.
 
-    Every text is normalised as in a corpus (`mlinterf_ds.data.text.normalise`). No special piece is added.
+    Every text is normalised as in a corpus (`normalise`). No special piece is added.
     """
 
     def __init__(self, path: str | Path) -> None:

@@ -1,12 +1,15 @@
 """Reads the weights of a `transformers` model folder, from which a pretraining run can start.
 
-It reads what `mlinterf_ds.export.hf` wrote, what transformers' `save_pretrained` made of that, and any XLM-RoBERTa-XL. It
-needs safetensors and json alone, not transformers.
+It reads what `mlinterf_ds.export.hf` wrote, what transformers' `save_pretrained` made of that, and any XLM-RoBERTa-XL
+(pre-norm, tied), which is the same model as our encoder under other names. It needs safetensors and json alone, not
+transformers.
 """
 
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +20,34 @@ from torch import Tensor
 from mlinterf_ds.engine.space import Segment
 from mlinterf_ds.engine.weights import sliced
 from mlinterf_ds.errors import MALFORMED, UserError, refusing
-from mlinterf_ds.export import tokenizer
-from mlinterf_ds.export.names import from_stock, stock_name
 from mlinterf_ds.files import check_files
 
 OURS, STOCK = "mlinterf", "xlm-roberta-xl"
 LISTING = "export.json"  # the file that holds size and digest of every other
 VOCABULARY = ("embeddings.word.weight", "head.bias")  # exported without the padding of the vocabulary
+
+# Our encoder keeps each head's query, key and value side by side in one projection. XLM-RoBERTa-XL has three projections,
+# two more position embeddings (its positions count from after the padding index), and an embedding of the token type, which
+# it adds at every position.
+FIRST_POSITION = 2  # XLM-RoBERTa-XL's index of a row's first position
+WORDS, POSITIONS, TYPES = (
+    f"roberta.embeddings.{kind}_embeddings.weight" for kind in ("word", "position", "token_type")
+)
+TOP = {
+    "embeddings.word": "roberta.embeddings.word_embeddings",
+    "block.final_layernorm": "roberta.encoder.LayerNorm",
+    "head": "lm_head",  # the bias of the output
+    "head.dense": "lm_head.dense",
+    "head.norm": "lm_head.layer_norm",
+}
+LAYER = {
+    "input_layernorm": "attention.self_attn_layer_norm",
+    "self_attention.linear_qkv": "attention.self.query",  # and key and value
+    "self_attention.linear_proj": "attention.output.dense",
+    "pre_mlp_layernorm": "LayerNorm",
+    "mlp.linear_fc1": "intermediate.dense",
+    "mlp.linear_fc2": "output.dense",
+}
 
 
 def is_folder(path: Path) -> bool:
@@ -75,7 +99,7 @@ class Folder:
     @property
     def pieces(self) -> list[str]:
         """The pieces of the vocabulary, by id."""
-        pieces = tokenizer.pieces(self.path)
+        pieces = stored_pieces(self.path)
         if len(pieces) != self.vocabulary:
             raise UserError(
                 f"{self.path}: the tokenizer has {len(pieces)} pieces and the model {self.vocabulary}: they are not of "
@@ -105,3 +129,59 @@ class Folder:
                 f"{self.path}: has no parameter {name}: its variant, languages or shape are others than this run's"
             )
         return self.files[name].get_tensor(name).float()
+
+
+def stored_pieces(folder: Path) -> list[str]:
+    """The pieces of a folder's tokenizer.json, by id."""
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        raise UserError(f"{path} is missing: save the tokenizer there with transformers' tokenizer.save_pretrained")
+    with refusing(f"{path}: not a tokenizer"):
+        content = json.loads(path.read_bytes())
+        vocabulary = content["model"]["vocab"]
+        ids = vocabulary if isinstance(vocabulary, dict) else {piece: id for id, (piece, _) in enumerate(vocabulary)}
+        ids = ids | {added["content"]: added["id"] for added in content["added_tokens"]}
+        ordered = sorted(ids, key=ids.__getitem__)
+        if [ids[piece] for piece in ordered] != list(range(len(ordered))):
+            raise ValueError("its ids are not 0, 1, 2, ...")
+    return ordered
+
+
+def stock_name(name: str) -> str | None:
+    """XLM-RoBERTa-XL's name of our parameter (the query's, for the joint projection); None if it has no such part."""
+    module, _, kind = name.rpartition(".")
+    if match := re.fullmatch(r"block\.layers\.(\d+)\.(.+)", module):
+        part = LAYER.get(match[2])
+        return part and f"roberta.encoder.layer.{match[1]}.{part}.{kind}"
+    if name == "embeddings.position.weight":
+        return POSITIONS
+    return f"{TOP[module]}.{kind}" if module in TOP else None
+
+
+def from_stock(name: str, read: Callable[[str], Tensor], heads: int) -> Tensor:
+    """Our parameter of this name in its full shape; read: returns XLM-RoBERTa-XL's parameter of a name."""
+    stock = stock_name(name)
+    assert stock, f"{name} is no part of an XLM-RoBERTa-XL"
+    if stock == POSITIONS:
+        return read(POSITIONS)[FIRST_POSITION:] + read(TYPES)[0]
+    if ".linear_qkv." in name:
+        parts = [read(stock.replace("query", part)).unflatten(0, (heads, -1)) for part in ("query", "key", "value")]
+        return torch.stack(parts, dim=1).flatten(0, 2)
+    return read(stock)
+
+
+def to_stock(weights: Mapping[str, Tensor], heads: int) -> dict[str, Tensor]:
+    """XLM-RoBERTa-XL's parameters, converted from all of ours."""
+    converted: dict[str, Tensor] = {}
+    for name, weight in weights.items():
+        stock = stock_name(name)
+        assert stock, f"{name} is no part of an XLM-RoBERTa-XL"
+        if stock == POSITIONS:
+            converted[POSITIONS] = torch.cat([weight.new_zeros(FIRST_POSITION, weight.shape[1]), weight])
+            converted[TYPES] = weight.new_zeros(1, weight.shape[1])
+        elif ".linear_qkv." in name:
+            for number, part in enumerate(("query", "key", "value")):
+                converted[stock.replace("query", part)] = weight.unflatten(0, (heads, 3, -1))[:, number].flatten(0, 1)
+        else:
+            converted[stock] = weight
+    return {name: weight.contiguous() for name, weight in converted.items()}

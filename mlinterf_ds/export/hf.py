@@ -21,8 +21,7 @@ from mlinterf_ds.engine.weights import CheckpointReader
 from mlinterf_ds.errors import UserError
 from mlinterf_ds.export import tokenizer
 from mlinterf_ds.export.card import card
-from mlinterf_ds.export.folder import LISTING, OURS, STOCK, VOCABULARY
-from mlinterf_ds.export.names import FIRST_POSITION, to_stock
+from mlinterf_ds.export.folder import FIRST_POSITION, LISTING, OURS, STOCK, VOCABULARY, to_stock
 from mlinterf_ds.files import flushed_facts
 from mlinterf_ds.pretrained import Pretrained
 from mlinterf_ds.sections import ModelConfig

@@ -10,11 +10,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from mlinterf_ds.data.text import INVISIBLE, SPACE_PIECE
-from mlinterf_ds.data.tokenizer import BOS, EOS, SPECIAL_PIECES, UNK, Tokenizer
-from mlinterf_ds.errors import UserError, refusing
+from mlinterf_ds.data.tokenizer import BOS, EOS, INVISIBLE, SPACE_PIECE, SPECIAL_PIECES, UNK, Tokenizer
+from mlinterf_ds.errors import UserError
 
-# The whitespace of `str.split`, by which `mlinterf_ds.data.text.normalise` splits, and the piece for a space.
+# The whitespace of `str.split`, by which `mlinterf_ds.data.tokenizer.normalise` splits, and the piece for a space.
 SPACES = "\t-\r\x1c-\x20\x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000" + SPACE_PIECE
 
 
@@ -31,22 +30,6 @@ def write(tokenizer: Tokenizer, folder: Path, positions: int) -> None:
         **{"unk_token": unk, "mask_token": mask},
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=1) + "\n")
-
-
-def pieces(folder: Path) -> list[str]:
-    """The pieces of a folder's tokenizer.json, by id."""
-    path = folder / "tokenizer.json"
-    if not path.is_file():
-        raise UserError(f"{path} is missing: save the tokenizer there with transformers' tokenizer.save_pretrained")
-    with refusing(f"{path}: not a tokenizer"):
-        content = json.loads(path.read_bytes())
-        vocabulary = content["model"]["vocab"]
-        ids = vocabulary if isinstance(vocabulary, dict) else {piece: id for id, (piece, _) in enumerate(vocabulary)}
-        ids = ids | {added["content"]: added["id"] for added in content["added_tokens"]}
-        ordered = sorted(ids, key=ids.__getitem__)
-        if [ids[piece] for piece in ordered] != list(range(len(ordered))):
-            raise ValueError("its ids are not 0, 1, 2, ...")
-    return ordered
 
 
 def _backend(tokenizer: Tokenizer) -> Any:

@@ -1,15 +1,15 @@
 """Cosine similarities of languages' gradients by layer and component, from exact or projected inner products.
 
 `Exact` and `Sketch` take one gradient after another (this rank's shards) and give inner products over all ranks, replicas
-counted once. Legend: n gradients; G groups (layer, component); k the projection's dimension; L languages.
+counted once. Legend: L languages; n = 2L gradients; G groups (layer, component); k the projection's dimension. The number
+of a gradient is 2 * (its language's index) + draw, draw 0 or 1: two batches of a language without a row in common, whose
+similarity is the ceiling of what two languages can reach.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,13 +19,11 @@ from torch import Tensor
 from mlinterf_ds.data.batch import generator, key
 from mlinterf_ds.engine.engine import Engine
 from mlinterf_ds.engine.space import Segment, Space, Vector, shape_numel
-from mlinterf_ds.engine.throughput import peak_memory
-from mlinterf_ds.gradients.collect import COMPONENTS, DRAWS, Draws, Group, gradients, group_of
 from mlinterf_ds.model.encoder import SHARED
 
-MOST_EXACT = 4  # languages up to which sketch=auto keeps whole gradients
-DIMENSION = 4096  # of the projection beyond
-
+DRAWS = 2  # batches of each language
+Group = tuple[int | None, str]  # (layer or None, component)
+COMPONENTS = ("attention", "ffn", "embedding", "other")  # other: norms, shared adapters, the head's own parameters
 ALL = "all"
 CHUNK = 1 << 18  # elements of each gradient multiplied at once, in float64
 SIGNS = 1 << 20  # least size of the table of random signs
@@ -85,54 +83,17 @@ def spread(matrix: np.ndarray) -> dict[str, float]:
     return facts | ({"between": float(between.mean()), "least": float(between.min())} if len(between) else {})
 
 
-def measure(
-    engine: Engine, draws: Draws, sketch: str | int, seed: int, measurement: int = 0
-) -> tuple[Similarity, dict[str, Any]]:
-    """Measures the similarities of the languages' gradients at the engine's weights.
+def group_of(name: str) -> Group:
+    """The layer and component of a parameter.
 
-    sketch: the projection's dimension, "exact", or "auto" (exact up to MOST_EXACT languages). Returns them with their
-    costs: seconds, and bytes of this rank beyond the model and one gradient.
+    The word embeddings are the output matrix too, and their gradient is the sum of both uses.
     """
-    from deepspeed.accelerator import get_accelerator
-
-    dimension = sketch
-    if sketch == "auto":
-        dimension = "exact" if len(draws.languages) <= MOST_EXACT else DIMENSION
-    clock = _Clock(get_accelerator().synchronize)
-    table = Exact(engine) if dimension == "exact" else Sketch(engine, int(dimension), seed)
-    clock.lap("similarity")
-    peak = 0
-    for vector in gradients(engine, draws, measurement):
-        clock.lap("gradients")
-        peak = peak or peak_memory(engine.device)  # one gradient has been computed, nothing compared
-        table.add(vector)
-        del vector
-        clock.lap("similarity")
-    products = table.products()
-    clock.lap("similarity")
-    costs = {
-        "seconds_gradients": clock.seconds["gradients"],
-        "seconds_similarity": clock.seconds["similarity"],
-        "ratio": 1 + clock.seconds["similarity"] / clock.seconds["gradients"],
-        "bytes_held": table.bytes,
-        "bytes_peak_increase": peak_memory(engine.device) - peak,
-    }
-    return Similarity(draws.languages, table.groups, products), costs | {"sketch": dimension}
-
-
-class _Clock:
-    """Seconds spent on gradients and on their similarity; waits for the device's work."""
-
-    def __init__(self, synchronize: Any):
-        self.seconds = {"gradients": 0.0, "similarity": 0.0}
-        self._synchronize, self._last = synchronize, time.perf_counter()
-
-    def lap(self, work: str) -> None:
-        """Adds the seconds since the last lap to those of `work`."""
-        self._synchronize()
-        now = time.perf_counter()
-        self.seconds[work] += now - self._last
-        self._last = now
+    if name.startswith("embeddings."):
+        return None, "embedding"
+    if not name.startswith("block.layers."):
+        return None, "other"
+    _, _, layer, module, *_ = name.split(".")
+    return int(layer), {"self_attention": "attention", "mlp": "ffn"}.get(module, "other")
 
 
 def groups_of(space: Space) -> list[Group]:

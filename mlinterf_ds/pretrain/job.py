@@ -25,7 +25,7 @@ from mlinterf_ds.engine.precision import DTYPES
 from mlinterf_ds.engine.space import NewRows
 from mlinterf_ds.engine.throughput import flops_per_row, peak_flops, peak_memory
 from mlinterf_ds.errors import UserError
-from mlinterf_ds.gradients.monitor import Monitor
+from mlinterf_ds.gradients.measure import Monitor
 from mlinterf_ds.model.encoder import SHARED, Encoder, partition_dim
 from mlinterf_ds.plots.curves import perplexity_curves
 from mlinterf_ds.pretrain import initial

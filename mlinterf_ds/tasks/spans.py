@@ -7,8 +7,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from mlinterf_ds.data.text import SPACE_PIECE, normalise
-from mlinterf_ds.data.tokenizer import BOS, EOS, UNK, Tokenizer
+from mlinterf_ds.data.tokenizer import BOS, EOS, SPACE_PIECE, UNK, Tokenizer, normalise
 from mlinterf_ds.errors import UserError
 from mlinterf_ds.tasks.base import Limits, Row
 

@@ -19,8 +19,7 @@ from mlinterf_ds.data.corpus import Corpus, manifest_digest
 from mlinterf_ds.data.prepare.main import prepare
 from mlinterf_ds.data.tokenizer import Tokenizer
 from mlinterf_ds.errors import UserError
-from mlinterf_ds.export import tokenizer as exported_tokenizer
-from mlinterf_ds.export.folder import Folder
+from mlinterf_ds.export.folder import Folder, stored_pieces
 from mlinterf_ds.finetune.config import FinetuneConfig
 from mlinterf_ds.plots.conflict import read_curves
 from mlinterf_ds.pretrain.config import RunConfig
@@ -483,7 +482,7 @@ def test_damaged_folders(tmp_path: Path) -> None:
     readers: list[tuple[str, Any, Any]] = [
         ("summary.json", SUMMARY, lambda: FineTunedRun.open(str(tmp_path)).within),
         ("config.json", CONFIG, lambda: Folder(tmp_path).has("embeddings.word.weight")),
-        ("tokenizer.json", VOCABULARY, lambda: exported_tokenizer.pieces(tmp_path)),
+        ("tokenizer.json", VOCABULARY, lambda: stored_pieces(tmp_path)),
     ]
 
     for name, tree, read in readers:

@@ -14,8 +14,8 @@ from mlinterf_ds.engine import checkpoint
 from mlinterf_ds.engine.engine import Engine
 from mlinterf_ds.engine.meta_step import MetaStep
 from mlinterf_ds.engine.optimizer import LossScale
-from mlinterf_ds.gradients.collect import DRAWS, Draws, group_of
-from mlinterf_ds.gradients.similarity import measure
+from mlinterf_ds.gradients.measure import Draws, measure
+from mlinterf_ds.gradients.similarity import DRAWS, group_of
 from mlinterf_ds.pretrain.config import ConflictConfig
 from tests.parity import bodies
 

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from mlinterf_ds.export.names import FIRST_POSITION, from_stock
+from mlinterf_ds.export.folder import FIRST_POSITION, from_stock
 from mlinterf_ds.model.encoder import Encoder, at_positions
 from mlinterf_ds.sections import ModelConfig
 

@@ -13,8 +13,8 @@ from mlinterf_ds.engine.engine import SHARED
 from mlinterf_ds.engine.space import Segment
 from mlinterf_ds.errors import UserError
 from mlinterf_ds.gradients import similarity
-from mlinterf_ds.gradients.collect import Draws, group_of
-from mlinterf_ds.gradients.similarity import Exact, Similarity, Sketch, groups_of, runs, spread
+from mlinterf_ds.gradients.measure import Draws
+from mlinterf_ds.gradients.similarity import Exact, Similarity, Sketch, group_of, groups_of, runs, spread
 from mlinterf_ds.pretrain.config import ConflictConfig
 from mlinterf_ds.runtime.parallel import Layout
 from tests.parity.bodies import Made

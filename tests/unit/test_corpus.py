@@ -21,8 +21,7 @@ from mlinterf_ds.data.prepare import stages, vocabulary
 from mlinterf_ds.data.prepare.main import prepare
 from mlinterf_ds.data.prepare.shards import write_shard
 from mlinterf_ds.data.prepare.splits import held_out
-from mlinterf_ds.data.text import normalise
-from mlinterf_ds.data.tokenizer import EOS, Tokenizer
+from mlinterf_ds.data.tokenizer import EOS, Tokenizer, normalise
 from mlinterf_ds.errors import UserError
 
 Prepared = tuple[Corpus, dict[str, list[str]]]  # a corpus and the lines that it was made from

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from mlinterf_ds.data.tokenizer import SPECIAL_PIECES, Tokenizer
 from mlinterf_ds.errors import UserError
 from mlinterf_ds.export import tokenizer as exported
+from mlinterf_ds.export.folder import stored_pieces
 from tests.unit.test_tokenizer import some_text
 
 transformers = pytest.importorskip("transformers")
@@ -67,7 +68,7 @@ def test_special_pieces_rows_and_the_way_back(pair: tuple[Tokenizer, Any], tmp_p
     assert plain(theirs, " ba  <mask>ko<mask>") == [*ours.encode("ba"), 4, *ours.encode("ko"), 4]
     assert theirs.decode(theirs("ba ko mi")["input_ids"], skip_special_tokens=True) == "ba ko mi"
     theirs.save_pretrained(tmp_path)
-    assert exported.pieces(tmp_path) == ours.pieces
+    assert stored_pieces(tmp_path) == ours.pieces
 
 
 def test_a_vocabulary_of_another_kind_is_refused(tmp_path: Path) -> None:
@@ -82,4 +83,4 @@ def test_a_vocabulary_of_another_kind_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"UNIGRAM with normalisation 'nmt_nfkc'.*prepare_corpus"):
         exported.write(Tokenizer(tmp_path / "unigram.model"), tmp_path, 64)
     with pytest.raises(UserError, match=r"tokenizer.json is missing"):
-        exported.pieces(tmp_path)
+        stored_pieces(tmp_path)

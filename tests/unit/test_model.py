@@ -318,7 +318,7 @@ def test_attention_dropout_keeps_the_mean() -> None:
 
 def test_an_untrained_head_can_start_at_given_frequencies() -> None:
     """With hidden states of zero the logits are the bias: log frequencies, and nothing on the padding."""
-    from mlinterf_ds.model.heads import MaskedHead
+    from mlinterf_ds.model.encoder import MaskedHead
 
     frequencies = torch.rand(70, dtype=torch.float64) + 0.1
     frequencies /= frequencies.sum()

@@ -10,8 +10,8 @@ import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlinterf_ds.data.text import hashes, normalise
-from mlinterf_ds.data.tokenizer import BOS, EOS, MASK, PAD, UNK, Tokenizer
+from mlinterf_ds.data.prepare.cleaning import hashes
+from mlinterf_ds.data.tokenizer import BOS, EOS, MASK, PAD, UNK, Tokenizer, normalise
 from mlinterf_ds.errors import UserError
 
 SYLLABLES = ["ba", "ko", "mi", "tu", "la", "ne", "да", "ли", "मे", "की", "सा", "的", "是"]

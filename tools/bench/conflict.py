@@ -10,21 +10,21 @@ from tools.bench.engines import CODES, RandomCorpus, build, shapes
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """The paper's model: two gradients of `--rows` sequences for each language, projected one after another."""
-    from mlinterf_ds.gradients import similarity
-    from mlinterf_ds.gradients.collect import DRAWS, Draws, gradient
+    from mlinterf_ds.gradients import measure as conflict
+    from mlinterf_ds.gradients.similarity import DRAWS
 
     count = options.languages[-1]
     settings = ["variant=joint", *shapes(options), "meta.languages_per_step=2"]
     engine, config, _, _ = build(options, CODES[:count], "paper", settings, "zero0")
     section = config.conflict.model_copy(update={"sequences": options.rows, "micro_batch": options.rows})
     corpus = RandomCorpus(CODES[:count], options.vocabulary)
-    draws = Draws(
+    draws = conflict.Draws(
         corpus, corpus.languages, corpus.languages, config=section, length=options.length, mask_share=0.15, seed=0,
         engine=engine,
     )  # fmt: skip
     for _ in range(2):
-        gradient(engine, draws.batches("l0", 0, 0))  # to warm up
-    _, costs = similarity.measure(engine, draws, similarity.DIMENSION, seed=0)
+        conflict.gradient(engine, draws.batches("l0", 0, 0))  # to warm up
+    _, costs = conflict.measure(engine, draws, conflict.DIMENSION, seed=0)
     gradients = DRAWS * count
     return {
         "languages": count,

@@ -42,7 +42,7 @@ def prepare(
     """Writes a corpus of `inputs` (language code -> inputs, see `mlinterf_ds.data.prepare.inputs`) into the folder `out`.
 
     A sentence is a line; in inputs with documents (dumps, <doc> files, datasets) it is a sentence of a paragraph.
-    Sentences are normalised (`mlinterf_ds.data.text`). Empty ones, lines that are not UTF-8, lines over 64 KiB and exact
+    Sentences are normalised (`mlinterf_ds.data.tokenizer`). Empty ones, lines that are not UTF-8, lines over 64 KiB and exact
     duplicates within a language are dropped and counted. Valid, test and meta get `splits.held_out` sentences of a
     language each, chosen by the hash of the line, or of the document where the input has documents (which are never torn
     apart). A language needs 50 distinct sentences or documents.

@@ -1,0 +1,276 @@
+"""Measures how similar languages' gradients of the shared parameters are (paper, section 3.1): once, or while a run trains.
+
+Legend: L languages; a gradient's number is as in `mlinterf_ds.gradients.similarity`.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+import time
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mlinterf_ds.data.batch import Batch, Masker, key
+from mlinterf_ds.data.windows import TokenSource, Windows
+from mlinterf_ds.engine.engine import Engine, Rows
+from mlinterf_ds.engine.space import Vector
+from mlinterf_ds.engine.throughput import peak_memory
+from mlinterf_ds.errors import UserError
+from mlinterf_ds.files import write_csv
+from mlinterf_ds.gradients.similarity import ALL, DRAWS, Exact, Similarity, Sketch, spread
+from mlinterf_ds.meta.bilevel import norm
+from mlinterf_ds.model.encoder import SHARED
+from mlinterf_ds.plots.conflict import FIELDS, read_curves, training_curves
+from mlinterf_ds.sections import ConflictSection
+
+PAPERS_ROWS, CPU_ROWS = 4096, 64  # rows of a gradient
+MOST_EXACT = 4  # languages up to which sketch=auto keeps whole gradients
+DIMENSION = 4096  # of the projection beyond
+LOGGED_PAIRS = 28  # pairs of languages with a curve of their own in MLflow: 8 languages
+
+
+class Draws:
+    """Batches for measuring: rows of the `train` split, with masks and an order of their own.
+
+    Every measurement takes fresh rows of every language; a measurement is numbered by the step of training, or 0 on a
+    checkpoint. A batch is a function of (seed, measurement, language, draw) and does not depend on other languages.
+    """
+
+    def __init__(
+        self,
+        corpus: TokenSource,
+        languages: Sequence[str],
+        known: Sequence[str],
+        *,
+        config: ConflictSection,
+        length: int,
+        mask_share: float,
+        seed: int,
+        engine: Engine,
+    ):
+        self.languages = tuple(languages)
+        self._known = list(known)
+        self._windows = {}
+        for code in self.languages:
+            tokens = corpus.tokens(code, "train")
+            if len(tokens) < DRAWS * (length - 1):
+                raise UserError(
+                    f"language {code!r}: its 'train' split has {len(tokens)} tokens, too few for two different rows of "
+                    f"{length}: give it more text or leave it out of `languages`"
+                )
+            self._windows[code] = Windows(
+                tokens, length - 1, key(seed, "conflict", code), partial(corpus.unchanged, code, "train")
+            )
+        on_cpu = engine.device.type == "cpu"
+        self.rows = _rows(config, {code: w.count for code, w in self._windows.items()}, engine.layout.data, on_cpu)
+        self._slices = engine.slices(self.rows, config.micro_batch)
+        self._maskers = {
+            (code, draw): Masker(seed, f"conflict/{code}/{draw}", length, corpus.vocabulary_size, mask_share)
+            for code in self.languages
+            for draw in range(DRAWS)
+        }
+
+    def batches(self, language: str, draw: int, measurement: int) -> list[Batch]:
+        """This rank's micro-batches; their loss is the mean over the masked positions of all rows."""
+        index, windows = self._known.index(language), self._windows[language]
+        masker, first = self._maskers[language, draw], measurement * windows.count + draw * self.rows
+        return [
+            masker.batch(
+                windows.visit(first + np.arange(start, stop)),
+                np.full(stop - start, 1 / (self.rows * masker.masked)),
+                np.full(stop - start, index),
+                (index,),
+                step=measurement,
+                start=start,
+            )
+            for start, stop in self._slices
+        ]
+
+
+def _rows(config: ConflictSection, counts: dict[str, int], data_ranks: int, on_cpu: bool) -> int:
+    """The rows of a gradient: as configured, or else the paper's number (a CPU's is smaller) as far as texts suffice."""
+    shortest = min(counts, key=lambda code: counts[code])
+    most = counts[shortest] // DRAWS
+    wanted = config.sequences or min(CPU_ROWS if on_cpu else PAPERS_ROWS, most)
+    if config.sequences is None:
+        wanted -= wanted % data_ranks
+    if wanted > most or wanted == 0:
+        raise UserError(
+            f"conflict.sequences={config.sequences or data_ranks}: language {shortest!r} has {counts[shortest]} rows in "
+            f"its 'train' split, which makes two batches of at most {most} rows without a row in common: set "
+            f"conflict.sequences to {most} or fewer, or leave the language out"
+        )
+    if wanted % data_ranks:
+        raise UserError(f"conflict.sequences={wanted} is not divisible by {data_ranks} data-parallel ranks: change it")
+    return wanted
+
+
+def gradient(engine: Engine, batches: Sequence[Rows]) -> Vector:
+    """This rank's shards (fp32, unscaled) of the gradient of the shared parameters on these micro-batches.
+
+    An overflow (fp16) halves the loss scale for this gradient only; at scale 1 what is not finite stays so. The engine's
+    state is afterwards as before.
+    """
+    space, scale = engine.spaces[SHARED], engine.scale.value
+    try:
+        while True:
+            engine.accumulate(batches, [space])
+            scaled = space.gradient()
+            if engine.scale.value == 1.0:
+                return scaled
+            if math.isfinite(norm(space, scaled)):
+                return [shard.div_(engine.scale.value) for shard in scaled]
+            engine.scale.value = max(1.0, engine.scale.value / 2)
+    finally:
+        engine.scale.value = scale
+
+
+def gradients(engine: Engine, draws: Draws, measurement: int) -> Iterator[Vector]:
+    """Every language's gradients, in the order of their numbers."""
+    for language in draws.languages:
+        for draw in range(DRAWS):
+            yield gradient(engine, draws.batches(language, draw, measurement))
+
+
+def measure(
+    engine: Engine, draws: Draws, sketch: str | int, seed: int, measurement: int = 0
+) -> tuple[Similarity, dict[str, Any]]:
+    """Measures the similarities of the languages' gradients at the engine's weights.
+
+    sketch: the projection's dimension, "exact", or "auto" (exact up to MOST_EXACT languages). Returns them with their
+    costs: seconds, and bytes of this rank beyond the model and one gradient.
+    """
+    from deepspeed.accelerator import get_accelerator
+
+    dimension = sketch
+    if sketch == "auto":
+        dimension = "exact" if len(draws.languages) <= MOST_EXACT else DIMENSION
+    clock = _Clock(get_accelerator().synchronize)
+    table = Exact(engine) if dimension == "exact" else Sketch(engine, int(dimension), seed)
+    clock.lap("similarity")
+    peak = 0
+    for vector in gradients(engine, draws, measurement):
+        clock.lap("gradients")
+        peak = peak or peak_memory(engine.device)  # one gradient has been computed, nothing compared
+        table.add(vector)
+        del vector
+        clock.lap("similarity")
+    products = table.products()
+    clock.lap("similarity")
+    costs = {
+        "seconds_gradients": clock.seconds["gradients"],
+        "seconds_similarity": clock.seconds["similarity"],
+        "ratio": 1 + clock.seconds["similarity"] / clock.seconds["gradients"],
+        "bytes_held": table.bytes,
+        "bytes_peak_increase": peak_memory(engine.device) - peak,
+    }
+    return Similarity(draws.languages, table.groups, products), costs | {"sketch": dimension}
+
+
+class _Clock:
+    """Seconds spent on gradients and on their similarity; waits for the device's work."""
+
+    def __init__(self, synchronize: Any):
+        self.seconds = {"gradients": 0.0, "similarity": 0.0}
+        self._synchronize, self._last = synchronize, time.perf_counter()
+
+    def lap(self, work: str) -> None:
+        """Adds the seconds since the last lap to those of `work`."""
+        self._synchronize()
+        now = time.perf_counter()
+        self.seconds[work] += now - self._last
+        self._last = now
+
+
+def measured_components(similarity: Similarity) -> list[str]:
+    """The components whose gradients were measured, over all layers."""
+    return [part for layer, part in similarity.scopes() if layer == ALL and part != ALL]
+
+
+class Monitor:
+    """Conflict during pretraining: measured before the training of a step, on rows, masks and dropout of its own.
+
+    <output>/conflict.csv   step, scope (model or a component), left, right, cosine
+    <output>/conflict.png   the cosines against the step (paper, figure 3)
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        corpus: TokenSource,
+        languages: Sequence[str],
+        config: ConflictSection,
+        output: Path,
+        *,
+        every: int,
+        name: str,
+        length: int,
+        mask_share: float,
+        seed: int,
+        text: str,
+    ):
+        self.engine, self.config, self.every, self.output = engine, config, every, output
+        self.name, self.seed = name, seed
+        self.draws = Draws(
+            corpus,
+            languages,
+            languages,
+            config=config,
+            length=length,
+            mask_share=mask_share,
+            seed=seed,
+            engine=engine,
+        )
+        self.caption = (
+            f"{text} text, {self.draws.rows} training sequences a gradient, seed {seed}; dashed: two "
+            "batches of one language"
+        )
+        self.first = engine.layout.rank == 0
+        self._table = output / "conflict.csv"
+        if self.first and self._table.is_file():  # a resumed run measures again from its checkpoint on
+            with self._table.open(newline="", encoding="utf-8") as file:
+                rows = [row for row in csv.reader(file) if len(row) == len(FIELDS)]  # a killed run leaves half a line
+            write_csv(self._table, FIELDS, [row for row in rows[1:] if int(row[0]) < engine.step])
+
+    @property
+    def due(self) -> bool:
+        """Whether this step is one to measure."""
+        return self.engine.step % self.every == 0
+
+    def measure(self) -> dict[str, float]:
+        """Similarities at the engine's step, as metrics; also added to conflict.csv. The same on all ranks."""
+        step = self.engine.step
+        similarity, costs = measure(self.engine, self.draws, self.config.sketch, self.seed, step)
+        matrix, codes = similarity.matrix(), similarity.languages
+        facts = {f"conflict/{name}": value for name, value in spread(matrix).items()}
+        facts |= {f"conflict/{name}": costs[name] for name in ("seconds_gradients", "seconds_similarity")}
+        pairs = list(similarity.pairs())
+        if len(pairs) - len(codes) <= LOGGED_PAIRS:
+            facts |= {f"conflict/{codes[left]}-{codes[right]}": float(matrix[left, right]) for left, right in pairs}
+        if self.first:
+            self._append(step, similarity)
+        return facts
+
+    def _append(self, step: int, similarity: Similarity) -> None:
+        if not self._table.is_file():
+            write_csv(self._table, FIELDS, [])
+        codes, rows = similarity.languages, []
+        for scope in ("model", *measured_components(similarity)):
+            cosines = similarity.matrix(ALL, ALL if scope == "model" else scope)
+            rows += [[step, scope, codes[a], codes[b], float(cosines[a, b])] for a, b in similarity.pairs()]
+        with self._table.open("a", newline="", encoding="utf-8") as file:
+            csv.writer(file, lineterminator="\n").writerows(rows)
+
+    def draw(self) -> list[Path]:
+        """The figure of what was measured so far; the files written (rank 0)."""
+        if not self.first or not self._table.is_file():
+            return []
+        figure = self.output / "conflict.png"
+        curves = {self.name: read_curves(self._table)}
+        training_curves(curves, figure, title=f"{self.name}: gradient similarity", caption=self.caption)
+        return [self._table, figure]
