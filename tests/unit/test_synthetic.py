@@ -1,6 +1,5 @@
 """The synthetic languages: reproducible, parallel where they should be, with gold labels that are right."""
 
-import math
 import os
 import subprocess
 import sys
@@ -32,22 +31,15 @@ from mlinterf_ds.data.synthetic.grammar import (
     GIVEN,
     NEGATION,
     NOUNS,
-    PRESENT,
     PUNCTUATION,
     QUESTION_WORDS,
     SUFFIXES,
-    TENSE,
     TOWN,
-    VERB,
     VERBS,
-    Head,
-    sample_meaning,
-    world,
 )
 from mlinterf_ds.data.synthetic.language import SCRIPTS, is_common, lexicon, overlap
 from mlinterf_ds.data.synthetic.sentence import grammar
 from mlinterf_ds.errors import UserError
-from tests.synthetic_entropy import Forced, entropy, entropy_floor, masked_nats
 
 LANGUAGES = ("syn", "syn-close", "syn-mid", "syn-far", "syn-far-4")
 CONTENT = {"NOUN", "VERB", "ADJ", "ADV", "PROPN"}
@@ -114,13 +106,12 @@ def test_the_same_meaning_has_the_same_content_in_every_language(name: str) -> N
 
 
 def test_different_meanings_are_told_apart_by_their_labelled_words() -> None:
-    """The lower bound on entropy rests on this: concepts, types and forms in order determine the meaning."""
     for name in LANGUAGES:
-        found: dict[tuple, object] = {}
+        meanings: dict[tuple, object] = {}
         for sentence in annotated(name, 2000, 0):
             tokens = grammar(language(name)).tokens(sentence.meaning)
-            said = tuple((token.form, token.concept, token.entity) for token in tokens)
-            assert found.setdefault(said, sentence.meaning) == sentence.meaning
+            labelled = tuple((token.form, token.concept, token.entity) for token in tokens)
+            assert meanings.setdefault(labelled, sentence.meaning) == sentence.meaning
 
 
 # --- gold labels -----------------------------------------------------------------------------------------------------
@@ -158,7 +149,7 @@ def test_part_of_speech_and_entity_type_need_context(name: str) -> None:
     total = sum(counts.total() for counts in tags.values())
     by_form_alone = sum(max(counts.values()) for counts in tags.values()) / total
     assert 0.9 < by_form_alone < 0.985
-    assert sum(len(found) > 1 for found in types.values()) > 50
+    assert sum(len(entities) > 1 for entities in types.values()) > 50
     assert firms[True] / firms.total() == pytest.approx(0.4, abs=0.03)
 
 
@@ -321,7 +312,7 @@ def test_impossible_parameters_are_refused() -> None:
         list(sentences(custom(), -1, 0))
 
 
-# --- frequencies and entropy -----------------------------------------------------------------------------------------
+# --- frequencies -----------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("name", LANGUAGES)
 def test_words_are_zipfian_and_sentences_about_nine_words_long(name: str) -> None:
     text = [sentence.split() for sentence in sentences(name, 5_000, 0)]
@@ -329,84 +320,6 @@ def test_words_are_zipfian_and_sentences_about_nine_words_long(name: str) -> Non
     slope = np.polyfit(np.log(np.arange(1, 501)), np.log(counts), 1)[0]
     assert -1.1 < slope < -0.85
     assert np.mean([len(words) for words in text]) == pytest.approx(9, abs=0.2)
-
-
-def derivation() -> tuple[list, Head, int]:
-    """The choices of "noun verb ." in the singular present, with an intransitive verb and a class without names."""
-    verb = next(v for v in VERBS if world().verbs[v].object is None)
-    head = next(head for head in world().verbs[verb].subject.head.values if head.noun_class == 5)
-    no = False
-    return [no, verb, PRESENT, no, head, no, no, no, no, no, no], head, verb
-
-
-def test_probability_of_a_derivation_is_the_product_of_its_choices() -> None:
-    values, head, verb = derivation()
-    draw = Forced(values)
-    sample_meaning(draw)
-    rank = head.word % 20
-    p_verb = 1 / (verb - VERBS.start + 1.5) / sum(1 / (k + 1.5) for k in range(96))
-    p_noun = 1 / (rank + 1.5) / sum(1 / (k + 1.5) for k in range(20))
-    p_class = 0.08 / 12 + (0.92 if is_selected(verb, 5) else 0)
-    # no question, verb, present, affirmative, class, noun, singular, no determiner, adjective, adverb, adjunct, 2nd clause
-    expected = 0.94 * p_verb * 0.4 * 0.9 * p_class * p_noun * 0.75 * 0.2 * 0.65 * 0.65 * 0.6 * 0.73
-    assert math.exp(draw.log_probability) == pytest.approx(expected)
-
-
-def is_selected(verb: int, noun_class: int) -> bool:
-    table = world().verbs[verb].subject.head
-    return sum(math.exp(p) for head, p in table.log_probability.items() if head.noun_class == noun_class) > 0.5
-
-
-def test_masked_bound_of_a_sentence_equals_one_worked_out_by_hand() -> None:
-    """Noun, verb and tense of "noun verb ." compete with what else fits; no other choice changes just one word."""
-    values, head, verb = derivation()
-    draw = Forced(values)
-    speak = grammar(custom(share=0))
-    tokens = speak.tokens(sample_meaning(draw))
-    nouns = [math.exp(p) for h, p in world().verbs[verb].subject.head.log_probability.items() if not h.entity]
-    verbs = [
-        math.exp(VERB.log_probability[v] + world().verbs[v].subject.head.log_probability[head])
-        for v in VERBS
-        if world().verbs[v].object is None
-    ]
-    tense = [math.exp(TENSE.log_probability[t]) for t in (0, 1)]  # the others need an auxiliary
-    expected = sum(map(entropy, (nouns, verbs, tense)))  # the plural shows in the verb too, so it has no rival
-    assert masked_nats(speak, draw, tokens) == pytest.approx(expected)
-
-
-@pytest.mark.parametrize("name", ["syn", "syn-mid", "syn-far"])
-def test_counting_models_score_between_the_floor_and_the_unigrams(name: str) -> None:
-    floor = entropy_floor(name, count=2_000, masked_count=20)
-    assert 0 < floor.masked_lower < floor.text_lower <= floor.text_upper < floor.unigram
-    assert floor.bits_per_character(math.log(2) * floor.characters_per_word) == pytest.approx(1)
-    train, test = (
-        [["<s>", *sentence.split(), "</s>"] for sentence in sentences(name, count, 0, split)]
-        for count, split in ((4_000, "train"), (500, "valid"))
-    )
-    left_to_right = counted(train, test, lambda s, n: [s[n - 1]])
-    both_sides = counted(train, test, lambda s, n: [s[n - 1], (s[n - 1], s[n + 1])])
-    assert floor.text_upper < left_to_right < 0.9 * floor.unigram
-    assert floor.masked_lower < both_sides < left_to_right
-
-
-def counted(train: list, test: list, contexts: Callable[[list[str], int], list]) -> float:
-    """Nats per word of a count model that backs off from richer contexts to poorer ones (Witten-Bell)."""
-    tables: dict = defaultdict(Counter)
-    for sentence in train:
-        for n in range(1, len(sentence) - 1):
-            for context in (None, *contexts(sentence, n)):
-                tables[context][sentence[n]] += 1
-    nats, words = 0.0, 0
-    for sentence in test:
-        for n in range(1, len(sentence) - 1):
-            p = 1 / (len(tables[None]) + 1)
-            for context in (None, *contexts(sentence, n)):
-                counts = tables.get(context, Counter())
-                if counts:
-                    kinds = len(counts)
-                    p = (counts[sentence[n]] + kinds * p) / (counts.total() + kinds)
-            nats, words = nats - math.log(p), words + 1
-    return nats / words
 
 
 # --- files -----------------------------------------------------------------------------------------------------------

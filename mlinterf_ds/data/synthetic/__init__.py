@@ -1,9 +1,8 @@
 """Synthetic languages: a seeded family of artificial languages over one shared meaning space.
 
-They are a model organism. How far two languages are apart, and what a word means, are known
-exactly, so that experiments run in minutes without a download and instruments can be checked. What holds here need not
-hold for natural languages: these have no pragmatics, no discourse beyond a sentence, no idioms, shallow syntax, and
-meanings that are drawn from tables.
+How far two of them are apart, and what a word means, is known exactly, so that experiments run in minutes without a
+download and instruments can be checked. What holds here need not hold for natural languages: these have no discourse
+beyond a sentence, no idioms, shallow syntax, and meanings that are drawn from tables.
 
 - 632 content concepts (240 nouns in 12 classes, 96 verbs in pairs of opposites, 72 adjectives, 24 adverbs, 200 name
   words), 21 function words, 5 suffixes and 2 stops. Verbs select the class of subject and object, the adverb and the
@@ -20,7 +19,6 @@ meanings that are drawn from tables.
   a `train` split of its own; any other split has the same meanings, in the same order, in every language.
 """
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -75,16 +73,14 @@ def annotated(name: str | SyntheticLanguage, count: int, seed: int, split: str =
         yield Annotated(forms, pos, entities, meaning)
 
 
-def write_sentences(
-    name: str | SyntheticLanguage, path: str | os.PathLike[str], count: int, seed: int, split: str = "train"
-) -> None:
-    """Writes `count` sentences, one a line; the file appears whole or not at all.
+def write_sentences(name: str, path: Path, count: int, seed: int) -> None:
+    """Writes `count` sentences of the train split, one a line; the file appears whole or not at all.
 
     Raises UserError if it cannot be written: the folder is missing, permission is denied, the disk is full.
     """
     try:
-        with replacing(Path(path)) as file:
-            file.writelines(f"{sentence}\n".encode() for sentence in sentences(name, count, seed, split))
+        with replacing(path) as file:
+            file.writelines(f"{sentence}\n".encode() for sentence in sentences(name, count, seed))
     except OSError as error:
         raise UserError(
             f"{path}: synthetic text cannot be written ({error.strerror}); choose another folder or free some space"

@@ -16,14 +16,7 @@ BLOCK = 256  # examples whose random numbers are made at once
 def draws(
     spoken: SyntheticLanguage, kind: str, count: int, seed: int, split: str, width: int = UNIFORMS
 ) -> Iterator[Draw]:
-    """Yields the random choices of examples 0 to `count - 1`; see `uniforms`."""
-    return map(Draw, uniforms(spoken, kind, count, seed, split, width))
-
-
-def uniforms(
-    spoken: SyntheticLanguage, kind: str, count: int, seed: int, split: str, width: int = UNIFORMS
-) -> Iterator[list[float]]:
-    """Yields `width` uniform random numbers for each of examples 0 to `count - 1`.
+    """Yields the random choices, `width` at most, of each of the examples 0 to `count - 1`.
 
     Each language has its own numbers for `train`; all languages share those of any other split. Raises UserError for a
     negative count.
@@ -35,4 +28,4 @@ def uniforms(
     key = int.from_bytes(hashlib.sha256(f"{kind}|{split}|{owner}|{seed}".encode()).digest()[:16], "big")
     for block in range(0, count, BLOCK):
         rows = np.random.default_rng([key, block]).random((BLOCK, width))
-        yield from rows[: count - block].tolist()
+        yield from map(Draw, rows[: count - block].tolist())

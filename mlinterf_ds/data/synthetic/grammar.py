@@ -1,8 +1,7 @@
 """The meaning space that all synthetic languages share: concepts, what selects what, and how meanings are sampled.
 
 A meaning is a tree of concept numbers. It is sampled independently of any language, by random choices from the tables
-below, and `sentence.Grammar` turns it into a sentence of a language. Given a language, sentences differ only through these
-choices, so that the choices' probabilities determine the entropy of the text.
+below, and `sentence.Grammar` turns it into a sentence of a language.
 """
 
 import random
@@ -10,7 +9,6 @@ from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from functools import cache
 from itertools import accumulate
-from math import log
 from typing import Generic, NamedTuple, TypeVar
 
 # --- concepts: one flat numbering, the part of speech of each -------------------------------------------------------
@@ -72,25 +70,28 @@ T = TypeVar("T")
 
 
 class Table(Generic[T]):
-    """A discrete distribution over `values`; `log_probability` gives each value's, in nats."""
+    """A discrete distribution over `values`."""
 
-    __slots__ = ("bounds", "log_probability", "values")
+    __slots__ = ("bounds", "values")
 
     def __init__(self, values: Sequence[T], weights: Sequence[float]) -> None:
         total = sum(weights)
         self.values = tuple(values)
         self.bounds = [part / total for part in accumulate(weights)][:-1]  # the last is 1: every draw is below it
-        self.log_probability = {value: log(weight / total) for value, weight in zip(values, weights, strict=True)}
 
 
 class Draw:
-    """Makes random choices out of a row of uniform numbers. Subclasses may weigh or force the choices."""
+    """Makes random choices out of a row of uniform numbers."""
 
     def __init__(self, uniforms: Sequence[float]) -> None:
         self._next: Callable[[], float] = iter(uniforms).__next__
 
     def pick(self, table: Table[T]) -> T:
         return table.values[bisect_right(table.bounds, self._next())]
+
+    def choose(self, values: Sequence[T]) -> T:
+        """Returns any of the values with the same probability."""
+        return self.pick(Table(values, [1.0] * len(values)))
 
     def chance(self, probability: float) -> bool:
         return self._next() < probability
@@ -191,8 +192,6 @@ SINGULAR_DETERMINER = Table((THE, A, THIS, EVERY), (5, 3, 1, 1))
 PLURAL_DETERMINER = Table((THE, MANY, THIS), (5, 3, 1))
 TENSE = Table((PRESENT, PAST, FUTURE, ABLE), (40, 40, 12, 8))
 LINK = zipf(LINKS)
-ASKED_TRANSITIVE = Table((SUBJECT, OBJECT, COMPLEMENT), (1, 1, 1))
-ASKED_INTRANSITIVE = Table((SUBJECT, COMPLEMENT), (1, 1))
 
 
 @cache
@@ -247,7 +246,7 @@ def sample_clause(draw: Draw, question: bool = False) -> Clause:
     frame = world().verbs[verb]
     asked = -1
     if question:
-        asked = draw.pick(ASKED_INTRANSITIVE if frame.object is None else ASKED_TRANSITIVE)
+        asked = draw.choose((SUBJECT, COMPLEMENT) if frame.object is None else (SUBJECT, OBJECT, COMPLEMENT))
     tense, negative = draw.pick(TENSE), draw.chance(NEGATIVE)
     subject = sample_phrase(draw, frame.subject, asked == SUBJECT)
     wanted = None if frame.object is None else sample_phrase(draw, frame.object, asked == OBJECT)

@@ -1,6 +1,7 @@
 """From a meaning to a sentence of a synthetic language, with its gold annotation."""
 
 from functools import cache
+from itertools import chain
 from typing import NamedTuple
 
 from mlinterf_ds.data.synthetic.grammar import (
@@ -42,80 +43,55 @@ class Grammar:
 
     def tokens(self, meaning: Meaning) -> list[Token]:
         """Returns the sentence's words, its final full stop or question mark included."""
-        out: list[Token] = []
-        for number, clause in enumerate(meaning.clauses):
-            if number:
-                assert meaning.link is not None
-                self._word(out, meaning.link)
-            self._clause(out, clause)
-        self._word(out, STOPS[meaning.question])
-        return out
+        first, *second = [self._clause(clause) for clause in meaning.clauses]
+        return [*first, *self._word(meaning.link), *chain(*second), *self._word(STOPS[meaning.question])]
 
     def text(self, meaning: Meaning) -> str:
         return " ".join([token.form for token in self.tokens(meaning)])
 
-    def _clause(self, out: list[Token], clause: Clause) -> None:
-        """Adds subject, verb, adverb, object, adjunct; if the language is verb-final, subject, object, adjunct, adverb, verb."""
-        self._phrase(out, clause.subject, "subject")
+    def _clause(self, clause: Clause) -> list[Token]:
+        """Returns subject, verb, adverb, object, adjunct; in a verb-final language subject, object, adjunct, adverb, verb."""
+        subject = self._phrase(clause.subject, "subject")
+        objects = self._phrase(clause.object, "object", OBJECT_CASE)
+        adposition = self._word(clause.adposition)
+        complement = self._phrase(clause.complement, "complement", ADPOSITION_CASE)
+        adjunct = complement + adposition if self.spoken.postpositions else adposition + complement
+        adverb, verb = self._word(clause.adverb), self._verb(clause)
         if self.spoken.verb_final:
-            self._object(out, clause)
-            self._adjunct(out, clause)
-            self._word(out, clause.adverb)
-            self._verb(out, clause)
-        else:
-            self._verb(out, clause)
-            self._word(out, clause.adverb)
-            self._object(out, clause)
-            self._adjunct(out, clause)
+            return subject + objects + adjunct + adverb + verb
+        return subject + verb + adverb + objects + adjunct
 
-    def _verb(self, out: list[Token], clause: Clause) -> None:
-        """Adds auxiliary, negation, verb; verb-final languages reverse them. Tense and agreement are suffixes."""
-        auxiliary = {FUTURE: WILL, ABLE: CAN}.get(clause.tense)
-        negation = NEGATION[0] if clause.negative else None
+    def _verb(self, clause: Clause) -> list[Token]:
+        """Returns auxiliary, negation, verb; verb-final languages reverse them. Tense and agreement are suffixes."""
+        auxiliary = self._word({FUTURE: WILL, ABLE: CAN}.get(clause.tense))
+        negation = self._word(NEGATION[0] if clause.negative else None)
         suffix = ""
         if clause.tense == PAST:
             suffix = self.forms[PAST_SUFFIX]
         elif clause.tense == PRESENT and clause.subject.plural:
             suffix = self.forms[AGREEMENT_SUFFIX]
-        if self.spoken.verb_final:
-            self._word(out, clause.verb, suffix)
-            self._word(out, negation)
-            self._word(out, auxiliary)
-        else:
-            self._word(out, auxiliary)
-            self._word(out, negation)
-            self._word(out, clause.verb, suffix)
+        verb = self._word(clause.verb, suffix)
+        return verb + negation + auxiliary if self.spoken.verb_final else auxiliary + negation + verb
 
-    def _object(self, out: list[Token], clause: Clause) -> None:
-        if clause.object is not None:
-            self._phrase(out, clause.object, "object", OBJECT_CASE)
-
-    def _adjunct(self, out: list[Token], clause: Clause) -> None:
-        if clause.complement is not None:
-            if not self.spoken.postpositions:
-                self._word(out, clause.adposition)
-            self._phrase(out, clause.complement, "complement", ADPOSITION_CASE)
-            if self.spoken.postpositions:
-                self._word(out, clause.adposition)
-
-    def _phrase(self, out: list[Token], phrase: Phrase, role: str, case: int | None = None) -> None:
-        """Adds determiner, adjective, noun (or noun, adjective). The noun, or a name's last word, carries number and case."""
+    def _phrase(self, phrase: Phrase | None, role: str, case: int | None = None) -> list[Token]:
+        """Returns determiner, adjective, noun (or noun, adjective). The noun, or a name's last word, carries number and case."""
+        if phrase is None:
+            return []
         ending = self.forms[case] if case is not None and self.spoken.cases else ""
-        self._word(out, phrase.determiner, role=role)
-        if not self.spoken.adjective_after:
-            self._word(out, phrase.adjective, role=role)
-        if phrase.entity:
-            last = len(phrase.words) - 1
-            for n, word in enumerate(phrase.words):
-                self._word(out, word, ending if n == last else "", role, ("I-" if n else "B-") + phrase.entity)
-        else:
-            self._word(out, phrase.words[0], self.forms[PLURAL_SUFFIX] + ending if phrase.plural else ending, role)
-        if self.spoken.adjective_after:
-            self._word(out, phrase.adjective, role=role)
+        if phrase.plural:
+            ending = self.forms[PLURAL_SUFFIX] + ending
+        head: list[Token] = []
+        for word in phrase.words:
+            entity = ("I-" if head else "B-") + phrase.entity if phrase.entity else "O"
+            head += self._word(word, ending if len(head) + 1 == len(phrase.words) else "", role, entity)
+        determiner, adjective = self._word(phrase.determiner, role=role), self._word(phrase.adjective, role=role)
+        return determiner + (head + adjective if self.spoken.adjective_after else adjective + head)
 
-    def _word(self, out: list[Token], concept: int | None, suffix: str = "", role: str = "", entity: str = "O") -> None:
-        if concept is not None:
-            out.append(Token(self.forms[concept] + suffix, CONCEPTS[concept], entity, role, concept))
+    def _word(self, concept: int | None, suffix: str = "", role: str = "", entity: str = "O") -> list[Token]:
+        """Returns the concept's word, or nothing for None."""
+        if concept is None:
+            return []
+        return [Token(self.forms[concept] + suffix, CONCEPTS[concept], entity, role, concept)]
 
 
 @cache

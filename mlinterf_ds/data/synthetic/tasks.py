@@ -19,7 +19,6 @@ from mlinterf_ds.data.synthetic.grammar import (
     Draw,
     Meaning,
     Phrase,
-    Table,
     sample_adjunct,
     sample_clause,
     world,
@@ -30,8 +29,6 @@ from mlinterf_ds.data.synthetic.sentence import Token, grammar
 CONTEXT_SENTENCES, TRIES = 4, 12  # sentences with different verbs, out of as many sampled clauses
 LABELS = ("entailment", "neutral", "contradiction")
 ROLES = ("subject", "object", "complement")
-_ORDERS = Table(tuple(permutations(LABELS)), [1.0] * 6)
-_HALF = 0.5
 
 
 class Question(NamedTuple):
@@ -56,11 +53,11 @@ def questions(name: str | SyntheticLanguage, count: int, seed: int, split: str =
     speak = grammar(spoken)
     for draw in draws(spoken, "questions", count, seed, split, width=(TRIES + 1) * UNIFORMS):
         clauses = _context(draw)
-        target = draw.pick(Table(range(len(clauses)), [1.0] * len(clauses)))
+        target = draw.choose(range(len(clauses)))
         asked, role = _question(draw, clauses[target])
         spoken_clauses = [speak.tokens(Meaning((clause,))) for clause in clauses]
         texts = [" ".join(token.form for token in tokens) for tokens in spoken_clauses]
-        answer, offset = _find(spoken_clauses[target], role)
+        answer, offset = _answer(spoken_clauses[target], role)
         start = offset + sum(len(text) + 1 for text in texts[:target])
         yield Question(" ".join(texts), speak.text(asked), answer, start)
 
@@ -78,7 +75,7 @@ def _context(draw: Draw) -> list[Clause]:
 def _question(draw: Draw, clause: Clause) -> tuple[Meaning, str]:
     """Returns a question for one of the clause's phrases and that phrase's role; verb, subject and object are kept."""
     present = [role for role in ROLES if getattr(clause, role) is not None]
-    role = draw.pick(Table(present, [1.0] * len(present)))
+    role = draw.choose(present)
     asked: Phrase = getattr(clause, role)
     word = WHO if asked.noun_class == HUMAN else WHERE if asked.noun_class == PLACE else WHAT
     clause = clause._replace(adverb=None)
@@ -92,7 +89,7 @@ def _put(clause: Clause, role: str, phrase: Phrase) -> Clause:
     return clause._replace(**changed)
 
 
-def _find(tokens: list[Token], role: str) -> tuple[str, int]:
+def _answer(tokens: list[Token], role: str) -> tuple[str, int]:
     """Returns the phrase's text and its start in the sentence, in characters."""
     first = next(n for n, token in enumerate(tokens) if token.role == role)
     text = " ".join(token.form for token in tokens if token.role == role)
@@ -111,7 +108,7 @@ def entailments(name: str | SyntheticLanguage, count: int, seed: int, split: str
     spoken = resolve(name)
     say = grammar(spoken).text
     triples = draws(spoken, "labels", -(-count // 3) if count > 0 else count, seed, split, width=1)
-    labels = (label for triple in triples for label in triple.pick(_ORDERS))
+    labels = (label for triple in triples for label in triple.choose(tuple(permutations(LABELS))))
     for draw, label in zip(draws(spoken, "entailments", count, seed, split, width=2 * UNIFORMS), labels, strict=False):
         premise, hypothesis = _pair(draw, label)
         yield Entailment(say(Meaning((premise,))), say(Meaning((hypothesis,))), label)
@@ -122,18 +119,18 @@ def _pair(draw: Draw, label: str) -> tuple[Clause, Clause]:
     negative = draw.chance(0.25)
     clause = sample_clause(draw)._replace(negative=negative)
     modifiers = _modifiers(clause)
-    first = draw.pick(Table(modifiers, [1.0] * len(modifiers)))
+    first = draw.choose(modifiers)
     richer, poorer = _with(draw, clause, first), _without(clause, first)
     stronger, weaker = (poorer, richer) if negative else (richer, poorer)  # the stronger entails the weaker
     premise, hypothesis = {
         "entailment": (stronger, weaker),
         "neutral": (weaker, stronger),
-        "contradiction": (weaker, weaker) if draw.chance(_HALF) else (stronger, stronger),
+        "contradiction": (weaker, weaker) if draw.chance(0.5) else (stronger, stronger),
     }[label]
     if label == "contradiction":
         hypothesis = _opposite(draw, hypothesis)
-    if draw.chance(_HALF):  # weakens the hypothesis further, which keeps every label
-        second = draw.pick(Table(modifiers, [1.0] * len(modifiers)))
+    if draw.chance(0.5):  # weakens the hypothesis further, which keeps every label
+        second = draw.choose(modifiers)
         if second != first:
             hypothesis = _with(draw, hypothesis, second) if negative else _without(hypothesis, second)
     return premise, hypothesis
@@ -184,6 +181,6 @@ def _opposite(draw: Draw, clause: Clause) -> Clause:
 
     Under "can" the opposite verb does not contradict: one can do a thing and its opposite.
     """
-    if not clause.negative and clause.tense != ABLE and draw.chance(_HALF):
+    if not clause.negative and clause.tense != ABLE and draw.chance(0.5):
         return clause._replace(verb=VERBS[(clause.verb - VERBS.start) ^ 1])
     return clause._replace(negative=not clause.negative)
