@@ -150,8 +150,8 @@ def held(engine: Engine) -> dict[str, float]:
 def elements(settings: list[str], tensor: int, languages: tuple[str, ...]) -> tuple[int, int]:
     """The elements of this rank's encoder: of the shared parameters, and of one language's own."""
     engine, _, _ = bodies.make(settings, "zero0", tensor, languages)
-    shared, own, *_ = engine.model.parameter_groups().values()
-    return sum(p.numel() for p in shared.values()), sum(p.numel() for p in own.values())
+    shared, *own = (sum(p.numel() for p in group.values()) for group in engine.model.parameter_groups().values())
+    return shared, own[0] if own else 0
 
 
 def _attention(query: Any, key: Any, *_: Any, **__: Any) -> int:
