@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from mlinterf_ds.errors import UserError
+from tests.commands import call
 from tests.parity import finetune_bodies as bodies
 from tests.ranks import laid_out, pool
 
@@ -105,10 +106,10 @@ def test_two_ranks_equal_one(ground: Path, tensor: int) -> None:
 
 
 def test_the_command_writes_what_it_shows(ground: Path, tmp_path: Path) -> None:
-    from tests.faults.test_task_faults import evaluate
-
     arguments = ["--checkpoint", str(ground / "model"), "--text", f"te={ground}/text", "--text", f"as={ground}/text"]
-    assert pool(1).run(evaluate, [*arguments, "--sentences", "2", "--out", str(tmp_path / "out.json")]) == [""]
+    assert pool(1).run(
+        call, "evaluate", "/", [*arguments, "--sentences", "2", "--out", str(tmp_path / "out.json")]
+    ) == [""]
     found = json.loads((tmp_path / "out.json").read_text())
     assert set(found) == {"te", "as"} and found["te"]["pseudo_perplexity_tokens"] > 2
     assert found["te"]["perplexity"] != found["as"]["perplexity"]  # each has its own adapters
