@@ -25,7 +25,12 @@ RESUMABLE: dict[str, Any] = {"mark": "resumable"}  # a resumed run may change it
 ADDRESS: dict[str, Any] = {"mark": "address"}  # it only says where something is or how it is called; so resumable too
 
 # Keys of earlier versions and why they went. A user who sets one is told; in an older checkpoint's record they are ignored.
-REMOVED = {"model.compile": "no part of the model is compiled: leave the key out"}
+REMOVED = {
+    "model.compile": "no part of the model is compiled: leave the key out",
+    "finetune.dev_share": "--dev LANG=split takes a tenth of --train LANG: give --dev LANG=FILE for another share",
+    "finetune.test_share": "--test LANG=split takes a tenth of --train LANG: give --test LANG=FILE for another share",
+    "finetune.eval_batch": "a rank predicts 64 rows at once: leave the key out",
+}
 
 
 class Section(BaseModel):

@@ -16,7 +16,7 @@ from mlinterf_ds.engine.weights import CheckpointReader
 from mlinterf_ds.errors import UserError
 from mlinterf_ds.files import sha256
 from mlinterf_ds.ranks import agreed
-from mlinterf_ds.sections import ModelConfig, TrainConfig
+from mlinterf_ds.sections import ModelConfig, TrainConfig, architecture, has_adapters
 
 if TYPE_CHECKING:  # reading a checkpoint needs neither DeepSpeed nor megatron
     from mlinterf_ds.engine.engine import Engine
@@ -53,7 +53,7 @@ class Pretrained:
     @property
     def variant(self) -> str:
         """The architecture: which module is language-specific."""
-        return str(self.saved["config"]["variant"]).removeprefix("meta_")
+        return architecture(self.saved["config"]["variant"])
 
     @property
     def positions(self) -> int:
@@ -108,7 +108,7 @@ class Pretrained:
     def check(self, tensor: int) -> None:
         """UserError unless the model can be cut for this many tensor-parallel ranks."""
         shape = self.shape()
-        adapter = shape.adapter_width if self.variant.endswith("adpt") else 0
+        adapter = shape.adapter_width if has_adapters(self.variant) else 0
         for key, value in (("heads", shape.heads), ("ffn", shape.ffn), ("adapter", adapter)):
             if value % tensor:
                 raise UserError(f"{self.path}: model.{key}={value} is not divisible by {tensor} tensor-parallel ranks")

@@ -10,7 +10,29 @@ from mlinterf_ds.config import RESUMABLE, Section
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 Variant = Literal["mono", "joint", "ffn", "attn", "adpt", "share_adpt", "meta_adpt", "meta_ffn", "meta_attn"]
+ROUTED = ("ffn", "attn", "adpt")  # architectures in which each language has this module of its own
+ADAPTED = ("adpt", "share_adpt")  # architectures with adapters
 LANGUAGE_PATTERN = r"^[a-z][a-z0-9_-]*$"
+
+
+def architecture(variant: str) -> str:
+    """Which modules a model has, however they are trained: the variant without 'meta_'."""
+    return variant.removeprefix("meta_")
+
+
+def is_meta(variant: str) -> bool:
+    """Whether the meta step trains the language-specific modules."""
+    return variant.startswith("meta_")
+
+
+def is_routed(variant: str) -> bool:
+    """Whether each language has modules of its own."""
+    return architecture(variant) in ROUTED
+
+
+def has_adapters(variant: str) -> bool:
+    """Whether the model has adapters, of each language or shared."""
+    return architecture(variant) in ADAPTED
 
 
 def comma_list(value: Any) -> Any:

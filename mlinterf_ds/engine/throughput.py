@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
-from mlinterf_ds.sections import ModelConfig
+from mlinterf_ds.sections import ModelConfig, has_adapters
 
 if TYPE_CHECKING:
     import torch  # a study's plan counts FLOPs without importing it
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "V100": 125e12, "L40": 181e12, "A10": 125e12}
 
 
-def flops_per_row(model: ModelConfig, length: int, vocabulary: int, masked: int, *, adapters: bool) -> float:
+def flops_per_row(model: ModelConfig, length: int, vocabulary: int, masked: int, variant: str) -> float:
     """FLOPs of one training row, forward and backward (three times forward); matrix products only.
 
     Per token and layer: 4 projections of width x inner, 2 of width x ffn, 2 score products of length x inner; per
@@ -22,7 +22,7 @@ def flops_per_row(model: ModelConfig, length: int, vocabulary: int, masked: int,
     """
     inner = model.heads * model.kv_channels
     per_token = 2 * (4 * model.width * inner + 2 * model.width * model.ffn + 2 * length * inner)
-    if adapters:
+    if has_adapters(variant):
         per_token += 2 * 2 * 2 * model.width * model.adapter_width
     head = 2 * masked * model.width * (model.width + vocabulary)
     return 3.0 * (length * model.layers * per_token + head)

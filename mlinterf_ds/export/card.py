@@ -7,6 +7,7 @@ from pathlib import Path
 
 from mlinterf_ds.files import sha256
 from mlinterf_ds.pretrained import Pretrained
+from mlinterf_ds.sections import has_adapters, is_meta, is_routed
 
 ROUTED = {
     "adpt": "each language has its own residual adapters after attention and feed-forward",
@@ -28,9 +29,11 @@ def card(pretrained: Pretrained, stock: bool) -> str:
     languages = pretrained.languages
     head = ["---", "language:", *(f"- {json.dumps(code)}" for code in languages)]
     head += ["library_name: transformers", "pipeline_tag: fill-mask", "tags:", "- multilingual", "- mlinterf", "---"]
-    how = "by the meta step (Algorithm 1 of the paper)" if variant.startswith("meta_") else "with all other parameters"
-    trained = f", trained {how}" if pretrained.variant in ("adpt", "ffn", "attn") else ""
-    adapters = f", adapters of width {shape.adapter_width} ({shape.adapter_activation})" if "adpt" in variant else ""
+    how = "by the meta step (Algorithm 1 of the paper)" if is_meta(variant) else "with all other parameters"
+    trained = f", trained {how}" if is_routed(variant) else ""
+    adapters = (
+        f", adapters of width {shape.adapter_width} ({shape.adapter_activation})" if has_adapters(variant) else ""
+    )
     lines = [
         *head,
         f"# {saved['config'].get('name', 'model')}: {variant} on {', '.join(languages)}",

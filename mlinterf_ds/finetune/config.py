@@ -36,7 +36,6 @@ class FinetuneSection(Section):
     micro_batch: int | None = Field(
         None, ge=1, json_schema_extra=RESUMABLE, description="rows a rank handles at once; default: all its rows"
     )
-    eval_batch: int = Field(64, ge=1, json_schema_extra=RESUMABLE, description="rows a rank predicts at once")
     freeze: Literal["none", "language", "shared"] = Field(
         "none",
         description="what stays as pretrained: nothing (as in the paper), the language modules, or all but those",
@@ -56,11 +55,10 @@ class FinetuneSection(Section):
     )
     max_question: int | None = Field(None, ge=1, description="pieces kept of a question; default a quarter of a row")
     max_answer: int = Field(30, ge=1, description="largest number of pieces in an answer")
-    dev_share: float = Field(0.1, gt=0, lt=1, description="share of --train LANG that --dev LANG=split takes")
-    test_share: float = Field(0.1, gt=0, lt=1, description="share of --train LANG that --test LANG=split takes")
     limit: int | None = Field(None, ge=1, description="number of examples read of each file; default: all")
     synthetic_train: int = Field(1000, ge=2, description="training examples of LANG=synthetic")
     synthetic_eval: int = Field(500, ge=1, description="dev and test examples of LANG=synthetic")
+
     keep: int = Field(
         1,
         ge=1,

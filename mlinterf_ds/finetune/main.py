@@ -36,7 +36,7 @@ def main(arguments: Sequence[str], group: Group | None = None) -> int:
         command.add_argument(
             f"--{split}", action="append", default=[], metavar="LANG=FILE", help="or LANG=synthetic; may be repeated"
         )
-    command.epilog = "--dev and --test also take LANG=split: a share of --train LANG.\n\n" + (command.epilog or "")
+    command.epilog = "--dev and --test also take LANG=split: a tenth of --train LANG.\n\n" + (command.epilog or "")
     options = command.parse_args(arguments)
     config = load_config(FinetuneConfig, options.recipe, options.set)
     files = {split: parse(getattr(options, split), split) for split in SPLITS}
@@ -84,7 +84,6 @@ def prepare(
     sets = load(
         task,
         options,
-        shares={"dev": settings.dev_share, "test": settings.test_share},
         synthetic={"train": settings.synthetic_train, "dev": settings.synthetic_eval, "test": settings.synthetic_eval},
         limit=settings.limit,
     )

@@ -7,7 +7,7 @@ import itertools
 import json
 from typing import Any
 
-from mlinterf_ds.config import decisive, differences
+from mlinterf_ds.config import REMOVED, decisive, differences
 from mlinterf_ds.errors import UserError, refusing
 from mlinterf_ds.files import write_json, write_text
 from mlinterf_ds.finetune.config import FinetuneConfig
@@ -130,14 +130,14 @@ class Search:
         text = from_first(path.read_text() if self.job.config.resume and path.is_file() else "")
         if not text:
             return None
-        ours = json.loads(json.dumps(self._identity()))
+        now = json.loads(json.dumps(self._identity()))
         with refusing(f"{path}: not what a fine-tuning writes", "; choose another output"):
             saved = json.loads(text)
-            theirs, run_id = dict(saved["identity"]), saved["run_id"]
-        differ = differences(ours, theirs)
-        if differ:
+            before = {key: value for key, value in saved["identity"].items() if key not in REMOVED}
+            run_id = saved["run_id"]
+        if changed := differences(now, before):
             raise UserError(
-                f"cannot resume {self.output} with other settings: {'; '.join(differ)}. Choose another output"
+                f"cannot resume {self.output} with other settings: {'; '.join(changed)}. Choose another output"
             )
         return run_id
 

@@ -30,6 +30,8 @@ from mlinterf_ds.tasks.batches import TrainBatches, evaluation_batches
 from mlinterf_ds.tasks.heads import CLASSIFIER, TaskModel
 from mlinterf_ds.tracking import Tracker
 
+PREDICTED_ROWS = 64  # that a rank predicts at once
+
 
 class Stopped(Exception):
     """The job was asked to end; what it has done is saved."""
@@ -273,8 +275,7 @@ class Trial:
         engine, layout = self.engine, self.job.layout
         engine.model.eval()
         mine: dict[int, np.ndarray] = {}
-        size = self.job.config.finetune.eval_batch
-        for numbers, batch in evaluation_batches(rows, module, size, layout.data_rank, layout.data):
+        for numbers, batch in evaluation_batches(rows, module, PREDICTED_ROWS, layout.data_rank, layout.data):
             _, logits = engine.model(batch.to(engine.device))
             found = (logits if self.job.task.kind == "span" else logits.argmax(-1)).cpu().numpy()
             for index, number in enumerate(numbers):

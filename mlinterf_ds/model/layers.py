@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from megatron.core import parallel_state
@@ -29,9 +29,8 @@ from torch.utils.checkpoint import checkpoint
 
 from mlinterf_ds.model.routing import Router, routed
 from mlinterf_ds.runtime.parallel import replayed
-from mlinterf_ds.sections import ModelConfig
+from mlinterf_ds.sections import ModelConfig, Variant, has_adapters, is_meta
 
-VARIANTS = ("mono", "joint", "ffn", "attn", "adpt", "share_adpt")
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "relu": F.relu,
@@ -218,7 +217,7 @@ def block_spec(
     config: ModelConfig, shape: TransformerConfig, variant: str, router: Router
 ) -> TransformerBlockSubmodules:
     """The spec of all layers of a variant and of the LayerNorm after the last; shape: `config` in megatron's terms."""
-    assert variant in VARIANTS, f"variant {variant!r}: expected one of {VARIANTS}"
+    assert variant in get_args(Variant) and not is_meta(variant), f"{variant!r} is no architecture"
     attention = ModuleSpec(
         module=SelfAttention,
         submodules=SelfAttentionSubmodules(
@@ -240,7 +239,7 @@ def block_spec(
     if variant == "adpt":
         adapter = routed(router, adapter)
     residual: Any = get_bias_dropout_add
-    if variant in ("adpt", "share_adpt"):
+    if has_adapters(variant):
         residual = ModuleSpec(module=AdaptedResidual, params={"config": shape, "adapter": adapter})
     layer = ModuleSpec(
         module=Layer,

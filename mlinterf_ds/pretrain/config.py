@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 
 from mlinterf_ds.config import ADDRESS, RESUMABLE, Section, load_config, parser
 from mlinterf_ds.sections import (
+    ROUTED,
     ConflictSection,
     Counts,
     Languages,
@@ -19,6 +20,9 @@ from mlinterf_ds.sections import (
     TrackingConfig,
     TrainConfig,
     Variant,
+    architecture,
+    has_adapters,
+    is_meta,
 )
 
 
@@ -95,7 +99,7 @@ class RunConfig(Section):
     @property
     def routing(self) -> str:
         """Which module is language-specific, however it is trained: the variant without 'meta_'."""
-        return self.variant.removeprefix("meta_")
+        return architecture(self.variant)
 
     @model_validator(mode="after")
     def _consistent(self) -> RunConfig:
@@ -110,19 +114,17 @@ class RunConfig(Section):
         for key, value in (("model.heads", self.model.heads), ("model.ffn", self.model.ffn)):
             if value % tensor:
                 raise ValueError(f"{key}={value} is not divisible by parallel.tensor={tensor}: change one of them")
-        if self.variant.endswith("adpt") and self.model.adapter_width % tensor:
+        if has_adapters(self.variant) and self.model.adapter_width % tensor:
             raise ValueError(
                 f"adapter bottleneck {self.model.adapter_width} is not divisible by parallel.tensor={tensor}: "
                 "set model.adapter to a multiple of it"
             )
-        if self.train.freeze == "shared" and (
-            self.variant not in ("ffn", "attn", "adpt") or not (self.init or self.resume)
-        ):
+        if self.train.freeze == "shared" and (self.variant not in ROUTED or not (self.init or self.resume)):
             raise ValueError(
                 f"train.freeze=shared trains language modules alone on a model that init= names (now {self.init}): set it, "
-                f"and variant=ffn, attn or adpt (now {self.variant})"
+                f"and variant={' or '.join(ROUTED)} (now {self.variant})"
             )
-        if self.variant.startswith("meta_"):
+        if is_meta(self.variant):
             if len(languages) == 1:
                 raise ValueError(
                     f"variant={self.variant} needs two languages or more, languages has one: use variant=mono"

@@ -34,6 +34,7 @@ from mlinterf_ds.pretrain.report import Records
 from mlinterf_ds.ranks import agreed
 from mlinterf_ds.runtime.session import Session
 from mlinterf_ds.runtime.signals import Signals, stop_reason
+from mlinterf_ds.sections import is_meta
 
 LOG_STEPS = 10  # steps between points of the training curves
 
@@ -93,7 +94,7 @@ class PretrainingRun:
             for language in self.languages
         }
         self.validation: ValidationStream | None = None
-        if not config.variant.startswith("meta_"):
+        if not is_meta(config.variant):
             return
         if len(self.languages) < 2:
             raise UserError(f"variant={config.variant} needs two languages or more, here is only {self.languages[0]}")
@@ -145,9 +146,8 @@ class PretrainingRun:
         """The FLOPs of a row and the peak of all ranks, which model FLOPs utilisation compares."""
         config = self.config
         masked = self.stream.batch(0, 0, 1).positions.shape[1]
-        adapters = config.variant.endswith("adpt")
-        vocabulary = self.corpus.vocabulary_size
-        self.row_flops = flops_per_row(config.model, config.data.sequence_length, vocabulary, masked, adapters=adapters)
+        length, vocabulary = config.data.sequence_length, self.corpus.vocabulary_size
+        self.row_flops = flops_per_row(config.model, length, vocabulary, masked, config.variant)
         self.peak = peak_flops(self.engine.device, DTYPES[self.precision]) * self.layout.world
 
     def greeting(self, reason: str) -> str:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 
+from mlinterf_ds.sections import is_meta
 from mlinterf_ds.study.jobs import Job, Unit
 from mlinterf_ds.study.outcomes import is_finished
 from mlinterf_ds.study.worker import DONE
@@ -72,7 +73,7 @@ def _kind(unit: Unit) -> str:
     """The kind of a unit: units of one kind cost the same for the same work."""
     if "task" in unit.facts:
         return str(unit.facts["task"])
-    return "meta" if unit.facts["variant"].startswith("meta_") else "plain"
+    return "meta" if is_meta(unit.facts["variant"]) else "plain"
 
 
 def show(jobs: Sequence[Job], output: Path, slots: int, by_job: bool = False) -> str:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mlinterf_ds.pretrain.config import load_run
+from mlinterf_ds.sections import architecture, is_meta
 from mlinterf_ds.study.config import SetSection, StudyConfig
 
 
@@ -59,10 +60,10 @@ def _multilingual(config: StudyConfig, group: SetSection, seed: int) -> Iterator
     common = (group.name, group.kind, tuple(group.languages))
     for variant in config.variants_of(group):
         yield Model(*common, variant, seed, settings, limits)
-        if variant.startswith("meta_") and group.kind == "pair":
+        if is_meta(variant) and group.kind == "pair":
             if config.controls.direct:
                 yield Model(*common, variant, seed, (*settings, "meta.terms=direct"), limits, "direct")
             if config.controls.compute:
                 steps = load_run([*config.recipes], [*config.settings, *settings]).train.steps
                 longer = (*settings, f"train.steps={round(steps * config.controls.compute)}")
-                yield Model(*common, variant.removeprefix("meta_"), seed, longer, limits, "compute")
+                yield Model(*common, architecture(variant), seed, longer, limits, "compute")

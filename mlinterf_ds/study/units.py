@@ -18,6 +18,7 @@ from mlinterf_ds.engine.throughput import flops_per_row
 from mlinterf_ds.errors import UserError
 from mlinterf_ds.finetune.config import FinetuneConfig
 from mlinterf_ds.pretrain.config import RunConfig
+from mlinterf_ds.sections import is_routed
 from mlinterf_ds.study.config import SYNTHETIC, StudyConfig, TaskSection
 from mlinterf_ds.study.corpora import Corpora, file_hash
 from mlinterf_ds.study.grid import Model
@@ -64,8 +65,12 @@ def finetunings(config: StudyConfig, model: Model, pretrained: RunConfig) -> Ite
             settings = [*task.settings, f"task={task.task}", f"finetune.seeds={model.seed}"]
             settings += [f"finetune.unseen={language}"] * (model.kind == "mono")
             yield _finetuning(task, language, data, settings, model, "", pretrained)
-            routed = model.variant not in ("mono", "joint", "share_adpt")
-            if routed and model.kind == "pair" and not model.control and task.task in config.controls.freeze:
+            if (
+                is_routed(model.variant)
+                and model.kind == "pair"
+                and not model.control
+                and task.task in config.controls.freeze
+            ):
                 yield _finetuning(task, language, data, [*settings, FROZEN], model, "freeze", pretrained)
 
 
@@ -142,8 +147,7 @@ def _finetuning_work(run: FinetuneConfig, data: dict[str, dict[str, str]], pretr
 
 def _row_flops(run: RunConfig, vocabulary: int, masked: int) -> float:
     """FLOPs of training the run's model on one row."""
-    adapters = run.variant.endswith("adpt")
-    return flops_per_row(run.model, run.data.sequence_length, vocabulary, masked, adapters=adapters)
+    return flops_per_row(run.model, run.data.sequence_length, vocabulary, masked, run.variant)
 
 
 # --- analyses ----------------------------------------------------------------------------------------------------------

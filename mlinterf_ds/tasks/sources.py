@@ -16,6 +16,7 @@ from mlinterf_ds.tasks.base import Task
 
 SPLITS = ("train", "dev", "test")
 SYNTHETIC_SPLIT = {"train": "train", "dev": "valid", "test": "test"}
+SHARE = 0.1  # of train, that LANG=split takes
 SEED = 0  # fixed: synthetic examples and splits are the same for every seed of a fine-tuning
 
 
@@ -56,14 +57,12 @@ def load(
     task: Task,
     options: dict[str, dict[str, str]],
     *,
-    shares: dict[str, float],
     synthetic: dict[str, int],
     limit: int | None = None,
 ) -> Sets:
     """Reads or makes every set.
 
-    options: {"train": {"en": "FILE", ...}, ...}; shares: of train, for "dev" and "test"; synthetic: how many examples of
-    each split; limit: the most examples kept of a set. UserError names a mistake in a file, or a set without labels.
+    options: {"train": {"en": "FILE", ...}, ...}; synthetic: how many examples of each split; limit: the most examples kept of a set. UserError names a mistake in a file, or a set without labels.
     """
     sets = Sets()
     for split in SPLITS:
@@ -81,7 +80,7 @@ def load(
     for split in ("test", "dev"):
         for language, source in options[split].items():
             if source == "split":
-                _split(task, sets, split, language, shares[split], sizes.get(language, 0))
+                _split(task, sets, split, language, sizes.get(language, 0))
     for language in sets.test:
         dev, test = (sets.origin.get(f"{split} {language}", "") for split in ("dev", "test"))
         if dev == test and "sha256" in test:
@@ -92,7 +91,7 @@ def load(
     return sets
 
 
-def _split(task: Task, sets: Sets, split: str, language: str, share: float, size: int) -> None:
+def _split(task: Task, sets: Sets, split: str, language: str, size: int) -> None:
     """Moves a share of a language's `size` groups of training examples to dev or test, always the same ones (by hash)."""
     if language not in sets.train:
         raise UserError(f"--{split} {language}=split takes a share of train: give --train {language}=FILE too")
@@ -102,12 +101,12 @@ def _split(task: Task, sets: Sets, split: str, language: str, share: float, size
         return hashlib.blake2b(f"{SEED} {split} {group}".encode(), digest_size=8).digest()
 
     groups = sorted({task.group(example) for example in examples}, key=digest)
-    taken = set(groups[: max(1, round(share * size))])
+    taken = set(groups[: max(1, round(SHARE * size))])
     sets.of(split)[language] = [example for example in examples if task.group(example) in taken]
     sets.train[language] = [example for example in examples if task.group(example) not in taken]
     if not sets.train[language]:
         raise UserError(f"--{split} {language}=split: train has too few different examples ({size}) to split")
-    sets.origin[f"{split} {language}"] = f"{share:g} of train, by hash"
+    sets.origin[f"{split} {language}"] = f"{SHARE:g} of train, by hash"
 
 
 def _check_labels(task: Task, sets: Sets, split: str, language: str, source: str) -> None:

@@ -227,16 +227,16 @@ def test_line_of_a_wrong_answer_and_of_bad_bytes(tmp_path: Path) -> None:
 def sets(train: str, dev: str, test: str, task: str = "ner") -> Sets:
     options = {"train": parse([train], "train"), "dev": parse([dev], "dev"), "test": parse([test], "test")}
     counts = {"train": 40, "dev": 10, "test": 10}
-    return load(TASKS[task], options, shares={"dev": 0.2, "test": 0.3}, synthetic=counts)
+    return load(TASKS[task], options, synthetic=counts)
 
 
 def test_a_split_keeps_groups_together_and_is_always_the_same(tmp_path: Path) -> None:
-    path = put(tmp_path, "f.tsv", "".join(f"w{n % 10}\tO\n\n" for n in range(50)))
+    path = put(tmp_path, "f.tsv", "".join(f"w{n % 20}\tO\n\n" for n in range(100)))
     first, again = (sets(f"en={path}", "en=split", "en=split") for _ in range(2))
     words = {split: {s.words for s in first.of(split)["en"]} for split in ("train", "dev", "test")}
-    assert [len(words[split]) for split in ("train", "dev", "test")] == [5, 2, 3]
-    assert len(set.union(*words.values())) == 10
-    assert sum(len(first.of(split)["en"]) for split in words) == 50
+    assert [len(words[split]) for split in ("train", "dev", "test")] == [16, 2, 2]
+    assert len(set.union(*words.values())) == 20
+    assert sum(len(first.of(split)["en"]) for split in words) == 100
     assert [s.first_line for s in again.dev["en"]] == [s.first_line for s in first.dev["en"]]
 
 

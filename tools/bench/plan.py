@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from mlinterf_ds.sections import is_meta
 from tools.bench.engines import CODES, build, meta_step, plain_step, shapes
 from tools.bench.timing import Work, interleaved, ratio
 from tools.plan import arithmetic
@@ -32,7 +33,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         settings = ["variant=joint", *shapes(options), *base, *own]
         engine, config, train, validation = build(options, CODES[:4], "tiny", settings, "zero1")
         flops[name] = arithmetic.step_flops(config, options.vocabulary)
-        if config.variant.startswith("meta_"):
+        if is_meta(config.variant):
             work[name] = meta_step(engine, config.meta, train(0), validation(0))
         else:
             work[name] = plain_step(engine, train(0))

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from mlinterf_ds.data.batch import masked_per_row
 from mlinterf_ds.engine.throughput import flops_per_row
 from mlinterf_ds.pretrain.config import RunConfig
+from mlinterf_ds.sections import has_adapters, is_meta
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 STATE = 12  # bytes of an fp32 master weight and its two moments
@@ -70,7 +71,7 @@ def parameters(config: RunConfig, languages: int, vocabulary: int, tensor: int) 
     ffn = _linear(model.ffn, w, tensor, column=True) + _linear(w, model.ffn, tensor, column=False)
     a = model.adapter_width
     adapters = 2 * (_linear(a, w, tensor, column=True) + _linear(w, a, tensor, column=False))
-    parts = {"attn": attention, "ffn": ffn, "adpt": adapters if routing in ("adpt", "share_adpt") else []}
+    parts = {"attn": attention, "ffn": ffn, "adpt": adapters if has_adapters(routing) else []}
     own = parts.pop(routing, [])
     layer = [2 * [w, w], *parts.values()]  # two norms
     in_layer = [size for part in layer for size in part]
@@ -109,7 +110,7 @@ def memory(
     size["gradients"] = own + _gradients(count, layout, vector)
     if layout.stage == 3:
         size["gathered"] = b * min(LIVE, count.shared - count.small) if layout.data > 1 else 0.0
-    if config.variant.startswith("meta_"):
+    if is_meta(config.variant):
         # The validation pass still holds the descent direction; the last displaced pass holds v and two gradients of phi.
         descent = (1 + (config.meta.lookahead == "adam")) * vector
         displaced = 2 * vector + 3 * own - size["gradients"] if config.meta.terms == "both" else 0.0
@@ -153,7 +154,7 @@ def activations(config: RunConfig, rows: int, vocabulary: int, layout: PlannedLa
     b, w, f = BYTES[layout.precision], model.width, model.ffn / tensor
     inner, heads = model.heads * model.kv_channels / tensor, model.heads / tensor
     n = rows * config.data.sequence_length
-    adapted = config.routing in ("adpt", "share_adpt")
+    adapted = has_adapters(config.variant)
     layer = (
         b * n * (4 * w + 4 * inner + 2 * f)
     )  # inputs and outputs of both norms and of the GELU; q, k, v and their mix
@@ -182,7 +183,7 @@ def passes(config: RunConfig) -> dict[str, float]:
     passes of the finite difference, and phase 2.
     """
     plain = {"forward": 1.0, "shared": 1.0, "own": 1.0, "write": 0.0}
-    if not config.variant.startswith("meta_"):
+    if not is_meta(config.variant):
         return plain
     meta = config.meta
     sided = 0 if meta.terms == "direct" else 1 if meta.difference == "one_sided" else 2
@@ -219,7 +220,7 @@ def tensor_parallel_volume(config: RunConfig, layout: PlannedLayout) -> float:
     model, b, times = config.model, BYTES[layout.precision], passes(config)
     rows = config.train.batch / layout.data
     n, m = rows * config.data.sequence_length, rows * masked_per_row(config.data.sequence_length, config.data.mask)
-    sums = 4 if config.routing in ("adpt", "share_adpt") else 2  # row-parallel linear layers of a transformer layer
+    sums = 4 if has_adapters(config.variant) else 2  # row-parallel linear layers of a transformer layer
     forward = n * model.width * b * (model.layers * sums * (2 if model.recompute else 1) + 1)
     backward = n * model.width * b * model.layers * sums + m * model.width * b
     return times["forward"] * (forward + backward + 3 * 4 * m)
@@ -233,9 +234,7 @@ def step_flops(config: RunConfig, vocabulary: int) -> float:
     masked = masked_per_row(config.data.sequence_length, config.data.mask)
     times = passes(config)
     only_own = times["forward"] - times["shared"]
-    row = flops_per_row(
-        config.model, config.data.sequence_length, vocabulary, masked, adapters=config.variant.endswith("adpt")
-    )
+    row = flops_per_row(config.model, config.data.sequence_length, vocabulary, masked, config.variant)
     return config.train.batch * row * (times["shared"] + only_own * 2 / 3) * (4 / 3 if config.model.recompute else 1)
 
 
@@ -293,7 +292,7 @@ def divides(config: RunConfig, layout: PlannedLayout, per_host: int) -> bool:
     model = config.model
     if layout.ranks % layout.tensor or layout.tensor > per_host or config.train.batch % layout.data:
         return False
-    cut = [model.heads, model.ffn, *([model.adapter_width] if config.routing in ("adpt", "share_adpt") else [])]
+    cut = [model.heads, model.ffn, *([model.adapter_width] if has_adapters(config.variant) else [])]
     rows = config.train.batch // layout.data
     micro = config.train.micro_batch
     return (
