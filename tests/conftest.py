@@ -33,9 +33,9 @@ def ground(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Makes this process the only rank of a process group, on one thread."""
+    """Makes this process the only rank of a process group, on one thread; a process joins a group once."""
     import torch
 
     from mlinterf_ds.runtime.parallel import Group

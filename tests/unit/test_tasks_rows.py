@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from mlinterf_ds.data.tokenizer import BOS, EOS, UNK, Tokenizer
 from mlinterf_ds.errors import UserError
 from mlinterf_ds.model.encoder import SHARED, at_positions
-from mlinterf_ds.runtime.parallel import Group
 from mlinterf_ds.sections import ModelConfig
 from mlinterf_ds.tasks import TASKS, Limits, Row, metrics, spans
 from mlinterf_ds.tasks.batches import TrainBatches, collate, evaluation_batches
@@ -228,8 +227,6 @@ def test_evaluation_covers_every_row_in_equally_many_batches(count: int, ranks: 
 
 # --- heads -----------------------------------------------------------------------------------------------------------
 def model(kind: str, classes: int) -> TaskModel:
-    if not torch.distributed.is_initialized():
-        Group(1)
     shape = ModelConfig(layers=1, heads=2, width=16, ffn=16, dropout=0, attention_dropout=0)  # type: ignore[call-arg]
     options = {"variant": "adpt", "languages": ["en", "sw"], "vocabulary": 64, "positions": 16, "seed": 1}
     encoder = TaskModel(shape, kind=kind, classes=classes, **options)  # type: ignore[arg-type]
@@ -238,6 +235,7 @@ def model(kind: str, classes: int) -> TaskModel:
     return encoder
 
 
+@pytest.mark.usefixtures("one_rank")
 def test_loss_of_labels_by_hand() -> None:
     encoder = model("labels", 3)
     rows = some_rows(3)
@@ -256,6 +254,7 @@ def test_loss_of_labels_by_hand() -> None:
     assert float(trained) == pytest.approx(by_hand, rel=1e-5) and nll.shape == (3, 1)
 
 
+@pytest.mark.usefixtures("one_rank")
 def test_a_span_is_looked_for_among_a_rows_own_places() -> None:
     encoder = model("span", 2)
     rows = [Row(0, [0, 9, 2, 10, 11, 12, 2], [0, 3, 4, 5], [1, 3]), Row(1, [0, 9, 2, 10, 2], [0, 3], [0, 0])]
@@ -266,6 +265,7 @@ def test_a_span_is_looked_for_among_a_rows_own_places() -> None:
     assert float(loss) == pytest.approx(float(wanted), rel=1e-6)
 
 
+@pytest.mark.usefixtures("one_rank")
 def test_the_classifier_is_a_group_of_its_own() -> None:
     encoder = model("labels", 3)
     groups = encoder.parameter_groups()
