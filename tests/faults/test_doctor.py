@@ -42,7 +42,7 @@ def test_versions_are_held_against_pyproject(monkeypatch) -> None:
     assert named("python", checks).status == "FAIL" and named("torch", checks).status == "OK"
 
 
-def test_compiler_and_accelerator(monkeypatch, tmp_path: Path) -> None:
+def test_accelerator(monkeypatch) -> None:
     from deepspeed.accelerator import get_accelerator
 
     fine = machine.accelerator()
@@ -52,8 +52,6 @@ def test_compiler_and_accelerator(monkeypatch, tmp_path: Path) -> None:
     assert named("precision", machine.accelerator()).status == "WARN"
     monkeypatch.setattr(get_accelerator(), "device_count", lambda: 1 // 0)
     assert named("accelerator", machine.accelerator()).found.startswith("ZeroDivisionError")
-    monkeypatch.setenv("PATH", str(tmp_path))
-    assert [check.status for check in software.compiler()] == ["WARN"]
 
 
 def test_network(monkeypatch) -> None:
@@ -181,13 +179,13 @@ def test_arguments_that_mean_nothing(monkeypatch, tmp_path: Path, capsys) -> Non
 
 
 def test_a_check_that_breaks_is_a_failed_check(monkeypatch, capfd) -> None:
-    checks = {software: ("versions", "compiler", "locks"), machine: ("accelerator", "storage"), network: ("network",)}
+    checks = {software: ("versions", "locks"), machine: ("accelerator", "storage"), network: ("network",)}
     for module, name in ((module, name) for module, names in checks.items() for name in names):
         monkeypatch.setattr(module, name, lambda *_: [Check("fine", "OK", "")])
     monkeypatch.setattr(network, "mlflow_server", lambda: {}["nothing"])
     assert main(["--json"]) == 1
     rows = json.loads(capfd.readouterr().out)
-    assert [(row["name"], row["status"]) for row in rows] == [("fine", "OK")] * 6 + [("mlflow", "FAIL")]
+    assert [(row["name"], row["status"]) for row in rows] == [("fine", "OK")] * 5 + [("mlflow", "FAIL")]
 
 
 def test_the_command_prints_a_report() -> None:

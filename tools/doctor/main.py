@@ -27,7 +27,6 @@ def examine(options: argparse.Namespace) -> list[Check]:
     """All checks of this machine; a check that breaks counts as failed."""
     groups: dict[str, Callable[[], list[Check]]] = {
         "versions": software.versions,
-        "compiler": software.compiler,
         "accelerator": machine.accelerator,
         "network": lambda: network.network(options.master_addr, options.master_port),
         "storage": lambda: machine.storage(options.output),

@@ -1,10 +1,8 @@
-"""Checks of what is installed: Python, the packages of pyproject.toml, a compiler; and of locks that a build left behind."""
+"""Checks of what is installed: Python and the packages of pyproject.toml; and of locks that a build left behind."""
 
 from __future__ import annotations
 
 import importlib.metadata
-import os
-import shutil
 import sys
 import tomllib
 
@@ -37,15 +35,6 @@ def versions() -> list[Check]:
             mismatch = f"{version}, pyproject.toml asks for {requirement.specifier}"
             checks.append(Check(requirement.name, "FAIL", mismatch, remedy, alike=True))
     return checks
-
-
-def compiler() -> list[Check]:
-    """Looks for a C++ compiler, which compiled models need."""
-    paths = [path for name in (os.environ.get("CXX", "c++"), "g++", "clang++") if (path := shutil.which(name))]
-    if paths:
-        return [Check("compiler", "OK", paths[0])]
-    remedy = "only model.compile=true needs a C++ compiler: install g++ (Debian: apt install g++)"
-    return [Check("compiler", "WARN", "none", remedy)]
 
 
 def locks() -> list[Check]:
