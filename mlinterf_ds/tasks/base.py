@@ -75,12 +75,7 @@ class Task(Protocol):
         ...
 
     def predict(
-        self,
-        examples: Sequence[Any],
-        rows: Sequence[Row],
-        outputs: Sequence[Any],
-        labels: Sequence[str],
-        limits: Limits,
+        self, examples: Sequence[Any], rows: list[Row], outputs: list[Any], labels: list[str], limits: Limits
     ) -> list[Any]:
         """The predictions that follow from the model's outputs.
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from mlinterf_ds.data.batch import generator, key
 from mlinterf_ds.data.tokenizer import PAD
@@ -74,26 +76,24 @@ def collate(
     dropout_seed: int,
 ) -> TaskBatch:
     """Puts rows of different lengths into one batch, padded to the longest."""
-    length = max(len(row.tokens) for row in rows)
-    most_positions = max(len(row.positions) for row in rows)
-    most_targets = max(len(row.targets) for row in rows)
-    tokens = np.full((len(rows), length), PAD, dtype=np.int64)
-    positions = np.zeros((len(rows), most_positions), dtype=np.int64)
-    targets = np.full((len(rows), most_targets), -1, dtype=np.int64)
-    lengths = np.array([len(row.tokens) for row in rows])
-    counts = np.array([len(row.positions) for row in rows])
-    for index, row in enumerate(rows):
-        tokens[index, : len(row.tokens)] = row.tokens
-        positions[index, : len(row.positions)] = row.positions
-        targets[index, : len(row.targets)] = row.targets
+    tokens = _padded([row.tokens for row in rows], PAD)
+    positions = _padded([row.positions for row in rows], 0)
+    targets = _padded([row.targets for row in rows], -1)
+    lengths = torch.tensor([[len(row.tokens), len(row.positions)] for row in rows])
     return TaskBatch(
-        tokens=torch.from_numpy(tokens),
-        padding=torch.from_numpy(np.arange(length) >= lengths[:, None]),
-        positions=torch.from_numpy(positions),
-        valid=torch.from_numpy(np.arange(most_positions) < counts[:, None]),
-        targets=torch.from_numpy(np.maximum(targets, 0)),
-        weights=torch.from_numpy(((targets >= 0) * weights[:, None]).astype(np.float32)),
-        languages=torch.from_numpy(np.asarray(languages, dtype=np.int64)),
+        tokens=tokens,
+        padding=torch.arange(tokens.shape[1]) >= lengths[:, :1],
+        positions=positions,
+        valid=torch.arange(positions.shape[1]) < lengths[:, 1:],
+        targets=targets.clamp(min=0),
+        weights=((targets >= 0) * torch.from_numpy(weights)[:, None]).float(),
+        languages=torch.from_numpy(languages.astype(np.int64)),
         step_languages=step_languages,
         dropout_seed=dropout_seed,
     )
+
+
+def _padded(lists: list[list[int]], value: int) -> Tensor:
+    """Lists of different lengths as the rows of one int64 tensor, filled up with `value`."""
+    tensors = [torch.tensor(numbers, dtype=torch.int64) for numbers in lists]
+    return pad_sequence(tensors, batch_first=True, padding_value=value)

@@ -135,18 +135,13 @@ def _wrong_columns(columns: list[str], width: int, tabs: bool) -> str:
     return f"{len(columns)} columns, expected {width} (a word, ..., its tag) separated by {separator}{hint}"
 
 
-def in_memory(words: Sequence[str], tags: Sequence[str], path: Path, first_line: int) -> Sentence:
-    """A sentence that no file holds, with lines as a file would have them."""
-    raw = (*(f"{word}\t{tag}" for word, tag in zip(words, tags, strict=True)), "")
-    return Sentence(tuple(words), tuple(tags), raw, tuple(range(len(words))), path, first_line)
-
-
-def synthetic(language: str, split: str, tagged: Iterator[tuple[Sequence[str], Sequence[str]]]) -> list[Sentence]:
-    """Sentences of (words, tags) pairs, numbered as if one file `synthetic-LANGUAGE-SPLIT` held them."""
-    path, line, sentences = Path(f"synthetic-{language}-{split}"), 1, []
+def in_memory(tagged: Sequence[tuple[Sequence[str], Sequence[str]]], path: Path, line: int = 1) -> list[Sentence]:
+    """Sentences of (words, tags) pairs, as if they stood in a file `path` from this line on."""
+    sentences = []
     for words, tags in tagged:
-        sentences.append(in_memory(words, tags, path, line))
-        line += len(words) + 1
+        raw = (*(f"{word}\t{tag}" for word, tag in zip(words, tags, strict=True)), "")
+        sentences.append(Sentence(tuple(words), tuple(tags), raw, tuple(range(len(words))), path, line))
+        line += len(raw)
     return sentences
 
 

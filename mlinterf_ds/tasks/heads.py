@@ -1,7 +1,7 @@
 """The encoder with a task's linear classifier on top: one class for each chosen column, or the two ends of a span.
 
-Legend: rows = sequences; places = the columns of a row that are looked at (words' first pieces, `<s>`, or a context's
-pieces); targets = the predictions wanted of a row (one for each place, or start and end).
+Legend: rows = sequences; positions = the columns of a row that are looked at (words' first pieces, `<s>`, or a context's
+pieces); targets = the predictions wanted of a row (a class at each position, or the start and end of a span).
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from hashlib import blake2b
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,9 +30,9 @@ class TaskBatch:
 
     tokens: Tensor  # (rows, length) int64
     padding: Tensor  # (rows, length) bool, True where a row has ended
-    positions: Tensor  # (rows, places) int64: columns
-    valid: Tensor  # (rows, places) bool: False where a row has fewer places
-    targets: Tensor  # (rows, targets) int64: classes (0 where there is none), or indices of places
+    positions: Tensor  # (rows, positions) int64: columns
+    valid: Tensor  # (rows, positions) bool: False where a row has fewer positions
+    targets: Tensor  # (rows, targets) int64: classes (0 where there is none), or indices into `positions`
     weights: Tensor  # (rows, targets) float32: they sum to 1 over the global batch; 0 where there is no target
     languages: Tensor  # (rows,) int64: index into the encoder's languages
     step_languages: tuple[int, ...]  # of the whole global batch, ascending: the same on all ranks
@@ -41,18 +40,16 @@ class TaskBatch:
 
     def to(self, device: torch.device | str) -> TaskBatch:
         """The same batch with its tensors on `device`."""
-        moved: dict[str, Any] = {
-            k: v.to(device, non_blocking=True) for k, v in vars(self).items() if torch.is_tensor(v)
-        }
-        return replace(self, **moved)
+        tensors = {name: value for name, value in vars(self).items() if torch.is_tensor(value)}
+        return replace(self, **{name: value.to(device, non_blocking=True) for name, value in tensors.items()})
 
 
 class TaskModel(Encoder):
     """The pretrained encoder (its parameters keep their names) with a linear classifier in place of the masked head.
 
-    kind "labels": `classes` logits at each place (tagging; sentence pairs, whose one place is `<s>`). kind "span": every
-    place is scored as a start and as an end. The classifier is a parameter group of its own, which can have its own
-    learning rate and is trained where all else is frozen; tensor-parallel ranks hold replicas of it.
+    kind "labels": `classes` logits at each position (sentence pairs have one, `<s>`). kind "span": every position is scored
+    as a start and as an end. The classifier is a parameter group of its own, which can have its own learning rate and is
+    trained where all else is frozen; tensor-parallel ranks hold replicas of it.
     """
 
     def __init__(
@@ -81,14 +78,14 @@ class TaskModel(Encoder):
     def forward(self, batch: TaskBatch) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         """The loss, and in training each row's mean nll (rows, 1), in evaluation the logits.
 
-        Logits are fp32, (rows, places, classes), or (rows, 2, places) of a span.
+        Logits are fp32, (rows, positions, classes), or (rows, 2, positions) of a span.
         """
         with contextlib.ExitStack() as stack:
             if self.training:
                 stack.enter_context(replayed(batch.dropout_seed))
             hidden = self.hidden(batch.tokens, batch.languages, batch.step_languages, batch.padding)
-            places = F.dropout(at_positions(hidden, batch.positions), self.dropout, self.training)
-        logits = self.classifier(places).float()
+            hidden = F.dropout(at_positions(hidden, batch.positions), self.dropout, self.training)
+        logits = self.classifier(hidden).float()
         if self.kind == "span":
             logits = logits.masked_fill(~batch.valid[:, :, None], -torch.inf).transpose(1, 2)
         flat = F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), reduction="none")

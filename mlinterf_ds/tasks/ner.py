@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from mlinterf_ds.data.tokenizer import Tokenizer
 from mlinterf_ds.errors import UserError
@@ -37,7 +38,7 @@ class Ner(Task):
         from mlinterf_ds.data.synthetic import annotated
 
         examples = annotated(language, count, seed, split)
-        return columns.synthetic(language, split, ((e.tokens, e.entities) for e in examples))
+        return columns.in_memory([(e.tokens, e.entities) for e in examples], Path(f"synthetic-{language}-{split}"))
 
     def group(self, example: Sentence) -> str:
         return " ".join(example.words)
@@ -52,12 +53,7 @@ class Ner(Task):
         return tagging.rows(examples, [iob2(s.tags) for s in examples], tokenizer, labels, limits)
 
     def predict(
-        self,
-        examples: Sequence[Sentence],
-        rows: Sequence[Row],
-        outputs: Sequence[Sequence[int]],
-        labels: Sequence[str],
-        limits: Limits,
+        self, examples: Sequence[Sentence], rows: list[Row], outputs: list[Any], labels: list[str], limits: Limits
     ) -> list[list[str]]:
         return tagging.predict(examples, rows, outputs, labels)
 
@@ -69,15 +65,9 @@ class Ner(Task):
 
     def baselines(self, train: Sequence[Sentence], test: Sequence[Sentence]) -> dict[str, dict[str, float]]:
         """majority: every word gets the one tag that scores best on `train`; lexical: each word's commonest tag."""
-        gold = [iob2(s.tags) for s in train]
-        best = max(
-            self.labels(train), key=lambda tag: metrics.entity_scores(gold, tagging.constant(train, tag))[self.metric]
-        )
-        guesses = {
-            "majority": tagging.constant(test, best),
-            "lexical": tagging.lexical(train, gold, test, "O"),
-        }
-        return {name: self.score(test, tags) for name, tags in guesses.items()}
+        best = max(self.labels(train), key=lambda tag: self.score(train, tagging.constant(train, tag))[self.metric])
+        lexical = tagging.lexical(train, [iob2(s.tags) for s in train], test, "O")
+        return {"majority": self.score(test, tagging.constant(test, best)), "lexical": self.score(test, lexical)}
 
     def write(self, examples: Sequence[Sentence], predictions: Tags, path: Path) -> None:
         scheme = scheme_of([s.tags for s in examples])
@@ -88,11 +78,8 @@ class Ner(Task):
 
     def report(self, examples: Sequence[Sentence], predictions: Tags) -> str:
         gold = [iob2(s.tags) for s in examples]
-        return metrics.entity_report(gold, predictions) + "\n" + metrics.confusion(gold, predictions, _type)
-
-
-def _type(tag: str) -> str:
-    return tag if tag == "O" else tag[2:]
+        by_type = metrics.confusion(gold, predictions, lambda tag: tag[2:] or "O")
+        return metrics.entity_report(gold, predictions) + "\n" + by_type
 
 
 def spans(tags: Sequence[str]) -> list[Span]:
@@ -138,7 +125,7 @@ def scheme_of(sentences: Sequence[Sequence[str]]) -> str:
 
 def in_scheme(tags: Sequence[str], scheme: str) -> list[str]:
     """The same entities, tagged in another scheme."""
-    first_tag, last_tag, single_tag = tuple({"IOBES": "BES", "BILOU": "BLU"}.get(scheme, "BIB"))
+    first_tag, last_tag, single_tag = {"IOBES": "BES", "BILOU": "BLU"}.get(scheme, "BIB")
     result = ["O"] * len(tags)
     before: Span = ("", 0, 0)
     for kind, first, end in spans(tags):

@@ -105,12 +105,7 @@ class Nli(Task):
         return rows, [f"{cut} pairs are longer than {limits.max_length} pieces and were cut"] if cut else []
 
     def predict(
-        self,
-        examples: Sequence[Pair],
-        rows: Sequence[Row],
-        outputs: Sequence[Any],
-        labels: Sequence[str],
-        limits: Limits,
+        self, examples: Sequence[Pair], rows: list[Row], outputs: list[Any], labels: list[str], limits: Limits
     ) -> list[str]:
         return [labels[int(classes[0])] for classes in outputs]
 

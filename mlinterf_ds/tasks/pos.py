@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from mlinterf_ds.data.tokenizer import Tokenizer
 from mlinterf_ds.tasks import columns, metrics, tagging
@@ -78,7 +79,8 @@ class Pos(Task):
     def synthetic(self, language: str, count: int, seed: int, split: str) -> list[Sentence]:
         from mlinterf_ds.data.synthetic import annotated
 
-        return columns.synthetic(language, split, ((e.tokens, e.pos) for e in annotated(language, count, seed, split)))
+        examples = annotated(language, count, seed, split)
+        return columns.in_memory([(e.tokens, e.pos) for e in examples], Path(f"synthetic-{language}-{split}"))
 
     def group(self, example: Sentence) -> str:
         return " ".join(example.words)
@@ -92,31 +94,24 @@ class Pos(Task):
         return tagging.rows(examples, [s.tags for s in examples], tokenizer, labels, limits)
 
     def predict(
-        self,
-        examples: Sequence[Sentence],
-        rows: Sequence[Row],
-        outputs: Sequence[Sequence[int]],
-        labels: Sequence[str],
-        limits: Limits,
+        self, examples: Sequence[Sentence], rows: list[Row], outputs: list[Any], labels: list[str], limits: Limits
     ) -> list[list[str]]:
         return tagging.predict(examples, rows, outputs, labels)
 
     def score(self, examples: Sequence[Sentence], predictions: Tags) -> dict[str, float]:
         gold = [s.tags for s in examples]
-        return {"f1": metrics.run_f1(gold, predictions), "accuracy": metrics.tag_accuracy(gold, predictions)}
+        f1 = metrics.entity_scores(metrics.runs(gold), metrics.runs(predictions))["f1"]
+        return {"f1": f1, "accuracy": metrics.tag_accuracy(gold, predictions)}
 
     def counts(self, examples: Sequence[Sentence], predictions: Tags) -> list[metrics.Counts]:
-        return metrics.run_counts([s.tags for s in examples], predictions)
+        return metrics.entity_counts(metrics.runs([s.tags for s in examples]), metrics.runs(predictions))
 
     def baselines(self, train: Sequence[Sentence], test: Sequence[Sentence]) -> dict[str, dict[str, float]]:
         """majority: every word gets the commonest tag of `train`; lexical: each word's commonest tag."""
         counts = {tag: sum(s.tags.count(tag) for s in train) for tag in UPOS}
         commonest = max(UPOS, key=counts.__getitem__)
-        guesses = {
-            "majority": tagging.constant(test, commonest),
-            "lexical": tagging.lexical(train, [s.tags for s in train], test, commonest),
-        }
-        return {name: self.score(test, tags) for name, tags in guesses.items()}
+        lexical = tagging.lexical(train, [s.tags for s in train], test, commonest)
+        return {"majority": self.score(test, tagging.constant(test, commonest)), "lexical": self.score(test, lexical)}
 
     def write(self, examples: Sequence[Sentence], predictions: Tags, path: Path) -> None:
         columns.write(examples, predictions, path)

@@ -78,12 +78,7 @@ class Qa(Task):
         return rows, [f"{count} of {len(examples)} {text}" for count, text in notes if count]
 
     def predict(
-        self,
-        examples: Sequence[Question],
-        rows: Sequence[Row],
-        outputs: Sequence[Any],
-        labels: Sequence[str],
-        limits: Limits,
+        self, examples: Sequence[Question], rows: list[Row], outputs: list[Any], labels: list[str], limits: Limits
     ) -> list[str]:
         best: list[tuple[float, str]] = [(-np.inf, "")] * len(examples)
         none = np.full(len(examples), np.inf)  # score of "no answer": the lowest of an example's windows

@@ -52,7 +52,7 @@ def test_every_word_is_predicted_once_and_no_window_is_too_long(sizes: list[int]
 
 
 def tagged(words: list[str], tags: list[str], file: str = "f", line: int = 1) -> Sentence:
-    return in_memory(words, tags, Path(file), line)
+    return in_memory([(words, tags)], Path(file), line)[0]
 
 
 @pytest.mark.parametrize("name", ["ner", "pos"])
