@@ -266,7 +266,7 @@ class Trial:
         if not job.first:
             return []
         return job.task.predict(
-            job.examples[split][language], job.rows[split][language], outputs, job.labels, job.limits
+            job.examples[split][language], job.rows[split][language], outputs, list(job.labels), job.limits
         )
 
     @torch.no_grad()

@@ -10,6 +10,7 @@ import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from hashlib import blake2b
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -40,7 +41,7 @@ class TaskBatch:
 
     def to(self, device: torch.device | str) -> TaskBatch:
         """The same batch with its tensors on `device`."""
-        tensors = {name: value for name, value in vars(self).items() if torch.is_tensor(value)}
+        tensors: dict[str, Any] = {name: value for name, value in vars(self).items() if torch.is_tensor(value)}
         return replace(self, **{name: value.to(device, non_blocking=True) for name, value in tensors.items()})
 
 

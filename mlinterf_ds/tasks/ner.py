@@ -125,7 +125,7 @@ def scheme_of(sentences: Sequence[Sequence[str]]) -> str:
 
 def in_scheme(tags: Sequence[str], scheme: str) -> list[str]:
     """The same entities, tagged in another scheme."""
-    first_tag, last_tag, single_tag = {"IOBES": "BES", "BILOU": "BLU"}.get(scheme, "BIB")
+    first_tag, last_tag, single_tag = tuple({"IOBES": "BES", "BILOU": "BLU"}.get(scheme, "BIB"))
     result = ["O"] * len(tags)
     before: Span = ("", 0, 0)
     for kind, first, end in spans(tags):
