@@ -97,10 +97,10 @@ def number(least: int) -> Callable[[str], int]:
 class Model:
     """A checkpoint's encoder and tokenizer on this rank, for evaluation."""
 
-    def __init__(self, place: str, layout: Layout, precision: str = "auto"):
+    def __init__(self, checkpoint: str, layout: Layout, precision: str = "auto"):
         from deepspeed.accelerator import get_accelerator
 
-        pretrained = Pretrained.open(place)
+        pretrained = Pretrained.open(checkpoint)
         self.languages, self.path, self.layout = pretrained.languages, pretrained.path, layout
         self.saved, self.length, self.mask_share = pretrained.saved, pretrained.positions, pretrained.mask_share
         self.tokenizer = pretrained.tokenizer()
@@ -159,7 +159,7 @@ def score(model: Model, language: str, path: Path, sentences: int) -> dict[str, 
         text, language, "test", languages=model.languages, length=model.length, mask_share=model.mask_share
     )
     nll = weighted_loss(model.encoder, rows.batches(ROWS, layout.data_rank, layout.data), model.device, layout)
-    found = {
+    scores = {
         "perplexity": math.exp(nll),
         "bits_per_character": rows.bits_per_character(nll),
         "sentences": len(text.lines),
@@ -172,12 +172,12 @@ def score(model: Model, language: str, path: Path, sentences: int) -> dict[str, 
                 sums += float(model.surprisals(batch).sum()), len(batch.tokens)
         nll, count = model.summed(sums.tolist())
         cut = sum(len(ids) > model.length - 2 for ids in text.encoded[:sentences])
-        found |= {
+        scores |= {
             "pseudo_perplexity": math.exp(nll / count),
             "pseudo_perplexity_tokens": count,
             "pseudo_perplexity_sentences_cut": cut,
         }
-    return found
+    return scores
 
 
 def record(model: Model, texts: dict[str, str], results: dict[str, dict[str, float]]) -> None:
@@ -191,8 +191,8 @@ def record(model: Model, texts: dict[str, str], results: dict[str, dict[str, flo
         tags=environment_facts() | {"variant": model.saved["config"]["variant"]},
         parent_id=model.saved.get("run_id"),
     )
-    for language, found in results.items():
-        tracker.log({f"evaluate/{name}/{language}": value for name, value in found.items()}, 0)
+    for language, scores in results.items():
+        tracker.log({f"evaluate/{name}/{language}": value for name, value in scores.items()}, 0)
     tracker.close()
 
 
@@ -225,11 +225,13 @@ def fill(model: Model, text: str, language: str | None, top: int) -> list[list[d
     tokens = torch.tensor([ids], device=model.device)
     hidden = model.encoder.hidden(tokens, torch.tensor([number]), (number,))
     chances = model.encoder.logits(hidden)[0].softmax(-1).cpu()
-    found, pieces = [], model.tokenizer.pieces
+    candidates, pieces = [], model.tokenizer.pieces
     for column in (k for k, piece in enumerate(ids) if piece == MASK):
         values, best = chances[column].topk(min(top, len(pieces)))
-        found.append([{"piece": pieces[int(i)], "probability": float(p)} for p, i in zip(values, best, strict=True)])
-    return found
+        candidates.append(
+            [{"piece": pieces[int(i)], "probability": float(p)} for p, i in zip(values, best, strict=True)]
+        )
+    return candidates
 
 
 def _shown(results: Any) -> str:
@@ -240,17 +242,17 @@ def _shown(results: Any) -> str:
             lines += [f"  {c['probability']:>7.2%}  {c['piece'].replace(chr(0x2581), '_')}" for c in candidates]
         return "\n".join(lines)
     lines = [f"{'language':<12}{'perplexity':>12}{'bits/character':>16}{'pseudo-perplexity':>19}{'sentences':>11}"]
-    for language, found in results.items():
-        pseudo = f"{found['pseudo_perplexity']:.2f}" if "pseudo_perplexity" in found else "-"
+    for language, scores in results.items():
+        pseudo = f"{scores['pseudo_perplexity']:.2f}" if "pseudo_perplexity" in scores else "-"
         lines.append(
-            f"{language:<12}{found['perplexity']:>12.2f}{found['bits_per_character']:>16.3f}{pseudo:>19}{found['sentences']:>11}"
+            f"{language:<12}{scores['perplexity']:>12.2f}{scores['bits_per_character']:>16.3f}{pseudo:>19}{scores['sentences']:>11}"
         )
-        if found["unknown"] >= MANY_UNKNOWN:
+        if scores["unknown"] >= MANY_UNKNOWN:
             lines.append(
-                f"note: {found['unknown']:.0%} of the pieces of {language} are <unk>, not in the vocabulary: its figures "
+                f"note: {scores['unknown']:.0%} of the pieces of {language} are <unk>, not in the vocabulary: its figures "
                 "say little"
             )
-        if cut := found.get("pseudo_perplexity_sentences_cut"):
+        if cut := scores.get("pseudo_perplexity_sentences_cut"):
             lines.append(
                 f"note: pseudo-perplexity reads only the beginning of {cut} sentences of {language}: longer than a row"
             )

@@ -91,9 +91,9 @@ def prepare(
     tokenizer = pretrained.tokenizer()
     rows: dict[str, dict[str, Any]] = {split: {} for split in SPLITS}
     for split in SPLITS:
-        for language, found in sets.of(split).items():
-            rows[split][language], notes = task.rows(found, tokenizer, labels, limits)
-            read = rows[split][language]
+        for language, examples_read in sets.of(split).items():
+            read, notes = task.rows(examples_read, tokenizer, labels, limits)
+            rows[split][language] = read
             share = sum(row.tokens.count(UNK) for row in read) / sum(len(row.tokens) for row in read)
             if share >= MANY_UNKNOWN:
                 notes = [*notes, f"{share:.0%} of the pieces are <unk>, not in the vocabulary"]

@@ -1,4 +1,4 @@
-"""What a fine-tuning found: summary.json, and tables for people."""
+"""The results of a fine-tuning job: summary.json, and tables for people."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ def summarise(
         "scores": {language: metrics.mean_std(every[language][task.metric]) for language in scored},
         "baseline": {language: baselines[language]["majority"][task.metric] for language in scored},
         "baselines": baselines,
-        "metrics": {lang: {name: metrics.mean_std(v) for name, v in found.items()} for lang, found in every.items()},
+        "metrics": {lang: {name: metrics.mean_std(v) for name, v in scores.items()} for lang, scores in every.items()},
         "per_seed": {language: every[language][task.metric] for language in scored},
         "setting": {lang: "within" if lang in sets.train else "zero-shot" for lang in job.rows["test"]},
-        "examples": {split: {lang: len(found) for lang, found in sets.of(split).items()} for split in job.rows},
+        "examples": {split: {lang: len(examples) for lang, examples in sets.of(split).items()} for split in job.rows},
         "served_by": {lang: job.pretrained.languages[index] for lang, index in job.modules["test"].items()},
         "unscored": [language for language in job.rows["test"] if language not in scored],
         "chosen": {key: tested[0]["point"][key] for key in ("batch", "lr", "head_lr")},
@@ -52,8 +52,8 @@ def summarise(
     }
     if task.metric == "accuracy":
         summary["interval"] = {lang: _interval(job, sets, lang, summary["scores"][lang]["mean"]) for lang in scored}
-    if found := _transfer(options, summary["per_seed"]):
-        summary["transfer"] = found
+    if transfer := _transfer(options, summary["per_seed"]):
+        summary["transfer"] = transfer
     return summary
 
 
@@ -75,16 +75,16 @@ def _transfer(options: dict[str, dict[str, str]], per_seed: dict[str, list[float
     from mlinterf_ds.data.synthetic import distance
 
     closeness = {code: 1 - distance(source, code) for code in targets}
-    found = metrics.transfer_correlation(closeness, {code: per_seed[code] for code in targets})
-    clean = {name: None if math.isnan(value) else value for name, value in found.items()}
+    correlation = metrics.transfer_correlation(closeness, {code: per_seed[code] for code in targets})
+    clean = {name: None if math.isnan(value) else value for name, value in correlation.items()}
     return {"source": source, "closeness": closeness, "rank_correlation": clean}
 
 
 def table(summary: dict[str, Any]) -> str:
     """The scores as Markdown."""
     metric, seeds = summary["metric"], len(summary["seeds"])
-    others = sorted({name for found in summary["metrics"].values() for name in found} - {metric})
-    floors = sorted({name for found in summary["baselines"].values() for name in found} - {"majority"})
+    others = sorted({name for scores in summary["metrics"].values() for name in scores} - {metric})
+    floors = sorted({name for scores in summary["baselines"].values() for name in scores} - {"majority"})
     head = ["language", "setting", "examples", f"{metric} (mean ± std of {seeds})", "majority"]
     head += floors + [f"{name} (majority)" for name in others] + ["95% interval"] * ("interval" in summary)
     lines = [f"# {summary['task']}: {summary['variant']}, {', '.join(summary['languages'])}", ""]
@@ -94,20 +94,20 @@ def table(summary: dict[str, Any]) -> str:
         if language in summary["unscored"]:
             cells += ["labels withheld"] + [""] * (len(head) - 4)
         else:
-            score, found = summary["scores"][language], summary["metrics"][language]
+            score, means = summary["scores"][language], summary["metrics"][language]
             cells += [f"{score['mean']:.1f} ± {score['std']:.1f}", f"{summary['baseline'][language]:.1f}"]
             cells += [f"{summary['baselines'][language][name][metric]:.1f}" for name in floors]
             floor = summary["baselines"][language]["majority"]
-            cells += [f"{found[name]['mean']:.1f} ({floor[name]:.1f})" for name in others]
+            cells += [f"{means[name]['mean']:.1f} ({floor[name]:.1f})" for name in others]
             if "interval" in summary:
                 cells.append("{:.1f} to {:.1f}".format(*summary["interval"][language]))
         lines.append(f"| {' | '.join(cells)} |")
     lines += ["", f"Chosen by the dev set: {', '.join(f'{k} {v:g}' for k, v in summary['chosen'].items())}."]
     if "transfer" in summary:
-        found = {
+        shown = {
             name: "n/a" if v is None else f"{v:.2f}" for name, v in summary["transfer"]["rank_correlation"].items()
         }
-        lines += [f"Rank correlation of score with closeness: {found['rho']} (95% {found['low']} to {found['high']})."]
+        lines += [f"Rank correlation of score with closeness: {shown['rho']} (95% {shown['low']} to {shown['high']})."]
     lines += [f"- {note}" for note in summary["notes"]]
     return "\n".join(lines) + "\n"
 

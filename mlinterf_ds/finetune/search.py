@@ -111,7 +111,7 @@ class Search:
                 self.tracker.artifact(self.output / name)
             if not self.job.config.finetune.single:
                 name = f"{summary['task']}/test/{summary['metric']}"
-                self.tracker.log({f"{name}/{code}": found["mean"] for code, found in summary["scores"].items()}, 0)
+                self.tracker.log({f"{name}/{code}": score["mean"] for code, score in summary["scores"].items()}, 0)
             self.tracker.describe(table(summary))
             self.tracker.close("FINISHED")
             print(show(summary, self.output), flush=True)

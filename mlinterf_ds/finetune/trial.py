@@ -59,8 +59,8 @@ class FinetuneJob:
 
     def logged(self, point: Point, values: dict[str, float]) -> dict[str, float]:
         """Values with names for the tracker: those of a single fine-tuning are the same in every run, to share charts."""
-        place = self.task.name if self.config.finetune.single else f"{self.task.name}/{point.name}"
-        return {f"{place}/{name}": value for name, value in values.items()}
+        prefix = self.task.name if self.config.finetune.single else f"{self.task.name}/{point.name}"
+        return {f"{prefix}/{name}": value for name, value in values.items()}
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class Point:
 
 @dataclass
 class Progress:
-    """What a fine-tuning has found so far; saved in its checkpoints."""
+    """The scores and losses of a fine-tuning so far, saved in its checkpoints."""
 
     dev: list[dict[str, float]] = field(default_factory=list)  # after each epoch: the metric by language
     losses: list[float] = field(default_factory=list)  # mean training loss of each epoch
@@ -256,8 +256,10 @@ class Trial:
 
     def score(self, split: str, language: str) -> dict[str, float]:
         """Metrics of a set, the same on all ranks."""
-        found = self.predict(split, language)
-        return from_first(self.job.task.score(self.job.examples[split][language], found) if self.job.first else None)
+        predictions = self.predict(split, language)
+        return from_first(
+            self.job.task.score(self.job.examples[split][language], predictions) if self.job.first else None
+        )
 
     def predict(self, split: str, language: str) -> list[Any]:
         """One prediction an example, on rank 0 (elsewhere none)."""
@@ -271,18 +273,18 @@ class Trial:
 
     @torch.no_grad()
     def _outputs(self, rows: Sequence[Row], module: int) -> list[np.ndarray]:
-        """What the model says of each row (`Task.predict`), on rank 0."""
+        """The model's output for each row, as `Task.predict` takes it, on rank 0."""
         engine, layout = self.engine, self.job.layout
         engine.model.eval()
-        mine: dict[int, np.ndarray] = {}
+        own: dict[int, np.ndarray] = {}  # this rank's outputs by row
         for numbers, batch in evaluation_batches(rows, module, PREDICTED_ROWS, layout.data_rank, layout.data):
             _, logits = engine.model(batch.to(engine.device))
-            found = (logits if self.job.task.kind == "span" else logits.argmax(-1)).cpu().numpy()
+            outputs = (logits if self.job.task.kind == "span" else logits.argmax(-1)).cpu().numpy()
             for index, number in enumerate(numbers):
-                mine[number] = found[index][..., : len(rows[number].positions)]
-        parts: list[dict[int, np.ndarray]] = [mine]
+                own[number] = outputs[index][..., : len(rows[number].positions)]
+        parts: list[dict[int, np.ndarray]] = [own]
         if layout.world > 1:
             parts = [{}] * layout.world
-            dist.all_gather_object(parts, mine if layout.tensor_rank == 0 else {})
-        together = {number: output for part in parts for number, output in part.items()}
-        return [together[number] for number in range(len(rows))]
+            dist.all_gather_object(parts, own if layout.tensor_rank == 0 else {})
+        by_row = {number: output for part in parts for number, output in part.items()}
+        return [by_row[number] for number in range(len(rows))]

@@ -23,42 +23,44 @@ from mlinterf_ds.sections import ModelConfig
 LANGUAGE_ROWS = "embeddings.language.weight"
 
 
-def weights(place: str, model: ModelConfig, tokenizer: Tokenizer, languages: Sequence[str]) -> WithLanguages:
-    """The weights at `place` for a run with this shape, vocabulary and languages; the ranks call it together.
+def weights(init: str, model: ModelConfig, tokenizer: Tokenizer, languages: Sequence[str]) -> WithLanguages:
+    """The weights that `init` names, for a run with this shape, vocabulary and languages; the ranks call it together.
 
     Raises UserError where the weights would load and mean something else: other heads, activation or pieces, language
     embeddings that the run has not.
     """
     source: CheckpointReader | Folder
-    if folder.is_folder(Path(place)):
-        agreed(lambda: folder.verify(Path(place)))
-        source = Folder(Path(place))
+    if folder.is_folder(Path(init)):
+        agreed(lambda: folder.verify(Path(init)))
+        source = Folder(Path(init))
         path, heads, activation, pieces = source.path, source.heads, source.adapter_activation, source.pieces
-        theirs = source.config.get("languages") or []
+        known = source.config.get("languages") or []
     else:
-        path = checkpoint.find(place, "best")
+        path = checkpoint.find(init, "best")
         saved = agreed(lambda: checkpoint.verify(path))
         shape = ModelConfig(**without_removed(saved.get("pretrained", saved["config"]))["model"])  # of the encoder
         heads, activation, pieces = shape.heads, shape.adapter_activation, Tokenizer(path / "tokenizer.model").pieces
-        source, theirs = CheckpointReader(path), saved["languages"]
+        source, known = CheckpointReader(path), saved["languages"]
     if source.has(LANGUAGE_ROWS) and not model.language_embeddings:
-        raise UserError(f"init={place}: its model has language embeddings: set model.language_embeddings=true")
+        raise UserError(f"init={init}: its model has language embeddings: set model.language_embeddings=true")
     if heads != model.heads:
-        raise UserError(f"init={place}: its model has {heads} attention heads, model.heads={model.heads}")
-    wanted = model.adapter_activation
-    if activation not in (None, wanted):
-        raise UserError(f"init={place}: its adapters use {activation}, model.adapter_activation={wanted}")
+        raise UserError(f"init={init}: its model has {heads} attention heads, model.heads={model.heads}")
+    if activation not in (None, model.adapter_activation):
+        raise UserError(
+            f"init={init}: its adapters use {activation}, model.adapter_activation={model.adapter_activation}"
+        )
     _check_vocabulary(path, pieces, tokenizer)
-    rows = [theirs.index(language) if language in theirs else None for language in languages]
+    rows = [known.index(language) if language in known else None for language in languages]
     return WithLanguages(source, len(pieces), tokenizer.size, rows)
 
 
-def _check_vocabulary(path: Path, theirs: list[str], tokenizer: Tokenizer) -> None:
-    ours = tokenizer.pieces
-    if theirs == ours[: len(theirs)]:  # the same, or extended
+def _check_vocabulary(path: Path, old: list[str], tokenizer: Tokenizer) -> None:
+    """UserError unless the tokenizer's pieces are those of the model at `path`, or extend them."""
+    new = tokenizer.pieces
+    if old == new[: len(old)]:
         return
-    differ = f"{len(theirs)} pieces there, {len(ours)} here"
-    for number, (there, here) in enumerate(zip(theirs, ours, strict=False)):
+    differ = f"{len(old)} pieces there, {len(new)} here"
+    for number, (there, here) in enumerate(zip(old, new, strict=False)):
         if there != here:
             differ = f"piece {number} is {there!r} there, {here!r} here"
             break
@@ -86,10 +88,10 @@ class WithLanguages:
 
     def has(self, name: str) -> bool:
         """False only for what a new adapter is initialised with."""
-        return ".adapter." not in name or self.source.has(self._found(name)) or name.endswith(".up.weight")
+        return ".adapter." not in name or self.source.has(self._source_name(name)) or name.endswith(".up.weight")
 
     def read(self, wanted: Segment, kind: str, tensor: int, tensor_rank: int) -> Tensor:
-        found = self._found(wanted.name)
+        name = self._source_name(wanted.name)
         if self.new and wanted.name in VOCABULARY:
             old = self.source.whole(wanted.name)[: self.old]
             mean = old[len(SPECIAL_PIECES) :].mean(0, keepdim=True)
@@ -98,14 +100,14 @@ class WithLanguages:
             return sliced(grown, wanted, tensor, tensor_rank, self.source.path)
         if wanted.name == LANGUAGE_ROWS:
             width = wanted.shape[1]
-            old = self.source.whole(found) if self.source.has(found) else torch.zeros(0, width)
+            old = self.source.whole(name) if self.source.has(name) else torch.zeros(0, width)
             mean = old.mean(0) if len(old) else torch.zeros(width)
             whole = torch.stack([mean if row is None or not len(old) else old[row] for row in self.rows])
             return sliced(whole, wanted, tensor, tensor_rank, self.source.path)
-        if ".adapter." in wanted.name and not self.source.has(found):
+        if ".adapter." in wanted.name and not self.source.has(name):
             return torch.zeros(wanted.length)
-        return self.source.read(Segment(**vars(wanted) | {"name": found}), kind, tensor, tensor_rank)
+        return self.source.read(Segment(**vars(wanted) | {"name": name}), kind, tensor, tensor_rank)
 
-    def _found(self, name: str) -> str:
+    def _source_name(self, name: str) -> str:
         """The name under which the source has this parameter, if it has it."""
         return name if self.source.has(name) else re.sub(r"\.copies\.language_[^.]+", "", name)

@@ -27,7 +27,6 @@ from mlinterf_ds.engine.throughput import flops_per_row, peak_flops, peak_memory
 from mlinterf_ds.errors import UserError
 from mlinterf_ds.gradients.measure import Monitor
 from mlinterf_ds.model.encoder import SHARED, Encoder, partition_dim
-from mlinterf_ds.plots.curves import perplexity_curves
 from mlinterf_ds.pretrain import initial
 from mlinterf_ds.pretrain.config import RunConfig
 from mlinterf_ds.pretrain.report import Records
@@ -62,6 +61,8 @@ class PretrainingRun:
         self.history: dict[str, list[tuple[int, float]]] = {language: [] for language in self.languages}
         self.best = math.inf  # mean validation loss of the best checkpoint, in nats
         self.seconds = 0.0  # of training, before a resume too
+        self.warned_of_spike = False
+        self.saved_step = -1  # of the newest checkpoint that this process wrote
         self.run_id: str | None = None  # MLflow's, of a run that is resumed
         self.old_pieces: int | None = None  # size of the vocabulary that this run's extends
         self.start = self._restore()  # how the run starts, for the user; '' from random weights
@@ -218,6 +219,7 @@ class PretrainingRun:
         }
         files = {"tokenizer.model": self.corpus.folder / "tokenizer.model"}
         self.records.flush()
+        self.saved_step = self.engine.step
         path = checkpoint.save(self.session.output, self.engine, state, files, self.config.train.keep)
         if best and self.first:
             checkpoint.mark_best(self.session.output, path)
@@ -251,36 +253,40 @@ class PretrainingRun:
         if not self.history[self.languages[0]]:
             self.evaluate()
         bar = tqdm(total=train.steps, initial=engine.step, disable=not self.first, unit="step", mininterval=1)
-        stopped, saved, started_at = "", -1, engine.step
+        stopped, started_at = "", engine.step
         clock, before = time.perf_counter(), self.seconds
         hours = f"train.max_hours={train.max_hours}"
         for batches, validation in prefetch(self.batches()):
             self._measure_conflict()
             facts = self.step(batches, validation)
-            step, last = engine.step, engine.step == train.steps
             spent = time.perf_counter() - clock
             self.seconds = before + spent
-            rate = (step - started_at) * train.batch * self.config.data.sequence_length / spent
-            self.records.add_losses(facts, step)
+            rate = (engine.step - started_at) * train.batch * self.config.data.sequence_length / spent
             bar.set_postfix_str(f"loss {facts['loss']:.3f}, {rate:,.0f} tokens/s", refresh=False)
             bar.update()
-            if step % LOG_STEPS == 0 or last or "meta/self_check" in facts:
-                self._log_step(facts, step, rate)
-            self._warn(facts, step)
-            if step % train.epoch_steps == 0 or last:
-                self.evaluate()
-            if step % (train.save_steps or train.epoch_steps) == 0 or last:
-                saved = step
-                self.save()
+            self._after_step(facts, rate)
             late = train.max_hours is not None and spent > train.max_hours * 3600
             if stopped := stop_reason(signals, engine.device, hours, late):
                 break
         bar.close()
         if not stopped:
             self._measure_conflict()
-        if saved != engine.step:
+        if self.saved_step != engine.step:
             self.save()
         return self._finish(stopped, (engine.step - started_at) / max(1e-9, self.seconds - before))
+
+    def _after_step(self, facts: dict[str, float], rate: float) -> None:
+        """Record the step; evaluate and save where it is due. rate: tokens per second."""
+        train, step = self.config.train, self.engine.step
+        last = step == train.steps
+        self.records.add_losses(facts, step)
+        if step % LOG_STEPS == 0 or last or "meta/self_check" in facts:
+            self._log_step(facts, step, rate)
+        self._warn(facts, step)
+        if step % train.epoch_steps == 0 or last:
+            self.evaluate()
+        if step % (train.save_steps or train.epoch_steps) == 0 or last:
+            self.save()
 
     def _measure_conflict(self) -> None:
         """Log the similarity of languages' gradients, if it is due at this step; it does not change the training."""
@@ -288,11 +294,11 @@ class PretrainingRun:
             self.records.tracker.log(self.conflict.measure(), self.engine.step)
 
     def _warn(self, facts: dict[str, float], step: int) -> None:
-        """Tell the user of the first skipped spike, and of finite differences that are noise."""
+        """Warn of the first skipped spike, and of finite differences that are noise."""
         if not self.first:
             return
-        if self.engine.spiked and not self._told_of_spike:
-            self._told_of_spike = True
+        if self.engine.spiked and not self.warned_of_spike:
+            self.warned_of_spike = True
             tqdm.write(
                 f"warning: step {step} was skipped: {self.engine.spiked} (train.spike={self.config.train.spike:g}); further "
                 "ones are counted in train/skipped"
@@ -302,8 +308,6 @@ class PretrainingRun:
                 f"warning: step {step}: the finite difference is noise (two radii agree to a cosine of "
                 f"{facts['meta/self_check']:.2f} only): see meta/radius and meta/change in MLflow"
             )
-
-    _told_of_spike = False
 
     def _log_step(self, facts: dict[str, float], step: int, rate: float) -> None:
         """Log the step's facts, the speed (`rate` in tokens per second) and how much text was seen."""
@@ -321,7 +325,7 @@ class PretrainingRun:
     # -- evaluation --------------------------------------------------------------------------------------------------
 
     def evaluate(self) -> None:
-        """Score every language's validation rows: perplexity and bits per character; warn of rising perplexity."""
+        """Score every language's validation rows: perplexity and bits per character."""
         step = self.engine.step
         metrics: dict[str, float] = {}
         for language, rows in self.evaluation.items():
@@ -330,23 +334,10 @@ class PretrainingRun:
             self.history[language].append((step, math.exp(min(loss, 80.0))))
             metrics[f"valid/perplexity/{language}"] = self.history[language][-1][1]
             metrics[f"valid/bits_per_character/{language}"] = rows.bits_per_character(loss)
-        self.records.tracker.log(metrics, step)
-        if self.first:
-            self._show_evaluation(step)
+        self.records.evaluated(metrics, self.history, self._unigram_perplexity(), step)
 
-    def _show_evaluation(self, step: int) -> None:
-        """Print the newest perplexities, and draw all so far."""
-        shown = ", ".join(f"{language} {points[-1][1]:.2f}" for language, points in self.history.items())
-        tqdm.write(f"step {step}: validation perplexity {shown}")
-        for language, points in self.history.items():
-            newest = [value for _, value in points[-4:]]
-            if len(newest) == 4 and newest == sorted(newest) and newest[0] < newest[-1]:
-                tqdm.write(f"warning: {language} has risen for three evaluations: its corpus is being overfitted")
-        baselines = {language: rows.unigram_perplexity() for language, rows in self.evaluation.items()}
-        path = self.session.output / "perplexity.png"
-        title = f"{self.config.name}: {self.config.variant}"
-        perplexity_curves(self.history, path, title=title, baselines=baselines)
-        self.records.tracker.artifact(path)
+    def _unigram_perplexity(self) -> dict[str, float]:
+        return {language: rows.unigram_perplexity() for language, rows in self.evaluation.items()}
 
     def _mean_loss(self) -> float:
         """The mean over the languages of this step's validation loss, in nats; infinite if the step was not evaluated."""
@@ -370,7 +361,7 @@ class PretrainingRun:
             "valid_bits_per_character": {
                 language: rows.bits_per_character(losses[language]) for language, rows in self.evaluation.items()
             },
-            "unigram_perplexity": {language: rows.unigram_perplexity() for language, rows in self.evaluation.items()},
+            "unigram_perplexity": self._unigram_perplexity(),
             "history": self.history,
             "finished": not stopped,
             "stopped_by": stopped,

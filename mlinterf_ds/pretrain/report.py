@@ -13,14 +13,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tqdm import tqdm
+
 from mlinterf_ds.data.corpus import Corpus
 from mlinterf_ds.files import replacing, write_json
+from mlinterf_ds.plots.curves import perplexity_curves
 from mlinterf_ds.pretrain.config import RunConfig
 from mlinterf_ds.tracking import Status, Tracker, environment_facts
 
 if TYPE_CHECKING:  # the session needs megatron, the columns of train.csv do not
     from mlinterf_ds.runtime.session import Session
 
+History = dict[str, list[tuple[int, float]]]  # (step, validation perplexity) of each language
 COLUMNS = ["step", "language", "loss", "lr", "tokens"]  # of train.csv
 
 
@@ -60,6 +64,21 @@ class Records:
             losses = {name.removeprefix("loss/"): v for name, v in facts.items() if name.startswith("loss/")}
             tokens = step * self.config.train.batch * (self.config.data.sequence_length - 1)
             self.losses.add(step, losses, facts["lr"], tokens)
+
+    def evaluated(self, metrics: Mapping[str, float], history: History, baselines: dict[str, float], step: int) -> None:
+        """Log an evaluation; print the newest perplexities, draw all so far, and warn where they rise."""
+        if not self.session.first:
+            return
+        self.tracker.log(metrics, step)
+        shown = ", ".join(f"{language} {points[-1][1]:.2f}" for language, points in history.items())
+        tqdm.write(f"step {step}: validation perplexity {shown}")
+        for language, points in history.items():
+            newest = [value for _, value in points[-4:]]
+            if len(newest) == 4 and newest == sorted(newest) and newest[0] < newest[-1]:
+                tqdm.write(f"warning: {language} has risen for three evaluations: its corpus is being overfitted")
+        path = self.session.output / "perplexity.png"
+        perplexity_curves(history, path, title=f"{self.config.name}: {self.config.variant}", baselines=baselines)
+        self.tracker.artifact(path)
 
     def flush(self) -> None:
         """Put train.csv on the disk, before a checkpoint that a resumed run goes on from."""

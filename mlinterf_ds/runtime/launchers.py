@@ -20,8 +20,8 @@ def adopt() -> None:
     if "RANK" in variables:
         return
     if "OMPI_COMM_WORLD_RANK" in variables:
-        for ours, theirs in (("RANK", "RANK"), ("WORLD_SIZE", "SIZE"), ("LOCAL_RANK", "LOCAL_RANK")):
-            variables[ours] = variables[f"OMPI_COMM_WORLD_{theirs}"]
+        for name, suffix in (("RANK", "RANK"), ("WORLD_SIZE", "SIZE"), ("LOCAL_RANK", "LOCAL_RANK")):
+            variables[name] = variables[f"OMPI_COMM_WORLD_{suffix}"]
     elif (
         "SLURM_STEP_NUM_TASKS" in variables and "SLURM_PROCID" in variables
     ):  # a batch script itself is no task of srun
@@ -52,10 +52,10 @@ def _first_slurm_host() -> str:
 
 
 def local_world() -> int:
-    """Ranks on this host, by whichever launcher started us; 0: nobody said."""
+    """The number of ranks on this host, whichever launcher started them; 0 if it is not known."""
     names = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE")  # torch, DeepSpeed, Open MPI
-    found = next((os.environ[name] for name in names if os.environ.get(name, "").isdigit()), None)
-    return int(found or _slurm_local() or (os.environ.get("WORLD_SIZE", "1") == "1"))
+    count = next((os.environ[name] for name in names if os.environ.get(name, "").isdigit()), None)
+    return int(count or _slurm_local() or (os.environ.get("WORLD_SIZE", "1") == "1"))
 
 
 def _slurm_local() -> int:
@@ -94,7 +94,7 @@ def _private_folder() -> Path:
     """A folder for temporary files that nobody else can have prepared or can read."""
     folder = Path(tempfile.gettempdir()) / f"mlinterf_ds-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
-    found = folder.lstat()
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
+    status = folder.lstat()
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o077:
         raise UserError(f"{folder} is not a folder that is yours alone (chmod 700): remove it, or set TMPDIR")
     return folder
