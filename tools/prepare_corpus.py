@@ -123,8 +123,7 @@ def _inputs_by_language(arguments: list[str]) -> dict[str, list[str | Path]]:
 
 def report(corpus: Corpus, seconds: float) -> str:
     """Returns a table of what the corpus holds, the lines that were dropped, and a summary line."""
-    head = ("language", "sentences", "train", "words", "tokens", "unknown", "tokens/word")
-    rows: list[tuple[str, ...]] = [head]
+    rows: list[tuple[str, ...]] = [("language", "sentences", "train", "words", "tokens", "unknown", "tokens/word")]
     for language in corpus.languages:
         splits = corpus.manifest["languages"][language]["splits"]
         total = {name: sum(s[name] for s in splits.values()) for name in ("sentences", "words", "tokens", "unknown")}

@@ -57,7 +57,12 @@ class Corpus:
         corpus.manifest_hash = hashlib.sha256(data).hexdigest()
         with refusing(f"{corpus.folder / MANIFEST}: damaged", AGAIN):
             corpus.manifest = json.loads(data)
-            corpus._check_version()
+            version = corpus.manifest["format"], corpus.manifest["version"]
+            if version != (FORMAT, VERSION):
+                raise UserError(
+                    f"{corpus.folder / MANIFEST}: format {version[0]!r}, version {version[1]!r}; this program reads "
+                    f"{FORMAT!r}, version {VERSION}: prepare the corpus again"
+                )
             corpus.languages = corpus._chosen(languages)
             corpus._seen = {}
             for entry in corpus._files():
@@ -79,10 +84,6 @@ class Corpus:
 
     def sentences(self, language: str, split: str) -> int:
         return self._facts(language, split)["sentences"]
-
-    def words(self, language: str, split: str) -> int:
-        """Whitespace-separated words."""
-        return self._facts(language, split)["words"]
 
     def characters(self, language: str, split: str) -> int:
         """Unicode characters of the sentences, with spaces, without sentence ends: the divisor of bits per character."""
@@ -122,11 +123,11 @@ class Corpus:
     def _check_hash(self, entry: dict[str, Any]) -> None:
         path = self._path(entry)
         with refusing(f"{path}: cannot be read", AGAIN):
-            digest = sha256(path)
-        if digest != entry["sha256"]:
-            raise UserError(
-                f"{path}: its contents are not those that were prepared (SHA-256 differs from {MANIFEST}){AGAIN}"
-            )
+            if sha256(path) == entry["sha256"]:
+                return
+        raise UserError(
+            f"{path}: its contents are not those that were prepared (SHA-256 differs from {MANIFEST}){AGAIN}"
+        )
 
     def _check_manifest(self) -> None:
         """Checks the manifest's own digest (older ones have none) and that its numbers fit each other."""
@@ -134,27 +135,19 @@ class Corpus:
             raise UserError(f"{self.folder / MANIFEST}: altered since it was written{AGAIN}")
         if self._dtype != self.tokenizer.dtype or self.manifest["vocabulary"]["size"] != self.tokenizer.size:
             raise ValueError(f"dtype or vocabulary size is not that of {self.tokenizer.path.name}")
-        digests = [entry["sha256"] for entry in self._files()]
-        if any(type(digest) is not str for digest in digests):
+        if any(type(entry["sha256"]) is not str for entry in self._files()):
             raise TypeError("sha256 must be text")
         for language in self.languages:
             splits = self.manifest["languages"][language]["splits"]
-            if missing := [split for split in SPLITS if split not in splits]:
-                raise KeyError(f"{language}: no split {missing[0]!r}")
+            for split in SPLITS:
+                if split not in splits:
+                    raise KeyError(f"{language}: no split {split!r}")
             for split, facts in splits.items():
                 counts = [facts[name] for name in COUNTS]
                 if any(type(count) is not int or count < 0 for count in counts):
                     raise ValueError(f"{language}, {split}: {', '.join(COUNTS)} must be whole numbers, 0 or more")
                 if facts["tokens"] * self._dtype.itemsize != facts["bin"]["bytes"]:
                     raise ValueError(f"{language}, {split}: {facts['tokens']} tokens in {facts['bin']['bytes']} bytes")
-
-    def _check_version(self) -> None:
-        name, version = self.manifest["format"], self.manifest["version"]
-        if (name, version) != (FORMAT, VERSION):
-            raise UserError(
-                f"{self.folder / MANIFEST}: format {name!r}, version {version!r}; this program reads {FORMAT!r}, version "
-                f"{VERSION}: prepare the corpus again"
-            )
 
     def _chosen(self, languages: Sequence[str] | None) -> list[str]:
         known = list(self.manifest["languages"])

@@ -187,7 +187,7 @@ def said(folder: Path) -> Any:
     facts: dict[str, Any] = {"pieces": found.tokenizer.pieces}
     for language in found.languages:
         for split in SPLITS:
-            counts = [getattr(found, name)(language, split) for name in ("sentences", "words", "characters")]
+            counts = [getattr(found, name)(language, split) for name in ("sentences", "characters")]
             tokens = np.array(found.tokens(language, split)).tolist()
             assert max(tokens) < found.vocabulary_size and min(counts) >= 0
             facts[f"{language} {split}"] = counts, tokens

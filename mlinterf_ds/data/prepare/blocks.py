@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -37,24 +37,23 @@ def _duplicates_path(folder: Path, bucket: int) -> Path:
     return folder / f"duplicates-{bucket:04d}.npy"
 
 
-@dataclass(frozen=True)
-class Bucket:
-    """The lines of a language whose hash is in one of `count` equal ranges."""
+class Bucket(NamedTuple):
+    """The lines of a language whose hash is in one of `buckets` equal ranges."""
 
     folder: Path
-    starts: tuple[int, ...]  # (blocks + 1,) lines of the language before each block, and in all
+    starts: list[int]  # (blocks + 1,) lines of the language before each block, and in all
     number: int  # of the range
-    count: int
+    buckets: int
 
 
 def find_duplicates(bucket: Bucket) -> None:
     """Writes the positions, in the whole language, of the bucket's lines that repeat an earlier line; sorted, int64."""
-    edges = [number * 2**64 // bucket.count for number in (bucket.number, bucket.number + 1)]
+    first, last = (number * 2**64 // bucket.buckets for number in (bucket.number, bucket.number + 1))
     hashes, positions = [], []
     for number, start in enumerate(bucket.starts[:-1]):
         line, position = np.load(hash_path(block_path(bucket.folder, number)), mmap_mode="r")
-        low = np.searchsorted(line, np.uint64(edges[0]))
-        high = np.searchsorted(line, np.uint64(edges[1])) if edges[1] < 2**64 else len(line)
+        low = np.searchsorted(line, np.uint64(first))
+        high = np.searchsorted(line, np.uint64(last - 1), side="right")
         hashes.append(line[low:high].copy())  # a view would keep the whole file mapped
         positions.append(position[low:high].astype(np.int64) + start)
     line, position = np.concatenate(hashes), np.concatenate(positions)
@@ -77,8 +76,7 @@ class BlockTask:
     tokenizer: Path = Path()
 
 
-@dataclass(frozen=True)
-class Kept:
+class Kept(NamedTuple):
     """What is left of a block without its duplicates."""
 
     histogram: np.ndarray  # (2^HISTOGRAM_BITS,) sentences by the leading bits of their unit hash
@@ -98,13 +96,9 @@ def mark_kept(task: BlockTask) -> Kept:
         keep[position[low:high] - task.start] = False
     write_arrays(keep_path(task.folder, task.number), keep=keep)
     leading = (unit[keep] >> np.uint64(64 - HISTOGRAM_BITS)).astype(np.int64)
+    histogram = np.bincount(leading, minlength=1 << HISTOGRAM_BITS)
     units = int(np.count_nonzero(np.diff(document[keep], prepend=-1)))
-    return Kept(
-        np.bincount(leading, minlength=1 << HISTOGRAM_BITS),
-        units,
-        int((~keep).sum()),
-        line_number[~keep][:FIRST_NUMBERS].tolist(),
-    )
+    return Kept(histogram, units, int((~keep).sum()), line_number[~keep][:FIRST_NUMBERS].tolist())
 
 
 def kept_units(folder: Path, number: int) -> np.ndarray:
@@ -121,17 +115,14 @@ def _split_of(task: BlockTask, block: Any) -> np.ndarray:
     return split
 
 
-def _words(block: Any) -> list[str]:
-    return block["words"].tobytes().decode().split("\n")
-
-
 def count_words(task: BlockTask) -> tuple[Counter[str], int]:
     """Returns how often each word occurs in `fraction` of the block's training sentences, and how many sentences those are."""
     with np.load(block_path(task.folder, task.number)) as block:
         chosen = _split_of(task, block) == SPLIT_ORDER.index("train")
         if task.fraction < 1:  # chosen by other bits of the hash than the split
             chosen &= (block["line"] & np.uint64(0xFFFFFFFF)) < np.uint64(task.fraction * 2**32)
-        words, index = _words(block), block["index"][np.repeat(chosen, block["lengths"])]
+        index = block["index"][np.repeat(chosen, block["lengths"])]
+        words = block["words"].tobytes().decode().split("\n")
     counts = np.bincount(index, minlength=len(words))
     return Counter({words[i]: int(counts[i]) for i in np.flatnonzero(counts)}), int(chosen.sum())
 
@@ -147,15 +138,14 @@ def encode_block(task: BlockTask) -> dict[str, dict[str, int]]:
     if facts_path.exists():
         return read_json(facts_path)
     with np.load(block_path(task.folder, task.number)) as block:
-        split, words = _split_of(task, block), _words(block)
+        split, words = _split_of(task, block), block["words"].tobytes().decode().split("\n")
         index, lengths, document = block["index"], block["lengths"], block["document"]
     ids, counts = _tokenizer(task.tokenizer).encode_words(words)
     # </s> closes every sentence as one more word.
     ids, counts = np.append(ids, np.array([EOS], ids.dtype)), np.append(counts, 1)
     index = np.insert(index, np.cumsum(lengths), len(words))
-    characters = np.array(
-        [len(word) + 1 for word in words] + [-1]
-    )  # each with the space after it; a sentence's last word has none
+    # Each word counts with the space after it; a sentence's last word has none.
+    characters = np.array([len(word) + 1 for word in words] + [-1])
     arrays: dict[str, np.ndarray] = {}
     facts = {}
     for number, name in enumerate(SPLIT_ORDER):
@@ -165,7 +155,8 @@ def encode_block(task: BlockTask) -> dict[str, dict[str, int]]:
         ends = np.flatnonzero(tokens == EOS) + 1
         arrays[f"{name}.ids"] = tokens
         arrays[f"{name}.lengths"] = np.diff(ends, prepend=0).astype(np.int32)
-        arrays[f"{name}.ends"] = _document_ends(document[chosen])
+        # The number of sentences up to the end of each document.
+        arrays[f"{name}.ends"] = (np.flatnonzero(np.diff(document[chosen], append=-1)) + 1).astype(np.int32)
         values = (chosen.sum(), lengths[chosen].sum(), characters[sequence].sum(), len(tokens), (tokens == UNK).sum())
         facts[name] = dict(zip(BLOCK_COUNTS, map(int, values), strict=True))
     write_arrays(tokens_path(task.folder, task.number), **arrays)
@@ -178,13 +169,6 @@ def _gather(ids: np.ndarray, counts: np.ndarray, sequence: np.ndarray) -> np.nda
     starts, size = (np.cumsum(counts) - counts)[sequence], counts[sequence]
     before = np.cumsum(size) - size
     return ids[np.repeat(starts - before, size) + np.arange(size.sum())]
-
-
-def _document_ends(document: np.ndarray) -> np.ndarray:
-    """Returns the number of sentences up to the end of each document.  # (documents,) int32"""
-    if not len(document):
-        return np.zeros(0, np.int32)
-    return np.append(np.flatnonzero(np.diff(document)) + 1, len(document)).astype(np.int32)
 
 
 def read_parts(folder: Path, blocks: int, name: str) -> Iterator[np.ndarray]:

@@ -25,7 +25,6 @@ FEWEST_UNDECODABLE = 5
 
 EMPTY, CONTROL, UTF8, TOO_LONG = "empty", "control characters only", "invalid UTF-8", "too long"
 
-
 Dropped = dict[str, dict[str, Any]]  # reason -> {"lines": how many, "first": the first few, as "INPUT:LINE"}
 
 

@@ -61,7 +61,10 @@ class Input:
         if self.dataset:
             yield from _batches(self, "texts", _dataset_texts(self))
             return
-        raw = _Hashed(self, sys.stdin.buffer if self.path is None else _open(self.path))
+        try:
+            raw = _Hashed(self, sys.stdin.buffer if self.path is None else self.path.open("rb", buffering=0))
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot be read: {error.strerror}") from None
         with io.BufferedReader(raw, 1 << 20) as stored:
             try:
                 yield from _stream_blocks(self, _decompressed(stored))
@@ -114,13 +117,6 @@ class _Hashed(io.RawIOBase):
         self.digest.update(data)
         self._owner.bytes_read += len(data)
         return len(data)
-
-
-def _open(path: Path) -> BinaryIO:
-    try:
-        return path.open("rb", buffering=0)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
 
 
 def _decompressed(stored: Any) -> io.BufferedReader:

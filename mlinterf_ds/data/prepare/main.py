@@ -72,7 +72,10 @@ def prepare(
     with _explained(folder), _locked(folder):
         if _already_prepared(folder, arguments):
             return Corpus.open(folder)
-        languages = [_language(code, of_language, folder, limits.get(code)) for code, of_language in texts.items()]
+        languages = [
+            stages.Language(code, of_language, folder / WORK / code, limits.get(code))
+            for code, of_language in texts.items()
+        ]
         try:
             with Workers(workers or len(os.sched_getaffinity(0))) as pool:
                 manifest = _run(languages, folder, vocabulary_size, temperature, tokenizer, old, pool, progress)
@@ -101,6 +104,8 @@ def _run(
 
     `given` is the tokenizer to use, `old` the corpus whose vocabulary is extended.
     """
+    for language in languages:
+        language.folder.mkdir(exist_ok=True)
     if not stages.clean(languages, pool, show):
         _forget_after_cleaning(folder)
     for language in languages:
@@ -216,19 +221,27 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 def _already_prepared(folder: Path, arguments: dict[str, Any]) -> bool:
-    """Returns whether the folder holds the finished corpus; if not, claims it for `arguments`. Raises UserError if it was
-    claimed for other arguments."""
+    """Returns whether the folder holds the finished corpus; if not, claims it for `arguments`.
+
+    Raises UserError if it was claimed for other arguments, or if an input of the finished corpus is newer than the corpus
+    or can be read only once.
+    """
     path = folder / ARGUMENTS
     if path.exists():
         with refusing(f"{path}: damaged", "; give another folder, or remove this one first"):
             claimed = dict(read_json(path))
         if differing := [name for name, value in arguments.items() if claimed.get(name) != value]:
             raise UserError(
-                f"{folder}: {'holds' if (folder / MANIFEST).exists() else 'is half-way to'} a corpus with other {', '.join(differing)} (see {path}); "
-                "give another folder, or remove this one first"
+                f"{folder}: {'holds' if (folder / MANIFEST).exists() else 'is half-way to'} a corpus with other "
+                f"{', '.join(differing)} (see {path}); give another folder, or remove this one first"
             )
     if (folder / MANIFEST).exists():
-        _check_unchanged(folder, arguments)
+        finished = (folder / MANIFEST).stat().st_mtime_ns
+        for name, *size in (source for sources in arguments["sources"].values() for source in sources):
+            if size and Path(name).stat().st_mtime_ns > finished:
+                raise UserError(f"{folder}: the corpus is finished, and {name} was changed since; give another folder")
+            if name == STANDARD_INPUT_NAME:
+                raise UserError(f"{folder}: the corpus is finished; to read {name} again give another folder")
         shutil.rmtree(folder / WORK)
         return True
     if not path.exists():
@@ -237,24 +250,7 @@ def _already_prepared(folder: Path, arguments: dict[str, Any]) -> bool:
     return False
 
 
-def _check_unchanged(folder: Path, arguments: dict[str, Any]) -> None:
-    """Raises UserError if an input is newer than the finished corpus, or can be read only once."""
-    finished = (folder / MANIFEST).stat().st_mtime_ns
-    for sources in arguments["sources"].values():
-        for name, *size in sources:
-            if size and Path(name).stat().st_mtime_ns > finished:
-                raise UserError(f"{folder}: the corpus is finished, and {name} was changed since; give another folder")
-            if name == STANDARD_INPUT_NAME:
-                raise UserError(f"{folder}: the corpus is finished; to read {name} again give another folder")
-
-
 def _forget_after_cleaning(folder: Path) -> None:
     """Removes what an earlier run made of other sentences or with other arguments."""
     for stale in [folder / TOKENIZER, *(folder / WORK).glob("*/*.tokens.*")]:
         stale.unlink(missing_ok=True)
-
-
-def _language(code: str, inputs: list[Input], folder: Path, limit: int | None) -> stages.Language:
-    work = folder / WORK / code
-    work.mkdir(exist_ok=True)
-    return stages.Language(code, inputs, work, limit)

@@ -29,11 +29,8 @@ def write_shard(prefix: Path, dtype: Any, parts: Parts) -> dict[str, dict[str, A
     Returns for "bin" and "idx" the file's name, size in bytes and SHA-256.
     """
     dtype = np.dtype(dtype)
-    bin_path, idx_path = (prefix.with_name(f"{prefix.name}.{ending}") for ending in ("bin", "idx"))
-    return {
-        "bin": _write(bin_path, (ids.astype(dtype, copy=False) for ids in parts("ids"))),
-        "idx": _write(idx_path, _index(dtype, parts)),
-    }
+    arrays = {"bin": (ids.astype(dtype, copy=False) for ids in parts("ids")), "idx": _index(dtype, parts)}
+    return {ending: _write(prefix.with_name(f"{prefix.name}.{ending}"), arrays[ending]) for ending in arrays}
 
 
 def _index(dtype: np.dtype, parts: Parts) -> Iterator[np.ndarray]:
@@ -56,8 +53,7 @@ def _index(dtype: np.dtype, parts: Parts) -> Iterator[np.ndarray]:
 
 
 def _write(path: Path, arrays: Iterable[np.ndarray]) -> dict[str, Any]:
-    digest = hashlib.sha256()
-    size = 0
+    digest, size = hashlib.sha256(), 0
     with replacing(path) as file:
         for array in arrays:
             data = array.tobytes()

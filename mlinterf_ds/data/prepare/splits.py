@@ -8,10 +8,11 @@ import numpy as np
 SPLIT_ORDER = ("valid", "test", "meta", "train")  # the smallest hashes go to the first
 HISTOGRAM_BITS = 12
 FEWEST_UNITS = 50
-LARGEST_HASH = 2**64 - 1
 
 
 class Cuts(NamedTuple):
+    """Where a language's sentences, sorted by their unit hashes, are cut into splits."""
+
     hashes: tuple[int, ...]  # the last unit hash of each split, in SPLIT_ORDER; larger ones are left out
     sentences: dict[str, int]  # by split
     left_out: int  # sentences beyond the limit
@@ -35,11 +36,10 @@ def find_cuts(histogram: np.ndarray, units: Callable[[], Iterable[np.ndarray]], 
     taken = 0
     for wanted in (*[held_out(total)] * 3, limit if limit is not None else total):
         if taken + wanted >= total:
-            cuts.append(LARGEST_HASH)
-            taken = total
+            cut, taken = 2**64 - 1, total
         else:
             cut, taken = _cut_at(taken + wanted, histogram, units)
-            cuts.append(cut)
+        cuts.append(cut)
     edges = np.array(cuts, dtype=np.uint64)
     counts = np.zeros(len(SPLIT_ORDER) + 1, dtype=np.int64)
     for part in units():

@@ -36,7 +36,7 @@ Item = TypeVar("Item")
 
 @dataclass
 class Language:
-    """One language and what the stages have found out about it so far."""
+    """One language, with the results of the stages that it has passed."""
 
     code: str
     inputs: list[Input]
@@ -103,13 +103,12 @@ def deduplicate_and_split(language: Language, workers: Workers, show: bool) -> N
     """
     starts = language.starts
     buckets = -(-starts[-1] // LINES_PER_BUCKET)
-    tasks = [Bucket(language.folder, tuple(starts), number, buckets) for number in range(buckets)]
+    tasks = [Bucket(language.folder, starts, number, buckets) for number in range(buckets)]
     for _ in bar(workers.map(find_duplicates, tasks), f"deduplicate {language.code}", buckets, show):
         pass
     histogram = _mark(language, buckets, workers, show)
-    cuts = find_cuts(
-        histogram, lambda: (kept_units(language.folder, n) for n in range(len(language.blocks))), language.limit
-    )
+    blocks = range(len(language.blocks))
+    cuts = find_cuts(histogram, lambda: (kept_units(language.folder, block) for block in blocks), language.limit)
     language.cuts, language.sentences = cuts.hashes, cuts.sentences
     if cuts.left_out:
         add_dropped(language.dropped, "over the limit", cuts.left_out, [])
@@ -131,17 +130,13 @@ def _mark(language: Language, buckets: int, workers: Workers, show: bool) -> np.
             first = [f"{block['source']}:{n}" for n in kept.first_dropped]
             add_dropped(language.dropped, "duplicate", kept.dropped, first)
     if units < FEWEST_UNITS:
-        raise _too_little(language, units)
+        reasons = ", ".join(f"{entry['lines']} {reason}" for reason, entry in language.dropped.items()) or "none"
+        names = ", ".join(text.name for text in language.inputs[:3])
+        raise UserError(
+            f"{language.code} ({names}): {units} distinct sentences or documents, at least {FEWEST_UNITS} are needed to "
+            f"split off meta, valid and test (lines dropped: {reasons}); give more text"
+        )
     return histogram
-
-
-def _too_little(language: Language, units: int) -> UserError:
-    reasons = ", ".join(f"{entry['lines']} {reason}" for reason, entry in language.dropped.items()) or "none"
-    names = ", ".join(text.name for text in language.inputs[:3])
-    return UserError(
-        f"{language.code} ({names}): {units} distinct sentences or documents, at least {FEWEST_UNITS} are needed to split "
-        f"off meta, valid and test (lines dropped: {reasons}); give more text"
-    )
 
 
 def encode(

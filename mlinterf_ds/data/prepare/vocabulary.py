@@ -39,7 +39,12 @@ def learn(
     shares = np.array([language.sentences["train"] for language in languages], dtype=np.float64)
     shares = (shares / shares.sum()) ** (1 / temperature)
     shares /= shares.sum()
-    tasks = _sampling(languages, shares, SAMPLE_RATIO * distinct_characters(size))
+    tasks: list[BlockTask] = []
+    for language, share in zip(languages, shares, strict=True):
+        characters = sum(block["characters"] for block in language.blocks)
+        characters *= language.sentences["train"] / language.starts[-1]
+        fraction = min(1.0, float(share) * (SAMPLE_RATIO * distinct_characters(size)) / characters)
+        tasks += [replace(task, fraction=fraction) for task in language.tasks()]
     counts = {language.folder: Counter[str]() for language in languages}
     sampled = dict.fromkeys(counts, 0)
     results = bar(workers.map(count_words, tasks), "count words", len(tasks), show)
@@ -53,17 +58,6 @@ def learn(
         words = counts.pop(language.folder)
         total.update(words if weight == 1 else {word: round(count * float(weight)) for word, count in words.items()})
     return extend(extends, total, size, out) if extends else Tokenizer.learn_from_counts(total, size, out)
-
-
-def _sampling(languages: list[Language], shares: np.ndarray, budget: int) -> list[BlockTask]:
-    """Returns the tasks that count words in a part of each language's training text: its share of `budget` characters."""
-    tasks: list[BlockTask] = []
-    for language, share in zip(languages, shares, strict=True):
-        characters = sum(block["characters"] for block in language.blocks)
-        characters *= language.sentences["train"] / language.starts[-1]
-        fraction = min(1.0, float(share) * budget / characters)
-        tasks += [replace(task, fraction=fraction) for task in language.tasks()]
-    return tasks
 
 
 def extend(old: Tokenizer, counts: Mapping[str, int], size: int, out: Path) -> Tokenizer:

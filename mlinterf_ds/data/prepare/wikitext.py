@@ -2,13 +2,13 @@
 
 import re
 from contextlib import suppress
-from typing import Any
 
 from mlinterf_ds.errors import UserError
 
 # A link "Name:Target" without a space after the colon leads to a picture, a category or another wiki, whatever the
 # namespace is called in the dump's language. It is not part of the text.
 _NAMESPACE_LINK = re.compile(r"^\s*[^\s:]+:\S")
+_TAGS_WITHOUT_TEXT = ("ref", "table", "gallery", "math")
 _HEADING_OR_LIST = re.compile(r"^[=*#:;|!{}\s]+|[=\s]+$")
 
 
@@ -24,18 +24,11 @@ def plain_text(markup: str) -> str:
             "a Wikipedia XML dump needs the library mwparserfromhell: pip install mwparserfromhell"
         ) from None
     code = mwparserfromhell.parse(markup, skip_style_tags=True)
-    for link in code.filter_wikilinks(recursive=True):
-        if _NAMESPACE_LINK.match(str(link.title)):
-            _remove(code, link)
-    for tag in code.filter_tags(
-        recursive=True, matches=lambda t: str(t.tag).lower() in ("ref", "table", "gallery", "math")
-    ):
-        _remove(code, tag)
+    links = [link for link in code.filter_wikilinks(recursive=True) if _NAMESPACE_LINK.match(str(link.title))]
+    tags = code.filter_tags(recursive=True, matches=lambda tag: str(tag.tag).lower() in _TAGS_WITHOUT_TEXT)
+    for node in [*links, *tags]:
+        with suppress(ValueError):  # the node around it may have been removed before
+            code.remove(node)
     text = code.strip_code(normalize=True, collapse=True, keep_template_params=False)
     lines = (_HEADING_OR_LIST.sub("", line.replace("'''", "").replace("''", "")) for line in text.split("\n"))
     return "\n".join(line for line in lines if line)
-
-
-def _remove(code: Any, node: Any) -> None:
-    with suppress(ValueError):  # the node around it may have been removed before
-        code.remove(node)

@@ -7,7 +7,6 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from types import TracebackType
 from typing import TypeVar
 
 from mlinterf_ds.errors import UserError
@@ -31,25 +30,19 @@ class Workers:
 
     def __init__(self, count: int) -> None:
         self._count = count
-        self._pool: ProcessPoolExecutor | None = None
-        if count > 1:
-            context = multiprocessing.get_context("fork")
-            self._pool = ProcessPoolExecutor(count, mp_context=context, initializer=_die_with_parent)
+        context = multiprocessing.get_context("fork")
+        self._pool = ProcessPoolExecutor(count, context, _die_with_parent) if count > 1 else None
 
     def __enter__(self) -> "Workers":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
 
     def map(self, function: Callable[[Task], Result], tasks: Iterable[Task]) -> Iterator[Result]:
-        """Yields results in the order of the tasks, and takes only a few tasks ahead of the results asked for.
-
-        Raises the function's own errors, and WorkerKilled if a process was killed.
-        """
+        """Yields results in the order of the tasks, and takes only a few tasks ahead of the results asked for. Raises the
+        function's own errors, and WorkerKilled if a process was killed."""
         if self._pool is None:
             yield from map(function, tasks)
             return
