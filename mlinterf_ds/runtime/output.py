@@ -119,10 +119,13 @@ def noted(log: Path) -> Iterator[None]:
             first = _first_failure(error, log)
         message = f"{type(error).__name__}: {error}".partition(". This is typically caused")[0]
         if first and not isinstance(error, UserError):
-            raise PeerFailed(f"{message}; {first}") from error
-        if isinstance(error, RuntimeError) and LOST.search(message):
-            raise PeerFailed(f"another rank, or the network to it, was lost ({message}); its log: {log}") from error
-        raise
+            peer = PeerFailed(f"{message}; {first}")
+        elif isinstance(error, RuntimeError) and LOST.search(message):
+            peer = PeerFailed(f"another rank, or the network to it, was lost ({message}); its log: {log}")
+        else:
+            raise
+        peer.__notes__ = getattr(error, "__notes__", [])  # the command that resumes
+        raise peer from error
 
 
 def _first_failure(error: Exception, log: Path) -> str:

@@ -106,6 +106,7 @@ class Group:
     def leave(self) -> None:
         """End the groups; the file at which the ranks met is removed by the last of them."""
         parallel_state.destroy_model_parallel()
+        vars(parallel_state).update(self._bare)  # megatron leaves some groups behind, and the process may join anew
         dist.destroy_process_group()
 
 

@@ -159,3 +159,14 @@ def test_two_jobs_on_one_machine_meet_in_different_places(monkeypatch) -> None:
     assert first.startswith("file://") and rendezvous() != first
     monkeypatch.setenv("WORLD_SIZE", "4")
     assert rendezvous() == "env://", "ranks on other hosts meet by the launcher's address"
+
+
+def test_a_lost_peer_keeps_the_way_on(tmp_path: Path) -> None:
+    def fail() -> None:
+        error = RuntimeError("Connection reset by peer")
+        error.add_note("go on with --set resume=auto")
+        raise error
+
+    with pytest.raises(PeerFailed) as caught, noted(tmp_path / "rank-0.log"):
+        fail()
+    assert caught.value.__notes__ == ["go on with --set resume=auto"]
