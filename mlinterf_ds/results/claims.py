@@ -10,20 +10,9 @@ from collections.abc import Callable
 from typing import Any
 
 from mlinterf_ds.results import paper
-from mlinterf_ds.results.findings import (
-    Finding,
-    PerSeed,
-    averaged,
-    cells,
-    compared,
-    differences,
-    finding,
-    mean_scores,
-    tasks_of,
-)
+from mlinterf_ds.results.findings import Finding, PerSeed, averaged, cells, compared, differences, finding, mean_scores
 from mlinterf_ds.results.records import Records
 from mlinterf_ds.results.statistics import combined, negligible, positive, student_effect
-from mlinterf_ds.results.tables import chosen, pick, targets
 
 RIVALS = ("joint", "ffn", "attn", "adpt", "share_adpt")
 SETTINGS = (paper.WITHIN, paper.ZERO_SHOT)
@@ -59,8 +48,8 @@ def mono_beats_joint(records: Records) -> Finding:
     """Counts the targets and the source of each pair."""
     parts = compared(records, "mono", "joint", paper.WITHIN)
     source = records.source
-    for task, group in itertools.product(tasks_of(records), dict.fromkeys(targets(records).values())):
-        joint, mono = (pick(records, row, paper.WITHIN, task, source, group) for row in ("joint", "mono"))
+    for task, group in itertools.product(records.tasks, dict.fromkeys(records.targets.values())):
+        mono, joint = (records.pick(row, paper.WITHIN, task, source, group) for row in ("mono", "joint"))
         parts[f"{task} {source} in {group}"] = differences(mono, joint)
     claim = "a monolingual model beats the joint one within a language"
     beside = mean_scores(records, ("mono", "joint"), paper.WITHIN)
@@ -68,12 +57,9 @@ def mono_beats_joint(records: Records) -> Finding:
 
 
 def joint_beats_mono_low(records: Records) -> Finding:
-    mono_sets = {row.languages[0]: row.set for row in records.of_models if row.kind == "mono" and "@" in row.set}
     parts = {}
-    for task, code, group in _low_resource(records):
-        common = {"task": task, "language": code, "train": code}
-        joint = chosen(records, kind="low", set=group, variant="joint", **common)
-        mono = chosen(records, kind="mono", set=mono_sets.get(code, ""), **common)
+    for task, code, group in records.groups("low"):
+        joint, mono = (records.pick(row, paper.WITHIN, task, code, group) for row in ("low", "mono-low"))
         parts[f"{task} {code} ({group})"] = differences(joint, mono)
     claim = "at low resource the joint model beats the monolingual one"
     return finding(records, "joint_beats_mono_at_low_resource", claim, parts)
@@ -81,13 +67,13 @@ def joint_beats_mono_low(records: Records) -> Finding:
 
 def distance_worsens(records: Records) -> Finding:
     """Interference is mono minus joint; the monolingual model of the source is the same, so joint scores compare."""
-    known = {name: distance for name, distance in records.distances.items() if name in targets(records).values()}
+    known = {name: distance for name, distance in records.distances.items() if name in records.targets.values()}
     near, far = "", ""
     if len(set(known.values())) > 1:
         near, far = (extreme(known, key=known.__getitem__) for extreme in (min, max))
     parts = {}
-    for task in tasks_of(records):
-        close, distant = (pick(records, "joint", paper.WITHIN, task, records.source, group) for group in (near, far))
+    for task in records.tasks:
+        close, distant = (records.pick("joint", paper.WITHIN, task, records.source, group) for group in (near, far))
         parts[task] = differences(close, distant)
     claim = f"a distant partner ({far or '?'}) hurts the source more than a close one ({near or '?'})"
     note = f"distances {records.distance}" if records.distance else ""
@@ -107,28 +93,22 @@ def third_helps_zero_shot(records: Records) -> Finding:
 
 def _third(records: Records, setting: str) -> dict[str, PerSeed]:
     """Task and language -> models of three languages minus models of two."""
-    pairs, parts = targets(records), {}
-    for task, code, group in sorted({(s.task, s.languages[1], s.set) for s in records.scores if s.kind == "triple"}):
-        train = code if setting == paper.WITHIN else records.source
-        triple = chosen(records, kind="triple", set=group, variant="joint", task=task, language=code, train=train)
-        parts[f"{task} {code}"] = differences(triple, pick(records, "joint", setting, task, code, pairs.get(code, "")))
+    pairs, parts = records.targets, {}
+    for task, code, group in records.groups("triple"):
+        triple = records.pick("triple", setting, task, code, group)
+        parts[f"{task} {code}"] = differences(triple, records.pick("joint", setting, task, code, pairs.get(code, "")))
     return parts
 
 
 def partner_size(records: Records) -> Finding:
-    parts, pairs = {}, targets(records)
-    for task, code, group in _low_resource(records):
-        on = {"task": task, "language": records.source, "train": records.source, "variant": "joint", "control": ""}
-        full = chosen(records, kind="pair", set=pairs.get(code, ""), **on)
-        parts[f"{task}, partner {code}"] = differences(full, chosen(records, kind="low", set=group, **on))
+    parts, pairs = {}, records.targets
+    for task, code, group in records.groups("low"):
+        full = records.pick("joint", paper.WITHIN, task, records.source, pairs.get(code, ""))
+        low = records.pick("low", paper.WITHIN, task, records.source, group)
+        parts[f"{task}, partner {code}"] = differences(full, low)
     claim = f"how much text the partner has changes the source's scores by less than {records.margin:g} points"
     judge = functools.partial(negligible, margin=records.margin)
     return finding(records, "partner_size_matters_little", claim, parts, judge=judge)
-
-
-def _low_resource(records: Records) -> list[tuple[str, str, str]]:
-    """(task, subsampled language, set)."""
-    return sorted({(score.task, score.languages[1], score.set) for score in records.scores if score.kind == "low"})
 
 
 # --- the variants ------------------------------------------------------------------------------------------------------
@@ -144,7 +124,7 @@ def collapses(records: Records, variant: str) -> Finding:
     parts: dict[str, PerSeed] = {}
     untransferred: list[str] = []  # where joint training transfers nothing that could collapse
     for task, language, group in cells(records):
-        rows = [pick(records, row, paper.ZERO_SHOT, task, language, group) for row in ("joint", variant, "unseen")]
+        rows = [records.pick(row, paper.ZERO_SHOT, task, language, group) for row in ("joint", variant, "unseen")]
         joint, ours, unseen = ({s.seed: s for s in scores} for scores in rows)
         seeds = joint.keys() & ours.keys()
         floor = {seed: unseen[seed].score if seed in unseen else joint[seed].majority for seed in seeds}
@@ -190,7 +170,7 @@ def meta_beats(records: Records, row: str, claim: str) -> Finding:
 
 def meta_converges(records: Records) -> Finding:
     parts = {}
-    for group in dict.fromkeys(targets(records).values()):
+    for group in dict.fromkeys(records.targets.values()):
         plain, meta = (
             {m.seed: m.early_loss for m in records.models_of(group, row).values() if m.early_loss is not None}
             for row in ("adpt", "meta_adpt")
@@ -206,7 +186,7 @@ def tuning_beats_freezing(records: Records) -> Finding:
     parts: dict[str, PerSeed] = {}
     for frozen in (score for score in records.scores if score.control == "freeze"):
         same = {name: getattr(frozen, name) for name in ("kind", "set", "variant", "task", "language", "train")}
-        part = differences(chosen(records, control="", **same), [frozen])
+        part = differences(records.chosen(control="", **same), [frozen])
         name = f"{frozen.variant} {frozen.task} {frozen.train}>{frozen.language} in {frozen.set}"
         parts.setdefault(name, {}).update(part)
     claim = "tuning all parameters beats freezing the language modules"

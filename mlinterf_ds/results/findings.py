@@ -17,7 +17,6 @@ from mlinterf_ds.results import paper
 from mlinterf_ds.results.comparison import paired
 from mlinterf_ds.results.records import Records, TaskScore
 from mlinterf_ds.results.statistics import Effect, Verdict, positive, student_effect
-from mlinterf_ds.results.tables import pick, targets
 
 PerSeed = dict[int, float]  # pretraining seed -> difference
 
@@ -56,22 +55,16 @@ def averaged(parts: Iterable[PerSeed]) -> PerSeed:
     return {seed: statistics.fmean(part[seed] for part in known) for seed in sorted(seeds)}
 
 
-def tasks_of(records: Records) -> list[str]:
-    return sorted({score.task for score in records.scores})
-
-
 def cells(records: Records) -> list[tuple[str, str, str]]:
     """(task, target language, pair set) of the tables."""
-    return [(task, language, group) for task in tasks_of(records) for language, group in targets(records).items()]
+    return [(task, language, group) for task in records.tasks for language, group in records.targets.items()]
 
 
 def compared(records: Records, left: str, right: str, setting: str) -> dict[str, PerSeed]:
     """Task and language -> differences of two rows of the tables."""
     return {
-        f"{task} {language}": differences(
-            *(pick(records, row, setting, task, language, group) for row in (left, right))
-        )
-        for task, language, group in cells(records)
+        f"{cell[0]} {cell[1]}": differences(*(records.pick(row, setting, *cell) for row in (left, right)))
+        for cell in cells(records)
     }
 
 
@@ -93,19 +86,16 @@ def mean_scores(records: Records, rows: Sequence[str], setting: str) -> dict[str
 
     The means are over the tasks and targets that all rows have, so that they compare. Rows without any score are left out.
     """
-    scores: dict[tuple[str, str], dict[str, list[TaskScore]]] = {}
-    for task, language, group in cells(records):
-        for row in [*rows, *(["unseen"] if setting == paper.ZERO_SHOT else [])]:
-            if of_row := pick(records, row, setting, task, language, group):
-                scores.setdefault((task, language), {})[row] = of_row
-    present = set().union(*scores.values())
-    common = [by_row for by_row in scores.values() if present == by_row.keys()]
-    if not common:
+    rows = [*rows, "unseen"] if setting == paper.ZERO_SHOT else rows
+    scores = [{row: records.pick(row, setting, *cell) for row in rows} for cell in cells(records)]
+    present = [row for row in rows if any(of_cell[row] for of_cell in scores)]
+    common = [of_cell for of_cell in scores if all(of_cell[row] for row in present)]
+    if not present or not common:
         return {}
     means = {
-        row: statistics.fmean(statistics.fmean(s.score for s in by_row[row]) for by_row in common) for row in common[0]
+        row: statistics.fmean(statistics.fmean(s.score for s in of_cell[row]) for of_cell in common) for row in present
     }
-    return means | {"majority": statistics.fmean(next(iter(by_row.values()))[0].majority for by_row in common)}
+    return means | {"majority": statistics.fmean(of_cell[present[0]][0].majority for of_cell in common)}
 
 
 # --- as text -----------------------------------------------------------------------------------------------------------

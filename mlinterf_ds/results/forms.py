@@ -1,12 +1,12 @@
-"""Writes tables as Markdown, CSV and LaTeX."""
+"""A table of numbers over seeds beside the paper's, and how it is written as Markdown, CSV and LaTeX."""
 
 from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterable
-
-from mlinterf_ds.results.tables import Cell, Table
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 LATEX = str.maketrans(
     {char: f"\\{char}" for char in "&%_#{}$"}
@@ -15,19 +15,67 @@ LATEX = str.maketrans(
 )
 
 
+@dataclass(frozen=True)
+class Cell:
+    """A number of ours over seeds, and the paper's."""
+
+    values: tuple[float, ...] = ()
+    paper: float | None = None
+    best: bool = False
+    mark: str = ""  # † where it differs significantly
+    text: str = ""  # shown instead of numbers
+
+    @property
+    def mean(self) -> float | None:
+        return statistics.fmean(self.values) if self.values else None
+
+    @property
+    def std(self) -> float | None:
+        return statistics.stdev(self.values) if len(self.values) > 1 else None
+
+    @property
+    def ours(self) -> str:
+        """For example `86.1 ± 0.4†`."""
+        spread = "" if self.std is None else f" ± {self.std:.1f}"
+        return self.text or ("" if self.mean is None else f"{self.mean:.1f}{spread}{self.mark}")
+
+    def shown(self, bold: Callable[[str], str], escaped: Callable[[str], str] = str) -> str:
+        """For example `86.1 ± 0.4† [88.9]`, ours in bold if it is the best."""
+        ours = escaped(self.ours)
+        ours = bold(ours) if self.best and ours else ours
+        return f"{ours} [{self.paper:.1f}]".strip() if self.paper is not None else ours
+
+
+Rows = list[tuple[str, list[Cell]]]
+
+
+@dataclass
+class Table:
+    """Blocks of named rows under one head."""
+
+    number: int
+    title: str
+    head: list[str]
+    blocks: list[tuple[str, Rows]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        return f"table{self.number}"
+
+    @property
+    def empty(self) -> bool:
+        return not any(cell.values or cell.text for _, rows in self.blocks for _, cells in rows for cell in cells)
+
+
 def markdown(table: Table) -> str:
-    lines = [
-        f"## Table {table.number}. {table.title}",
-        "",
-        f"| | {' | '.join(table.head)} |",
-        "|---" * (len(table.head) + 1) + "|",
-    ]
+    lines = [f"## Table {table.number}. {table.title}", "", f"| | {' | '.join(table.head)} |"]
+    lines.append("|---" * (len(table.head) + 1) + "|")
     for block, rows in table.blocks:
         if block:
             lines.append(f"| *{block}* |{' |' * len(table.head)}")
         for name, cells in rows:
-            shown = [cell.shown(lambda text: f"**{text}**") for cell in cells]
-            lines.append(f"| {name} | {' | '.join(shown)} |")
+            lines.append(f"| {name} | {' | '.join(cell.shown('**{}**'.format) for cell in cells)} |")
     return "\n".join([*lines, "", *(f"- {note}" for note in table.notes)]) + "\n"
 
 
@@ -36,17 +84,13 @@ def comma_separated(table: Table) -> str:
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(["block", "row", "column", "mean", "std", "seeds", "paper", "best", "mark"])
-    for block, name, column, cell in _cells(table):
-        mean, std = ("" if x is None else f"{x:.4f}" for x in (cell.mean, cell.std))
-        row = [block, name, column, cell.text or mean, std, len(cell.values), cell.paper, int(cell.best), cell.mark]
-        writer.writerow(row)
-    return out.getvalue()
-
-
-def _cells(table: Table) -> Iterable[tuple[str, str, str, Cell]]:
     for block, rows in table.blocks:
         for name, cells in rows:
-            yield from ((block, name, column, cell) for column, cell in zip(table.head, cells, strict=True))
+            for column, cell in zip(table.head, cells, strict=True):
+                mean, std = ("" if value is None else f"{value:.4f}" for value in (cell.mean, cell.std))
+                numbers = [cell.text or mean, std, len(cell.values), cell.paper, int(cell.best), cell.mark]
+                writer.writerow([block, name, column, *numbers])
+    return out.getvalue()
 
 
 def latex(table: Table) -> str:
@@ -56,22 +100,14 @@ def latex(table: Table) -> str:
         return text.translate(LATEX)
 
     lines = [r"\begin{table}", r"\centering", rf"\caption{{{escaped(table.title)}}}", rf"\label{{tab:{table.name}}}"]
-    lines += [
-        rf"\begin{{tabular}}{{l{'r' * len(table.head)}}}",
-        r"\toprule",
-        " & ".join(["", *map(escaped, table.head)]) + r" \\",
-    ]
+    lines += [rf"\begin{{tabular}}{{l{'r' * len(table.head)}}}", r"\toprule"]
+    lines.append(" & ".join(["", *map(escaped, table.head)]) + r" \\")
     for block, rows in table.blocks:
         lines.append(r"\midrule")
         if block:
             lines.append(rf"\multicolumn{{{len(table.head) + 1}}}{{l}}{{\emph{{{escaped(block)}}}}} \\")
         for name, cells in rows:
-            shown = [cell.shown(lambda text: rf"\textbf{{{text}}}", escaped) for cell in cells]
+            shown = [cell.shown(r"\textbf{{{}}}".format, escaped) for cell in cells]
             lines.append(" & ".join([escaped(name), *shown]) + r" \\")
-    lines += [
-        r"\bottomrule",
-        r"\end{tabular}",
-        *(rf"\par\footnotesize {escaped(note)}" for note in table.notes),
-        r"\end{table}",
-    ]
-    return "\n".join(lines) + "\n"
+    notes = [rf"\par\footnotesize {escaped(note)}" for note in table.notes]
+    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", *notes, r"\end{table}"]) + "\n"

@@ -13,6 +13,7 @@ from pydantic import ConfigDict, TypeAdapter
 
 from mlinterf_ds.errors import refusing
 from mlinterf_ds.files import write_json
+from mlinterf_ds.results import paper
 from mlinterf_ds.results.runs import FineTunedRun, early_loss, finished_summary, read_losses
 
 KNOWN_KEYS_ONLY = ConfigDict(extra="forbid")
@@ -104,6 +105,48 @@ class Records:
     @property
     def seeds(self) -> list[int]:
         return sorted({row.seed for row in self.of_models})
+
+    @property
+    def tasks(self) -> list[str]:
+        return sorted({score.task for score in self.scores})
+
+    @property
+    def targets(self) -> dict[str, str]:
+        """The second language of each pair set -> the set's name: the columns of the tables."""
+        pairs = {(row.set, row.languages[1]) for row in self.of_models if row.kind == "pair"}
+        order = {name: index for index, name in enumerate(dict.fromkeys(model.set for model in self.models))}
+        return {language: name for name, language in sorted(pairs, key=lambda pair: (order.get(pair[0], 0), pair))}
+
+    def groups(self, kind: str) -> list[tuple[str, str, str]]:
+        """(task, second language, set) of the sets of a kind that have scores."""
+        return sorted({(score.task, score.languages[1], score.set) for score in self.scores if score.kind == kind})
+
+    @property
+    def low_resource(self) -> dict[str, str]:
+        """Language -> the set of its monolingual model of a part of its text, LANG@SENTENCES."""
+        return {row.languages[0]: row.set for row in self.of_models if row.kind == "mono" and "@" in row.set}
+
+    def chosen(self, **wanted: Any) -> list[TaskScore]:
+        """The scores with these attributes, one a seed, in the order of the seeds."""
+        scores = [s for s in self.scores if all(getattr(s, name) == value for name, value in wanted.items())]
+        return sorted({s.seed: s for s in scores}.values(), key=lambda s: s.seed)
+
+    def pick(self, row: str, setting: str, task: str, language: str, group: str = "") -> list[TaskScore]:
+        """The scores of a row of the tables on one language, one a seed.
+
+        group: the set of a joint model, which a monolingual one does not need.
+        """
+        train = language if setting == paper.WITHIN else self.source
+        on = {"task": task, "language": language, "train": train}
+        single = {"mono": language, "unseen": self.source, "mono-low": self.low_resource.get(language, "")}
+        if row in single:
+            return self.chosen(variant="mono", set=single[row], **on)
+        if row == "xlm":
+            return self.chosen(kind="many", variant="joint", **on)
+        if row in ("low", "triple"):
+            return self.chosen(kind=row, set=group, variant="joint", **on)
+        variant, _, control = row.partition("-")
+        return self.chosen(kind="pair", set=group, variant=variant, control=control, **on)
 
     def models_of(self, group: str, variant: str) -> dict[int, TrainedModel]:
         """Seed -> model of this set and variant, controls left out."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -166,7 +166,3 @@ class StudyConfig(Section):
     def languages(self) -> list[str]:
         """All languages of the study, in order of appearance."""
         return list(dict.fromkeys(language for group in self.sets for language in group.languages))
-
-    def variants_of(self, group: SetSection) -> list[Any]:
-        """The variants in which a set's models are trained."""
-        return group.variants or (self.variants if group.kind == "pair" else ["joint"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -10,9 +9,8 @@ from pathlib import Path
 from statistics import median
 
 from mlinterf_ds.sections import is_meta
+from mlinterf_ds.study.folders import is_finished, read_record
 from mlinterf_ds.study.jobs import Job, Unit
-from mlinterf_ds.study.outcomes import is_finished
-from mlinterf_ds.study.worker import DONE
 
 STEP, TOKEN, FLOP = 0.012, 12e-6, 7e-12  # seconds each; fitted to the recipe `tiny`, widths 64 and 128, one idle core
 UNIT = 2.0  # seconds to build a model and to write its results
@@ -34,10 +32,7 @@ class Calibration:
         """Medians over the finished jobs; the defaults for kinds of which none has finished."""
         startups, factors, analyses = [], defaultdict(list), defaultdict(list)
         for job in jobs:
-            try:
-                record = json.loads((output / job.folder / DONE).read_text())
-            except (OSError, ValueError):
-                continue
+            record = read_record(output / job.folder)
             if "startup" in record:
                 startups.append(record["startup"])
             for unit in job.units:

@@ -1,4 +1,4 @@
-"""Jobs and units: what a study starts, and what runs inside.
+"""Models, jobs and units: what a study trains, what it starts, and what runs inside.
 
 A job is one set of processes. It pretrains a model, fine-tunes a model on all tasks, or runs all analyses of a model; each of
 these runs is a unit.
@@ -9,9 +9,31 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from mlinterf_ds.study.grid import Model
-
 Kind = Literal["pretrain", "finetune", "analyze"]
+
+
+@dataclass(frozen=True)
+class Model:
+    """One pretrained model of the grid."""
+
+    set: str  # the set's name; for a monolingual model its language, as LANG@N if only N sentences are kept
+    kind: str  # the set's kind, or "mono"
+    languages: tuple[str, ...]
+    variant: str
+    seed: int
+    settings: tuple[str, ...] = ()
+    limits: tuple[tuple[str, int], ...] = ()  # (language, training sentences kept)
+    control: str = ""  # "direct" or "compute" (see ControlsSection)
+
+    @property
+    def name(self) -> str:
+        return f"{self.variant}{'-' + self.control if self.control else ''}.{self.set}.seed{self.seed}"
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """The model's columns in the records."""
+        names = ("set", "kind", "variant", "seed", "control")
+        return {name: getattr(self, name) for name in names} | {"languages": list(self.languages)}
 
 
 @dataclass(frozen=True)

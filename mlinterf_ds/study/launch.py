@@ -11,8 +11,8 @@ from pathlib import Path
 from mlinterf_ds.errors import UserError
 from mlinterf_ds.files import write_json
 from mlinterf_ds.study.config import StudyConfig
-from mlinterf_ds.study.jobs import Job, Unit
-from mlinterf_ds.study.worker import DONE, finished_units
+from mlinterf_ds.study.folders import DONE, finished_units
+from mlinterf_ds.study.jobs import Job
 
 SCRIPT = Path(__file__).resolve().parents[2] / "launch" / "study.py"
 
@@ -36,19 +36,15 @@ def write_job(job: Job, config: StudyConfig, output: Path, deepspeed_config: str
     units = []
     for unit in job.units:
         words = [word.replace("{output}", str(output)) for word in unit.arguments]
-        tags = [f"tracking.tags.{name}={value}" for name, value in _tags(job, unit, config.name).items()]
-        words += [word for setting in (*settings, *tags, *checkpoints) for word in ("--set", setting)]
+        facts = unit.facts
+        tags = {"study": config.name, "set": job.model.set, "pair": "-".join(job.model.languages)}
+        tags |= {"seed": str(job.model.seed), "variant": job.model.variant}
+        tags |= {name: facts[name] for name in ("control", "task", "train", "analysis") if facts.get(name)}
+        tagged = [f"tracking.tags.{name}={value}" for name, value in tags.items()]
+        words += [word for setting in (*settings, *tagged, *checkpoints) for word in ("--set", setting)]
         units.append({"name": unit.name, "arguments": ["--deepspeed_config", deepspeed_config, *words]})
     write_json(folder / "job.json", {"name": job.name, "kind": job.kind, "tensor": 1, "units": units})
     return folder
-
-
-def _tags(job: Job, unit: Unit, study: str) -> dict[str, object]:
-    """The tags of a unit's run in MLflow."""
-    model = job.model
-    tags = {"study": study, "set": model.set, "pair": "-".join(model.languages), "seed": model.seed}
-    tags["variant"] = model.variant
-    return tags | {name: unit.facts[name] for name in ("control", "task", "train", "analysis") if unit.facts.get(name)}
 
 
 def launch_command(folder: Path, ranks: int) -> list[str]:

@@ -20,13 +20,12 @@ from mlinterf_ds.config import describe, load_config
 from mlinterf_ds.config import parser as launcher_parser
 from mlinterf_ds.errors import UserError
 from mlinterf_ds.files import write_json
-from mlinterf_ds.study import cost, mlflow_run, plan, registry, report, runner, slurm, worker
+from mlinterf_ds.study import cost, mlflow_run, plan, report, runner, slurm, worker
 from mlinterf_ds.study.config import AnalysisSection, SetSection, StudyConfig, TaskSection
 from mlinterf_ds.study.corpora import Corpora
+from mlinterf_ds.study.folders import Outcome, last_known, read_outcome, try_lock
 from mlinterf_ds.study.jobs import Job
 from mlinterf_ds.study.launch import write_job
-from mlinterf_ds.study.lock import try_lock
-from mlinterf_ds.study.outcomes import Outcome, last_known, read_outcome
 from mlinterf_ds.tracking import Tracker
 from mlinterf_ds.tracking.unsent import send_rest
 
@@ -154,7 +153,7 @@ class Study:
         mlflow_run.record(tracker, self.output, findings, self.jobs)
         failed = report.announce(records, findings, self.output)
         if run_id:
-            registry.try_to_register(records, self.config.name, self.output, run_id)
+            mlflow_run.try_to_register(records, self.config.name, self.output, run_id)
         if failed:
             tracker.close("FAILED")
         return failed

@@ -1,22 +1,27 @@
-"""The study's own run in MLflow, under which the runs of its jobs are nested."""
+"""The study in MLflow: its own run, under which the runs of its jobs are nested, and its best model in the registry."""
 
 from __future__ import annotations
 
-import json
+import shutil
+import statistics
 import time
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mlinterf_ds.files import write_json
+from mlinterf_ds.files import read_json, write_json
 from mlinterf_ds.results.findings import Finding
+from mlinterf_ds.results.records import Records, TrainedModel
 from mlinterf_ds.study.config import StudyConfig
+from mlinterf_ds.study.folders import is_finished
 from mlinterf_ds.study.jobs import Job
-from mlinterf_ds.study.outcomes import is_finished
 from mlinterf_ds.tracking import PENDING, Tracker, environment_facts
+from mlinterf_ds.tracking.facts import first_line
 
 FILE = "study.json"  # the study's configuration and its run's id
 PATIENCE = 120.0  # seconds to wait for the run's id, which the jobs are started with
+REQUIREMENTS = ["mlinterf_ds", "torch", "transformers>=5", "pandas"]  # of the registered model
 ARTIFACTS = ("report.html", "tables", "figures", "findings.md", "findings.json", "records.json")
 
 
@@ -24,7 +29,7 @@ def start(config: StudyConfig, output: Path) -> Tracker:
     """Open the run, or the one that an earlier start of the study opened, and write study.json."""
     path = output / FILE
     try:
-        run_id: Any = json.loads(path.read_text())["run_id"]
+        run_id: Any = read_json(path)["run_id"]
     except (OSError, ValueError, KeyError):
         run_id = None
     tracker = Tracker.start(
@@ -60,3 +65,73 @@ def record(tracker: Tracker, output: Path, findings: Sequence[Finding], jobs: Se
     for name in ARTIFACTS:
         if (output / name).exists():  # there are no figures without analyses
             tracker.artifact(output / name)
+
+
+# --- the registry ------------------------------------------------------------------------------------------------------
+def best(records: Records) -> TrainedModel | None:
+    """The pair model with the best zero-shot score, averaged over tasks and target languages.
+
+    A model that lacks a score which others of its set have comes last: a hard task that failed must not raise its average. Among
+    models without scores, the one with the fewest bits per character is the best.
+    """
+    models = [model for model in records.models if model.kind == "pair" and not model.control]
+    scores: dict[tuple[str, str, int], dict[tuple[str, str], float]] = {}
+    wanted: dict[str, set[tuple[str, str]]] = {}
+    for score in records.scores:
+        if score.kind == "pair" and not score.control and not score.within:
+            scores.setdefault((score.set, score.variant, score.seed), {})[score.task, score.language] = score.score
+            wanted.setdefault(score.set, set()).add((score.task, score.language))
+
+    def worth(model: TrainedModel) -> tuple[float, float]:
+        own = scores.get((model.set, model.variant, model.seed), {})
+        has_all = own and own.keys() == wanted[model.set]
+        return statistics.fmean(own.values()) if has_all else -1.0, -statistics.fmean(model.bits_per_character.values())
+
+    return max(models, key=worth, default=None)
+
+
+def try_to_register(records: Records, name: str, output: Path, run_id: str) -> None:
+    """Register the best model and print what was done. The registry is a convenience: its failure is only a warning."""
+    try:
+        print(register(records, name, output, run_id), flush=True)
+    except Exception as error:  # MLflow and its servers raise many kinds
+        print(f"warning: no model was registered: {first_line(error)}", flush=True)
+
+
+def register(records: Records, name: str, output: Path, run_id: str) -> str:
+    """Export the best model to `<output>/best_model` and register it under `name`; a sentence that says what was done."""
+    import mlflow
+    from mlflow.models.signature import ModelSignature
+    from mlflow.types.schema import ColSpec, Schema
+
+    from mlinterf_ds.export.hf import export
+    from mlinterf_ds.tracking.facts import tracking_uri
+
+    chosen = best(records)
+    if chosen is None:
+        return "no joint model to register"
+    mlflow.set_tracking_uri(tracking_uri())
+    client, label = mlflow.MlflowClient(), Path(chosen.folder).parent.name  # its job with the hash
+    versions = client.search_model_versions(f"name='{name}'")
+    if label in {version.tags.get("job") for version in versions}:
+        return f"the best model is still {label}, registered as {name}"
+    folder = output / "best_model"
+    shutil.rmtree(folder, ignore_errors=True)
+    export(chosen.folder, folder)
+    inputs = Schema([ColSpec("string", "text"), ColSpec("string", "language")])
+    options: dict[str, Any] = {
+        "loader_module": "mlinterf_ds.export.pyfunc",
+        "data_path": str(folder),
+        "pip_requirements": REQUIREMENTS,
+        "signature": ModelSignature(inputs=inputs, outputs=Schema([ColSpec("string")])),
+        "registered_model_name": name,
+    }
+    with warnings.catch_warnings(), mlflow.start_run(run_id=run_id):
+        warnings.filterwarnings("ignore", message=".*input example.*")  # with one MLflow would run the model here
+        mlflow.pyfunc.log_model(name="best_model", **options)
+    newest = str(max(int(version.version) for version in client.search_model_versions(f"name='{name}'")))
+    client.update_model_version(name, newest, description=(folder / "README.md").read_text())
+    facts = {"job": label, "variant": chosen.variant, "languages": ",".join(chosen.languages), "seed": str(chosen.seed)}
+    for key, value in facts.items():
+        client.set_model_version_tag(name, newest, key, value)
+    return f"registered {label} as models:/{name}/{newest}"

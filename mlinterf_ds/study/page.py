@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import math
 import statistics
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +16,9 @@ from markupsafe import Markup
 from mlinterf_ds.results import paper
 from mlinterf_ds.results.convergence import CONVERGENCE
 from mlinterf_ds.results.findings import Finding, caution, interval
-from mlinterf_ds.results.records import Records
-from mlinterf_ds.results.tables import NAMES, TITLES, Cell, Table
+from mlinterf_ds.results.forms import Cell, Table
+from mlinterf_ds.results.records import Records, TaskScore, TrainedModel
+from mlinterf_ds.results.tables import NAMES, TITLES
 from mlinterf_ds.study.config import StudyConfig
 
 FIGURES = {
@@ -38,24 +40,17 @@ def render(
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
     environment.filters |= {"sortable": sortable, "bar": bar, "interval": interval}
-    counts = {name: sum(finding.verdict == name for finding in findings) for name in ("holds", "fails", "undecided")}
-    states = {
-        name: sum(row["state"] == name for row in records.status)
-        for name in ("finished", "failed", "blocked", "waiting")
+    about = {
+        "languages": ", ".join(config.languages),
+        "variants": ", ".join([*(["mono"] if config.mono else []), *config.variants]),
+        "seeds": ", ".join(map(str, config.seeds)),
+        "tasks": ", ".join(task.task.upper() for task in config.tasks),
     }
     return environment.get_template("report.html.j2").render(
-        config=config,
-        about=summary_of(config),
-        records=records,
-        tables=tables,
-        findings=findings,
-        counts=counts,
-        caution=caution(len(findings), records.confidence),
-        states=states,
-        facts=facts,
-        figures=figures(records),
-        languages=languages(records),
-    )
+        config=config, about=about | facts, records=records, tables=tables, findings=findings,
+        counts=Counter(finding.verdict for finding in findings), states=Counter(row["state"] for row in records.status),
+        caution=caution(len(findings), records.confidence), figures=figures(records), languages=languages(records),
+    )  # fmt: skip
 
 
 def sortable(cell: Cell) -> str:
@@ -110,79 +105,65 @@ def _figure(path: Path, model: str) -> tuple[str, str]:
 
 # --- languages ---------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
-class Row:
-    """A row of a language's table: a model's results, as shown (`cells`) and to sort by (`values`)."""
-
-    model: str
-    cells: list[str]
-    values: list[str]
-
-
-@dataclass(frozen=True)
 class LanguageView:
-    """All results of the study on one language."""
+    """All results of the study on one language.
+
+    tables: (title, head, rows); a row is a model's name and for each column the text that is shown and the value to sort by.
+    """
 
     name: str
     size: dict[str, int]
-    perplexity: list[Row]
-    tasks: list[tuple[str, list[Row]]]
+    tables: list[tuple[str, list[str], list[tuple[str, list[tuple[str, str]]]]]]
 
 
 def languages(records: Records) -> list[LanguageView]:
     """The results on each language: perplexities of the models that know it, and scores of every task on it."""
     trained = [code for model in records.models for code in model.languages]
-    names = list(dict.fromkeys(trained + [score.language for score in records.scores]))
-    return [
-        LanguageView(
-            name,
-            records.sizes.get(name, {}),
-            _perplexity(records, name),
-            [(TITLES[task], rows) for task in TITLES if (rows := _scores(records, name, task))],
-        )
-        for name in names
-    ]
+    views = []
+    for name in dict.fromkeys(trained + [score.language for score in records.scores]):
+        tables = [("", ["perplexity", "bits per character"], _perplexity(records, name))]
+        tables += [(TITLES[task], ["score", "majority"], _scores(records, name, task)) for task in TITLES]
+        shown = [
+            (title, head, [(model, _means(pairs, (2, 3) if not title else (1, 1))) for model, pairs in groups.items()])
+            for title, head, groups in tables
+            if groups
+        ]
+        views.append(LanguageView(name, records.sizes.get(name, {}), shown))
+    return views
 
 
-def _perplexity(records: Records, language: str) -> list[Row]:
-    groups: dict[str, list[tuple[float, float]]] = {}
+Groups = dict[str, list[tuple[float, float]]]  # a model -> the two numbers of each seed
+
+
+def _perplexity(records: Records, language: str) -> Groups:
+    groups: Groups = {}
     for model in records.models:
         if language in model.perplexity:
             numbers = model.perplexity[language], model.bits_per_character[language]
-            groups.setdefault(_label(model.variant, model.control, model.set), []).append(numbers)
-    return [_row(name, [*zip(*pairs, strict=True)], (2, 3)) for name, pairs in groups.items()]
+            groups.setdefault(_label(model), []).append(numbers)
+    return groups
 
 
-def _scores(records: Records, language: str, task: str) -> list[Row]:
-    groups: dict[str, list[tuple[float, float]]] = {}
+def _scores(records: Records, language: str, task: str) -> Groups:
+    groups: Groups = {}
     for score in records.scores:
         if (score.language, score.task) == (language, task):
             setting = paper.WITHIN if score.within else f"from {score.train}"
             unseen = ", never saw it" if score.variant == "mono" and not score.within else ""
-            name = f"{_label(score.variant, score.control, score.set)}{unseen} · {setting}"
-            groups.setdefault(name, []).append((score.score, score.majority))
-    return [_row(name, [*zip(*pairs, strict=True)], (1, 1)) for name, pairs in groups.items()]
+            groups.setdefault(f"{_label(score)}{unseen} · {setting}", []).append((score.score, score.majority))
+    return groups
 
 
-def _label(variant: str, control: str, group: str) -> str:
-    shown = NAMES.get(variant, variant) if variant == "mono" else variant
-    return f"{shown}{' ' + control if control else ''} ({group})"
+def _label(row: TrainedModel | TaskScore) -> str:
+    shown = NAMES["mono"] if row.variant == "mono" else row.variant
+    return f"{shown}{' ' + row.control if row.control else ''} ({row.set})"
 
 
-def _row(name: str, columns: Sequence[Sequence[float]], digits: Sequence[int]) -> Row:
-    """A row of means over the seeds, each with its standard deviation. columns: the seeds' values; digits: decimals."""
-    cells, values = [], []
-    for column, decimals in zip(columns, digits, strict=True):
-        spread = f" ± {statistics.stdev(column):.{decimals}f}" if len(column) > 1 and len(set(column)) > 1 else ""
-        cells.append(f"{statistics.fmean(column):.{decimals}f}{spread}")
-        values.append(f"{statistics.fmean(column):.6f}")
-    return Row(name, cells, values)
-
-
-def summary_of(config: StudyConfig) -> dict[str, str]:
-    """The head of the page: languages, variants, seeds and tasks."""
-    return {
-        "languages": ", ".join(config.languages),
-        "variants": ", ".join([*(["mono"] if config.mono else []), *config.variants]),
-        "seeds": ", ".join(map(str, config.seeds)),
-        "tasks": ", ".join(task.task.upper() for task in config.tasks),
-    }
+def _means(pairs: Sequence[tuple[float, float]], digits: tuple[int, int]) -> list[tuple[str, str]]:
+    """Means over the seeds with their standard deviations, and to sort by, of each column. digits: decimals shown."""
+    columns = []
+    for values, decimals in zip(zip(*pairs, strict=True), digits, strict=True):
+        mean = statistics.fmean(values)
+        spread = f" ± {statistics.stdev(values):.{decimals}f}" if len(set(values)) > 1 else ""
+        columns.append((f"{mean:.{decimals}f}{spread}", f"{mean:.6f}"))
+    return columns

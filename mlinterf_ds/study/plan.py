@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from mlinterf_ds.errors import refusing
 from mlinterf_ds.files import read_json
+from mlinterf_ds.pretrain.config import load_run
+from mlinterf_ds.sections import architecture, is_meta
 from mlinterf_ds.study.code import code_hash
-from mlinterf_ds.study.config import StudyConfig
+from mlinterf_ds.study.config import SetSection, StudyConfig
 from mlinterf_ds.study.corpora import Corpora
-from mlinterf_ds.study.grid import Model, models
-from mlinterf_ds.study.jobs import Job, Kind, Unit
+from mlinterf_ds.study.jobs import Job, Kind, Model, Unit
 from mlinterf_ds.study.units import all_models, analyses, comparisons, finetunings, is_compared, pretraining
 
 
@@ -28,7 +29,10 @@ def expand(config: StudyConfig, corpora: Corpora, deepspeed_config: str) -> list
         deepspeed_json = read_json(Path(deepspeed_config))
 
     def add(kind: Kind, model: Model, units: list[Unit], needs: tuple[Job, ...]) -> Job:
-        jobs.append(_job(kind, model, units, needs, [deepspeed_json, config.ranks]))
+        identities, digests = [[unit.name, unit.identity] for unit in units], [job.digest for job in needs]
+        identity = [kind, identities, digests, [deepspeed_json, config.ranks], code_hash(kind)]
+        digest = hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()
+        jobs.append(Job(f"{kind}.{model.name}", kind, model, tuple(units), needs, digest))
         return jobs[-1]
 
     for model in models(config):
@@ -44,14 +48,36 @@ def expand(config: StudyConfig, corpora: Corpora, deepspeed_config: str) -> list
     return jobs
 
 
-def _job(kind: Kind, model: Model, units: list[Unit], needs: tuple[Job, ...], launched_with: Any) -> Job:
-    identity = [
-        kind,
-        [[unit.name, unit.identity] for unit in units],
-        [job.digest for job in needs],
-        launched_with,
-        code_hash(kind),
-    ]
-    text = json.dumps(identity, sort_keys=True, default=str)
-    digest = hashlib.sha256(text.encode()).hexdigest()
-    return Job(f"{kind}.{model.name}", kind, model, tuple(units), needs, digest)
+# --- the grid ----------------------------------------------------------------------------------------------------------
+def models(config: StudyConfig) -> list[Model]:
+    """Every model of the grid. Sets share their monolingual models, so names decide which models are the same."""
+    grid: dict[str, Model] = {}
+    for seed in config.seeds:
+        for group in config.sets:
+            for model in [*_monolingual(config, group, seed), *_multilingual(config, group, seed)]:
+                grid.setdefault(model.name, model)
+    return list(grid.values())
+
+
+def _monolingual(config: StudyConfig, group: SetSection, seed: int) -> Iterator[Model]:
+    """A model of each language of a pair, with as much text as the pair's models have of it."""
+    if config.mono and group.kind in ("pair", "low"):
+        for language in group.languages:
+            limit = group.limits.get(language)
+            limits = ((language, limit),) if limit else ()
+            yield Model(f"{language}@{limit}" if limit else language, "mono", (language,), "mono", seed, (), limits)
+
+
+def _multilingual(config: StudyConfig, group: SetSection, seed: int) -> Iterator[Model]:
+    """A model of each variant of a set, and the controls of the meta variants of a pair."""
+    limits, settings = tuple(sorted(group.limits.items())), tuple(group.settings)
+    common = (group.name, group.kind, tuple(group.languages))
+    for variant in group.variants or (config.variants if group.kind == "pair" else ["joint"]):
+        yield Model(*common, variant, seed, settings, limits)
+        if is_meta(variant) and group.kind == "pair":
+            if config.controls.direct:
+                yield Model(*common, variant, seed, (*settings, "meta.terms=direct"), limits, "direct")
+            if config.controls.compute:
+                steps = load_run([*config.recipes], [*config.settings, *settings]).train.steps
+                longer = (*settings, f"train.steps={round(steps * config.controls.compute)}")
+                yield Model(*common, architecture(variant), seed, longer, limits, "compute")

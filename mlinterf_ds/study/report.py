@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,10 +11,11 @@ from mlinterf_ds.data.corpus import Corpus
 from mlinterf_ds.files import write_bytes, write_json
 from mlinterf_ds.results.findings import Finding
 from mlinterf_ds.results.records import Records
+from mlinterf_ds.results.statistics import VERDICTS
 from mlinterf_ds.study.config import SYNTHETIC, StudyConfig
 from mlinterf_ds.study.corpora import Corpora
+from mlinterf_ds.study.folders import Outcome
 from mlinterf_ds.study.jobs import Job
-from mlinterf_ds.study.outcomes import Outcome
 from mlinterf_ds.tracking import environment_facts
 
 
@@ -108,7 +110,7 @@ def announce(records: Records, findings: Sequence[Finding], output: Path) -> int
     lost = [row for row in records.status if row["state"] in ("failed", "blocked")]
     for row in lost:
         print(f"{row['job']}: {row['state']}: {row['reason']}")
-    verdicts = [finding.verdict for finding in findings]
-    print("claims: " + ", ".join(f"{verdicts.count(verdict)} {verdict}" for verdict in ("holds", "fails", "undecided")))
+    counts = Counter(finding.verdict for finding in findings)
+    print("claims: " + ", ".join(f"{counts[verdict]} {verdict}" for verdict in VERDICTS))
     print(f"{output}/report.html, tables/, findings.md, records.json", flush=True)
     return int(bool(lost))

@@ -15,8 +15,8 @@ from typing import Any
 from mlinterf_ds.runtime.signals import Signals
 from mlinterf_ds.study import launch
 from mlinterf_ds.study.config import StudyConfig
+from mlinterf_ds.study.folders import Outcome, blocked_by, failures, is_finished, last_error, read_record
 from mlinterf_ds.study.jobs import Job
-from mlinterf_ds.study.outcomes import Outcome, blocked_by, failures, is_finished, last_error, read_record
 from mlinterf_ds.study.worker import STARTED
 
 POLL = 0.2  # seconds between looks at the running jobs

@@ -11,9 +11,9 @@ from pathlib import Path
 
 from mlinterf_ds.errors import UserError
 from mlinterf_ds.study.config import StudyConfig
+from mlinterf_ds.study.folders import is_finished
 from mlinterf_ds.study.jobs import Job
 from mlinterf_ds.study.launch import SCRIPT, launch_command
-from mlinterf_ds.study.outcomes import is_finished
 from mlinterf_ds.study.worker import STARTED
 
 ID_FILE = "slurm.id"  # holds the id of the batch job last submitted from its folder

@@ -21,8 +21,7 @@ from mlinterf_ds.pretrain.config import RunConfig
 from mlinterf_ds.sections import is_routed
 from mlinterf_ds.study.config import SYNTHETIC, StudyConfig, TaskSection
 from mlinterf_ds.study.corpora import Corpora, file_hash
-from mlinterf_ds.study.grid import Model
-from mlinterf_ds.study.jobs import Job, Unit
+from mlinterf_ds.study.jobs import Job, Model, Unit
 
 SPLIT = "split"  # stands for a share of the training data, where a file of examples is expected
 FROZEN = "finetune.freeze=language"

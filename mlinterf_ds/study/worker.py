@@ -1,8 +1,5 @@
 """The inside of a job's processes: its units, one after the other, in one process group.
 
-<job>/job.json    what to run, written by the study
-<job>/done.json   what became of each unit: {"units": {name: {"state", "reason", "seconds"}}, "seconds", "startup"}
-
 A finished unit is not run again, and an interrupted one resumes from its checkpoint. On one rank a failure is noted and the next
 unit runs. With more ranks it ends the job, because the ranks may have stopped at different collectives.
 """
@@ -10,7 +7,6 @@ unit runs. With more ranks it ends the job, because the ranks may have stopped a
 from __future__ import annotations
 
 import importlib
-import json
 import os
 import shutil
 import time
@@ -21,13 +17,12 @@ from typing import TYPE_CHECKING, Any
 from mlinterf_ds import ranks
 from mlinterf_ds.files import read_json, write_json
 from mlinterf_ds.study.code import RECIPES
-from mlinterf_ds.study.lock import wait_for_lock
+from mlinterf_ds.study.folders import DONE, finished_units, is_complete, wait_for_lock
 from mlinterf_ds.tracking.facts import first_line
 
 if TYPE_CHECKING:
     from mlinterf_ds.runtime.parallel import Group
 
-DONE = "done.json"
 STARTED = "MLINTERF_STUDY_STARTED"  # environment variable: when the launcher was started, in seconds since the epoch
 
 
@@ -79,20 +74,3 @@ def _run(kind: str, folder: Path, arguments: list[str], group: Group) -> None:
 def _remove(*folders: Path) -> None:
     for folder in folders:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def is_complete(folder: Path) -> bool:
-    """Whether a unit's summary.json is there and reports the end of the run."""
-    try:
-        return bool(json.loads((folder / "summary.json").read_text()).get("finished", True))
-    except (OSError, ValueError):
-        return False
-
-
-def finished_units(folder: Path) -> dict[str, Any]:
-    """The units of a job that have finished, by its done.json; those that failed are tried again."""
-    try:
-        units = read_json(folder / DONE)["units"]
-    except (OSError, ValueError, KeyError):
-        return {}
-    return {name: facts for name, facts in units.items() if facts["state"] == "finished"}

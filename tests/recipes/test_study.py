@@ -137,7 +137,7 @@ def test_the_best_model_is_registered_and_fills_masks(folder: Path, monkeypatch:
     monkeypatch.chdir(folder)  # where the artifacts are
     client = mlflow.MlflowClient(uri)
     version = max(client.search_model_versions("name='study_ci'"), key=lambda found: int(found.version))
-    assert version.tags["variant"] in ("joint", "adpt") and "Departures from the paper" in version.description
+    assert version.tags["variant"] in ("joint", "adpt") and "departs from the paper" in version.description
     model = mlflow.pyfunc.load_model(f"models:/study_ci/{version.version}")
     assert [column.name for column in model.metadata.signature.inputs.inputs] == ["text", "language"]
     given = pandas.DataFrame({"text": ["<mask> .", "."], "language": ["syn", "syn-close"]})

@@ -19,7 +19,7 @@ import pytest
 from mlinterf_ds.errors import UserError
 from mlinterf_ds.results.records import Records
 from mlinterf_ds.study import launch, main, runner, worker
-from mlinterf_ds.study.lock import try_lock, wait_for_lock
+from mlinterf_ds.study.folders import is_complete, try_lock, wait_for_lock
 from mlinterf_ds.tracking import Tracker
 from tests import fake_launcher
 from tests.commands import flags, wait_until
@@ -111,8 +111,7 @@ def test_a_killed_retry_does_not_give_the_last_attempts_reason(tmp_path: Path, m
     """done.json and the log tell of an earlier failure; this attempt dies without a word."""
     from mlinterf_ds.config import load_config
     from mlinterf_ds.study.config import StudyConfig
-    from mlinterf_ds.study.grid import Model
-    from mlinterf_ds.study.jobs import Job, Unit
+    from mlinterf_ds.study.jobs import Job, Model, Unit
 
     config = load_config(StudyConfig, ["study_ci"], ["parallel=1"])
     units = (Unit("a", (), {}), Unit("b", (), {}))
@@ -227,7 +226,7 @@ def test_one_of_several_ranks_clears_up(kind: str, removed: list[str], left: lis
 
 
 def test_a_job_waits_for_another_process_that_works_on_it(tmp_path: Path) -> None:
-    script = f"import sys, time; sys.path.insert(0, {str(ROOT)!r}); from pathlib import Path; from mlinterf_ds.study.lock import wait_for_lock\n"
+    script = f"import sys, time; sys.path.insert(0, {str(ROOT)!r}); from pathlib import Path; from mlinterf_ds.study.folders import wait_for_lock\n"
     script += f"with wait_for_lock(Path({str(tmp_path)!r})): print('in', flush=True); time.sleep(1)"
     process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE)
     assert process.stdout is not None and process.stdout.readline() == b"in\n"
@@ -256,10 +255,10 @@ def test_every_rank_waits_for_its_like(one_rank: None, tmp_path: Path, monkeypat
 
 
 def test_only_a_whole_summary_is_a_finished_unit(tmp_path: Path) -> None:
-    assert not worker.is_complete(tmp_path)
+    assert not is_complete(tmp_path)
     for text, wanted in (("{", False), ('{"finished": false}', False), ('{"finished": true}', True), ("{}", True)):
         (tmp_path / "summary.json").write_text(text)
-        assert worker.is_complete(tmp_path) is wanted
+        assert is_complete(tmp_path) is wanted
 
 
 @pytest.fixture

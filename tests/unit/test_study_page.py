@@ -14,7 +14,8 @@ from mlinterf_ds.config import load_config
 from mlinterf_ds.plots.curves import perplexity_curves
 from mlinterf_ds.results.claims import all_findings
 from mlinterf_ds.results.convergence import draw
-from mlinterf_ds.results.tables import Cell, all_tables
+from mlinterf_ds.results.forms import Cell
+from mlinterf_ds.results.tables import all_tables
 from mlinterf_ds.study.config import StudyConfig
 from mlinterf_ds.study.page import figures, render, sortable
 from tests.browser import CHROMIUM, browser

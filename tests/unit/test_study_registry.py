@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from mlinterf_ds.results.records import Records
-from mlinterf_ds.study.registry import best
+from mlinterf_ds.study.mlflow_run import best
 from tests.study_records import planted
 
 

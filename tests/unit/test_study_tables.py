@@ -15,8 +15,9 @@ from pydantic import TypeAdapter
 
 from mlinterf_ds.errors import UserError
 from mlinterf_ds.results import forms, paper
+from mlinterf_ds.results.forms import Cell, Table
 from mlinterf_ds.results.records import Records, read_counts
-from mlinterf_ds.results.tables import Cell, Table, all_tables
+from mlinterf_ds.results.tables import all_tables
 from tests.study_records import planted
 
 

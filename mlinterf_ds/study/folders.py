@@ -1,21 +1,30 @@
-"""What became of a study's jobs, read from their folders."""
+"""The folder of a job: what became of the job by the files in it, and the lock that keeps two processes from writing there.
+
+<job>/job.json    what to run, written by the study
+<job>/done.json   what became of each unit: {"units": {name: {"state", "reason", "seconds"}}, "seconds", "startup"}
+<job>/launch.log  the output of the launcher and of all ranks
+<job>/UNIT/       the output of a run, with its summary.json
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+import fcntl
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from mlinterf_ds.files import read_json
+from mlinterf_ds.runtime.output import writing
 from mlinterf_ds.study.jobs import Job
-from mlinterf_ds.study.lock import try_lock
-from mlinterf_ds.study.worker import DONE, is_complete
 
-State = Literal["waiting", "running", "finished", "failed", "blocked"]
+DONE = "done.json"
 REASON_LENGTH = 400  # characters of an error that are kept
+State = Literal["waiting", "running", "finished", "failed", "blocked"]
 
 
+# --- what became of a job ----------------------------------------------------------------------------------------------
 @dataclass
 class Outcome:
     """The state of a job; a blocked one needs a job that failed."""
@@ -31,6 +40,14 @@ class Outcome:
             "job": self.job.name, "kind": self.job.kind, "state": self.state, "reason": self.reason,
             "seconds": self.seconds, "folder": self.job.folder,
         }  # fmt: skip
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether a unit's summary.json is there and reports the end of the run."""
+    try:
+        return bool(read_json(folder / "summary.json").get("finished", True))
+    except (OSError, ValueError):
+        return False
 
 
 def is_finished(job: Job, output: Path) -> bool:
@@ -82,6 +99,12 @@ def read_record(folder: Path) -> dict[str, Any]:
     return record
 
 
+def finished_units(folder: Path) -> dict[str, Any]:
+    """The units of a job that have finished, by its done.json; those that failed are tried again."""
+    units = read_record(folder).get("units", {})
+    return {name: facts for name, facts in units.items() if facts["state"] == "finished"}
+
+
 def failures(record: Mapping[str, Any]) -> str:
     """Which units failed and why, by the job's done.json; '' if none did."""
     units = record.get("units", {}).items()
@@ -93,3 +116,31 @@ def last_error(log: Path, begin: int = 0) -> str:
     lines = log.read_bytes()[begin:].decode(errors="replace").splitlines() if log.is_file() else []
     errors = [line.strip() for line in lines if line.startswith("error:") or "Error" in line]
     return errors[-1][:REASON_LENGTH] if errors else ""
+
+
+# --- locks -------------------------------------------------------------------------------------------------------------
+@contextlib.contextmanager
+def try_lock(folder: Path) -> Iterator[bool]:
+    """Hold the folder of a job or a study if no other process does; whether it is held. UserError if it can't be written."""
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / ".lock").open("w")
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
+
+
+@contextlib.contextmanager
+def wait_for_lock(folder: Path, rank: int = 0) -> Iterator[None]:
+    """Hold a job's folder on this rank, after any other process that does: a killed study leaves its jobs running.
+
+    Each rank waits for the same rank of the other process, and does so before the ranks wait for each other in a process
+    group, where waiting has a time limit.
+    """
+    with (folder / (f".lock{rank}" if rank else ".lock")).open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
