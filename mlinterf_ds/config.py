@@ -22,9 +22,9 @@ DEEPEST = 8  # parts of a key; no section lies deeper
 
 # Marks of a field (`json_schema_extra`). A key without one decides the data, the model or the mathematics of a step.
 RESUMABLE: dict[str, Any] = {"mark": "resumable"}  # a resumed run may change it
-ADDRESS: dict[str, Any] = {"mark": "address"}  # it only says where something is or how it is called; so resumable too
+ADDRESS: dict[str, Any] = {"mark": "address"}  # the key gives a location or a name; a resumed run may change it too
 
-# Keys of earlier versions and why they went. A user who sets one is told; in an older checkpoint's record they are ignored.
+# Keys of earlier versions and why they were removed. Setting one is an error; in an older checkpoint's record they are ignored.
 REMOVED = {
     "model.compile": "no part of the model is compiled: leave the key out",
     "finetune.dev_share": "--dev LANG=split takes a tenth of --train LANG: give --dev LANG=FILE for another share",

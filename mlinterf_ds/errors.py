@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
-# What reading a file that holds something else than it should can raise: a missing key, a wrong type, bytes that are no
+# The errors that reading a malformed file can raise: a missing key, a wrong type, bytes that are no
 # text, nesting without end, a number or a path that the system cannot take.
 MALFORMED = (LookupError, TypeError, AttributeError, ValueError, ArithmeticError, RecursionError, OSError)
 
@@ -16,7 +16,7 @@ class UserError(ValueError):
 
 @contextlib.contextmanager
 def refusing(what: str, remedy: str = "") -> Iterator[None]:
-    """Anything that a malformed file raises inside ends as a UserError: `what` (the file, and what it is not), why, `remedy`."""
+    """A context that turns any error of a malformed file into a UserError: `what` is wrong (with the file), why, `remedy`."""
     try:
         yield
     except UserError:

@@ -1,4 +1,4 @@
-"""What a pretrained model makes of any text: perplexity, pseudo-perplexity, and words for `<mask>`.
+"""Scores any text with a pretrained model (perplexity, pseudo-perplexity), and fills `<mask>` with words.
 
 Perplexity is that of masked prediction, as during training: 15% of the tokens under fixed masks, rows packed.
 Pseudo-perplexity (Salazar et al., 2020) masks the tokens of a sentence one at a time: exp of the mean surprisal over all of
@@ -84,7 +84,7 @@ def main(arguments: Sequence[str], group: Group | None = None) -> int:
 
 
 def number(least: int) -> Callable[[str], int]:
-    """An argument's type: a whole number, `least` or more."""
+    """Returns the type of an argument that is a whole number, `least` or more."""
 
     def read(text: str) -> int:
         if not text.isdecimal() or int(text) < least:
@@ -121,14 +121,14 @@ class Model:
         return self.encoder(batch.to(self.device))[1].cpu()
 
     def summed(self, values: Sequence[float]) -> list[float]:
-        """The sums over all data-parallel ranks."""
+        """Returns the sums over all data-parallel ranks."""
         total = torch.tensor(values, dtype=torch.float64, device=self.device)
         dist.all_reduce(total)
         return [float(value) / self.layout.tensor for value in total]
 
 
 class Text:
-    """A text file as `mlinterf_ds.data.stream` wants a corpus: one language, one split."""
+    """A text file with the methods of a corpus that `mlinterf_ds.data.stream` calls: one language, one split."""
 
     def __init__(self, path: Path, language: str, tokenizer: Tokenizer):
         self.languages, self.vocabulary_size = [language], tokenizer.size
@@ -197,7 +197,7 @@ def record(model: Model, texts: dict[str, str], results: dict[str, dict[str, flo
 
 
 def one_at_a_time(ids: Sequence[int], language: int) -> Iterator[Batch]:
-    """`<s> sentence </s>` once for each of its tokens, with that one masked."""
+    """The rows `<s> sentence </s>`, one for each token of the sentence, in which that token is masked."""
     sentence = torch.tensor([BOS, *ids, EOS])
     for first in range(0, len(ids), ROWS):
         columns = torch.arange(first, min(first + ROWS, len(ids)))[:, None] + 1
@@ -212,7 +212,7 @@ def _batch(tokens: torch.Tensor, positions: torch.Tensor, labels: torch.Tensor, 
 
 @torch.no_grad()
 def fill(model: Model, text: str, language: str | None, top: int) -> list[list[dict[str, Any]]]:
-    """For each `<mask>` of the text the likeliest pieces, best first: [{"piece", "probability"}]."""
+    """Returns the likeliest pieces for each `<mask>` of the text, best first: [{"piece", "probability"}]."""
     if BLANK not in text:
         raise UserError(f"--fill {text!r}: has no {BLANK}")
     number = model.index(language)

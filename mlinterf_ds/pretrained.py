@@ -43,7 +43,7 @@ class Pretrained:
 
     @property
     def digest(self) -> str:
-        """The SHA-256 of complete.json, which holds every file's own."""
+        """The SHA-256 of complete.json, which lists the SHA-256 of every other file."""
         return sha256(self.path / "complete.json")
 
     @property
@@ -62,7 +62,7 @@ class Pretrained:
 
     @property
     def mask_share(self) -> float:
-        """The share of tokens that its pretraining predicted."""
+        """The share of tokens that were masked and predicted in its pretraining."""
         return float(self.saved["config"]["data"]["mask"])
 
     @property
@@ -71,12 +71,12 @@ class Pretrained:
         return self.saved.get("run_id")
 
     def shape(self, dropout: float | None = None) -> ModelConfig:
-        """The shape of the encoder, with other dropouts if asked."""
+        """The shape of the encoder, with the given dropouts in place of the checkpoint's."""
         changed = {} if dropout is None else {"dropout": dropout, "attention_dropout": dropout}
         return ModelConfig(**(self.saved["config"]["model"] | changed))
 
     def architecture(self, dropout: float | None = None) -> dict[str, Any]:
-        """The arguments with which `Encoder` builds this model (its weights not loaded), with other dropouts if asked."""
+        """The arguments with which `Encoder` builds this model, without weights; given dropouts replace the checkpoint's."""
         return {
             "config": self.shape(dropout),
             "variant": self.variant,
@@ -97,7 +97,7 @@ class Pretrained:
     ) -> Engine:
         """An engine that trains `model`, built of `architecture`, from this checkpoint's weights and without its moments.
 
-        missing: leave parameters that the checkpoint has not, such as a classifier's, as they are initialised.
+        missing: parameters that the checkpoint lacks, such as a classifier's, keep their initial values.
         """
         from mlinterf_ds.engine.engine import Engine
 

@@ -13,7 +13,7 @@ Value = TypeVar("Value")
 
 
 def from_first(value: Any) -> Any:
-    """Rank 0's value, on every rank."""
+    """Returns rank 0's value on every rank."""
     box = [value]
     if dist.is_initialized():
         dist.broadcast_object_list(box)
@@ -27,7 +27,7 @@ def wait_for_all() -> None:
 
 
 def agreed(read: Callable[[], Value]) -> Value:
-    """What rank 0 reads, on every rank; a UserError of rank 0 is raised on every rank."""
+    """Returns on every rank what rank 0 reads; a UserError of rank 0 is raised on every rank."""
     value: Any = None
     problem = ""
     if not dist.is_initialized() or dist.get_rank() == 0:

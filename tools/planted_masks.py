@@ -4,10 +4,10 @@
 
 For each seed the tool pretrains one joint model of four synthetic languages at known distances and analyses it
 (`launch/analyze.py --set analysis=prune`). It reports Spearman's rank correlation of the similarity of two languages' masks
-with their distance, pooled over all pairs and models, and as the mean of the correlations within each model (pooling takes it
-for noise that models differ in the level of all similarities). Both have a 95% bootstrap interval over models. It also reports
-the share of pairs whose two languages are both more similar to themselves than to each other. Models and analyses that exist
-in `--out` are used again.
+with their distance, pooled over all pairs and models, and as the mean of the correlations within each model (when pooled,
+differences between models in the level of all similarities count as noise). Both have a 95% bootstrap interval over models. It
+also reports the share of pairs whose two languages are both more similar to themselves than to each other. Models and analyses
+that exist in `--out` are used again.
 """
 
 from __future__ import annotations

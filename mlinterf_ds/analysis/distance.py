@@ -1,7 +1,7 @@
 """How far apart two languages are, measured on their training text, or by typological features when these are given.
 
-Every distance is symmetric and runs from 0 (a language and itself) to 1. Shared words and letters say nothing of word order: among
-the synthetic languages they tell `far` from the others, but not `mid` from `close`, which share as many word forms.
+Every distance is symmetric and runs from 0 (a language and itself) to 1. Shared words and letters say nothing about word order:
+among the synthetic languages they separate `far` from the others, but not `mid` from `close`, which share as many word forms.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Interference itself (paper, sections 2 and 3.3): monolingual against joint models, and how far the languages are apart.
 
-Positive interference hurts: of bits per character it is joint minus mono, of a task's score mono minus joint.
+Positive interference means harm: in bits per character it is joint minus mono, in a task's score mono minus joint.
 
 <output>/interference.csv      every comparison, with its 95% interval and the languages' distances
 <output>/bars-*                the paper's figure 1: mono, joint and larger models, by metric
@@ -67,7 +67,7 @@ def run(job: AnalysisJob) -> dict[str, Any]:
 
 
 def measure(job: AnalysisJob) -> InterferenceResults:
-    """Opens, checks, evaluates and compares the runs; every mistake of the user is told before anything is evaluated."""
+    """Opens, checks, evaluates and compares the runs; every mistake of the user is reported before anything is evaluated."""
     settings = job.config.interference
     mono, joint, larger = (open_runs(kind, getattr(settings, kind)) for kind in ("mono", "joint", "larger"))
     every = [*mono, *joint, *larger]

@@ -18,7 +18,7 @@ from mlinterf_ds.results.interference import InterferenceResults
 from mlinterf_ds.results.runs import PretrainedRun, Setup
 
 UNITS = {BITS: "bits per character, joint − mono"}
-NAMED_PARTNERS = 3  # of more partners a label gives their number
+NAMED_PARTNERS = 3  # a label names up to this many partners, and only counts more
 
 
 def draw(output: Path, results: InterferenceResults) -> None:

@@ -1,4 +1,4 @@
-"""What every analysis is given on each rank."""
+"""The checkpoint, corpus and folder that an analysis works with on each rank."""
 
 from __future__ import annotations
 
@@ -42,13 +42,13 @@ class AnalysisJob:
 
     @property
     def model(self) -> Pretrained:
-        """The checkpoint, of an analysis that needs one."""
+        """The checkpoint; only for an analysis that takes one."""
         assert self.pretrained is not None, "analyze.py refuses a missing checkpoint"
         return self.pretrained
 
     @property
     def text(self) -> Corpus:
-        """The corpus, of an analysis that needs one."""
+        """The corpus; only for an analysis that takes one."""
         assert self.corpus is not None, "opened with the checkpoint"
         return self.corpus
 

@@ -22,7 +22,7 @@ _DTYPES: dict[str, np.dtype] = {"uint16": np.dtype(np.uint16), "int32": np.dtype
 LANGUAGE = re.compile(r"(?!shared$)[a-z][a-z0-9_-]*")  # "shared" names the parameters that all languages use
 SPLITS = ("train", "meta", "valid", "test")
 COUNTS = ("sentences", "words", "characters", "tokens")
-SYNTHETIC_LANGUAGES = ["syn", "syn-mid"]  # of a run on corpus=synthetic that names no languages
+SYNTHETIC_LANGUAGES = ["syn", "syn-mid"]  # the languages of a run on corpus=synthetic that names none
 AGAIN = "; copy the corpus again, or prepare it again in another folder"
 
 

@@ -109,7 +109,7 @@ class TrainStream:
         self._masker = Masker(seed, "train", length, corpus.vocabulary_size, mask_share)
         self._windows = [split_windows(corpus, language, "train", length, seed) for language in self.languages]
         sentences = np.array([corpus.sentences(language, "train") for language in self.languages], dtype=np.float64)
-        smoothed = (sentences / sentences.max()) ** (1 / temperature)  # the sum, below, takes the common factor out
+        smoothed = (sentences / sentences.max()) ** (1 / temperature)  # the sum below cancels the common factor
         if only is not None:
             smoothed *= np.isin(self.languages, list(only))
         self.probabilities = smoothed / smoothed.sum()  # (languages,)

@@ -102,7 +102,7 @@ def _on_all(work: Callable[[], Result]) -> list[Result]:
 
 
 def _counters(engine: Engine) -> dict[str, Any]:
-    """What run.json holds of the engine."""
+    """The engine's counters, as run.json stores them."""
     return {
         "updates": engine.updates,
         "skipped": engine.skipped,
@@ -160,7 +160,7 @@ def _all(run: Path) -> list[Path]:
 def find(path: str | Path, prefer: str = "newest") -> Path:
     """The checkpoint that `path` names: a checkpoint's own folder, or a run's output folder.
 
-    Of a run's folder it is the newest one, or with prefer="best" the best one, if there is one.
+    For a run's folder it is the newest checkpoint, or with prefer="best" the best one where one is marked.
     """
     folder = Path(path)
     if (folder / "complete.json").is_file() or folder.name.startswith("step-"):
@@ -191,7 +191,7 @@ def verify(path: Path) -> dict[str, Any]:
 
 
 def _fallback(path: Path) -> str:
-    """The remedy of a damaged checkpoint: the one before it, if there is one."""
+    """The remedy for a damaged checkpoint: to use the checkpoint before it, if there is one."""
     earlier = [other for other in _all(path.parent.parent) if other.name < path.name]
     return f"; the one before it is {earlier[-1]}: --set resume={earlier[-1]}" if earlier else ""
 

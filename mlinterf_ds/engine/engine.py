@@ -28,7 +28,7 @@ PATIENCE = 25  # steps skipped in a row before a run is declared lost
 
 
 class Rows(Protocol):
-    """What the engine reads of a batch; the model reads the rest."""
+    """The attributes of a batch that the engine reads; the model reads the others."""
 
     @property
     def languages(self) -> Tensor: ...  # (rows,)
@@ -59,7 +59,7 @@ class Engine:
         self.updates = self.skipped = self.skipped_in_a_row = 0
         self.new_rows: NewRows | None = None  # if set, the other shared parameters are frozen
         self.spikes = Spikes(training.spike)
-        self.spiked = ""  # which loss spiked, if the last step was skipped for it
+        self.spiked = ""  # names the loss that spiked, if the last step was skipped because of it
         self.micro = training.micro_batch or training.batch // layout.data  # rows of a micro-batch
         resolved = resolve(deepspeed_json, training, precision, layout.data)
         self.stage: int = resolved["zero_optimization"]["stage"]

@@ -16,7 +16,7 @@ from mlinterf_ds.sections import TrainConfig
 
 FEWEST = 20  # steps with a language before its loss is judged
 WINDOW = 100  # of its steps that the mean and variance look back
-LEAST = 1.0  # nats above the mean that are no spike, however quiet the loss was
+LEAST = 1.0  # a loss less than this many nats above the mean is never a spike
 LOSS_PREFIX = "loss/"  # of a language's loss in a step's facts
 
 
@@ -33,7 +33,7 @@ def learning_rate(training: TrainConfig, update: int) -> float:
 
 
 def clip_factor(norm: float, limit: float) -> float:
-    """What a gradient of this norm is multiplied by, so that its norm is at most `limit`; limit 0: never clipped."""
+    """Returns the factor that limits a gradient of this norm to at most `limit`; limit 0: never clipped."""
     return min(1.0, limit / (norm + 1e-6)) if limit else 1.0
 
 
@@ -85,7 +85,7 @@ class LossScale:
         self.patience, self.quiet = self.hysteresis, 0
 
     def update(self, overflow: bool) -> None:
-        """Learns after each step whether it overflowed."""
+        """Adapts the scale after each step to whether it overflowed."""
         if not self.dynamic:
             return
         if overflow:
@@ -101,7 +101,7 @@ class LossScale:
             self.quiet += 1
 
     def state(self) -> dict[str, float]:
-        """What a checkpoint stores of it."""
+        """The values that a checkpoint stores."""
         return {"value": self.value, "patience": self.patience, "quiet": self.quiet}
 
     def load(self, state: Mapping[str, float]) -> None:

@@ -1,4 +1,4 @@
-"""DeepSpeed's JSON and the training section as one: precision, batch sizes, clipping, ZeRO stage."""
+"""Merges DeepSpeed's JSON with the training section: precision, batch sizes, clipping, ZeRO stage."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Parameter groups as flat fp32 shards: what the step's mathematics sees of ZeRO and tensor parallelism.
+"""Parameter groups as flat fp32 shards: the step's mathematics works on these and sees neither ZeRO nor tensor parallelism.
 
 A `Space` is one parameter group (the shared parameters, or one language's) seen as this rank's share of the fp32
 master weights. DeepSpeed keeps the *shared* parameters (`engine/zero.py`). A *language's* parameters are kept here, sharded in
@@ -77,7 +77,7 @@ class Space:
 
     @property
     def device(self) -> torch.device:
-        """Where the working weights are; masters may be offloaded to where no collective is."""
+        """The device of the working weights. Masters may be offloaded to a device without collectives."""
         return next(iter(self.parameters.values())).device
 
     def share_of_dot(self, left: Vector, right: Vector) -> Tensor:
@@ -290,7 +290,7 @@ class NewRows:
 
     @contextmanager
     def alone_change(self, masters: Vector) -> Iterator[None]:
-        """Puts all but the new rows back afterwards, bit for bit: weight decay moves what has no gradient, too."""
+        """A context after which all other rows are restored, bit for bit: weight decay also moves rows without a gradient."""
         before = [master.detach().clone() for master in masters]
         yield
         with torch.no_grad():

@@ -1,4 +1,4 @@
-"""What model FLOPs utilisation (MFU) is computed from: a row's FLOPs and the device's peak; and the peak memory."""
+"""A row's FLOPs and the device's peak, which give model FLOPs utilisation (MFU); and the peak memory."""
 
 from __future__ import annotations
 

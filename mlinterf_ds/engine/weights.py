@@ -110,7 +110,7 @@ def sliced(whole: Tensor, wanted: Segment, tensor: int, tensor_rank: int, path: 
 
 
 def tensor_slice(whole: Tensor, dim: int | None, tensor: int, rank: int) -> Tensor:
-    """What tensor-parallel rank `rank` of `tensor` holds of a parameter (a view); dim None: all of it."""
+    """The slice (a view) of a parameter that tensor-parallel rank `rank` of `tensor` holds; dim None: all of it."""
     return whole if dim is None else whole.chunk(tensor, dim)[rank]
 
 

@@ -95,7 +95,7 @@ class Zero12Space(Space):
 
 
 class Zero1Bf16Space(Zero12Space):
-    """ZeRO 1 in bf16 without offload: DeepSpeed serves it by another optimizer, BF16_Optimizer."""
+    """ZeRO 1 in bf16 without offload, for which DeepSpeed has another optimizer, BF16_Optimizer."""
 
     def _parts(self) -> tuple[Any, Any, Any, Tensor]:
         zero = self.zero
@@ -194,8 +194,8 @@ class Zero3FlatSpace(FlatSpace):
 def release_small_parameters(engine: Any, parameters: Any) -> None:
     """Under ZeRO 3, lets DeepSpeed release small language-specific parameters like large ones.
 
-    It keeps small ('persistent') parameters whole on every rank and gathers all of them in every step: a cost that
-    would grow with the languages absent from it.
+    It keeps small ('persistent') parameters whole on every rank and gathers all of them in every step: a cost that would grow
+    with the number of languages that the step does not train.
     """
     own = {id(parameter) for parameter in parameters}
     persistent = engine.optimizer.persistent_parameters
@@ -206,7 +206,7 @@ def release_small_parameters(engine: Any, parameters: Any) -> None:
 
 
 def shared_space(name: str, engine: Any, parameters: Mapping[str, nn.Parameter], dims: Any, tensor_rank: int) -> Space:
-    """The space of the shared parameters, by the ZeRO optimizer that DeepSpeed chose for them."""
+    """Returns the space of the shared parameters that fits the ZeRO optimizer that DeepSpeed chose."""
     kind = type(engine.optimizer).__name__
     kinds = {"DeepSpeedZeroOptimizer_Stage3": Zero3Space, "BF16_Optimizer": Zero1Bf16Space}
     return kinds.get(kind, Zero12Space)(name, engine, parameters, dims, tensor_rank)

@@ -86,7 +86,7 @@ logits = model(**tokenizer("... <mask> ...", return_tensors="pt"){language}).log
 
 
 def _licence(pretrained: Pretrained) -> str:
-    """What is known of the texts' licences: the note in the corpus manifest, if the corpus still exists unchanged."""
+    """The licences of the texts: the note in the corpus manifest, if the corpus still exists unchanged."""
     note = ""
     manifest = Path(pretrained.saved["config"].get("corpus", "")) / "manifest.json"
     if manifest.is_file() and sha256(manifest) == pretrained.saved.get("manifest"):

@@ -1,6 +1,6 @@
 """Reads the weights of a `transformers` model folder, from which a pretraining run can start.
 
-It reads what `mlinterf_ds.export.hf` wrote, what transformers' `save_pretrained` made of that, and any XLM-RoBERTa-XL
+It reads what `mlinterf_ds.export.hf` wrote, what transformers' `save_pretrained` wrote from that model, and any XLM-RoBERTa-XL
 (pre-norm, tied), which is the same model as our encoder under other names. It needs safetensors and json alone, not
 transformers.
 """

@@ -64,7 +64,7 @@ def run(
 def prepare(
     config: FinetuneConfig, options: Options, deepspeed_json: dict[str, Any], precision: str, layout: Layout
 ) -> tuple[FinetuneJob, Sets]:
-    """Read checkpoint and data; every mistake in them is found here, before anything is trained."""
+    """Read checkpoint and data; every mistake in them is reported here, before anything is trained."""
     settings, task = config.finetune, TASKS[config.task]
     for batch in settings.batch:
         if batch % layout.data or (settings.micro_batch and batch // layout.data % settings.micro_batch):
@@ -106,14 +106,14 @@ def prepare(
 
 
 def serving(config: FinetuneConfig, pretrained: Pretrained, options: Options, split: str, language: str) -> int:
-    """The index of the language whose modules read this language's rows."""
+    """Returns the index of the language whose modules are used for this language's rows."""
     settings, known = config.finetune, pretrained.languages
     if settings.unseen and settings.unseen not in known:
         raise UserError(
             f"finetune.unseen={settings.unseen}: the model at {pretrained.path} has no modules for it, it knows "
             f"{', '.join(known)}; choose one of them"
         )
-    if split != "train" and settings.route == "source":  # what chooses the epoch is what is tested
+    if split != "train" and settings.route == "source":  # the epoch is chosen with the modules that are tested
         if len(options["train"]) > 1:
             raise UserError(
                 f"finetune.route=source needs one training language, --train names {', '.join(options['train'])}: use target"

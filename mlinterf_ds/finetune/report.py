@@ -16,7 +16,7 @@ def summarise(
 ) -> dict[str, Any]:
     """The content of summary.json. Scores in percent; std over seeds (sample), 0 for one seed.
 
-    tested: one a seed: {"point", "progress", "test": {language: metrics}}.
+    tested: one dictionary for each seed: {"point", "progress", "test": {language: metrics}}.
     """
     task = job.task
     scored = [language for language in job.rows["test"] if tested[0]["test"][language]]
@@ -63,7 +63,7 @@ def _interval(job: FinetuneJob, sets: Sets, language: str, accuracy: float) -> l
 
 
 def _transfer(options: dict[str, dict[str, str]], per_seed: dict[str, list[float]]) -> dict[str, Any] | None:
-    """On synthetic languages: does transfer go with closeness to the training language?"""
+    """Correlates transfer with closeness to the training language, on synthetic languages."""
     if len(options["train"]) > 1 or "synthetic" not in options["train"].values():
         return None
     (source,) = options["train"]
@@ -113,7 +113,7 @@ def table(summary: dict[str, Any]) -> str:
 
 
 def show(summary: dict[str, Any], output: Path) -> str:
-    """The end of the job on the screen."""
+    """Prints the results at the end of the job."""
     lines = [f"\n{'language':<12}{'setting':<11}{summary['metric']:>14}{'majority':>10}"]
     for language, setting in summary["setting"].items():
         if language in summary["scores"]:

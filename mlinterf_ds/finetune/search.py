@@ -69,7 +69,7 @@ class Search:
         return [Point(seed, best.batch, best.lr, best.head_lr) for seed in settings.seeds]
 
     def _train(self, point: Point, signals: Signals) -> Trial:
-        gc.collect()  # the last engine's cycles
+        gc.collect()  # frees the last engine, which holds reference cycles
         trial = Trial(self.job, point, self.output / point.name, self.tracker)
         with hushed(self.log):
             trial.prepare()
@@ -120,12 +120,12 @@ class Search:
     # -- records -----------------------------------------------------------------------------------------------------
 
     def _identity(self) -> dict[str, Any]:
-        """What a resumed job must not change."""
+        """The settings that a resumed job must not change."""
         kept = decisive(FinetuneConfig, self.job.config.model_dump())
         return kept | {"data": self.sets.origin, "pretrained weights": self.job.pretrained.digest}
 
     def _check_resumed(self) -> str | None:
-        """MLflow's run id of the job that is continued; UserError if it was another job."""
+        """Returns MLflow's run id of the job that is resumed. UserError if the folder holds another job."""
         path = self.output / "job.json"
         text = from_first(path.read_text() if self.job.config.resume and path.is_file() else "")
         if not text:

@@ -1,4 +1,4 @@
-"""One fine-tuning: a pretrained model, a task, one point of the grid and one seed; trained, resumed, and asked for answers."""
+"""One fine-tuning (a pretrained model, a task, a point of the grid, a seed): its training, its resume, its predictions."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class FinetuneJob:
         return self.layout.rank == 0
 
     def logged(self, point: Point, values: dict[str, float]) -> dict[str, float]:
-        """Values with names for the tracker: those of a single fine-tuning are the same in every run, to share charts."""
+        """Names values for the tracker. A single fine-tuning has the same names in every run, so that runs share charts."""
         prefix = self.task.name if self.config.finetune.single else f"{self.task.name}/{point.name}"
         return {f"{prefix}/{name}": value for name, value in values.items()}
 
@@ -136,7 +136,7 @@ class Trial:
             "clip": settings.clip,
             "beta2": 0.999,
             "seed": self.point.seed,
-            "spike": None,  # near its end a hard batch costs many times the usual loss, and is worth it
+            "spike": None,  # near the end a hard batch has many times the usual loss and still must count
         }
         model = TaskModel(
             kind=job.task.kind,
@@ -244,7 +244,7 @@ class Trial:
         self.progress = Progress(**checkpoint.load(path, self.engine)["progress"])
         if self.job.first:
             if self.progress.best_step == self.engine.step:
-                checkpoint.mark_best(self.folder, path)  # it may have been killed between the two
+                checkpoint.mark_best(self.folder, path)  # the job may have been killed between the two writes
             tqdm.write(f"{self.point.name}: resumed from {path} at step {self.engine.step} of {self.steps}")
 
     # -- answers -----------------------------------------------------------------------------------------------------

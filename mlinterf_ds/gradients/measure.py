@@ -113,7 +113,7 @@ def _rows(config: ConflictSection, counts: dict[str, int], data_ranks: int, on_c
 def gradient(engine: Engine, batches: Sequence[Rows]) -> Vector:
     """This rank's shards (fp32, unscaled) of the gradient of the shared parameters on these micro-batches.
 
-    An overflow (fp16) halves the loss scale for this gradient only; at scale 1 what is not finite stays so. The engine's
+    An overflow (fp16) halves the loss scale for this gradient only; at scale 1 infinities and NaN stay. The engine's
     state is afterwards as before.
     """
     space, scale = engine.spaces[SHARED], engine.scale.value
@@ -267,7 +267,7 @@ class Monitor:
             csv.writer(file, lineterminator="\n").writerows(rows)
 
     def draw(self) -> list[Path]:
-        """The figure of what was measured so far; the files written (rank 0)."""
+        """Draws all measurements so far; returns the files written (rank 0)."""
         if not self.first or not self._table.is_file():
             return []
         figure = self.output / "conflict.png"

@@ -25,7 +25,7 @@ DRAWS = 2  # batches of each language
 Group = tuple[int | None, str]  # (layer or None, component)
 COMPONENTS = ("attention", "ffn", "embedding", "other")  # other: norms, shared adapters, the head's own parameters
 ALL = "all"
-CHUNK = 1 << 18  # elements of each gradient multiplied at once, in float64
+CHUNK = 1 << 18  # how many elements of each gradient are multiplied at once, in float64
 SIGNS = 1 << 20  # least size of the table of random signs
 
 

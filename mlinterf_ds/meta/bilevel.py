@@ -51,7 +51,7 @@ Gradients = Callable[[Sequence[Any]], list[Vector]]
 
 @dataclass(frozen=True)
 class Hypergradient:
-    """h_i, the terms it is made of (h_i = direct - beta * mixed), and how it came about."""
+    """h_i, its terms (h_i = direct - beta * mixed), and the facts of the finite difference."""
 
     total: Vector  # h_i
     direct: Vector  # grad_phi_i L^val
@@ -104,7 +104,7 @@ def mixed_product(
 ) -> tuple[Vector, float]:
     """d2 L^train / dphi dtheta . v by differences of phi's gradient, and that gradient's relative change (Eq. 8).
 
-    at_theta: phi's gradient at theta, if the difference shall be one-sided.
+    at_theta: phi's gradient at theta, for a one-sided difference; None for a central one.
     """
     length = finite_norm(theta, v, "direction")
     if length == 0.0:  # there is no direction, so the product is zero

@@ -75,7 +75,8 @@ class Embeddings(nn.Module):
 
 
 class MaskedHead(nn.Module):
-    """Hidden states at masked positions to this rank's columns of the logits: dense, GELU, LayerNorm, tied decoder (as XLM-R's).
+    """Maps hidden states at masked positions to this rank's columns of the logits: dense, GELU, LayerNorm, tied decoder (as
+    XLM-R's).
 
     The padding of the vocabulary takes no part in the softmax.
     """
@@ -116,7 +117,7 @@ class Encoder(nn.Module):
     variant: which module is language-specific: none (`mono`, `joint`, `share_adpt`), `ffn`, `attn` or `adpt`.
     languages: codes, in the order of the indices that batches carry. vocabulary: number of pieces, without padding.
     positions: the longest row. Equal seeds give equal weights at any tensor-parallel size. Each parameter is drawn by
-    its name, so what two models have in common does not depend on their other modules or languages.
+    its name, so parameters that two models share start alike, whatever other modules or languages they have.
     """
 
     twice_differentiable = False  # set by tests of second derivatives: torch's cross entropy, one rank

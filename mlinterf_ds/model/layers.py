@@ -188,7 +188,7 @@ def _uninitialised(_weight: Tensor) -> None:
 
 
 def megatron_config(config: ModelConfig, tensor: int) -> TransformerConfig:
-    """The model's shape in megatron's terms; what needs CUDA or megatron's extensions is off."""
+    """The model's shape in megatron's terms; features that need CUDA or megatron's extensions are off."""
     return TransformerConfig(
         num_layers=config.layers,
         hidden_size=config.width,
@@ -209,7 +209,7 @@ def megatron_config(config: ModelConfig, tensor: int) -> TransformerConfig:
         masked_softmax_fusion=False,
         gradient_accumulation_fusion=False,
         persist_layer_norm=False,
-        cuda_graph_scope=[],  # its default warns
+        cuda_graph_scope=[],  # megatron's default prints a warning
     )
 
 

@@ -1,4 +1,4 @@
-"""Language routing: which rows of a batch go through which language's module, by the rows' language index.
+"""Language routing: each row of a batch goes through the module of its own language.
 
 Rows are grouped by language before the first layer and put back in order after the last, so that inside the encoder a
 language's rows are one slice of dimension 0 and routing costs no more than joining the slices again.

@@ -15,7 +15,7 @@ from mlinterf_ds.plots.style import DARK_GREY, OKABE_ITO
 
 COLOURS = [OKABE_ITO[index] for index in (0, 1, 6, 2, 3, 5)]
 HATCHES = ["", "////", "....", "xxxx", "\\\\\\\\"]  # tell bars apart in grey print
-MOST_ACROSS = 22  # bars of a row
+MOST_ACROSS = 22  # how many bars a row has at most
 MOST_CATEGORIES = 40  # drawn; the CSV has all
 
 

@@ -97,7 +97,7 @@ def _at_common_steps(curves: Sequence[Points]) -> tuple[list[int], np.ndarray]:
 def _draw_baselines(axes: Axes, floors: dict[str, float], looks: dict[str, Look]) -> None:
     for index, (name, value) in enumerate(sorted(floors.items())):
         label = "unigram baseline" if index == 0 else None
-        # Many full-width dashes would hide the curves: with more than six languages they stop short at the left.
+        # Many dashed lines across the figure would hide the curves: with more than six languages they are short, at the left.
         reach = 1.0 if len(floors) <= 6 else 0.1
         axes.axhline(value, 0, reach, color=looks[name]["color"], linestyle=DASHED, linewidth=1, label=label)
     handles, labels = axes.get_legend_handles_labels()

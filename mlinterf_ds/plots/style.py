@@ -113,7 +113,7 @@ def label_ends(
     if not ends:
         return
     low, high = axes.get_ylim()
-    axes.set_ylim(low, high)  # the labels must not move the scale they are placed by
+    axes.set_ylim(low, high)  # the labels must not change the scale that their positions are computed from
     to_axes = axes.transData + axes.transAxes.inverted()
     names = sorted(ends, key=lambda name: ends[name][1])
     heights = [float(to_axes.transform((0, ends[name][1]))[1]) for name in names]  # in fractions of the axes

@@ -1,4 +1,4 @@
-"""What `init=` starts a run from: the weights of a checkpoint of ours or of a `transformers` folder, language modules added."""
+"""The weights that `init=` starts a run from: a checkpoint's or a `transformers` folder's, with language modules added."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def weights(init: str, model: ModelConfig, tokenizer: Tokenizer, languages: Sequ
     """The weights that `init` names, for a run with this shape, vocabulary and languages; the ranks call it together.
 
     Raises UserError where the weights would load and mean something else: other heads, activation or pieces, language
-    embeddings that the run has not.
+    embeddings that the run lacks.
     """
     source: CheckpointReader | Folder
     if folder.is_folder(Path(init)):
@@ -76,9 +76,9 @@ def _check_vocabulary(path: Path, old: list[str], tokenizer: Tokenizer) -> None:
 class WithLanguages:
     """A source that has modules for every language, and rows for every piece of a vocabulary that extends its own.
 
-    Where `source` shares a module (feed-forward, attention, adapter), every language starts from that one. Where it has no
-    adapter, a new one starts as the identity: its up projection is zero, the rest as initialised. New pieces start at the
-    mean of the old ordinary ones, in the embedding and in the output bias; new languages at the mean of the old ones'
+    Where `source` shares a module (feed-forward, attention, adapter), every language starts from a copy of that module. Where
+    it has no adapter, a new one starts as the identity: its up projection is zero, the rest as initialised. New pieces start at
+    the mean of the old ordinary ones, in the embedding and in the output bias; new languages at the mean of the old ones'
     embeddings, or at zero where there are none.
     """
 

@@ -1,4 +1,4 @@
-"""One pretraining run on one rank: what it is made of, how it resumes, its loop, its evaluation."""
+"""One pretraining run on one rank: its parts, how it resumes, its training loop, its evaluation."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class PretrainingRun:
         # (step, validation perplexity) of each language
         self.history: dict[str, list[tuple[int, float]]] = {language: [] for language in self.languages}
         self.best = math.inf  # mean validation loss of the best checkpoint, in nats
-        self.seconds = 0.0  # of training, before a resume too
+        self.seconds = 0.0  # seconds of training, those before a resume included
         self.warned_of_spike = False
         self.saved_step = -1  # of the newest checkpoint that this process wrote
         self.run_id: str | None = None  # MLflow's, of a run that is resumed
@@ -152,7 +152,7 @@ class PretrainingRun:
         self.peak = peak_flops(self.engine.device, DTYPES[self.precision]) * self.layout.world
 
     def greeting(self, reason: str) -> str:
-        """What the run is, for the screen; `reason`: why this precision."""
+        """Describes the run in words, for the screen; `reason`: why it has this precision."""
         about = (
             f"{self.config.variant} on {', '.join(self.languages)}: {self.parameters / 1e6:.1f}M parameters, "
             f"{self.layout.data} x {self.layout.tensor} ranks (data x tensor), ZeRO {self.engine.stage}, "
@@ -163,7 +163,7 @@ class PretrainingRun:
     # -- checkpoints -------------------------------------------------------------------------------------------------
 
     def _restore(self) -> str:
-        """Resume from a checkpoint, or start from the weights of `init`; which of them, for the user."""
+        """Resume from a checkpoint, or start from the weights of `init`; returns in words which of them it did."""
         config, output = self.config, self.session.output
         begun = any((output / "checkpoints").glob("step-*"))  # else it was stopped before its first checkpoint
         if not config.resume or (config.resume == "auto" and not begun):

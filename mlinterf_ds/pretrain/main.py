@@ -52,7 +52,7 @@ def run(config: RunConfig, deepspeed_json: dict[str, Any], group: Group | None =
         try:
             with Signals(remedy) as signals:
                 return training.train(signals)
-        except Exception as error:  # of any kind: the message ends with the remedy
+        except Exception as error:  # errors of any kind, because the message must end with the remedy
             if _checkpoints(here.output):
                 error.add_note(remedy)
             raise

@@ -1,4 +1,4 @@
-"""What a pretraining run leaves behind: the MLflow run, config.json, train.csv, summary.json, and the table on the screen.
+"""The records that a pretraining run leaves: the MLflow run, config.json, train.csv, summary.json, and the table on the screen.
 
 train.csv holds the training loss of every step: step, language, loss, lr, tokens. `loss` is the mean loss of the step's
 predictions in that language, in nats; a step has a row for each of its languages. `tokens` counts the tokens of all

@@ -1,4 +1,4 @@
-"""Which rank this process is, by whichever launcher started it, and where the job's ranks meet."""
+"""Finds out which rank this process is, under any launcher, and where the job's ranks meet."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def adopt() -> None:
             variables[name] = variables[f"OMPI_COMM_WORLD_{suffix}"]
     elif (
         "SLURM_STEP_NUM_TASKS" in variables and "SLURM_PROCID" in variables
-    ):  # a batch script itself is no task of srun
+    ):  # a batch script has Slurm's variables too, but is no task of srun
         variables["RANK"], variables["WORLD_SIZE"] = variables["SLURM_PROCID"], variables["SLURM_STEP_NUM_TASKS"]
         variables["LOCAL_RANK"] = variables["SLURM_LOCALID"]
         if "MASTER_ADDR" not in variables and local_world() != int(variables["WORLD_SIZE"]):

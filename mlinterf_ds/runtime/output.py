@@ -1,4 +1,4 @@
-"""What a process prints: third-party chatter goes to the rank's log, a failure is told once and by all ranks, `main` exits."""
+"""What a process prints: third-party chatter goes to the rank's log, a failure is reported once, `main` exits."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ NOISY = ("DeepSpeed", "megatron", "mlflow", "alembic", "torch", "matplotlib")
 
 @contextlib.contextmanager
 def writing(output: Path) -> Iterator[None]:
-    """A context in which a failure to write is a user's mistake: the choice of the output folder."""
+    """A context in which a failure to write becomes a UserError about the output folder."""
     try:
         yield
     except OSError as error:
@@ -50,7 +50,7 @@ def quiet(log: Path) -> None:
 
 @contextlib.contextmanager
 def hushed(log: Path | None = None) -> Iterator[None]:
-    """A context whose standard output, also that of compilers started in it, goes to the file `log`, or nowhere."""
+    """A context whose standard output (that of the compilers it starts too) goes to the file `log`, or nowhere."""
     if log:
         log.parent.mkdir(parents=True, exist_ok=True)
     sys.stdout.flush()
@@ -74,7 +74,7 @@ def stale_locks() -> list[Path]:
     locks = [path.resolve() for path in Path(root).glob("**/lock") if path.is_file()]
     if not locks or not Path("/proc/self/fd").is_dir():
         return []
-    time.sleep(0.2)  # a process that is creating one has opened it by then
+    time.sleep(0.2)  # by then a process that is creating a lock has opened it
     held = set()
     for link in Path("/proc").glob("[0-9]*/fd/*"):
         with contextlib.suppress(OSError):
@@ -92,7 +92,7 @@ def remove_stale_locks() -> list[Path]:
 
 
 # --- failures --------------------------------------------------------------------------------------------------------
-# What gloo and NCCL say on a rank whose neighbour, or the network to it, is gone.
+# Parts of the messages of gloo and NCCL on a rank that has lost a neighbour or the network to it.
 LOST = re.compile(
     r"gloo/transport|Connection (closed|reset) by peer|Broken pipe|Timed out waiting|remote process exited|Watchdog"
 )
@@ -106,12 +106,12 @@ class PeerFailed(Exception):
 def noted(log: Path) -> Iterator[None]:
     """A context whose failure is written to the rank's log, and the job's first failure also to `failed` beside it.
 
-    Most ranks fail because another did, and that one may have been killed without a word; so a later failure is raised as
-    PeerFailed, with what `failed` holds. A UserError is raised as it is.
+    Most ranks fail because another rank did, which may have been killed without a message. So a later failure is raised as
+    PeerFailed, with the message in `failed`. A UserError is raised as it is.
     """
     try:
         yield
-    except Exception as error:  # any kind: it is raised again
+    except Exception as error:  # errors of any kind, because they are raised again
         first = ""
         with contextlib.suppress(OSError):  # if the disk is full, the failure itself must still come through
             with log.open("a") as file:
@@ -129,7 +129,7 @@ def noted(log: Path) -> Iterator[None]:
 
 
 def _first_failure(error: Exception, log: Path) -> str:
-    """What the file `failed` says of another rank's earlier failure; '' if there was none, and then this one is written."""
+    """Returns the earlier failure of another rank from the file `failed`. If there was none, writes this one and returns ''."""
     failed = log.with_name("failed")
     try:
         with failed.open("x") as file:

@@ -65,7 +65,7 @@ class Group:
     """
 
     def __init__(self, tensor: int = 1, address: str | None = None, timeout: float = 10.0):
-        """tensor: size of the first layout. timeout: minutes after which a rank that waits for the others gives the job up."""
+        """tensor: size of the first layout. timeout: minutes that a rank waits for the others before it gives up the job."""
         from deepspeed.accelerator import get_accelerator
 
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -78,10 +78,10 @@ class Group:
         store = _meet(address or rendezvous(), self.rank, self.world)
         limit = datetime.timedelta(minutes=timeout)
         dist.init_process_group(backend, store=store, timeout=limit, rank=self.rank, world_size=self.world)
-        self._timeout = timeout  # megatron's groups have one of their own, 30 minutes if not told
+        self._timeout = timeout  # megatron's groups have their own timeout, 30 minutes by default
         self._bare = {name: copy.copy(value) for name, value in _megatron_state().items()}  # before any group exists
         self._laid_out: dict[int, dict[str, Any]] = {}  # megatron's state by tensor-parallel size
-        self._tensor = 0  # the size that megatron's state is of
+        self._tensor = 0  # the tensor-parallel size of megatron's present state
         self.layout(tensor)
 
     def layout(self, tensor: int) -> Layout:
@@ -123,7 +123,7 @@ def _prepare_device() -> None:
     accelerator, neighbours = get_accelerator(), local_world()
     local_rank = int(os.environ.setdefault("LOCAL_RANK", "0"))
     if accelerator.device_name() == "cpu":
-        wanted = os.environ.get("OMP_NUM_THREADS", "")  # a user's or scheduler's word; else ranks share the cores
+        wanted = os.environ.get("OMP_NUM_THREADS", "")  # set by a user or scheduler; else ranks share the cores
         cores = int(wanted) if wanted.isdigit() else len(os.sched_getaffinity(0)) // max(1, neighbours)
         torch.set_num_threads(max(1, cores))
     else:
@@ -135,7 +135,7 @@ def _prepare_device() -> None:
 
 
 def _meet(address: str, rank: int, world: int) -> dist.Store:
-    """The ranks' common store, when all have come: on slow storage some start minutes later than others."""
+    """Returns the ranks' common store once all have joined: on slow storage some start minutes later than others."""
     store, _, _ = next(iter(dist.rendezvous(address, rank, world, timeout=ARRIVAL)))
     store.set(f"arrived/{rank}", "")
     store.wait([f"arrived/{other}" for other in range(world)], ARRIVAL)

@@ -1,4 +1,4 @@
-"""Starting all ranks of a job again after a fault: each rank's process supervises the rank proper, which is its child.
+"""Starting all ranks of a job again after a fault: each process that a launcher starts supervises one rank, which is its child.
 
 Every launcher (deepspeed, torchrun, srun, mpirun) starts the supervisors as it would start ranks. They meet once, in a
 store that lives as long as the job. In each attempt the first rank that fails is noted in the store, every supervisor
@@ -24,7 +24,7 @@ from typing import Any
 from mlinterf_ds.errors import UserError
 from mlinterf_ds.runtime.launchers import ADDRESS, rendezvous
 
-ATTEMPT = "MLINTERF_DS_ATTEMPT"  # set in the ranks proper
+ATTEMPT = "MLINTERF_DS_ATTEMPT"  # set in the ranks, not in their supervisors
 POLL = 0.3  # seconds
 FINAL = (0, 2, 130)  # exit codes after which nothing is started again: done, a user's mistake, interrupted
 
@@ -33,7 +33,7 @@ class Supervisor:
     """Supervises one rank."""
 
     def __init__(self, restarts: int, timeout: float, remedy: str):
-        """restarts: attempts after the first. timeout: minutes to wait for other ranks. remedy: what a user does then."""
+        """restarts: attempts after the first. timeout: minutes to wait for other ranks. remedy: what a user does after them."""
         import torch.distributed as dist  # no other part of torch or DeepSpeed is needed to supervise
 
         self.restarts, self.patience, self.remedy = restarts, 60 * timeout, remedy  # patience in seconds
@@ -88,7 +88,7 @@ class Supervisor:
         return self._verdict(prefix)
 
     def _start(self, prefix: str, attempt: int, line: Sequence[str]) -> None:
-        """Start the child, which meets the other ranks where no other attempt's do."""
+        """Start the child, which meets the other ranks at an address that no other attempt uses."""
         if self.address == "env://":
             if self.rank == 0:
                 self.store.set(f"{prefix}/port", str(free_port()))
@@ -102,7 +102,7 @@ class Supervisor:
     def _verdict(self, prefix: str) -> tuple[int, int]:
         """After a failure: kill the child, wait until all ranks have, and read what ended the attempt."""
         self._kill()
-        if (status := self.child.returncode) in FINAL[1:]:  # it ended before it could be killed, maybe not noted yet
+        if (status := self.child.returncode) in FINAL[1:]:  # the child ended before the kill, maybe not noted yet
             self.store.compare_set(f"{prefix}/final", "", f"{self.rank} {status}")
         self.store.set(f"{prefix}/down/{self.rank}", "")
         self._wait(*self._of_all(f"{prefix}/down"))
@@ -131,7 +131,7 @@ class Supervisor:
         return bool(self.store.check(list(keys)))
 
     def _pause(self) -> None:
-        """Wait for the next look at the store, or until the child ends, so that its end is noted before its consequences."""
+        """Wait until the store is due to be read again or the child ends, so that its end is noted before its consequences."""
         self.alive = time.monotonic()
         if self.child and self.child.poll() is None:
             with contextlib.suppress(subprocess.TimeoutExpired):

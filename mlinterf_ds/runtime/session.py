@@ -21,7 +21,7 @@ class Session:
 
     layout: Layout
     output: Path  # the run's folder
-    log: Path  # this rank's, for what is not meant for the screen
+    log: Path  # this rank's log, for messages that are not meant for the screen
 
     @property
     def first(self) -> bool:
@@ -59,8 +59,8 @@ def session(
 ) -> Iterator[Session]:
     """A run in the folder `output` (default: runs/<name>-<time>), whose failures are noted in this rank's log.
 
-    refuse: raises UserError where the folder holds something that the run would spoil. group: joined before and kept after;
-    without it the run has a process group of its own.
+    refuse: raises UserError where the folder holds something that the run would spoil. group: a process group joined before the
+    run and kept after it; without it the run has a group of its own.
     """
     with in_group(group, parallel) as layout:
         folder = Path(output or from_first(f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}"))

@@ -1,4 +1,4 @@
-"""How a run is asked to end: SIGTERM and SIGINT, heard by any rank and agreed on by all."""
+"""Ends a run on SIGTERM or SIGINT: any rank may receive the signal, and all ranks agree to stop."""
 
 from __future__ import annotations
 

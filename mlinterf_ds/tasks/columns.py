@@ -26,7 +26,7 @@ class Sentence:
     lines: tuple[int, ...]  # index into `raw` of each word's line
     path: Path
     first_line: int  # number of raw[0], from 1
-    column: int = -1  # the tag's; -1: the last
+    column: int = -1  # the tag's column; -1: the last
 
     def location(self, word: int) -> str:
         """File and line of a word."""

@@ -115,7 +115,7 @@ def scheme_of(sentences: Sequence[Sequence[str]]) -> str:
     if prefixes & set("ES"):
         return "IOBES"
     opening = {tags[first][0] for tags in sentences for _, first, _ in spans(tags)}
-    opens_apart = any(  # whether a B opens an entity that follows none of its type, which IOB1 never has
+    opens_apart = any(  # whether a B tag opens an entity that does not follow one of its type; IOB1 has no such tag
         tags[first][0] == "B" and not (first and tags[first - 1][0] != "O" and tags[first - 1][2:] == kind)
         for tags in sentences
         for kind, first, _ in spans(tags)

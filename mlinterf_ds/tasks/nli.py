@@ -179,7 +179,7 @@ def _tsv_pairs(path: Path, lines: list[str], language: str, skipped: set[str]) -
 
 
 def _json_pairs(path: Path, lines: list[str], language: str, skipped: set[str]) -> Iterator[Pair]:
-    """As `_tsv_pairs`, of a file with one JSON object a line."""
+    """Reads pairs as `_tsv_pairs` does, from a file with one JSON object a line."""
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue

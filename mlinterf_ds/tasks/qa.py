@@ -105,7 +105,7 @@ class Qa(Task):
         return [(metrics.answer_f1(text, q.texts), 1.0, 1.0) for q, text in pairs if not q.withheld]
 
     def baselines(self, train: Sequence[Question], test: Sequence[Question]) -> dict[str, dict[str, float]]:
-        """majority: the same words of every context (or no answer), those that do best on (500 questions of) `train`."""
+        """majority: the same word positions in every context (or no answer), chosen as the best on 500 questions of `train`."""
         sample = [q for q in train if not q.withheld][:SAMPLE]
         words = [q.context.split() for q in sample]
         candidates = [(0, 0)] + [(i, i + n) for i in range(FIRST_WORDS) for n in range(1, MOST_WORDS + 1)]

@@ -30,7 +30,7 @@ class Question:
     question: str
     context: str
     answers: tuple[tuple[str, int], ...]
-    impossible: bool = False  # the file says `is_impossible`: the right answer is that there is none
+    impossible: bool = False  # the file says `is_impossible`: "no answer" is the right answer
 
     @property
     def withheld(self) -> bool:

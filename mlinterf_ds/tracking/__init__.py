@@ -1,8 +1,8 @@
-"""Tracking in MLflow: a `Tracker` records one run for one job. Only global rank 0 has one that does anything.
+"""Tracking in MLflow: a `Tracker` records one run for one job. Only rank 0's tracker does anything.
 
 Training only appends lines to `mlflow-spool.jsonl` in its output folder; a daemon thread imports MLflow and sends the lines.
-So a server that is away, slow or answering errors costs the training one warning. What could not be sent by the end stays
-in the spool: `python -m mlinterf_ds.tracking FOLDER` sends it.
+So a server that is unreachable, slow or failing costs the training nothing but one warning. What could not be sent by the end
+stays in the spool: `python -m mlinterf_ds.tracking FOLDER` sends it.
 
 The address is MLflow's own MLFLOW_TRACKING_URI, else `sqlite:///mlflow.db` in the working directory. `with tracker:` or
 `close` marks the run FINISHED, FAILED or KILLED. A job ended by SIGKILL cannot mark its run: it stays RUNNING until a job

@@ -5,7 +5,7 @@ Each line is one record `{"run": KEY, "t": milliseconds, ...}` with one of `star
 
 `mlflow-spool.sent` beside the spool says how far the sending got. A crash between MLflow's answer and this note sends a
 batch twice: the same points with the same timestamps, which MLflow's database stores keep once. KEY is also a tag of
-MLflow's run, so that a run whose creation was not answered is found again and not created twice.
+MLflow's run, so that a run whose creation was not answered is recognised and not created twice.
 """
 
 from __future__ import annotations

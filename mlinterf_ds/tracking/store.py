@@ -31,7 +31,7 @@ VALUES_PER_REQUEST = 20  # MLflow allows 100, and 1 MB a request: 20 of the long
 
 
 class NotYet(Exception):
-    """Something that must be sent first is missing: the sending is tried again later."""
+    """Raised when a record depends on one that is not sent yet; the sender tries again later."""
 
 
 def set_client_defaults() -> None:

@@ -86,7 +86,7 @@ def build(options: argparse.Namespace, languages: Sequence[str], recipe: str, se
 
 
 def shapes(options: argparse.Namespace) -> list[str]:
-    """The settings that `--rows`, `--length` and `--dropout` stand for."""
+    """Returns the settings for `--rows`, `--length` and `--dropout`."""
     settings = [f"train.batch={options.rows}", f"meta.batch={options.rows}", f"data.sequence_length={options.length}"]
     return [*settings, f"model.dropout={options.dropout}", f"model.attention_dropout={options.dropout}"]
 

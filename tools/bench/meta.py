@@ -1,4 +1,4 @@
-"""`bench.py meta`: a meta step in plain steps, by kind of difference and number of languages, and its memory."""
+"""`bench.py meta`: the time of a meta step over a plain step's, by kind of difference and number of languages; its memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`bench.py plan`: steps of many shapes and variants in steps of one, as measured and as tools/plan.py predicts them."""
+"""`bench.py plan`: times of steps of many shapes over that of one step, as measured and as tools/plan.py predicts them."""
 
 from __future__ import annotations
 

@@ -176,7 +176,7 @@ Volume = dict[str, float]  # collective -> bytes
 
 
 def passes(config: RunConfig) -> dict[str, float]:
-    """How often an average step does what: "forward" passes, backward passes to "shared" and to "own" gradients, and
+    """The passes of an average step by kind: "forward" passes, backward passes to "shared" and to "own" gradients, and
     "write"s of displaced weights.
 
     A plain step has one pass of each kind and displaces nothing. A meta step adds up its descent, its validation pass, the

@@ -137,8 +137,8 @@ class Subject:
     def scores(self, language: str, pi: Tensor, seed: int, rows: int) -> dict[str, float]:
         """The perplexities of the full model, the pruned model, and random prunings (mean and standard error).
 
-        `pruned` has the learned gates, some of which lie between 0 and 1. `kept_whole` has 1 for each gate above 0. So have the
-        random prunings, which keep as many groups of each module.
+        `pruned` has the learned gates, some of which lie between 0 and 1. `kept_whole` has 1 for each gate above 0. The random
+        prunings also have gates of 0 and 1, and keep as many groups of each module.
         """
         learned = hard_concrete.gate(pi)
         whole = (learned > 0).float()

@@ -1,9 +1,9 @@
 """Language-specific parameters (paper, sections 3.1 and 3.3, figures 4a and 4b).
 
 Masks are learned for each language on the frozen model (Eq. 1, `learning.py`), once for each seed. Languages share a group of
-parameters that their masks value alike; a group that one keeps and another prunes is language-specific. The similarity of two
-languages is the cosine of their log-odds pi, averaged over pairs of seeds. Of one language with itself, over pairs of different
-seeds, it is the ceiling that two languages can be compared with. `correlation` is the cosine of centred pi, without what all
+parameters that their masks value alike; a group that one language keeps and another prunes is language-specific. The similarity
+of two languages is the cosine of their log-odds pi, averaged over pairs of seeds. The similarity of a language with itself,
+over pairs of different seeds, is the ceiling for two languages. `correlation` is the cosine of centred pi, without what all
 groups of a module have in common.
 
 <output>/masks.csv              for each group: layer, component, group, parameters, and pi of every language and seed

@@ -77,7 +77,7 @@ class BlockTask:
 
 
 class Kept(NamedTuple):
-    """What is left of a block without its duplicates."""
+    """The sentences of a block that remain without its duplicates, counted."""
 
     histogram: np.ndarray  # (2^HISTOGRAM_BITS,) sentences by the leading bits of their unit hash
     units: int  # documents, or sentences that stand alone

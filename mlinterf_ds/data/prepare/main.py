@@ -18,7 +18,7 @@ from mlinterf_ds.data.tokenizer import Tokenizer
 from mlinterf_ds.errors import UserError, refusing
 from mlinterf_ds.files import file_facts, read_json, write_bytes, write_json
 
-WORK = ".work"  # holds what an interrupted run had finished; removed at the end
+WORK = ".work"  # the folder of finished work, from which an interrupted run goes on; removed at the end
 ARGUMENTS = "arguments.json"  # the inputs and settings that the folder is prepared from
 TOKENIZER = "tokenizer.model"
 
@@ -251,6 +251,6 @@ def _already_prepared(folder: Path, arguments: dict[str, Any]) -> bool:
 
 
 def _forget_after_cleaning(folder: Path) -> None:
-    """Removes what an earlier run made of other sentences or with other arguments."""
+    """Removes the work files that an earlier run made from other sentences or with other arguments."""
     for stale in [folder / TOKENIZER, *(folder / WORK).glob("*/*.tokens.*")]:
         stale.unlink(missing_ok=True)

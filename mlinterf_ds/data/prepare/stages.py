@@ -64,7 +64,7 @@ def bar(items: Iterable[Item], title: str, total: int, show: bool) -> Iterator[I
 def clean(languages: list[Language], workers: Workers, show: bool) -> bool:
     """Reads, cleans and stores every block that an interrupted run has not stored; fills in `blocks` and `dropped`.
 
-    Returns whether all blocks are that run's, so that what it made of them can be used too.
+    Returns whether all blocks are from that run, so that its later results can be reused too.
     """
     size = sum(text.path.stat().st_size for language in languages for text in language.inputs if text.path)
     progress = tqdm(None, "clean", size or None, disable=None if show else True, unit="B", unit_scale=True, leave=False)

@@ -31,7 +31,8 @@ def learn(
     show: bool,
     extends: Tokenizer | None = None,
 ) -> Tokenizer:
-    """Learns the shared vocabulary on the training splits; if it `extends` another one, only the pieces that one lacks.
+    """Learns the shared vocabulary on the training splits; if it `extends` another vocabulary, learns only the pieces that are
+    missing there.
 
     A language's words weigh as much as its share of all sentences to the power 1 / temperature, normalised. Of a large
     language only a part is read; a small one counts several times.
