@@ -122,7 +122,7 @@ class RunConfig(Section):
         if self.train.freeze == "shared" and (self.variant not in ROUTED or not (self.init or self.resume)):
             raise ValueError(
                 f"train.freeze=shared trains language modules alone on a model that init= names (now {self.init}): set it, "
-                f"and variant={' or '.join(ROUTED)} (now {self.variant})"
+                f"and variant={', '.join(ROUTED[:-1])} or {ROUTED[-1]} (now {self.variant})"
             )
         if is_meta(self.variant):
             if len(languages) == 1:
