@@ -19,7 +19,7 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 from safetensors import SafetensorError
@@ -37,7 +37,6 @@ if TYPE_CHECKING:  # reading a checkpoint needs neither DeepSpeed nor megatron
 
 FORMAT = 1
 MOMENTS = ("exp_avg", "exp_avg_sq")
-Result = TypeVar("Result")
 
 
 def save(run: Path, engine: Engine, state: Mapping[str, Any], files: Mapping[str, Path], keep: int) -> Path:
@@ -59,7 +58,14 @@ def save(run: Path, engine: Engine, state: Mapping[str, Any], files: Mapping[str
         shard = _write_shard(partial, engine, rank)
         listed = flushed_facts([shard] if shard else [])
         if rank == 0:
-            (partial / "run.json").write_text(json.dumps({"format": FORMAT, **_counters(engine), **state}, indent=1))
+            counters = {
+                "updates": engine.updates,
+                "skipped": engine.skipped,
+                "loss_scale": engine.scale.state(),
+                "losses": engine.spikes.seen,
+                "layout": asdict(engine.layout) | {"stage": engine.stage, "precision": engine.precision},
+            }
+            (partial / "run.json").write_text(json.dumps({"format": FORMAT, **counters, **state}, indent=1))
             for name, source in files.items():
                 shutil.copyfile(source, partial / name)
             listed |= flushed_facts([partial / name for name in ("run.json", *files)])
@@ -87,7 +93,7 @@ def save(run: Path, engine: Engine, state: Mapping[str, Any], files: Mapping[str
     return target
 
 
-def _on_all(work: Callable[[], Result]) -> list[Result]:
+def _on_all(work: Callable[[], Any]) -> list[Any]:
     """Does `work` on every rank and returns every rank's result; a file error on one rank is a UserError on all."""
     result, problem = None, ""
     try:
@@ -99,17 +105,6 @@ def _on_all(work: Callable[[], Result]) -> list[Result]:
     if problems := [problem for _, problem in gathered if problem]:
         raise UserError("; ".join(problems))
     return [result for result, _ in gathered]
-
-
-def _counters(engine: Engine) -> dict[str, Any]:
-    """The engine's counters, as run.json stores them."""
-    return {
-        "updates": engine.updates,
-        "skipped": engine.skipped,
-        "loss_scale": engine.scale.state(),
-        "losses": engine.spikes.seen,
-        "layout": asdict(engine.layout) | {"stage": engine.stage, "precision": engine.precision},
-    }
 
 
 def _write_shard(folder: Path, engine: Engine, rank: int) -> Path | None:
@@ -124,8 +119,7 @@ def _write_shard(folder: Path, engine: Engine, rank: int) -> Path | None:
             key = f"{name}/{shard}"
             tensors[f"{key}/master"] = master.detach()
             tensors[f"{key}/step"] = adam["step"].detach().clone().reshape(1)
-            for moment in MOMENTS:
-                tensors[f"{key}/{moment}"] = adam[moment]
+            tensors |= {f"{key}/{moment}": adam[moment] for moment in MOMENTS}
         table += [{"space": name, **asdict(segment)} for segment in space.segments]
     if not tensors:
         return None
@@ -165,15 +159,10 @@ def find(path: str | Path, prefer: str = "newest") -> Path:
     folder = Path(path)
     if (folder / "complete.json").is_file() or folder.name.startswith("step-"):
         return folder
-    saved = _all(folder)
-    best = folder / "checkpoints" / _best_name(folder)
-    if prefer == "best" and best in saved:
-        return best
+    saved, best = _all(folder), folder / "checkpoints" / _best_name(folder)
     if not saved:
-        raise UserError(
-            f"{folder}: no checkpoint here; expected a run's output folder or one of its checkpoints/step-*"
-        )
-    return saved[-1]
+        raise UserError(f"{folder}: no checkpoint here; expected a run's folder or one of its checkpoints/step-*")
+    return best if prefer == "best" and best in saved else saved[-1]
 
 
 def verify(path: Path) -> dict[str, Any]:

@@ -78,24 +78,26 @@ class Engine:
 
     def _make_spaces(self, groups: Mapping[str, dict[str, Any]], masters_on: torch.device) -> dict[str, Space]:
         """A space for each parameter group, by its name; DeepSpeed keeps the shared one from ZeRO 1 on."""
-        tensor_rank, data_group = self.layout.tensor_rank, ModelParallelUnit().get_data_parallel_group()
+        kind, data_group = (
+            Zero3FlatSpace if self.stage == 3 else FlatSpace,
+            ModelParallelUnit().get_data_parallel_group(),
+        )
         dims = {name: partition_dim(parameter) for name, parameter in self.model.named_parameters()}
         spaces: dict[str, Space] = {}
         if self.stage == 3:
-            own = [parameter for name in groups if name != SHARED for parameter in groups[name].values()]
-            release_small_parameters(self.deepspeed, own)
+            release_small_parameters(self.deepspeed, groups)
         for name, parameters in groups.items():
             if name == SHARED and self.stage:
-                spaces[name] = shared_space(name, self.deepspeed, parameters, dims, tensor_rank)
+                spaces[name] = shared_space(self.deepspeed, parameters, dims, self.layout.tensor_rank)
             else:
-                spaces[name] = (Zero3FlatSpace if self.stage == 3 else FlatSpace)(
+                spaces[name] = kind(
                     name,
                     parameters,
                     dims,
+                    self.layout.tensor_rank,
                     data_group,
                     sharded=self.stage > 0,
                     device=masters_on,
-                    tensor_rank=tensor_rank,
                 )
         return spaces
 
@@ -174,9 +176,7 @@ class Engine:
 
     def _reduce(self, spaces: Sequence[Space], gradients: Sequence[Vector], sums: Tensor) -> tuple[float, Tensor]:
         """(global gradient norm, (languages, 2) global sums), in one collective."""
-        squares = [
-            space.share_of_dot(gradient, gradient).to(sums) for space, gradient in zip(spaces, gradients, strict=True)
-        ]
+        squares = [space.share_of_dot(own, own).to(sums) for space, own in zip(spaces, gradients, strict=True)]
         reduced = torch.cat([sum(squares, torch.zeros_like(squares[0])).view(1), sums.view(-1) / self.layout.tensor])
         dist.all_reduce(reduced)
         square = reduced[0].item()
@@ -243,7 +243,6 @@ def weighted_loss(model: Any, batches: Iterable[Rows], device: torch.device, lay
 def language_sums(nll: Tensor, languages: Tensor, step_languages: Sequence[int]) -> Tensor:
     """(step's languages, 2) float64: sum and count of nll (rows, masked) by the rows' language."""
     by_row = nll.detach().double().sum(dim=1)
-    chosen = torch.tensor(step_languages, device=languages.device).view(-1, 1) == languages.view(1, -1)
-    chosen = chosen.to(nll.device, torch.float64)
-    masked_sum = torch.where(chosen.bool(), by_row, torch.zeros_like(by_row)).sum(dim=1)
-    return torch.stack([masked_sum, chosen.sum(dim=1) * nll.shape[1]], dim=1)
+    chosen = (torch.tensor(step_languages, device=languages.device).view(-1, 1) == languages.view(1, -1)).to(nll.device)
+    sums = torch.where(chosen, by_row, 0.0).sum(dim=1)
+    return torch.stack([sums, chosen.sum(dim=1, dtype=torch.float64) * nll.shape[1]], dim=1)

@@ -61,15 +61,13 @@ class MetaStep:
         if engine.step % config.every:
             return engine.train_step(batches, {SHARED: engine.learning_rate} if config.between == "freeze" else None)
         phases = Phases(self, batches, validation)
+        updates = [(phases.phi, phases.update_phi), (phases.theta, phases.update_theta)]
+        if config.order == "theta_first":  # the order of the authors' released code
+            updates.reverse()
         try:
-            if config.order == "phi_first":
-                with phases.undone_on_overflow(phases.phi):
-                    phases.update_phi()
-                    phases.update_theta()
-            else:  # the order of the authors' released code
-                with phases.undone_on_overflow(phases.theta):
-                    phases.update_theta()
-                    phases.update_phi()
+            with phases.undone_on_overflow(updates[0][0]):
+                for _, update in updates:
+                    update()
         except FloatingPointError:
             engine.settle(False, phases.facts)
         else:
@@ -100,16 +98,9 @@ class Phases:
         beta = self.rate if config.beta is None else config.beta
         for tries_left in reversed(range(SEARCH if self.engine.updates == 0 else 1)):
             h = hypergradient(
-                self.train,
-                self.validation,
-                self.theta,
-                self.phi,
-                lookahead=self._lookahead(),
-                beta=beta,
-                radius=radius.radius,
-                difference=config.difference,
-                second_order=config.terms == "both",
-            )
+                self.train, self.validation, self.theta, self.phi, lookahead=self._lookahead(), beta=beta,
+                radius=radius.radius, difference=config.difference, second_order=config.terms == "both",
+            )  # fmt: skip
             if not tries_left or radius.near(h.change):
                 break
             radius.update(h.change)
@@ -147,11 +138,8 @@ class Phases:
     def undone_on_overflow(self, space: Space) -> Iterator[None]:
         """Puts the weights and moments of a space back if a pass inside is not finite."""
         state = self.engine.optimizers[space.name].state
-        saved = [
-            (tensor, tensor.detach().clone())
-            for master in space.masters
-            for tensor in (master, *state[master].values())
-        ]
+        tensors = [tensor for master in space.masters for tensor in (master, *state[master].values())]
+        saved = [(tensor, tensor.detach().clone()) for tensor in tensors]
         try:
             yield
         except FloatingPointError:
@@ -166,14 +154,9 @@ class Phases:
             return GradientDescent()
         training = self.engine.training
         states = [self.engine.optimizers[SHARED].state[master] for master in self.theta.masters]
-        return AdamLookahead(
-            first=[state["exp_avg"] for state in states],
-            second=[state["exp_avg_sq"] for state in states],
-            step_number=int(states[0]["step"].item()) + 1,
-            beta1=training.beta1,
-            beta2=training.beta2,
-            eps=training.eps,
-        )
+        first, second = ([state[moment] for state in states] for moment in ("exp_avg", "exp_avg_sq"))
+        number = int(states[0]["step"].item()) + 1
+        return AdamLookahead(first, second, number, training.beta1, training.beta2, training.eps)
 
     def _note(self, h: Hypergradient, beta: float) -> None:
         """The sizes of h_i's terms as facts, so that a user sees whether the second-order one matters."""

@@ -56,10 +56,8 @@ def pcgrad_step(engine: Engine, batches: Sequence[Any], seed: int) -> dict[str, 
         own = [replace(batch, weights=batch.weights * (batch.languages == language).view(-1, 1)) for batch in batches]
         sums[index] += engine.accumulate(own, [space])[index]
         gradients.append([shard.div_(engine.scale.value) for shard in space.gradient()])
-    products = torch.stack([space.share_of_dot(left, right) for left in gradients for right in gradients]).to(
-        engine.device
-    )
-    reduced = torch.cat([products, sums.view(-1) / engine.layout.tensor])
+    products = torch.stack([space.share_of_dot(left, right) for left in gradients for right in gradients])
+    reduced = torch.cat([products.to(engine.device), sums.view(-1) / engine.layout.tensor])
     dist.all_reduce(reduced)
     table = reduced[: len(languages) ** 2].view(len(languages), -1).cpu().numpy()
     facts = {"lr": engine.learning_rate, "loss_scale": engine.scale.value}

@@ -33,11 +33,8 @@ def read_json(path: str | Path) -> dict[str, Any]:
         value = settings.get("fp16", {}).get(key, "auto")
         if value != "auto" and (type(value) not in (int, float) or not value >= least):
             raise UserError(f'{path}: fp16.{key}={value!r}: expected a number, {least:g} or more, or "auto"')
-    for section in ("optimizer", "scheduler"):
-        if section in settings:
-            raise UserError(
-                f"{path}: remove '{section}': the run configuration decides it (train.lr, train.schedule, ...)"
-            )
+    for section in settings.keys() & {"optimizer", "scheduler"}:
+        raise UserError(f"{path}: remove '{section}': the run configuration decides it (train.lr, train.schedule, ...)")
     return settings
 
 
@@ -74,7 +71,7 @@ def choose_precision(wanted: str, deepspeed_json: dict[str, Any]) -> tuple[str, 
         choice, why = "fp32", f"auto: this {device} has no 16-bit arithmetic"
     if choice == "fp16" and not accelerator.is_fp16_supported():
         raise UserError(
-            f"train.precision=fp16: this {device} has no fp16 arithmetic; use bf16, fp32 or auto (fp16 is for GPUs)"
+            f"train.precision=fp16: this {device} has no fp16 arithmetic (GPUs have): use bf16, fp32 or auto"
         )
     if choice == "bf16" and not accelerator.is_bf16_supported():
         raise UserError(f"train.precision=bf16: this {device} does not support bf16; use fp16, fp32 or auto")

@@ -14,7 +14,7 @@ import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -40,12 +40,14 @@ class Segment:
 class Space:
     """One parameter group as flat fp32 shards, hiding ZeRO and tensor parallelism (a `meta.bilevel.ParameterSpace`)."""
 
-    name: str  # of the group: `SHARED`, a language's code, ...
-    masters: Vector
-    segments: list[Segment]
-    parameters: dict[str, nn.Parameter]
     counted: list[Segment]  # what this rank adds to sums over all ranks, so that replicas count once
     _counted: list[tuple[int, int, int]]  # `counted` as (shard, begin, end), neighbours joined
+
+    def __init__(self, name: str, parameters: Mapping[str, nn.Parameter]):
+        self.name = name  # of the group: `SHARED`, a language's code, ...
+        self.parameters = dict(parameters)
+        self.masters: Vector = []
+        self.segments: list[Segment] = []
 
     def gradient(self) -> Vector:
         """This rank's shards (fp32) of the gradients since the last call, averaged over the data-parallel ranks."""
@@ -101,10 +103,9 @@ class Space:
 
     def require_grad(self, flag: bool) -> None:
         """Switches the computation of this group's gradients on or off."""
-        if next(iter(self.parameters.values())).requires_grad == flag:
-            return  # they change together
-        for parameter in self.parameters.values():
-            parameter.requires_grad_(flag)
+        if next(iter(self.parameters.values())).requires_grad != flag:  # they change together
+            for parameter in self.parameters.values():
+                parameter.requires_grad_(flag)
 
     def _displaced_shard(self, index: int, offset: Vector | None, scale: float) -> Tensor:
         master = self.masters[index].detach()
@@ -122,26 +123,24 @@ class FlatSpace(Space):
         self,
         name: str,
         parameters: Mapping[str, nn.Parameter],
-        partition_dims: Mapping[str, int | None],
+        dims: Mapping[str, int | None],
+        tensor_rank: int,
         group: dist.ProcessGroup | None,
         *,
         sharded: bool,
         device: torch.device,
-        tensor_rank: int = 0,
     ):
-        self.name, self.parameters = name, dict(parameters)
+        super().__init__(name, parameters)
         self.group, self.ranks = group, dist.get_world_size(group)
-        self.partitions = self.ranks if sharded else 1
-        self.index = dist.get_rank(group) if sharded else 0
-        self.segments, self._slots, position = [], {}, 0
+        self.partitions, self.index = (self.ranks, dist.get_rank(group)) if sharded else (1, 0)
+        self._slots: dict[str, tuple[int, int, int]] = {}  # name -> (position in the shard, width of a slice, elements)
         self._buckets: list[list[str]] = [[]]
-        filled = 0
+        position = filled = 0
         for key, parameter in reversed(self.parameters.items()):  # gradients arrive from the top of the model down
             shape, width = self._cut(parameter)
             numel = shape_numel(shape)
             start = min(numel, self.index * width)
-            length = min(width, numel - start)
-            self.segments.append(Segment(key, shape, start, length, 0, position, partition_dims[key]))
+            self.segments.append(Segment(key, shape, start, min(width, numel - start), 0, position, dims[key]))
             self._slots[key] = (position, width, numel)
             if filled and filled + numel > BUCKET:
                 self._buckets.append([])
@@ -157,7 +156,7 @@ class FlatSpace(Space):
         for number, bucket in enumerate(self._buckets):
             for key in bucket:
                 self.parameters[key].requires_grad_(True)
-                self.parameters[key].register_post_accumulate_grad_hook(self._hook(number, key))
+                self.parameters[key].register_post_accumulate_grad_hook(partial(self._receive, number, key))
                 self._slice(key, self.masters[0].detach()).copy_(self._local_slice(key))
 
     def _cut(self, parameter: nn.Parameter) -> tuple[tuple[int, ...], int]:
@@ -168,23 +167,25 @@ class FlatSpace(Space):
         position, width, _ = self._slots[name]
         return flat[position : position + width]
 
+    def _extent(self, bucket: list[str]) -> tuple[int, int]:
+        """(the first element, the number of elements) of a bucket in the shard."""
+        return self._slots[bucket[0]][0], sum(self._slots[name][1] for name in bucket)
+
     def _local_slice(self, name: str) -> Tensor:
         """This rank's slice of a parameter's working weights, fp32."""
         _, width, numel = self._slots[name]
         padded = nn.functional.pad(self.parameters[name].detach().reshape(-1), (0, width * self.partitions - numel))
         return padded[self.index * width : (self.index + 1) * width].float()
 
-    def _hook(self, number: int, name: str) -> Any:
-        def arrived(parameter: Tensor) -> None:
-            gradient, parameter.grad = parameter.grad, None
-            assert gradient is not None
-            if self.partitions == 1:
-                return self._sum(name, gradient)
-            self._arrived[number][name] = gradient
-            if len(self._arrived[number]) == len(self._buckets[number]):
-                self._reduce(number)
-
-        return arrived
+    def _receive(self, number: int, name: str, parameter: Tensor) -> None:
+        """Takes over the gradient of a parameter of bucket `number`."""
+        gradient, parameter.grad = parameter.grad, None
+        assert gradient is not None
+        if self.partitions == 1:
+            return self._sum(name, gradient)
+        self._arrived[number][name] = gradient
+        if len(self._arrived[number]) == len(self._buckets[number]):
+            self._reduce(number)
 
     def _sum(self, name: str, gradient: Tensor) -> None:
         """Adds a whole gradient in fp32 to its slice, without a copy in between (a copy costs a small step 10%)."""
@@ -213,20 +214,16 @@ class FlatSpace(Space):
 
     def _reduce(self, number: int) -> None:
         """Averages a bucket over the data-parallel ranks, keeps this rank's slices and drops the rest."""
-        arrived, names = self._arrived[number], self._buckets[number]
-        self._arrived[number] = {}
-        width = sum(self._slots[name][1] for name in names)
-        first = self._slots[names[0]][0]
-        device = self.device
-        full = torch.zeros(self.partitions, width, dtype=torch.float32, device=device)
-        for name in names:
+        arrived, self._arrived[number] = self._arrived[number], {}
+        first, width = self._extent(self._buckets[number])
+        full = torch.zeros(self.partitions, width, dtype=torch.float32, device=self.device)
+        for name, gradient in arrived.items():
             position, step, numel = self._slots[name]
-            if name in arrived:
-                flat = arrived[name].reshape(-1).to(torch.float32)
-                if step * self.partitions != numel:
-                    flat = nn.functional.pad(flat, (0, step * self.partitions - numel))
-                full[:, position - first : position - first + step] = flat.view(self.partitions, step)
-        local = torch.empty(width, dtype=torch.float32, device=device)
+            flat = gradient.reshape(-1).to(torch.float32)
+            if step * self.partitions != numel:
+                flat = nn.functional.pad(flat, (0, step * self.partitions - numel))
+            full[:, position - first : position - first + step] = flat.view(self.partitions, step)
+        local = torch.empty(width, dtype=torch.float32, device=self.device)
         dist.reduce_scatter_tensor(local, full.view(-1), group=self.group)
         if self._gradient is None:
             self._gradient = torch.zeros_like(self.masters[0], requires_grad=False)
@@ -250,8 +247,7 @@ class FlatSpace(Space):
                 parameter.data.copy_(self._slice(name, shard).view(parameter.shape))
             return
         for names in self._buckets:
-            first = self._slots[names[0]][0]
-            width = sum(self._slots[name][1] for name in names)
+            first, width = self._extent(names)
             local = shard[first : first + width].to(some.device, some.dtype)
             full = torch.empty(self.partitions, width, dtype=some.dtype, device=some.device)
             dist.all_gather_into_tensor(full.view(-1), local, group=self.group)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import time
 from typing import TYPE_CHECKING
 
@@ -52,8 +53,6 @@ def peak_memory(device: torch.device) -> int:
     """The most bytes that this rank has held so far: on the accelerator, or resident on a CPU."""
     from deepspeed.accelerator import get_accelerator
 
-    if device.type != "cpu":
-        return int(get_accelerator().max_memory_allocated())
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    if device.type == "cpu":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return int(get_accelerator().max_memory_allocated())

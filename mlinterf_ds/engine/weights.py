@@ -64,22 +64,20 @@ class CheckpointReader:
 
     def read(self, wanted: Segment, kind: str, tensor: int, tensor_rank: int) -> Tensor:
         ranks = self._ranks(wanted.name)
-        saved = next(iter(ranks.values()))[0][0]
         if wanted.partition_dim is None or len(ranks) == tensor:  # cut as it was saved
-            rank = tensor_rank if wanted.partition_dim is not None else 0
-            check_shape(wanted, saved.shape, self.path)
-            return _elements(ranks[rank], kind, wanted.start, wanted.length)
+            of_rank = ranks[0 if wanted.partition_dim is None else tensor_rank]
+            check_shape(wanted, of_rank[0][0].shape, self.path)
+            return _elements(of_rank, kind, wanted.start, wanted.length)
         return sliced(self.whole(wanted.name, kind), wanted, tensor, tensor_rank, self.path)
 
     def whole(self, name: str, kind: str = "master") -> Tensor:
         """A parameter in its full shape, fp32."""
-        ranks = self._ranks(name)
-        saved = next(iter(ranks.values()))[0][0]
+        stored = [segments for _, segments in sorted(self._ranks(name).items())]
+        saved = stored[0][0][0]
         numel = torch.Size(saved.shape).numel()
         if saved.partition_dim is None:  # every rank has a replica
-            return _elements(ranks[min(ranks)], kind, 0, numel).view(saved.shape)
-        slices = [_elements(ranks[rank], kind, 0, numel).view(saved.shape) for rank in sorted(ranks)]
-        return torch.cat(slices, saved.partition_dim)
+            return _elements(stored[0], kind, 0, numel).view(saved.shape)
+        return torch.cat([_elements(part, kind, 0, numel).view(saved.shape) for part in stored], saved.partition_dim)
 
     def _ranks(self, name: str) -> dict[int, list[Stored]]:
         if name not in self._stored:
@@ -104,14 +102,9 @@ def _elements(stored: Sequence[Stored], kind: str, start: int, length: int) -> T
 
 def sliced(whole: Tensor, wanted: Segment, tensor: int, tensor_rank: int, path: Path) -> Tensor:
     """The elements of a segment (1-d) at the reader's layout, of a whole parameter that was read from `path`."""
-    local = tensor_slice(whole, wanted.partition_dim, tensor, tensor_rank)
+    local = whole if wanted.partition_dim is None else whole.chunk(tensor, wanted.partition_dim)[tensor_rank]
     check_shape(wanted, local.shape, path)
     return local.reshape(-1)[wanted.start : wanted.start + wanted.length]
-
-
-def tensor_slice(whole: Tensor, dim: int | None, tensor: int, rank: int) -> Tensor:
-    """The slice (a view) of a parameter that tensor-parallel rank `rank` of `tensor` holds; dim None: all of it."""
-    return whole if dim is None else whole.chunk(tensor, dim)[rank]
 
 
 def check_shape(wanted: Segment, shape: tuple[int, ...], path: Path) -> None:

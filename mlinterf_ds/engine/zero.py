@@ -6,7 +6,7 @@ rank's share. Under ZeRO 3 it partitions the languages' own parameters too.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -14,37 +14,42 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from mlinterf_ds.engine.space import FlatSpace, Segment, Space, Vector
+from mlinterf_ds.model.encoder import SHARED
+
+Extent = tuple[tuple[int, ...], int, int, int, int]  # shape, start, length, shard and offset of a Segment
 
 
-class Zero12Space(Space):
-    """The shared parameters under DeepSpeed's ZeRO 1 and 2: one flat group, partitioned over data-parallel ranks."""
+class SharedSpace(Space):
+    """The shared parameters, of which DeepSpeed's ZeRO optimizer holds this rank's masters and gradients."""
 
-    def __init__(
-        self,
-        name: str,
-        engine: Any,
-        parameters: Mapping[str, nn.Parameter],
-        dims: Mapping[str, int | None],
-        tensor_rank: int,
-    ):
+    def __init__(self, engine: Any, parameters: Mapping[str, nn.Parameter], dims: Mapping[str, Any], tensor_rank: int):
+        super().__init__(SHARED, parameters)
         self.zero = engine.optimizer
-        self.name, self.parameters = name, dict(parameters)
+        names = {id(parameter): name for name, parameter in parameters.items()}
+        for parameter, extent in self._adopt():
+            name = names[id(parameter)]
+            self.segments.append(Segment(name, *extent, dims[name]))
+        self._count(tensor_rank)
+
+    def _adopt(self) -> Iterator[tuple[nn.Parameter, Extent]]:
+        """Makes DeepSpeed's shards the masters; yields every parameter of which a part lies there, and where."""
+        raise NotImplementedError
+
+
+class Zero12Space(SharedSpace):
+    """ZeRO 1 and 2: one flat group, partitioned over data-parallel ranks."""
+
+    def _adopt(self) -> Iterator[tuple[nn.Parameter, Extent]]:
         members, self._flat, self._partitions, master = self._parts()
         assert len(members) == 1, "one group: languages are kept elsewhere"
         self.masters = [master.detach().requires_grad_()]  # DeepSpeed's `.grad` stays its own (offload's buffer)
         self.index = dist.get_rank(self.zero.real_dp_process_group[0])
-        names = {id(parameter): name for name, parameter in self.parameters.items()}
         low, high, position = self.index * master.numel(), (self.index + 1) * master.numel(), 0
-        self.segments = []
         for parameter in members[0]:
             begin, end = max(position, low), min(position + parameter.numel(), high)
             if begin < end:
-                name = names[id(parameter)]
-                self.segments.append(
-                    Segment(name, tuple(parameter.shape), begin - position, end - begin, 0, begin - low, dims[name])
-                )
+                yield parameter, (tuple(parameter.shape), begin - position, end - begin, 0, begin - low)
             position += parameter.numel()
-        self._count(tensor_rank)
 
     def _parts(self) -> tuple[Any, Any, Any, Tensor]:
         """DeepSpeed's parameters by group, flat working weights, their partitions, and this rank's master."""
@@ -107,24 +112,12 @@ class Zero1Bf16Space(Zero12Space):
         return [gradient]
 
 
-class Zero3Space(Space):
-    """The shared parameters under DeepSpeed's ZeRO 3: sub-groups of per-parameter partitions."""
+class Zero3Space(SharedSpace):
+    """ZeRO 3: sub-groups of per-parameter partitions."""
 
-    def __init__(
-        self,
-        name: str,
-        engine: Any,
-        parameters: Mapping[str, nn.Parameter],
-        dims: Mapping[str, int | None],
-        tensor_rank: int,
-    ):
-        self.zero = engine.optimizer
-        self.name, self.parameters = name, dict(parameters)
-        names = {id(parameter): name for name, parameter in self.parameters.items()}
+    def _adopt(self) -> Iterator[tuple[nn.Parameter, Extent]]:
         zero = self.zero
-        self.offloaded = bool(zero.offload_optimizer)
-        self.index = dist.get_rank(zero.dp_process_group)
-        self.segments, self.masters = [], []
+        self.offloaded, index = bool(zero.offload_optimizer), dist.get_rank(zero.dp_process_group)
         for shard, members in enumerate(zero.fp16_groups):
             master = zero.fp32_partitioned_groups_flat[shard].detach()
             if master.data_ptr() == zero.fp16_partitioned_groups_flat[shard].data_ptr():
@@ -132,12 +125,10 @@ class Zero3Space(Space):
             self.masters.append(master.requires_grad_())
             offset = 0
             for parameter in members:
-                width, numel, name = parameter.partition_numel(), parameter.ds_numel, names[id(parameter)]
-                start = min(numel, self.index * width)
-                length = min(width, numel - start)
-                self.segments.append(Segment(name, tuple(parameter.ds_shape), start, length, shard, offset, dims[name]))
+                width, numel = parameter.partition_numel(), parameter.ds_numel
+                start = min(numel, index * width)
+                yield parameter, (tuple(parameter.ds_shape), start, min(width, numel - start), shard, offset)
                 offset += width
-        self._count(tensor_rank)
 
     def gradient(self) -> Vector:
         zero = self.zero
@@ -149,8 +140,11 @@ class Zero3Space(Space):
                 torch.cat([piece.reshape(-1) for piece in zero.averaged_gradients[shard]]).float()
                 for shard in range(len(self.masters))
             ]
-        for segment in self.segments:  # what lies beyond a parameter's end is padding: DeepSpeed leaves it unset
-            last = self._padding_end(segment)
+        for number, segment in enumerate(
+            self.segments
+        ):  # beyond a parameter's end is padding, which DeepSpeed leaves unset
+            following = self.segments[number + 1 : number + 2]
+            last = following[0].offset if following and following[0].shard == segment.shard else None
             gradient[segment.shard][segment.offset + segment.length : last].zero_()
         zero.averaged_gradients = {}
         zero.zero_grad(set_to_none=True)
@@ -158,10 +152,6 @@ class Zero3Space(Space):
             zero.reset_cpu_buffers()
         zero._pre_step()  # the next backward starts a new sum
         return gradient
-
-    def _padding_end(self, segment: Segment) -> int:
-        following = [s.offset for s in self.segments if s.shard == segment.shard and s.offset > segment.offset]
-        return min(following) if following else self.masters[segment.shard].numel()
 
     @torch.no_grad()
     def write(self, offset: Vector | None = None, scale: float = 0.0) -> None:
@@ -191,22 +181,20 @@ class Zero3FlatSpace(FlatSpace):
             parameter.ds_tensor.data.copy_(self._slice(name, shard))
 
 
-def release_small_parameters(engine: Any, parameters: Any) -> None:
+def release_small_parameters(engine: Any, groups: Mapping[str, Mapping[str, Any]]) -> None:
     """Under ZeRO 3, lets DeepSpeed release small language-specific parameters like large ones.
 
     It keeps small ('persistent') parameters whole on every rank and gathers all of them in every step: a cost that would grow
     with the number of languages that the step does not train.
     """
-    own = {id(parameter) for parameter in parameters}
+    shared = {id(parameter) for parameter in groups[SHARED].values()}
     persistent = engine.optimizer.persistent_parameters
     for parameter in persistent:
-        if id(parameter) in own:
-            parameter.ds_persist = False
-    persistent[:] = [parameter for parameter in persistent if id(parameter) not in own]
+        parameter.ds_persist = id(parameter) in shared
+    persistent[:] = [parameter for parameter in persistent if parameter.ds_persist]
 
 
-def shared_space(name: str, engine: Any, parameters: Mapping[str, nn.Parameter], dims: Any, tensor_rank: int) -> Space:
-    """Returns the space of the shared parameters that fits the ZeRO optimizer that DeepSpeed chose."""
-    kind = type(engine.optimizer).__name__
+def shared_space(engine: Any, *arguments: Any) -> SharedSpace:
+    """The space of the shared parameters (see `SharedSpace`) that fits the ZeRO optimizer that DeepSpeed chose."""
     kinds = {"DeepSpeedZeroOptimizer_Stage3": Zero3Space, "BF16_Optimizer": Zero1Bf16Space}
-    return kinds.get(kind, Zero12Space)(name, engine, parameters, dims, tensor_rank)
+    return kinds.get(type(engine.optimizer).__name__, Zero12Space)(engine, *arguments)
