@@ -8,6 +8,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from mlinterf_ds.config import ADDRESS, Section
 from mlinterf_ds.sections import (
+    EACH_ONCE,
     ConflictSection,
     Languages,
     ParallelConfig,
@@ -18,7 +19,9 @@ from mlinterf_ds.sections import (
 )
 
 Names = Annotated[list[str], BeforeValidator(comma_list)]
-Groups = Annotated[list[Literal["heads", "neurons", "rows"]], BeforeValidator(comma_list), Field(min_length=1)]
+Groups = Annotated[
+    list[Literal["heads", "neurons", "rows"]], BeforeValidator(comma_list), Field(min_length=1), EACH_ONCE
+]
 NEEDS_CHECKPOINT = ("conflict", "prune")
 
 
@@ -47,13 +50,6 @@ class PruneSection(Section):
         [0, 1], description="masks are learned once for each (text and gates drawn anew): the within-language control"
     )
     sequences: int = Field(256, ge=1, description="rows of the validation split on which pruned models are scored")
-
-    @model_validator(mode="after")
-    def _each_once(self) -> PruneSection:
-        for key, values in (("groups", self.groups), ("seeds", self.seeds)):
-            if len(set(values)) != len(values):
-                raise ValueError(f"prune.{key}={','.join(map(str, values))} names a value twice: name each once")
-        return self
 
 
 class InterferenceSection(Section):
@@ -106,7 +102,6 @@ class AnalyzeConfig(Section):
                 f"checkpoint is not set: analysis={self.analysis} measures a pretrained model, "
                 "--set checkpoint=runs/... names it"
             )
-        languages = self.languages or []
-        if len(set(languages)) != len(languages) or (self.languages is not None and not languages):
-            raise ValueError(f"languages={','.join(languages)}: name each language once, at least one")
+        if self.languages is not None and not self.languages:
+            raise ValueError("languages is empty: name at least one, or leave it out for the checkpoint's")
         return self

@@ -13,7 +13,6 @@ Hidden states are (rows, length, width) throughout.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,39 +30,25 @@ class MLInterfConfig(PreTrainedConfig):
     """Shape and languages. variant: the language-specific module (`ffn`, `attn` or `adpt`); other names mean none."""
 
     model_type = "mlinterf"
-
-    def __init__(
-        self,
-        vocab_size: int = 32000,
-        hidden_size: int = 512,
-        num_hidden_layers: int = 8,
-        num_attention_heads: int = 12,
-        head_dim: int = 64,
-        intermediate_size: int = 2048,
-        max_position_embeddings: int = 256,
-        variant: str = "adpt",
-        languages: Sequence[str] = ("en",),
-        default_language: str | None = None,
-        language_embeddings: bool = False,
-        adapter_size: int = 128,
-        adapter_activation: str = "gelu",
-        hidden_dropout_prob: float = 0.1,
-        attention_probs_dropout_prob: float = 0.1,
-        layer_norm_eps: float = 1e-5,
-        bos_token_id: int = 0,
-        pad_token_id: int = 1,
-        eos_token_id: int = 2,
-        **others: Any,
-    ):
-        self.vocab_size, self.max_position_embeddings = vocab_size, max_position_embeddings
-        self.hidden_size, self.num_hidden_layers = hidden_size, num_hidden_layers
-        self.num_attention_heads, self.head_dim = num_attention_heads, head_dim
-        self.intermediate_size, self.layer_norm_eps = intermediate_size, layer_norm_eps
-        self.variant, self.languages = variant, list(languages)
-        self.default_language, self.language_embeddings = default_language, language_embeddings
-        self.adapter_size, self.adapter_activation = adapter_size, adapter_activation
-        self.hidden_dropout_prob, self.attention_probs_dropout_prob = hidden_dropout_prob, attention_probs_dropout_prob
-        super().__init__(bos_token_id=bos_token_id, pad_token_id=pad_token_id, eos_token_id=eos_token_id, **others)
+    vocab_size: int = 32000
+    hidden_size: int = 512
+    num_hidden_layers: int = 8
+    num_attention_heads: int = 12
+    head_dim: int = 64
+    intermediate_size: int = 2048
+    max_position_embeddings: int = 256
+    variant: str = "adpt"
+    languages: Sequence[str] = ("en",)
+    default_language: str | None = None
+    language_embeddings: bool = False
+    adapter_size: int = 128
+    adapter_activation: str = "gelu"
+    hidden_dropout_prob: float = 0.1
+    attention_probs_dropout_prob: float = 0.1
+    layer_norm_eps: float = 1e-5
+    bos_token_id: int = 0
+    pad_token_id: int = 1
+    eos_token_id: int = 2
 
 
 class Routed(nn.Module):

@@ -7,11 +7,19 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from mlinterf_ds.config import ADDRESS, RESUMABLE, Section
-from mlinterf_ds.sections import LANGUAGE_PATTERN, ParallelConfig, PrecisionSection, Seeds, TrackingConfig, listed
+from mlinterf_ds.sections import (
+    EACH_ONCE,
+    LANGUAGE_PATTERN,
+    ParallelConfig,
+    PrecisionSection,
+    Seeds,
+    TrackingConfig,
+    listed,
+)
 from mlinterf_ds.tasks import TaskName
 
-Rates = Annotated[list[Annotated[float, Field(gt=0)]], BeforeValidator(listed), Field(min_length=1)]
-Batches = Annotated[list[Annotated[int, Field(ge=1)]], BeforeValidator(listed), Field(min_length=1)]
+Rates = Annotated[list[Annotated[float, Field(gt=0)]], BeforeValidator(listed), Field(min_length=1), EACH_ONCE]
+Batches = Annotated[list[Annotated[int, Field(ge=1)]], BeforeValidator(listed), Field(min_length=1), EACH_ONCE]
 
 
 class FinetuneSection(Section):
@@ -103,8 +111,4 @@ class FinetuneConfig(Section):
             raise ValueError("checkpoint is not set: --set checkpoint=runs/... names the pretrained model")
         if self.resume and not self.output:
             raise ValueError("resume=auto needs to know where: --set output=FOLDER")
-        for key in ("batch", "lr", "head_lr", "seeds"):
-            values = getattr(self.finetune, key) or []
-            if len(set(values)) != len(values):
-                raise ValueError(f"finetune.{key}={values} names a value twice: name each once")
         return self

@@ -20,13 +20,13 @@ from mlinterf_ds.data.tokenizer import MANY_UNKNOWN, UNK
 from mlinterf_ds.engine.precision import choose_precision, read_json
 from mlinterf_ds.errors import UserError
 from mlinterf_ds.finetune.config import FinetuneConfig
-from mlinterf_ds.finetune.search import Options, Search
+from mlinterf_ds.finetune.search import Search
 from mlinterf_ds.finetune.trial import FinetuneJob
 from mlinterf_ds.pretrained import Pretrained
 from mlinterf_ds.runtime.parallel import Group, Layout
 from mlinterf_ds.runtime.session import session
 from mlinterf_ds.tasks import TASKS, Limits
-from mlinterf_ds.tasks.sources import SPLITS, Sets, load, parse
+from mlinterf_ds.tasks.sources import SPLITS, Options, load, parse
 
 
 def main(arguments: Sequence[str], group: Group | None = None) -> int:
@@ -55,15 +55,15 @@ def run(
 
     with session(config.name, config.output, config.parallel, refuse, group) as here:
         precision, reason = choose_precision(config.train.precision, deepspeed_json)
-        job, sets = prepare(config, options, deepspeed_json, precision, here.layout)
+        job = prepare(config, options, deepspeed_json, precision, here.layout)
         if here.first:
-            print(_greeting(job, sets, f"{precision} ({reason})", here.output), flush=True)
-        return Search(job, sets, options, here).run()
+            print(_greeting(job, f"{precision} ({reason})", here.output), flush=True)
+        return Search(job, here).run()
 
 
 def prepare(
     config: FinetuneConfig, options: Options, deepspeed_json: dict[str, Any], precision: str, layout: Layout
-) -> tuple[FinetuneJob, Sets]:
+) -> FinetuneJob:
     """Read checkpoint and data; every mistake in them is reported here, before anything is trained."""
     settings, task = config.finetune, TASKS[config.task]
     for batch in settings.batch:
@@ -87,22 +87,20 @@ def prepare(
         synthetic={"train": settings.synthetic_train, "dev": settings.synthetic_eval, "test": settings.synthetic_eval},
         limit=settings.limit,
     )
-    labels = task.labels(list(itertools.chain(*sets.train.values())))
+    labels = task.labels(list(itertools.chain(*sets.examples["train"].values())))
     tokenizer = pretrained.tokenizer()
     rows: dict[str, dict[str, Any]] = {split: {} for split in SPLITS}
     for split in SPLITS:
-        for language, examples_read in sets.of(split).items():
-            read, notes = task.rows(examples_read, tokenizer, labels, limits)
-            rows[split][language] = read
-            share = sum(row.tokens.count(UNK) for row in read) / sum(len(row.tokens) for row in read)
+        for language, examples in sets.examples[split].items():
+            rows[split][language], notes = task.rows(examples, tokenizer, labels, limits)
+            pieces = [piece for row in rows[split][language] for piece in row.tokens]
+            share = pieces.count(UNK) / len(pieces)
             if share >= MANY_UNKNOWN:
                 notes = [*notes, f"{share:.0%} of the pieces are <unk>, not in the vocabulary"]
             sets.notes += [f"{split} {language}: {note}" for note in notes]
-    examples = {split: sets.of(split) for split in SPLITS}
-    job = FinetuneJob(
-        config, deepspeed_json, precision, layout, pretrained, task, labels, limits, examples, rows, modules
+    return FinetuneJob(
+        config, options, deepspeed_json, precision, layout, pretrained, task, labels, limits, sets, rows, modules
     )
-    return job, sets
 
 
 def serving(config: FinetuneConfig, pretrained: Pretrained, options: Options, split: str, language: str) -> int:
@@ -130,10 +128,10 @@ def serving(config: FinetuneConfig, pretrained: Pretrained, options: Options, sp
     return known.index(language)
 
 
-def _greeting(job: FinetuneJob, sets: Sets, precision: str, output: Path) -> str:
+def _greeting(job: FinetuneJob, precision: str, output: Path) -> str:
     counts = [
-        f"{split} {', '.join(f'{language} {len(examples)}' for language, examples in sets.of(split).items())}"
+        f"{split} {', '.join(f'{language} {len(examples)}' for language, examples in job.sets.examples[split].items())}"
         for split in SPLITS
     ]
     lines = [f"{job.task.name} from {job.pretrained.path} ({job.pretrained.variant}), {precision}; output {output}"]
-    return "\n".join([*lines, "examples: " + "; ".join(counts), *(f"note: {note}" for note in sets.notes)])
+    return "\n".join([*lines, "examples: " + "; ".join(counts), *(f"note: {note}" for note in job.sets.notes)])

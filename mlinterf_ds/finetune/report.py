@@ -2,30 +2,30 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from pathlib import Path
 from typing import Any
 
 from mlinterf_ds.finetune.trial import FinetuneJob
 from mlinterf_ds.tasks import metrics
-from mlinterf_ds.tasks.sources import Sets
+from mlinterf_ds.tasks.sources import Options
 
 
-def summarise(
-    job: FinetuneJob, sets: Sets, options: dict[str, dict[str, str]], tested: list[dict[str, Any]]
-) -> dict[str, Any]:
+def summarise(job: FinetuneJob, tested: list[dict[str, Any]]) -> dict[str, Any]:
     """The content of summary.json. Scores in percent; std over seeds (sample), 0 for one seed.
 
     tested: one dictionary for each seed: {"point", "progress", "test": {language: metrics}}.
     """
-    task = job.task
+    task, sets = job.task, job.sets
+    test = sets.examples["test"]
     scored = [language for language in job.rows["test"] if tested[0]["test"][language]]
     every = {
         language: {name: [facts["test"][language][name] for facts in tested] for name in tested[0]["test"][language]}
         for language in scored
     }
-    train = [example for examples in sets.train.values() for example in examples]
-    baselines = {language: task.baselines(train, sets.test[language]) for language in scored}
+    train = list(itertools.chain(*sets.examples["train"].values()))
+    baselines = {language: task.baselines(train, test[language]) for language in scored}
     summary: dict[str, Any] = {
         "task": task.name,
         "metric": task.metric,
@@ -35,8 +35,8 @@ def summarise(
         "baselines": baselines,
         "metrics": {lang: {name: metrics.mean_std(v) for name, v in scores.items()} for lang, scores in every.items()},
         "per_seed": {language: every[language][task.metric] for language in scored},
-        "setting": {lang: "within" if lang in sets.train else "zero-shot" for lang in job.rows["test"]},
-        "examples": {split: {lang: len(examples) for lang, examples in sets.of(split).items()} for split in job.rows},
+        "setting": {lang: "within" if lang in sets.examples["train"] else "zero-shot" for lang in job.rows["test"]},
+        "examples": {split: {lang: len(e) for lang, e in read.items()} for split, read in sets.examples.items()},
         "served_by": {lang: job.pretrained.languages[index] for lang, index in job.modules["test"].items()},
         "unscored": [language for language in job.rows["test"] if language not in scored],
         "chosen": {key: tested[0]["point"][key] for key in ("batch", "lr", "head_lr")},
@@ -51,18 +51,17 @@ def summarise(
         "finished": True,
     }
     if task.metric == "accuracy":
-        summary["interval"] = {lang: _interval(job, sets, lang, summary["scores"][lang]["mean"]) for lang in scored}
-    if transfer := _transfer(options, summary["per_seed"]):
+        totals = {language: sum(map(task.labelled, test[language])) for language in scored}
+        summary["interval"] = {
+            language: list(metrics.wilson(summary["scores"][language]["mean"] / 100 * total, total))
+            for language, total in totals.items()
+        }
+    if transfer := _transfer(job.options, summary["per_seed"]):
         summary["transfer"] = transfer
     return summary
 
 
-def _interval(job: FinetuneJob, sets: Sets, language: str, accuracy: float) -> list[float]:
-    total = sum(job.task.labelled(example) for example in sets.test[language])
-    return list(metrics.wilson(accuracy / 100 * total, total))
-
-
-def _transfer(options: dict[str, dict[str, str]], per_seed: dict[str, list[float]]) -> dict[str, Any] | None:
+def _transfer(options: Options, per_seed: dict[str, list[float]]) -> dict[str, Any] | None:
     """Correlates transfer with closeness to the training language, on synthetic languages."""
     if len(options["train"]) > 1 or "synthetic" not in options["train"].values():
         return None

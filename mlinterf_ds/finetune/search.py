@@ -5,7 +5,8 @@ from __future__ import annotations
 import gc
 import itertools
 import json
-from typing import Any
+from dataclasses import replace
+from typing import Any, Literal
 
 from mlinterf_ds.config import REMOVED, decisive, differences
 from mlinterf_ds.errors import UserError, refusing
@@ -17,17 +18,14 @@ from mlinterf_ds.ranks import from_first
 from mlinterf_ds.runtime.output import hushed
 from mlinterf_ds.runtime.session import Session
 from mlinterf_ds.runtime.signals import Signals
-from mlinterf_ds.tasks.sources import Sets
 from mlinterf_ds.tracking import Tracker, environment_facts
-
-Options = dict[str, dict[str, str]]  # split -> language -> file, 'synthetic' or 'split'
 
 
 class Search:
     """All fine-tunings of one command: the grid with the first seed, then its best point with every other seed."""
 
-    def __init__(self, job: FinetuneJob, sets: Sets, options: Options, session: Session):
-        self.job, self.sets, self.options, self.output, self.log = job, sets, options, session.output, session.log
+    def __init__(self, job: FinetuneJob, session: Session):
+        self.job, self.output, self.log = job, session.output, session.log
         self.tracker = Tracker.off()
 
     def run(self) -> dict[str, Any]:
@@ -36,29 +34,27 @@ class Search:
         if self.job.first:
             self.output.mkdir(parents=True, exist_ok=True)
             self._open_tracker(run_id)
-        status, finished = "FAILED", True
-        tested: list[dict[str, Any]] = []
+        status: Literal["FINISHED", "FAILED", "KILLED"] = "FAILED"
         try:
             with Signals() as signals:
-                points = self._search(signals)
-                tested = [self._test(point, signals) for point in points]
+                tested = [self._test(point, signals) for point in self._search(signals)]
             status = "FINISHED"
         except Stopped as reason:
-            status, finished = "KILLED", False
+            status = "KILLED"
             if self.job.first:
                 print(f"stopped by {reason}; go on with --set output={self.output} --set resume=auto", flush=True)
         finally:
             if status != "FINISHED":
-                self.tracker.close("KILLED" if status == "KILLED" else "FAILED")
-        return self._finish(tested) if finished else {"task": self.job.task.name, "finished": False}
+                self.tracker.close(status)
+        return self._finish(tested) if status == "FINISHED" else {"task": self.job.task.name, "finished": False}
 
     def _search(self, signals: Signals) -> list[Point]:
         """The grid's best point by the dev set, for every seed."""
         settings = self.job.config.finetune
-        head_rates: list[float | None] = [*settings.head_lr] if settings.head_lr else [None]
         grid = [
-            Point(settings.seeds[0], batch, lr, lr if head_lr is None else head_lr)
-            for batch, lr, head_lr in itertools.product(settings.batch, settings.lr, head_rates)
+            Point(settings.seeds[0], batch, lr, head_lr)
+            for batch, lr in itertools.product(settings.batch, settings.lr)
+            for head_lr in settings.head_lr or [lr]
         ]
         best = grid[0]
         if len(grid) > 1:
@@ -66,13 +62,14 @@ class Search:
             best = grid[scores.index(max(scores))]
             if self.job.first:
                 print(f"best of the grid by dev {self.job.task.metric}: {best.name}", flush=True)
-        return [Point(seed, best.batch, best.lr, best.head_lr) for seed in settings.seeds]
+        return [replace(best, seed=seed) for seed in settings.seeds]
 
     def _train(self, point: Point, signals: Signals) -> Trial:
         gc.collect()  # frees the last engine, which holds reference cycles
         trial = Trial(self.job, point, self.output / point.name, self.tracker)
-        with hushed(self.log):
-            trial.prepare()
+        if not trial.result.is_file():  # else it is trained already
+            with hushed(self.log):
+                _ = trial.engine
         trial.train(signals)
         return trial
 
@@ -86,7 +83,7 @@ class Search:
         for language in self.job.rows["test"]:
             predictions, task = trial.predict("test", language), self.job.task
             if self.job.first:
-                examples = self.job.examples["test"][language]
+                examples = self.job.sets.examples["test"][language]
                 path = self.output / "predictions" / f"seed{point.seed}" / f"{language}{task.suffix(examples)}"
                 task.write(examples, predictions, path)
                 facts["test"][language] = task.score(examples, predictions)
@@ -98,13 +95,12 @@ class Search:
                 self.tracker.log(self.job.logged(point, scores), 0)
         if self.job.first and point.seed == self.job.config.finetune.seeds[0]:
             write_text(self.output / "report.md", f"# Errors of {point.name}\n\n" + "\n".join(report))
-        trial.close()
         return facts
 
     def _finish(self, tested: list[dict[str, Any]]) -> dict[str, Any]:
         summary: dict[str, Any] = {}
         if self.job.first:
-            summary = summarise(self.job, self.sets, self.options, tested)
+            summary = summarise(self.job, tested)
             write_json(self.output / "summary.json", summary)
             write_text(self.output / "table.md", table(summary))
             for name in ("summary.json", "table.md", "report.md", "predictions"):
@@ -122,7 +118,7 @@ class Search:
     def _identity(self) -> dict[str, Any]:
         """The settings that a resumed job must not change."""
         kept = decisive(FinetuneConfig, self.job.config.model_dump())
-        return kept | {"data": self.sets.origin, "pretrained weights": self.job.pretrained.digest}
+        return kept | {"data": self.job.sets.origin, "pretrained weights": self.job.pretrained.digest}
 
     def _check_resumed(self) -> str | None:
         """Returns MLflow's run id of the job that is resumed. UserError if the folder holds another job."""
@@ -148,7 +144,7 @@ class Search:
             experiment=job.config.tracking.experiment,
             name=self.output.name,
             folder=self.output,
-            parameters=job.config.model_dump() | {"data": self.options},
+            parameters=job.config.model_dump() | {"data": job.options},
             tags=environment_facts()
             | {"task": job.task.name, "variant": job.pretrained.saved["config"]["variant"]}
             | job.config.tracking.tags,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from mlinterf_ds.sections import TrainConfig
 from mlinterf_ds.tasks import Limits, Row, Task
 from mlinterf_ds.tasks.batches import TrainBatches, evaluation_batches
 from mlinterf_ds.tasks.heads import CLASSIFIER, TaskModel
+from mlinterf_ds.tasks.sources import Options, Sets
 from mlinterf_ds.tracking import Tracker
 
 PREDICTED_ROWS = 64  # that a rank predicts at once
@@ -42,15 +44,16 @@ class FinetuneJob:
     """What all fine-tunings of one command share on this rank."""
 
     config: FinetuneConfig
+    options: Options
     deepspeed_json: dict[str, Any]
     precision: str
     layout: Layout
     pretrained: Pretrained
     task: Task
-    labels: Sequence[str]
+    labels: list[str]
     limits: Limits
-    examples: dict[str, dict[str, list[Any]]]  # split -> language -> examples
-    rows: dict[str, dict[str, list[Row]]]
+    sets: Sets
+    rows: dict[str, dict[str, list[Row]]]  # split -> language -> rows
     modules: dict[str, dict[str, int]]  # split -> language -> index of the language whose modules serve it
 
     @property
@@ -96,35 +99,15 @@ class Trial:
     def __init__(self, job: FinetuneJob, point: Point, folder: Path, tracker: Tracker):
         self.job, self.point, self.folder, self.tracker = job, point, folder, tracker
         self.result = folder / "result.json"  # written when trained to the end
-        settings = job.config.finetune
-        rows = [row for language in job.rows["train"] for row in job.rows["train"][language]]
-        languages = [
-            job.modules["train"][language] for language in job.rows["train"] for _ in job.rows["train"][language]
-        ]
+        rows = [row for rows in job.rows["train"].values() for row in rows]
+        languages = [job.modules["train"][language] for language, rows in job.rows["train"].items() for _ in rows]
         self.batches = TrainBatches(rows, np.array(languages), point.batch, point.seed)
-        self.steps = settings.epochs * self.batches.epoch_steps
+        self.steps = job.config.finetune.epochs * self.batches.epoch_steps
         self.progress = Progress()
-        self._engine: Engine | None = None
 
-    # -- the engine ------------------------------------------------------------------------------------------------
-
-    @property
+    @cached_property
     def engine(self) -> Engine:
         """Built when first needed, with the pretrained weights and a fresh classifier."""
-        if self._engine is None:
-            self._engine = self._build()
-        return self._engine
-
-    def prepare(self) -> None:
-        """Build the engine, unless this fine-tuning is already done."""
-        if not self.result.is_file():
-            _ = self.engine
-
-    def close(self) -> None:
-        """Let go of the engine's memory."""
-        self._engine = None
-
-    def _build(self) -> Engine:
         job, settings, pretrained = self.job, self.job.config.finetune, self.job.pretrained
         training = {
             "batch": self.point.batch,
@@ -138,12 +121,8 @@ class Trial:
             "seed": self.point.seed,
             "spike": None,  # near the end a hard batch has many times the usual loss and still must count
         }
-        model = TaskModel(
-            kind=job.task.kind,
-            classes=len(job.labels),
-            seed=self.point.seed,
-            **pretrained.architecture(settings.dropout),
-        )
+        shape = pretrained.architecture(settings.dropout)
+        model = TaskModel(kind=job.task.kind, classes=len(job.labels), seed=self.point.seed, **shape)
         names = {name for name, _ in model.named_parameters() if not name.startswith("classifier.")}
         known = set(CheckpointReader(pretrained.path).names)
         if missing := sorted(names - known):
@@ -227,7 +206,7 @@ class Trial:
             "config": job.config.model_dump(),
             "languages": job.pretrained.languages,
             "vocabulary": job.pretrained.saved["vocabulary"],
-            "labels": list(job.labels),
+            "labels": job.labels,
             "point": vars(self.point),
             "pretrained": {key: job.pretrained.saved["config"][key] for key in ("variant", "model", "data")},
             "progress": vars(self.progress),
@@ -256,20 +235,16 @@ class Trial:
 
     def score(self, split: str, language: str) -> dict[str, float]:
         """Metrics of a set, the same on all ranks."""
-        predictions = self.predict(split, language)
-        return from_first(
-            self.job.task.score(self.job.examples[split][language], predictions) if self.job.first else None
-        )
+        predictions, examples = self.predict(split, language), self.job.sets.examples[split][language]
+        return from_first(self.job.task.score(examples, predictions) if self.job.first else None)
 
     def predict(self, split: str, language: str) -> list[Any]:
         """One prediction an example, on rank 0 (elsewhere none)."""
-        job = self.job
-        outputs = self._outputs(job.rows[split][language], job.modules[split][language])
+        job, rows = self.job, self.job.rows[split][language]
+        outputs = self._outputs(rows, job.modules[split][language])
         if not job.first:
             return []
-        return job.task.predict(
-            job.examples[split][language], job.rows[split][language], outputs, list(job.labels), job.limits
-        )
+        return job.task.predict(job.sets.examples[split][language], rows, outputs, job.labels, job.limits)
 
     @torch.no_grad()
     def _outputs(self, rows: Sequence[Row], module: int) -> list[np.ndarray]:

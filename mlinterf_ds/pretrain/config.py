@@ -104,8 +104,6 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _consistent(self) -> RunConfig:
         languages = self.languages or []
-        if len(set(languages)) != len(languages):
-            raise ValueError(f"languages={','.join(languages)} names a language twice: name each once")
         if self.languages is not None and not languages:
             raise ValueError("languages is empty: name at least one, or leave it out for all the corpus has")
         if self.variant == "mono" and len(languages) > 1:

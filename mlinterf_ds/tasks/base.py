@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 from mlinterf_ds.data.tokenizer import Tokenizer
 from mlinterf_ds.errors import UserError
@@ -38,7 +39,7 @@ class Row:
     detail: Any = field(default=None, compare=False)  # what the task's `predict` needs to read the outputs
 
 
-class Task(Protocol):
+class Task(ABC):
     """A downstream task. Each task chooses the types of its examples and of its predictions.
 
     `examples`, `rows`, `outputs` and `predictions` are aligned: one prediction for each example, one output for each row.
@@ -48,32 +49,33 @@ class Task(Protocol):
     metric: str  # the key of `score`'s result that selects models and fills the tables
     kind: Kind  # the classifier: a class at each position of a row, or the start and end of a span
 
+    @abstractmethod
     def read(self, path: Path, language: str) -> list[Any]:
         """Reads the examples of a file. UserError names the file and the line of a mistake."""
-        ...
 
     def synthetic(self, language: str, count: int, seed: int, split: str) -> list[Any]:
         """Makes labelled examples in a synthetic language. UserError if the task has none."""
         raise UserError(f"task {self.name} has no synthetic examples: give {language}=FILE")
 
+    @abstractmethod
     def group(self, example: Any) -> str:
         """A key of the example: LANG=split puts examples with equal keys into the same set."""
-        ...
 
     def labelled(self, example: Any) -> bool:
         """Whether the file gives this example's answer. Some published test sets withhold answers."""
         return True
 
+    @abstractmethod
     def labels(self, train: Sequence[Any]) -> list[str]:
         """The names of the classes, in the order of the classifier's outputs."""
-        ...
 
+    @abstractmethod
     def rows(
         self, examples: Sequence[Any], tokenizer: Tokenizer, labels: Sequence[str], limits: Limits
     ) -> tuple[list[Row], list[str]]:
         """The rows of the examples, and notes for the user on what was cut. UserError for a label not in `labels`."""
-        ...
 
+    @abstractmethod
     def predict(
         self, examples: Sequence[Any], rows: list[Row], outputs: list[Any], labels: list[str], limits: Limits
     ) -> list[Any]:
@@ -81,28 +83,27 @@ class Task(Protocol):
 
         An output of kind "labels" is (positions,) classes, one of kind "span" (2, positions) scores of start and end.
         """
-        ...
 
+    @abstractmethod
     def score(self, examples: Sequence[Any], predictions: Sequence[Any]) -> dict[str, float]:
         """Metrics in percent over the labelled examples; empty if there are none."""
-        ...
 
+    @abstractmethod
     def counts(self, examples: Sequence[Any], predictions: Sequence[Any]) -> list[tuple[float, float, float]]:
         """(right, predicted, gold) of each labelled example: the metric is 200 right / (predicted + gold) of their sums."""
-        ...
 
+    @abstractmethod
     def baselines(self, train: Sequence[Any], test: Sequence[Any]) -> dict[str, dict[str, float]]:
         """Scores on `test` without a model: "majority" ignores the input, "lexical" (optional) looks words up in `train`."""
-        ...
 
+    @abstractmethod
     def write(self, examples: Sequence[Any], predictions: Sequence[Any], path: Path) -> None:
         """Writes the predictions in the task's file format."""
-        ...
 
+    @abstractmethod
     def suffix(self, examples: Sequence[Any]) -> str:
         """The ending of the name of a file that `write` makes, such as `.tsv`."""
-        ...
 
+    @abstractmethod
     def report(self, examples: Sequence[Any], predictions: Sequence[Any]) -> str:
         """Markdown that shows which errors the predictions make."""
-        ...

@@ -7,7 +7,6 @@ pieces); targets = the predictions wanted of a row (a class at each position, or
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 from typing import Any
@@ -53,19 +52,9 @@ class TaskModel(Encoder):
     trained where all else is frozen; tensor-parallel ranks hold replicas of it.
     """
 
-    def __init__(
-        self,
-        config: ModelConfig,
-        *,
-        kind: Kind,
-        classes: int,
-        variant: str,
-        languages: Sequence[str],
-        vocabulary: int,
-        positions: int,
-        seed: int,
-    ):
-        super().__init__(config, variant=variant, languages=languages, vocabulary=vocabulary, positions=positions)
+    def __init__(self, config: ModelConfig, *, kind: Kind, classes: int, seed: int, **shape: Any):
+        """shape: the encoder's other arguments, as `Pretrained.architecture` gives them."""
+        super().__init__(config, **shape)
         del self.head
         self.kind = kind
         self.dropout = config.dropout

@@ -13,20 +13,21 @@ from typing import Any
 import numpy as np
 from scipy.stats import rankdata
 
-Tags = Sequence[Sequence[str]]
+from mlinterf_ds.tasks.columns import Tags
+
 Counts = tuple[float, float, float]  # right, predicted, gold; a share of right answers is (right, 1, 1)
 
 
 # --- tags ------------------------------------------------------------------------------------------------------------
 def entity_scores(gold: Tags, predicted: Tags) -> dict[str, float]:
     """Micro-averaged F1, precision and recall by seqeval: an entity is right if its type and both ends are."""
-    from seqeval.metrics import f1_score, precision_score, recall_score
+    from seqeval.metrics.sequence_labeling import precision_recall_fscore_support
 
     lists = [list(tags) for tags in gold], [list(tags) for tags in predicted]
-    scorers = {"f1": f1_score, "precision": precision_score, "recall": recall_score}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that a metric without predictions is set to 0, as `zero_division` asks
-        return {name: 100 * float(score(*lists, zero_division=0)) for name, score in scorers.items()}
+        scores = precision_recall_fscore_support(*lists, average="micro", zero_division=0)
+    return {name: 100 * float(score) for name, score in zip(("precision", "recall", "f1"), scores, strict=False)}
 
 
 def entity_counts(gold: Tags, predicted: Tags) -> list[Counts]:

@@ -7,13 +7,11 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from mlinterf_ds.data.tokenizer import Tokenizer
 from mlinterf_ds.errors import UserError
-from mlinterf_ds.tasks import columns, metrics, tagging
-from mlinterf_ds.tasks.base import Kind, Limits, Row, Task
+from mlinterf_ds.tasks import columns, metrics
 from mlinterf_ds.tasks.columns import Sentence, Tags
+from mlinterf_ds.tasks.tagging import Tagger, constant
 
 TAG = re.compile(r"O|[BIESLU]-\S+")
 WIKI_PREFIX = re.compile(r"((?:[a-z]{2,3}(?:-[a-z]+)*|simple):).")  # a wiki's code and a colon, before a word
@@ -25,49 +23,30 @@ def check_tag(tag: str) -> str:
     return "" if TAG.fullmatch(tag) else f"tag {tag!r}: expected O or B-, I-, E-, S- and a type, such as B-PER"
 
 
-class Ner(Task):
+class Ner(Tagger):
     """Predictions are IOB2 tags, one for each word; the metric is seqeval's entity F1."""
 
-    name, metric = "ner", "f1"
-    kind: Kind = "labels"
+    name, metric, synthetic_tags = "ner", "f1", "entities"
 
     def read(self, path: Path, language: str) -> list[Sentence]:
         return strip_wiki_prefix(columns.read_columns(path, check_tag))
 
-    def synthetic(self, language: str, count: int, seed: int, split: str) -> list[Sentence]:
-        from mlinterf_ds.data.synthetic import annotated
-
-        examples = annotated(language, count, seed, split)
-        return columns.in_memory([(e.tokens, e.entities) for e in examples], Path(f"synthetic-{language}-{split}"))
-
-    def group(self, example: Sentence) -> str:
-        return " ".join(example.words)
+    def gold(self, examples: Sequence[Sentence]) -> list[Sequence[str]]:
+        return [in_scheme(sentence.tags, "IOB2") for sentence in examples]
 
     def labels(self, train: Sequence[Sentence]) -> list[str]:
         types = sorted({kind for sentence in train for kind, _, _ in spans(sentence.tags)})
         return ["O", *(f"{prefix}-{kind}" for kind in types for prefix in "BI")]
 
-    def rows(
-        self, examples: Sequence[Sentence], tokenizer: Tokenizer, labels: Sequence[str], limits: Limits
-    ) -> tuple[list[Row], list[str]]:
-        return tagging.rows(examples, [iob2(s.tags) for s in examples], tokenizer, labels, limits)
-
-    def predict(
-        self, examples: Sequence[Sentence], rows: list[Row], outputs: list[Any], labels: list[str], limits: Limits
-    ) -> list[list[str]]:
-        return tagging.predict(examples, rows, outputs, labels)
-
     def score(self, examples: Sequence[Sentence], predictions: Tags) -> dict[str, float]:
-        return metrics.entity_scores([iob2(s.tags) for s in examples], predictions)
+        return metrics.entity_scores(self.gold(examples), predictions)
 
     def counts(self, examples: Sequence[Sentence], predictions: Tags) -> list[metrics.Counts]:
-        return metrics.entity_counts([iob2(s.tags) for s in examples], predictions)
+        return metrics.entity_counts(self.gold(examples), predictions)
 
-    def baselines(self, train: Sequence[Sentence], test: Sequence[Sentence]) -> dict[str, dict[str, float]]:
-        """majority: every word gets the one tag that scores best on `train`; lexical: each word's commonest tag."""
-        best = max(self.labels(train), key=lambda tag: self.score(train, tagging.constant(train, tag))[self.metric])
-        lexical = tagging.lexical(train, [iob2(s.tags) for s in train], test, "O")
-        return {"majority": self.score(test, tagging.constant(test, best)), "lexical": self.score(test, lexical)}
+    def majority(self, train: Sequence[Sentence]) -> tuple[str, str]:
+        """The tag that scores best on `train`, and O."""
+        return max(self.labels(train), key=lambda tag: self.score(train, constant(train, tag))[self.metric]), "O"
 
     def write(self, examples: Sequence[Sentence], predictions: Tags, path: Path) -> None:
         scheme = scheme_of([s.tags for s in examples])
@@ -77,7 +56,7 @@ class Ner(Task):
         return ".tsv"
 
     def report(self, examples: Sequence[Sentence], predictions: Tags) -> str:
-        gold = [iob2(s.tags) for s in examples]
+        gold = self.gold(examples)
         by_type = metrics.confusion(gold, predictions, lambda tag: tag[2:] or "O")
         return metrics.entity_report(gold, predictions) + "\n" + by_type
 
@@ -100,11 +79,6 @@ def spans(tags: Sequence[str]) -> list[Span]:
             entities.append((open_type, first, index + 1))
             open_type = ""
     return entities
-
-
-def iob2(tags: Sequence[str]) -> list[str]:
-    """The same entities in IOB2."""
-    return in_scheme(tags, "IOB2")
 
 
 def scheme_of(sentences: Sequence[Sequence[str]]) -> str:

@@ -35,16 +35,9 @@ class Pair:
     hypothesis: str
     label: str
     raw: str = ""  # the line; "" if the pair comes from no file
+    spelt: str = ""  # the label as the line spells it
     column: int | None = 2  # the label's column in a TSV file; None: the file is JSONL
     header: str = ""  # the header of the TSV file, if it has one
-
-    @property
-    def spelt(self) -> str:
-        """The label as the file spells it."""
-        if not self.raw:
-            return self.label
-        body = self.raw.rstrip("\r")
-        return str(json.loads(body)["gold_label"]) if self.column is None else body.split("\t")[self.column]
 
     def relabelled(self, label: str) -> str:
         """The pair's line with another label."""
@@ -110,7 +103,7 @@ class Nli(Task):
         return [labels[int(classes[0])] for classes in outputs]
 
     def score(self, examples: Sequence[Pair], predictions: Sequence[str]) -> dict[str, float]:
-        right = [e.label == p for e, p in zip(examples, predictions, strict=True) if self.labelled(e)]
+        right = [right for right, _, _ in self.counts(examples, predictions)]
         return {"accuracy": 100 * sum(right) / len(right)} if right else {}
 
     def counts(self, examples: Sequence[Pair], predictions: Sequence[str]) -> list[metrics.Counts]:
@@ -123,12 +116,11 @@ class Nli(Task):
         return {"majority": self.score(test, [max(LABELS, key=counts.__getitem__)] * len(test))}
 
     def write(self, examples: Sequence[Pair], predictions: Sequence[str], path: Path) -> None:
-        lines = [examples[0].header] if examples[0].header else []
         # All predictions of a label are spelt as the file spells it: the spelling must not show which are right.
         spelling = {ALIASES[pair.spelt]: pair.spelt for pair in examples if pair.spelt in ALIASES}
-        labels = [spelling.get(label, label) for label in predictions]
-        lines += [pair.relabelled(label) for pair, label in zip(examples, labels, strict=True)]
-        write_text(path, "\n".join(lines) + "\n")
+        pairs = zip(examples, predictions, strict=True)
+        lines = [pair.relabelled(spelling.get(label, label)) for pair, label in pairs]
+        write_text(path, "\n".join([examples[0].header, *lines] if examples[0].header else lines) + "\n")
 
     def suffix(self, examples: Sequence[Pair]) -> str:
         return ".jsonl" if examples[0].column is None else ".tsv"
@@ -140,10 +132,8 @@ class Nli(Task):
 
 def shortened(first: list[int], second: list[int], room: int) -> tuple[list[int], list[int]]:
     """Cuts both sequences to `room` pieces together: the longer one loses its last piece, again and again."""
-    a, b = len(first), len(second)
-    while a + b > room:
-        a, b = (a - 1, b) if a >= b else (a, b - 1)
-    return first[:a], second[:b]
+    kept = max(room // 2, room - len(second))  # of the first
+    return first[:kept], second[: room - min(kept, len(first))]
 
 
 def _label(path: Path, line: int, label: str) -> str:
@@ -175,7 +165,8 @@ def _tsv_pairs(path: Path, lines: list[str], language: str, skipped: set[str]) -
             skipped.add(columns[code])
             continue
         premise, hypothesis, label = (columns[index] for index in indices)
-        yield Pair(premise, hypothesis, _label(path, number, label), line, indices[2], lines[first] if named else "")
+        header_line = lines[first] if named else ""
+        yield Pair(premise, hypothesis, _label(path, number, label), line, label, indices[2], header_line)
 
 
 def _json_pairs(path: Path, lines: list[str], language: str, skipped: set[str]) -> Iterator[Pair]:
@@ -191,4 +182,4 @@ def _json_pairs(path: Path, lines: list[str], language: str, skipped: set[str]) 
         if code != language:
             skipped.add(code)
         else:
-            yield Pair(premise, hypothesis, _label(path, number, label), line, None)
+            yield Pair(premise, hypothesis, _label(path, number, label), line, label, None)

@@ -5,33 +5,16 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from mlinterf_ds.data.tokenizer import Tokenizer
-from mlinterf_ds.tasks import columns, metrics, tagging
-from mlinterf_ds.tasks.base import Kind, Limits, Row, Task
+from mlinterf_ds.tasks import columns, metrics
 from mlinterf_ds.tasks.columns import Sentence, Tags, Words
 from mlinterf_ds.tasks.files import bad
+from mlinterf_ds.tasks.tagging import Tagger
 
 UPOS = [
-    "ADJ",
-    "ADP",
-    "ADV",
-    "AUX",
-    "CCONJ",
-    "DET",
-    "INTJ",
-    "NOUN",
-    "NUM",
-    "PART",
-    "PRON",
-    "PROPN",
-    "PUNCT",
-    "SCONJ",
-    "SYM",
-    "VERB",
-    "X",
-]
+    "ADJ", "ADP", "ADV", "AUX", "CCONJ", "DET", "INTJ", "NOUN", "NUM", "PART", "PRON", "PROPN", "PUNCT", "SCONJ", "SYM",
+    "VERB", "X",
+]  # fmt: skip
 UPOS_COLUMN, COLUMNS = 3, 10
 NO_WORD = re.compile(r"\d+-\d+|\d+\.\d+")  # IDs of multiword tokens (their words follow) and of empty nodes
 
@@ -67,51 +50,32 @@ def read_conllu(path: Path) -> list[Sentence]:
     return columns.read_blocks(path, parse, UPOS_COLUMN)
 
 
-class Pos(Task):
+class Pos(Tagger):
     """Predictions are UPOS tags. The metric is F1 "as in NER" (paper): seqeval's F1 over runs of equal tags, as in XTREME."""
 
-    name, metric = "pos", "f1"
-    kind: Kind = "labels"
+    name, metric, synthetic_tags = "pos", "f1", "pos"
 
     def read(self, path: Path, language: str) -> list[Sentence]:
         return read_conllu(path) if path.suffix.lower() == ".conllu" else columns.read_columns(path, check_tag, 2)
 
-    def synthetic(self, language: str, count: int, seed: int, split: str) -> list[Sentence]:
-        from mlinterf_ds.data.synthetic import annotated
-
-        examples = annotated(language, count, seed, split)
-        return columns.in_memory([(e.tokens, e.pos) for e in examples], Path(f"synthetic-{language}-{split}"))
-
-    def group(self, example: Sentence) -> str:
-        return " ".join(example.words)
+    def gold(self, examples: Sequence[Sentence]) -> list[Sequence[str]]:
+        return [sentence.tags for sentence in examples]
 
     def labels(self, train: Sequence[Sentence]) -> list[str]:
         return list(UPOS)
 
-    def rows(
-        self, examples: Sequence[Sentence], tokenizer: Tokenizer, labels: Sequence[str], limits: Limits
-    ) -> tuple[list[Row], list[str]]:
-        return tagging.rows(examples, [s.tags for s in examples], tokenizer, labels, limits)
-
-    def predict(
-        self, examples: Sequence[Sentence], rows: list[Row], outputs: list[Any], labels: list[str], limits: Limits
-    ) -> list[list[str]]:
-        return tagging.predict(examples, rows, outputs, labels)
-
     def score(self, examples: Sequence[Sentence], predictions: Tags) -> dict[str, float]:
-        gold = [s.tags for s in examples]
+        gold = self.gold(examples)
         f1 = metrics.entity_scores(metrics.runs(gold), metrics.runs(predictions))["f1"]
         return {"f1": f1, "accuracy": metrics.tag_accuracy(gold, predictions)}
 
     def counts(self, examples: Sequence[Sentence], predictions: Tags) -> list[metrics.Counts]:
-        return metrics.entity_counts(metrics.runs([s.tags for s in examples]), metrics.runs(predictions))
+        return metrics.entity_counts(metrics.runs(self.gold(examples)), metrics.runs(predictions))
 
-    def baselines(self, train: Sequence[Sentence], test: Sequence[Sentence]) -> dict[str, dict[str, float]]:
-        """majority: every word gets the commonest tag of `train`; lexical: each word's commonest tag."""
-        counts = {tag: sum(s.tags.count(tag) for s in train) for tag in UPOS}
-        commonest = max(UPOS, key=counts.__getitem__)
-        lexical = tagging.lexical(train, [s.tags for s in train], test, commonest)
-        return {"majority": self.score(test, tagging.constant(test, commonest)), "lexical": self.score(test, lexical)}
+    def majority(self, train: Sequence[Sentence]) -> tuple[str, str]:
+        """The commonest tag of `train`, twice."""
+        commonest = max(UPOS, key=lambda tag: sum(s.tags.count(tag) for s in train))
+        return commonest, commonest
 
     def write(self, examples: Sequence[Sentence], predictions: Tags, path: Path) -> None:
         columns.write(examples, predictions, path)
@@ -120,4 +84,4 @@ class Pos(Task):
         return ".conllu" if examples[0].column == UPOS_COLUMN else ".txt"
 
     def report(self, examples: Sequence[Sentence], predictions: Tags) -> str:
-        return metrics.confusion([s.tags for s in examples], predictions, str)
+        return metrics.confusion(self.gold(examples), predictions, str)

@@ -92,13 +92,9 @@ class Qa(Task):
         return ["" if nullable and null > score else text for (score, text), null in zip(best, none, strict=True)]
 
     def score(self, examples: Sequence[Question], predictions: Sequence[str]) -> dict[str, float]:
-        pairs = [(q.texts, text) for q, text in zip(examples, predictions, strict=True) if not q.withheld]
-        if not pairs:
-            return {}
-        return {
-            "f1": 100 * sum(metrics.answer_f1(text, answers) for answers, text in pairs) / len(pairs),
-            "em": 100 * sum(metrics.exact_match(text, answers) for answers, text in pairs) / len(pairs),
-        }
+        pairs = [(text, q.texts) for q, text in zip(examples, predictions, strict=True) if not q.withheld]
+        scorers = {"f1": metrics.answer_f1, "em": metrics.exact_match} if pairs else {}
+        return {name: 100 * sum(score(*pair) for pair in pairs) / len(pairs) for name, score in scorers.items()}
 
     def counts(self, examples: Sequence[Question], predictions: Sequence[str]) -> list[metrics.Counts]:
         pairs = zip(examples, predictions, strict=True)

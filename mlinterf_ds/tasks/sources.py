@@ -15,6 +15,7 @@ from mlinterf_ds.sections import LANGUAGE_PATTERN
 from mlinterf_ds.tasks.base import Task
 
 SPLITS = ("train", "dev", "test")
+Options = dict[str, dict[str, str]]  # split -> language -> file, 'synthetic' or 'split'
 SYNTHETIC_SPLIT = {"train": "train", "dev": "valid", "test": "test"}
 SHARE = 0.1  # of train, that LANG=split takes
 SEED = 0  # fixed: synthetic examples and splits are the same for every seed of a fine-tuning
@@ -22,18 +23,11 @@ SEED = 0  # fixed: synthetic examples and splits are the same for every seed of 
 
 @dataclass
 class Sets:
-    """Examples by split and language, their origin, and notes for the report."""
+    """The examples of a fine-tuning, their origin, and notes for the report."""
 
-    train: dict[str, list[Any]] = field(default_factory=dict)
-    dev: dict[str, list[Any]] = field(default_factory=dict)
-    test: dict[str, list[Any]] = field(default_factory=dict)
+    examples: dict[str, dict[str, list[Any]]]  # split -> language -> examples
     origin: dict[str, str] = field(default_factory=dict)  # key "train en": file name and digest
     notes: list[str] = field(default_factory=list)
-
-    def of(self, split: str) -> dict[str, list[Any]]:
-        """The examples of one split, by language."""
-        examples: dict[str, list[Any]] = getattr(self, split)
-        return examples
 
 
 def parse(options: Sequence[str], split: str) -> dict[str, str]:
@@ -53,18 +47,12 @@ def parse(options: Sequence[str], split: str) -> dict[str, str]:
     return sources
 
 
-def load(
-    task: Task,
-    options: dict[str, dict[str, str]],
-    *,
-    synthetic: dict[str, int],
-    limit: int | None = None,
-) -> Sets:
-    """Reads or makes every set.
+def load(task: Task, options: Options, *, synthetic: dict[str, int], limit: int | None = None) -> Sets:
+    """Reads or makes every set. UserError names a mistake in a file, or a set without labels.
 
-    options: {"train": {"en": "FILE", ...}, ...}; synthetic: how many examples of each split; limit: the most examples kept of a set. UserError names a mistake in a file, or a set without labels.
+    synthetic: how many examples of each split; limit: the most examples kept of a set.
     """
-    sets = Sets()
+    sets = Sets({split: {} for split in SPLITS})
     for split in SPLITS:
         for language, source in options[split].items():
             if source == "synthetic":
@@ -75,13 +63,15 @@ def load(
                 sets.origin[f"{split} {language}"] = f"{Path(source).name}, sha256 {sha256(Path(source))}"
             else:
                 continue
-            sets.of(split)[language] = examples[:limit]
-    sizes = {code: len({task.group(example) for example in examples}) for code, examples in sets.train.items()}
+            sets.examples[split][language] = examples[:limit]
+    sizes = {
+        code: len({task.group(example) for example in examples}) for code, examples in sets.examples["train"].items()
+    }
     for split in ("test", "dev"):
         for language, source in options[split].items():
             if source == "split":
                 _split(task, sets, split, language, sizes.get(language, 0))
-    for language in sets.test:
+    for language in options["test"]:
         dev, test = (sets.origin.get(f"{split} {language}", "") for split in ("dev", "test"))
         if dev == test and "sha256" in test:
             sets.notes.append(f"{language}: dev and test are the same file: the test scores also chose the epoch")
@@ -93,25 +83,26 @@ def load(
 
 def _split(task: Task, sets: Sets, split: str, language: str, size: int) -> None:
     """Moves a share of a language's `size` groups of training examples to dev or test, always the same ones (by hash)."""
-    if language not in sets.train:
+    train = sets.examples["train"]
+    if language not in train:
         raise UserError(f"--{split} {language}=split takes a share of train: give --train {language}=FILE too")
-    examples = sets.train[language]
+    examples = train[language]
 
     def digest(group: str) -> bytes:
         return hashlib.blake2b(f"{SEED} {split} {group}".encode(), digest_size=8).digest()
 
     groups = sorted({task.group(example) for example in examples}, key=digest)
     taken = set(groups[: max(1, round(SHARE * size))])
-    sets.of(split)[language] = [example for example in examples if task.group(example) in taken]
-    sets.train[language] = [example for example in examples if task.group(example) not in taken]
-    if not sets.train[language]:
+    sets.examples[split][language] = [example for example in examples if task.group(example) in taken]
+    train[language] = [example for example in examples if task.group(example) not in taken]
+    if not train[language]:
         raise UserError(f"--{split} {language}=split: train has too few different examples ({size}) to split")
     sets.origin[f"{split} {language}"] = f"{SHARE:g} of train, by hash"
 
 
 def _check_labels(task: Task, sets: Sets, split: str, language: str, source: str) -> None:
     """Leaves examples without labels out of train and dev, and notes how many there are."""
-    examples = sets.of(split)[language]
+    examples = sets.examples[split][language]
     labelled = [example for example in examples if task.labelled(example)]
     if split != "test":
         if not labelled:
@@ -119,7 +110,7 @@ def _check_labels(task: Task, sets: Sets, split: str, language: str, source: str
                 f"--{split} {language}={source}: its labels are withheld (every answer is empty): give a file with labels, "
                 f"or --dev {language}=split"
             )
-        sets.of(split)[language] = labelled
+        sets.examples[split][language] = labelled
     if len(labelled) < len(examples):
         use = "they are predicted and not scored" if split == "test" else "they are left out"
         count = f"{len(examples) - len(labelled)} of {len(examples)} examples"

@@ -7,56 +7,104 @@ word boundaries: each word is predicted in one window, which begins with up to `
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
 
 from mlinterf_ds.data.tokenizer import BOS, EOS, UNK, Tokenizer
 from mlinterf_ds.errors import UserError
-from mlinterf_ds.tasks.base import Limits, Row
-from mlinterf_ds.tasks.columns import Sentence, Tags
+from mlinterf_ds.tasks.base import Kind, Limits, Row, Task
+from mlinterf_ds.tasks.columns import Sentence, Tags, in_memory
 
 
-def rows(
-    sentences: Sequence[Sentence], gold: Tags, tokenizer: Tokenizer, labels: Sequence[str], limits: Limits
-) -> tuple[list[Row], list[str]]:
-    """The rows of the sentences, and notes on what was cut; gold: the sentences' tags in terms of `labels`.
+class Tagger(Task):
+    """A task whose examples are sentences and whose predictions are a label for each word."""
 
-    `Row.detail` is (first, end): the words that the row predicts.
-    """
-    classes = {label: index for index, label in enumerate(labels)}
-    room = limits.max_length - 2
-    made: list[Row] = []
-    nothing: list[str] = []  # words that tokenise to nothing
-    windowed = cut = 0
-    cache: dict[str, list[int]] = {}  # each word's pieces
-    for index, (sentence, tags) in enumerate(zip(sentences, gold, strict=True)):
-        pieces = []
-        for k, word in enumerate(sentence.words):
-            if word not in cache:
-                cache[word] = tokenizer.encode(word)
-            if not cache[word]:
-                nothing.append(f"{sentence.location(k)}: {word!r}")
-            pieces.append((cache[word] or [UNK])[:room])
-            cut += len(cache[word]) > room
-        targets = [_class_of(classes, tag, sentence, k) for k, tag in enumerate(tags)]
-        spans = list(windows([len(piece) for piece in pieces], room, limits.stride))
-        windowed += len(spans) > 1
-        made += [_row(index, pieces, targets, span) for span in spans]
-    notes = []
-    if nothing:
-        notes.append(f"{len(nothing)} words tokenise to nothing and are read as <unk>; the first is {nothing[0]}")
-    if windowed:
-        notes.append(f"{windowed} sentences are longer than {limits.max_length} pieces and were cut into windows")
-    if cut:
-        notes.append(f"{cut} words are longer than {room} pieces: only their first pieces are read")
-    return made, notes
+    kind: Kind = "labels"
+    synthetic_tags: str  # the attribute of a synthetic sentence that holds its tags
+
+    @abstractmethod
+    def gold(self, examples: Sequence[Sentence]) -> list[Sequence[str]]:
+        """The sentences' tags in terms of the task's labels."""
+
+    @abstractmethod
+    def majority(self, train: Sequence[Sentence]) -> tuple[str, str]:
+        """The one tag that the majority baseline gives every word, and the tag that "lexical" gives unknown words."""
+
+    def synthetic(self, language: str, count: int, seed: int, split: str) -> list[Sentence]:
+        from mlinterf_ds.data.synthetic import annotated
+
+        examples = annotated(language, count, seed, split)
+        pairs = [(example.tokens, getattr(example, self.synthetic_tags)) for example in examples]
+        return in_memory(pairs, Path(f"synthetic-{language}-{split}"))
+
+    def group(self, example: Sentence) -> str:
+        return " ".join(example.words)
+
+    def rows(
+        self, examples: Sequence[Sentence], tokenizer: Tokenizer, labels: Sequence[str], limits: Limits
+    ) -> tuple[list[Row], list[str]]:
+        """`Row.detail` is (first, end): the words that the row predicts."""
+        room = limits.max_length - 2
+        rows: list[Row] = []
+        nothing: list[str] = []  # words that tokenise to nothing
+        windowed = cut = 0
+        cache: dict[str, list[int]] = {}  # each word's pieces
+        for index, (sentence, tags) in enumerate(zip(examples, self.gold(examples), strict=True)):
+            pieces = []
+            for k, word in enumerate(sentence.words):
+                if word not in cache:
+                    cache[word] = tokenizer.encode(word)
+                if not cache[word]:
+                    nothing.append(f"{sentence.location(k)}: {word!r}")
+                pieces.append((cache[word] or [UNK])[:room])
+                cut += len(cache[word]) > room
+            targets = [_class_of(labels, tag, sentence, k) for k, tag in enumerate(tags)]
+            spans = list(windows([len(piece) for piece in pieces], room, limits.stride))
+            windowed += len(spans) > 1
+            rows += [_row(index, pieces, targets, span) for span in spans]
+        notes = []
+        if nothing:
+            notes.append(f"{len(nothing)} words tokenise to nothing and are read as <unk>; the first is {nothing[0]}")
+        if windowed:
+            notes.append(f"{windowed} sentences are longer than {limits.max_length} pieces and were cut into windows")
+        if cut:
+            notes.append(f"{cut} words are longer than {room} pieces: only their first pieces are read")
+        return rows, notes
+
+    def predict(
+        self, examples: Sequence[Sentence], rows: list[Row], outputs: list[Any], labels: list[str], limits: Limits
+    ) -> list[list[str]]:
+        tags = [[""] * len(sentence.words) for sentence in examples]
+        for row, classes in zip(rows, outputs, strict=True):
+            first, end = row.detail
+            tags[row.example][first:end] = [labels[int(c)] for c in classes[: end - first]]
+        return tags
+
+    def baselines(self, train: Sequence[Sentence], test: Sequence[Sentence]) -> dict[str, dict[str, float]]:
+        """majority: every word gets one tag; lexical: each word gets the tag that it had most often in `train`."""
+        tag, default = self.majority(train)
+        counts: dict[str, Counter[str]] = {}
+        for sentence, tags in zip(train, self.gold(train), strict=True):
+            for word, right in zip(sentence.words, tags, strict=True):
+                counts.setdefault(word, Counter())[right] += 1
+        best = {word: max(sorted(times), key=times.__getitem__) for word, times in counts.items()}
+        lexical = [[best.get(word, default) for word in sentence.words] for sentence in test]
+        return {"majority": self.score(test, constant(test, tag)), "lexical": self.score(test, lexical)}
 
 
-def _class_of(classes: dict[str, int], tag: str, sentence: Sentence, word: int) -> int:
-    if tag not in classes:
-        known = ", ".join(classes)
+def constant(sentences: Sequence[Sentence], tag: str) -> Tags:
+    """Predictions that give every word the same tag."""
+    return [[tag] * len(sentence.words) for sentence in sentences]
+
+
+def _class_of(labels: Sequence[str], tag: str, sentence: Sentence, word: int) -> int:
+    if tag not in labels:
+        known = ", ".join(labels)
         raise UserError(f"{sentence.location(word)}: tag {tag!r} does not occur in the training set, which has {known}")
-    return classes[tag]
+    return labels.index(tag)
 
 
 def windows(sizes: Sequence[int], room: int, stride: int) -> Iterator[tuple[int, int, int]]:
@@ -86,29 +134,3 @@ def _row(example: int, pieces: list[list[int]], targets: list[int], span: tuple[
             positions.append(len(tokens))
         tokens += pieces[word]
     return Row(example, [*tokens, EOS], positions, targets[first:end], (first, end))
-
-
-def predict(
-    sentences: Sequence[Sentence], rows: Sequence[Row], outputs: Sequence[Sequence[int]], labels: Sequence[str]
-) -> list[list[str]]:
-    """The label of every word of every sentence; outputs: the class at each position of each row."""
-    tags = [[""] * len(sentence.words) for sentence in sentences]
-    for row, classes in zip(rows, outputs, strict=True):
-        first, end = row.detail
-        tags[row.example][first:end] = [labels[int(c)] for c in classes[: end - first]]
-    return tags
-
-
-def lexical(train: Sequence[Sentence], gold: Tags, test: Sequence[Sentence], default: str) -> list[list[str]]:
-    """A baseline: each word gets the tag it had most often in training, and `default` if training did not have it."""
-    counts: dict[str, Counter[str]] = {}
-    for sentence, tags in zip(train, gold, strict=True):
-        for word, tag in zip(sentence.words, tags, strict=True):
-            counts.setdefault(word, Counter())[tag] += 1
-    best = {word: max(sorted(times), key=times.__getitem__) for word, times in counts.items()}
-    return [[best.get(word, default) for word in sentence.words] for sentence in test]
-
-
-def constant(sentences: Sequence[Sentence], tag: str) -> list[list[str]]:
-    """A baseline: every word gets the same tag."""
-    return [[tag] * len(sentence.words) for sentence in sentences]

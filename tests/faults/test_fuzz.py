@@ -27,7 +27,7 @@ from mlinterf_ds.results.records import Records
 from mlinterf_ds.results.runs import FineTunedRun, read_losses
 from mlinterf_ds.study.config import StudyConfig
 from mlinterf_ds.tasks import TASKS, Limits
-from mlinterf_ds.tasks.ner import iob2
+from mlinterf_ds.tasks.ner import in_scheme
 from tests.faults.fuzz import MUTATIONS, STRANGE, WOUNDS, cases, mutated, refuses, wounded
 from tests.unit.test_corpus import SPLITS, some_lines, written
 from tools.doctor import hosts as doctor_hosts
@@ -348,7 +348,7 @@ def test_damaged_tagged_files(name: str, corpus: tuple[Path, Any], tmp_path: Pat
             assert sum(len(s.words) for s in examples) == len(lines)
             tags = [s.tags for s in examples]
             if name == "ner":
-                assert all(tag == "O" or tag[:2] in ("B-", "I-") for of in tags for tag in iob2(of))
+                assert all(tag == "O" or tag[:2] in ("B-", "I-") for of in tags for tag in in_scheme(of, "IOB2"))
             out = tmp_path / "out"
             out.write_text("\n".join("\n".join(s.retagged(s.tags)) for s in examples), newline="")
             assert data.decode().removeprefix("\ufeff") == out.read_bytes().decode()

@@ -61,7 +61,7 @@ def noted(model: Path, data: Path) -> list[str]:
 
     config = load_config(FinetuneConfig, [], [*bodies.FINETUNE, f"checkpoint={model}", "task=ner"])
     options = {"train": {"te": str(data / "ner-te")}, "dev": {"te": "split"}, "test": {"as": str(data / "strange")}}
-    return prepare(config, options, {}, "fp32", laid_out(1))[1].notes
+    return prepare(config, options, {}, "fp32", laid_out(1)).sets.notes
 
 
 def test_words_that_the_vocabulary_lacks_are_noted(ground: Path, tmp_path: Path) -> None:

@@ -115,7 +115,7 @@ def make(
     config = load_config(FinetuneConfig, [], [*FINETUNE, *own, *settings])
     files = {language: f"{data}/{task}-{language}" for language in LANGUAGES}
     options = {"train": {"te": files["te"]}, "dev": {"te": "split"}, "test": files}
-    job, _ = prepare(
+    job = prepare(
         config, options, read_json(REPOSITORY / "ds_configs" / f"{json_name}.json"), config.train.precision, layout
     )
     section = config.finetune

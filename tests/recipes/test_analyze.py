@@ -169,7 +169,7 @@ def test_a_corpus_of_another_vocabulary_is_refused(tmp_path: Path) -> None:
     [
         ([], "checkpoint is not set: analysis=conflict"),
         (["analysis=prune"], "checkpoint is not set: analysis=prune"),
-        (["checkpoint=x", "languages=en,en"], "name each language once"),
+        (["checkpoint=x", "languages=en,en"], "name each once"),
         (["checkpoint=x", "conflict.sketch=4"], "conflict.sketch"),
         (["checkpoint=x", "conflict.every=4"], "unknown key"),
         (["checkpoint=x", "analysis=other"], "analysis='other'"),

@@ -227,7 +227,7 @@ def test_source_routing_needs_one_source(ground: Path) -> None:
         ([], "checkpoint is not set"),
         (["checkpoint=x", "finetune.lrr=1"], "did you mean finetune.lr"),
         (["checkpoint=x", "finetune.lr=0"], "greater than 0"),
-        (["checkpoint=x", "finetune.seeds=1,1"], "names a value twice"),
+        (["checkpoint=x", "finetune.seeds=1,1"], "named twice"),
         (["checkpoint=x", "resume=auto"], "output=FOLDER"),
         (["checkpoint=x", "finetune.batch="], "at least 1 item"),
         (["checkpoint=x", "finetune.freeze=all"], "'none', 'language' or 'shared'"),

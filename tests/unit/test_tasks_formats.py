@@ -39,7 +39,7 @@ def gold(task: str, example: Any) -> Any:
     """The prediction that is right."""
     if task == "nli":
         return example.label
-    return ner_module.iob2(example.tags) if task == "ner" else example.texts[0] if task == "qa" else example.tags
+    return example.texts[0] if task == "qa" else TASKS[task].gold([example])[0]
 
 
 @pytest.mark.parametrize(
@@ -97,7 +97,7 @@ def test_every_scheme_means_the_same_and_is_recognised(scheme: str) -> None:
 
     tags = SCHEMES[scheme].split()
     assert ner_module.spans(tags) == [("PER", 0, 2), ("PER", 2, 3), ("LOC", 4, 5), ("ORG", 5, 6)]
-    assert ner_module.iob2(tags) == SCHEMES["IOB2"].split()
+    assert ner_module.in_scheme(tags, "IOB2") == SCHEMES["IOB2"].split()
     assert ner_module.scheme_of([tags]) == scheme
     assert ner_module.in_scheme(SCHEMES["IOB2"].split(), scheme) == tags
     if scheme != "BILOU":  # seqeval's default reading does not know U
@@ -233,22 +233,25 @@ def sets(train: str, dev: str, test: str, task: str = "ner") -> Sets:
 def test_a_split_keeps_groups_together_and_is_always_the_same(tmp_path: Path) -> None:
     path = put(tmp_path, "f.tsv", "".join(f"w{n % 20}\tO\n\n" for n in range(100)))
     first, again = (sets(f"en={path}", "en=split", "en=split") for _ in range(2))
-    words = {split: {s.words for s in first.of(split)["en"]} for split in ("train", "dev", "test")}
+    words = {split: {s.words for s in first.examples[split]["en"]} for split in ("train", "dev", "test")}
     assert [len(words[split]) for split in ("train", "dev", "test")] == [16, 2, 2]
     assert len(set.union(*words.values())) == 20
-    assert sum(len(first.of(split)["en"]) for split in words) == 100
-    assert [s.first_line for s in again.dev["en"]] == [s.first_line for s in first.dev["en"]]
+    assert sum(len(first.examples[split]["en"]) for split in words) == 100
+    assert [s.first_line for s in again.examples["dev"]["en"]] == [s.first_line for s in first.examples["dev"]["en"]]
 
 
 @pytest.mark.parametrize("task", TASKS)
 def test_synthetic_sets_differ_by_split(task: str, tmp_path: Path) -> None:
     made = sets("syn=synthetic", "syn=synthetic", "syn-mid=synthetic", task)
-    assert len(made.train["syn"]) == 40 and len(made.dev["syn"]) == len(made.test["syn-mid"]) == 10
-    assert made.train["syn"][:10] != made.dev["syn"]
-    path = tmp_path / f"out{TASKS[task].suffix(made.dev['syn'])}"
+    assert (
+        len(made.examples["train"]["syn"]) == 40
+        and len(made.examples["dev"]["syn"]) == len(made.examples["test"]["syn-mid"]) == 10
+    )
+    assert made.examples["train"]["syn"][:10] != made.examples["dev"]["syn"]
+    path = tmp_path / f"out{TASKS[task].suffix(made.examples['dev']['syn'])}"
     if task in ("ner", "pos"):
-        TASKS[task].write(made.dev["syn"], [s.tags for s in made.dev["syn"]], path)
-        assert [s.words for s in TASKS[task].read(path, "syn")] == [s.words for s in made.dev["syn"]]
+        TASKS[task].write(made.examples["dev"]["syn"], [s.tags for s in made.examples["dev"]["syn"]], path)
+        assert [s.words for s in TASKS[task].read(path, "syn")] == [s.words for s in made.examples["dev"]["syn"]]
 
 
 @pytest.mark.parametrize(
@@ -285,7 +288,7 @@ def test_withheld_labels_are_for_tests_only(tmp_path: Path) -> None:
     labelled = put(tmp_path, "g.json", squad("Ann ran.", ANN))
     read = sets(f"en={labelled}", f"en={labelled}", f"en={withheld}", "qa")
     assert any("1 of 1 examples have no label" in note for note in read.notes)
-    assert TASKS["qa"].score(read.test["en"], ["Ann"]) == {}
+    assert TASKS["qa"].score(read.examples["test"]["en"], ["Ann"]) == {}
     with pytest.raises(UserError, match="labels are withheld"):
         sets(f"en={labelled}", f"en={withheld}", f"en={labelled}", "qa")
 
