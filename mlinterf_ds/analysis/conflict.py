@@ -1,6 +1,6 @@
 """Gradient conflict (paper, sections 3.1 and 3.3, figure 3): how far languages pull shared parameters apart.
 
-It is measured here on a checkpoint, and by `gradients/monitor.py` during pretraining. The similarity of two languages is the
+It is measured here on a checkpoint, and by `gradients/measure.py` during pretraining. The similarity of two languages is the
 cosine of their gradients. Two batches of one language give the ceiling: the gradient of a short batch is noisy, which lowers all
 cosines alike, so compare with the ceiling and never with 1.
 
@@ -11,6 +11,7 @@ cosines alike, so compare with the ceiling and never with 1.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,10 @@ import numpy as np
 from mlinterf_ds.analysis.job import AnalysisJob
 from mlinterf_ds.errors import UserError
 from mlinterf_ds.files import write_csv
-from mlinterf_ds.gradients.measure import Draws, measure, measured_components
-from mlinterf_ds.gradients.similarity import ALL, COMPONENTS, Similarity, spread
-from mlinterf_ds.plots.conflict import by_component, read_curves, training_curves
+from mlinterf_ds.gradients.measure import Draws, measure, read_curves
+from mlinterf_ds.gradients.similarity import ALL, COMPONENTS, Similarity, pairs, spread, spread_table
 from mlinterf_ds.plots.heatmaps import heatmaps
+from mlinterf_ds.plots.similarity import by_component, training_curves
 
 
 def run(job: AnalysisJob) -> dict[str, Any]:
@@ -31,18 +32,11 @@ def run(job: AnalysisJob) -> dict[str, Any]:
     settings = job.config.conflict
     if settings.runs:
         return _draw_runs(job)
-    saved = job.model.saved["config"]
     engine = job.engine(settings.micro_batch * job.layout.data, settings.micro_batch)
     draws = Draws(
-        job.text,
-        job.languages,
-        job.model_languages,
-        config=settings,
-        length=job.model.positions,
-        mask_share=saved["data"]["mask"],
-        seed=settings.seed,
-        engine=engine,
-    )
+        job.text, job.languages, job.model.languages, config=settings, length=job.model.positions,
+        mask_share=job.model.mask_share, seed=settings.seed, engine=engine,
+    )  # fmt: skip
     similarity, costs = measure(engine, draws, settings.sketch, settings.seed)
     matrix = similarity.matrix()
     if not np.isfinite(matrix).all():
@@ -59,31 +53,28 @@ def run(job: AnalysisJob) -> dict[str, Any]:
         "seed": settings.seed,
         **spread(matrix),
         "matrix": matrix.tolist(),
-        "corrected": _plain(similarity.corrected()),
-        "components": {part: spread(similarity.matrix(ALL, part)) for part in measured_components(similarity)},
+        "corrected": [[x if math.isfinite(x) else None for x in row] for row in similarity.corrected().tolist()],
+        "components": {part: spread(similarity.matrix(ALL, part)) for part in similarity.components},
         "costs": costs,
     }
     if job.first:
         _write(job, similarity, summary)
         facts = {f"conflict/{name}": summary[name] for name in ("within", "between", "least") if name in summary}
         job.log(facts | {f"conflict/{name}": v for name, v in costs.items() if not isinstance(v, str)}, 0)
-        print(_shown(summary), flush=True)
+        print(spread_table("gradient similarity", {"whole model": summary, **summary["components"]}))
+        print(
+            f"{costs['seconds_gradients']:.1f} s for the gradients of {draws.rows} sequences, "
+            f"{costs['seconds_similarity']:.1f} s for their similarities ({costs['sketch']})", flush=True,
+        )  # fmt: skip
     return summary
-
-
-def _plain(matrix: np.ndarray) -> list[list[float | None]]:
-    return [[float(value) if np.isfinite(value) else None for value in row] for row in matrix]
 
 
 def _write(job: AnalysisJob, similarity: Similarity, summary: Mapping[str, Any]) -> None:
     """Write similarity.csv and draw both figures."""
-    codes, parts = list(similarity.languages), measured_components(similarity)
-    cosines = [(layer, part, similarity.matrix(layer, part)) for layer, part in similarity.scopes()]
-    rows = [
-        [layer, part, codes[left], codes[right], float(matrix[left, right])]
-        for layer, part, matrix in cosines
-        for left, right in similarity.pairs()
-    ]
+    codes, rows = list(similarity.languages), []
+    for layer, part in similarity.scopes():
+        matrix = similarity.matrix(layer, part)
+        rows += [[layer, part, codes[a], codes[b], float(matrix[a, b])] for a, b in pairs(len(codes))]
     write_csv(job.output / "similarity.csv", ["layer", "component", "left", "right", "cosine"], rows)
     error = "" if summary["costs"]["sketch"] == "exact" else f"; projected to {summary['costs']['sketch']} dimensions"
     caption = (
@@ -91,7 +82,9 @@ def _write(job: AnalysisJob, similarity: Similarity, summary: Mapping[str, Any])
         f"{job.text.folder.name}, seed "
         f"{summary['seed']}{error}\ndiagonal: two batches of one language"
     )
-    panels = {"whole model": similarity.matrix()} | {part: similarity.matrix(ALL, part) for part in parts}
+    panels = {"whole model": similarity.matrix()} | {
+        part: similarity.matrix(ALL, part) for part in similarity.components
+    }
     title = "Similarity of the languages' gradients"
     heatmaps(panels, codes, codes, job.output / "matrix.png", title=title, label="cosine", caption=caption)
     by_component(by_layer(similarity), job.output / "components.png", title=title, caption=caption.split("\n")[0])
@@ -100,31 +93,13 @@ def _write(job: AnalysisJob, similarity: Similarity, summary: Mapping[str, Any])
 def by_layer(similarity: Similarity) -> dict[str, dict[str, tuple[float, float]]]:
     """component -> layer ('' for what lies outside the layers) -> (mean within, mean between)."""
     table: dict[str, dict[str, tuple[float, float]]] = {}
-    for layer, part in [
-        ("", "whole model"),
-        *((str(a), p) for p in COMPONENTS for a, q in similarity.groups if p == q),
-    ]:
-        outside = layer in ("", "None")
-        matrix = (
-            similarity.matrix() if part == "whole model" else similarity.matrix(None if outside else int(layer), part)
-        )
-        facts = spread(matrix)
-        name = f"{part} (outside)" if layer == "None" and part == "other" else part
-        table.setdefault(name, {})["" if outside else layer] = (facts["within"], facts.get("between", np.nan))
+    groups = sorted(similarity.groups, key=lambda group: COMPONENTS.index(group[1]))
+    for layer, part in [(ALL, ALL), *groups]:
+        facts = spread(similarity.matrix(layer, part))
+        name = "whole model" if part == ALL else "other (outside)" if (layer, part) == (None, "other") else part
+        layer_name = str(layer) if isinstance(layer, int) else ""
+        table.setdefault(name, {})[layer_name] = (facts["within"], facts.get("between", np.nan))
     return table
-
-
-def _shown(summary: Mapping[str, Any]) -> str:
-    lines = [f"{'gradient similarity':<22}{'within':>9}{'between':>9}"]
-    for name, facts in {"whole model": summary, **summary["components"]}.items():
-        between = f"{facts['between']:>9.3f}" if "between" in facts else f"{'-':>9}"
-        lines.append(f"{name:<22}{facts['within']:>9.3f}{between}")
-    costs = summary["costs"]
-    lines.append(
-        f"{costs['seconds_gradients']:.1f} s for the gradients of {summary['sequences']} sequences, "
-        f"{costs['seconds_similarity']:.1f} s for their similarities ({costs['sketch']})"
-    )
-    return "\n".join(lines)
 
 
 def _draw_runs(job: AnalysisJob) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+from scipy.spatial.distance import jensenshannon
 
 from mlinterf_ds.data import synthetic
 from mlinterf_ds.data.batch import FIRST_ORDINARY
@@ -94,12 +95,9 @@ def jensen_shannon(left: Mapping[str, float], right: Mapping[str, float]) -> flo
 
     Endres and Schindelin (2003): a metric, at most 1.
     """
-    total_left, total_right = sum(left.values()), sum(right.values())
-    terms = []
-    for key in left.keys() | right.keys():
-        p, q = left.get(key, 0) / total_left, right.get(key, 0) / total_right
-        terms += [share / 2 * math.log2(2 * share / (p + q)) for share in (p, q) if share]
-    return math.sqrt(min(1.0, max(0.0, math.fsum(terms))))  # fsum, because the order of a set changes
+    keys = sorted(left.keys() | right.keys())  # sorted, because the order of a set changes and with it the round-off
+    counts = [[side.get(key, 0) for key in keys] for side in (left, right)]
+    return float(np.nan_to_num(jensenshannon(*counts, base=2)))  # NaN where round-off makes the divergence negative
 
 
 def character_distance(left: Sequence[Mapping[str, float]], right: Sequence[Mapping[str, float]]) -> float:

@@ -27,8 +27,7 @@ from mlinterf_ds.data.evaluation import EvaluationSet
 from mlinterf_ds.errors import UserError
 from mlinterf_ds.evaluate import ROWS, Model
 from mlinterf_ds.ranks import from_first
-from mlinterf_ds.results.comparison import BITS, compare_bits, compare_scores
-from mlinterf_ds.results.interference import InterferenceResults
+from mlinterf_ds.results.interference import BITS, InterferenceResults, compare_bits, compare_scores
 from mlinterf_ds.results.runs import FineTunedRun, PretrainedRun, by_setup, common_corpus
 
 
@@ -99,12 +98,12 @@ def measure(job: AnalysisJob) -> InterferenceResults:
 def open_runs(kind: str, names: Sequence[str]) -> list[PretrainedRun]:
     """Opens the runs of `interference.<kind>`. UserError if a mono model has several languages or another one has one."""
     runs = [PretrainedRun.open(name) for name in names]
+    wanted = "one language" if kind == "mono" else "two languages or more"
     for member in runs:
-        languages = member.setup.languages
-        if (len(languages) == 1) != (kind == "mono"):
-            wanted = "one language" if kind == "mono" else "two languages or more"
+        if (len(member.setup.languages) == 1) != (kind == "mono"):
+            codes = ", ".join(member.setup.languages)
             raise UserError(
-                f"interference.{kind} {member.folder}: that model's languages are {', '.join(languages)}; expected {wanted}"
+                f"interference.{kind} {member.folder}: that model's languages are {codes}; expected {wanted}"
             )
     return runs
 

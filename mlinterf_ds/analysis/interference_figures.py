@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -13,9 +13,8 @@ from mlinterf_ds.plots.bars import Value, bars, intervals
 from mlinterf_ds.plots.curves import BINS, binned, seed_curves
 from mlinterf_ds.plots.heatmaps import heatmaps
 from mlinterf_ds.plots.style import Points
-from mlinterf_ds.results.comparison import BITS, Comparison, transfer
-from mlinterf_ds.results.interference import InterferenceResults
-from mlinterf_ds.results.runs import PretrainedRun, Setup
+from mlinterf_ds.results.interference import BITS, Comparison, InterferenceResults, transfer
+from mlinterf_ds.results.runs import Setup
 
 UNITS = {BITS: "bits per character, joint − mono"}
 NAMED_PARTNERS = 3  # a label names up to this many partners, and only counts more
@@ -24,12 +23,13 @@ NAMED_PARTNERS = 3  # a label names up to this many partners, and only counts mo
 def draw(output: Path, results: InterferenceResults) -> None:
     """Writes every table and figure into `output`."""
     _write_table(output, results)
+    draw_matrices = functools.partial(heatmaps, rows=results.languages, columns=results.languages)
     for metric in dict.fromkeys(comparison.metric for comparison in results.comparisons):
         _draw_metric(output, results, metric)
     for metric, matrices in transfer(results.tuned, results.languages).items():
         caption = "mean over seeds and over the models that have both languages; diagonal: within-language"
-        _draw_matrices(
-            results, matrices, output / f"transfer-{_stem(metric)}.png", title=f"Zero-shot transfer: {metric}",
+        draw_matrices(
+            matrices, path=output / f"transfer-{metric.replace(' ', '-')}.png", title=f"Zero-shot transfer: {metric}",
             label=metric, caption=f"{results.data}\n{caption}", form=".1f", row_label="fine-tuned on",
             column_label="tested on", middle=float(np.nanmean(np.stack(list(matrices.values())))),
         )  # fmt: skip
@@ -37,8 +37,8 @@ def draw(output: Path, results: InterferenceResults) -> None:
         caption = (
             "vocabulary: 1 − overlap of unigrams; characters: Jensen-Shannon of sequences of 1 to 3; training text of "
         )
-        _draw_matrices(
-            results, results.distances, output / "distance.png", title="Distance between languages", label="distance",
+        draw_matrices(
+            results.distances, path=output / "distance.png", title="Distance between languages", label="distance",
             caption=caption + results.data, middle=0.5,
         )  # fmt: skip
     if results.mono or results.joint:
@@ -51,16 +51,11 @@ def _partners(language: str, setup: Setup) -> str:
     return "+".join(partners) if len(partners) <= NAMED_PARTNERS else f"{len(partners)} languages"
 
 
-def _stem(metric: str) -> str:
-    """The metric as a part of a file's name."""
-    return metric.replace(" ", "-")
-
-
 def _write_table(output: Path, results: InterferenceResults) -> None:
     """interference.csv: the rows of the summary, with lists joined by "+"."""
     columns = ["metric", "language", "joint_with", "variant", "seeds", "rows"]
     columns += ["mono", "joint", "interference", "low", "high", "mono_epochs", "joint_epochs"]
-    table: list[list[Any]] = []
+    table = []
     for row in results.rows():
         cells = [row["metric"], row["language"], "+".join(row["joint with"]), row["variant"]]
         cells += ["+".join(map(str, row["seeds"])), row["rows"], row["mono"], row["joint"], row["interference"]]
@@ -83,7 +78,7 @@ def _draw_metric(output: Path, results: InterferenceResults, metric: str) -> Non
         levels.append(_level(category, variant, comparison.joint))
         gaps.append(Value(category, variant, effect.mean, *(effect.low, effect.high) * effect.has_interval))
     levels.sort(key=lambda level: {"mono": 0, "larger": 2}.get(level.series, 1))
-    basis, stem = _basis(comparisons, results), _stem(metric)
+    basis, stem = _basis(comparisons, results), metric.replace(" ", "-")
     better = "lower is better" if metric == BITS else "higher is better"
     whiskers = "whiskers: lowest and highest seed" if any(len(c.seeds) > 1 for c in comparisons) else "one seed"
     title = "Bits per character of held-out text" if metric == BITS else f"{metric}, within-language"
@@ -93,14 +88,10 @@ def _draw_metric(output: Path, results: InterferenceResults, metric: str) -> Non
     intervals(gaps, output / f"differences-{stem}.png", title="Interference", label=unit, caption=caption)
     if matrices := results.pair_matrices(metric):
         caption = f"{basis}; positive: the partner hurts; grey: no such run"
-        _draw_matrices(
-            results, matrices, output / f"pairs-{stem}.png", title="Interference of pairs", label=unit, caption=caption,
-            form="+.2f", row_label="language", column_label="partner",
+        heatmaps(
+            matrices, results.languages, results.languages, output / f"pairs-{stem}.png", title="Interference of pairs",
+            label=unit, caption=caption, form="+.2f", row_label="language", column_label="partner",
         )  # fmt: skip
-
-
-def _draw_matrices(results: InterferenceResults, matrices: dict[str, np.ndarray], path: Path, **options: Any) -> None:
-    heatmaps(matrices, results.languages, results.languages, path, **options)
 
 
 def _level(category: str, series: str, values: tuple[float, ...]) -> Value:
@@ -121,9 +112,9 @@ def _basis(comparisons: list[Comparison], results: InterferenceResults) -> str:
 def _draw_curves(output: Path, results: InterferenceResults) -> None:
     """Figures 2 and 4c from the runs' own records; a run without train.csv is left out of the latter."""
     runs = [
-        (run, _model_name(run, larger=groups is results.larger))
+        (run, f"larger ({variant}, {len(codes)} languages)" if groups is results.larger else variant)
         for groups in (results.mono, results.joint, results.larger)
-        for seeds in groups.values()
+        for (codes, variant), seeds in groups.items()
         for run in seeds.values()
     ]
     warmup = max((int(run.config["train"]["warmup"]) for run, _ in runs if run.losses), default=0)
@@ -141,18 +132,11 @@ def _draw_curves(output: Path, results: InterferenceResults) -> None:
             if points := binned(run.losses.get(code, []), warmup, last):
                 losses.setdefault(code, {}).setdefault(name, {})[run.seed] = points
     lines = "line: mean of the seeds, shade: their range; x: steps over all languages of a model"
-    title, label, caption = (
-        "Validation perplexity during pretraining",
-        "validation perplexity",
-        f"{results.data}; {lines}",
-    )
+    title, label = "Validation perplexity during pretraining", "validation perplexity"
     if perplexity:
+        caption = f"{results.data}; {lines}"
         seed_curves(perplexity, output / "validation.png", title=title, label=label, caption=caption)
     title, label = "Training loss after the warm-up", "loss (nats a prediction)"
-    caption = f"{results.data}; from step {warmup} on, means over up to {BINS} stretches; {lines}"
     if losses:
+        caption = f"{results.data}; from step {warmup} on, means over up to {BINS} stretches; {lines}"
         seed_curves(losses, output / "training.png", title=title, label=label, caption=caption)
-
-
-def _model_name(run: PretrainedRun, larger: bool) -> str:
-    return f"larger ({run.setup.variant}, {len(run.setup.languages)} languages)" if larger else run.setup.variant

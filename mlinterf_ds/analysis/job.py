@@ -25,7 +25,7 @@ class AnalysisJob:
     config: AnalyzeConfig
     pretrained: Pretrained | None
     corpus: Corpus | None
-    languages: tuple[str, ...]  # analysed ones; a batch carries a language's index among `model_languages`
+    languages: tuple[str, ...]  # analysed ones; a batch carries a language's index among the model's
     layout: Layout
     device: torch.device
     deepspeed_json: dict[str, Any]
@@ -51,11 +51,6 @@ class AnalysisJob:
         """The corpus; only for an analysis that takes one."""
         assert self.corpus is not None, "opened with the checkpoint"
         return self.corpus
-
-    @property
-    def model_languages(self) -> tuple[str, ...]:
-        """All languages of the model, in the order of the indices that batches carry."""
-        return tuple(self.model.languages)
 
     def engine(self, rows: int, micro_batch: int | None = None) -> Engine:
         """An engine with the checkpoint's weights and no dropout, for global batches of `rows` rows.

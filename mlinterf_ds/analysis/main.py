@@ -73,16 +73,12 @@ def run(config: AnalyzeConfig, deepspeed_json: dict[str, Any], group: Group | No
 def analyse(job: AnalysisJob) -> dict[str, Any]:
     """Run the analysis that the configuration names; its summary. Only that analysis's code is imported."""
     if job.config.analysis == "conflict":
-        from mlinterf_ds.analysis import conflict
-
-        return conflict.run(job)
-    if job.config.analysis == "prune":
-        from mlinterf_ds.analysis.masks import main as masks
-
-        return masks.run(job)
-    from mlinterf_ds.analysis import interference
-
-    return interference.run(job)
+        from mlinterf_ds.analysis.conflict import run as measure
+    elif job.config.analysis == "prune":
+        from mlinterf_ds.analysis.masks.main import run as measure
+    else:
+        from mlinterf_ds.analysis.interference import run as measure
+    return measure(job)
 
 
 def material(config: AnalyzeConfig, pretrained: Pretrained | None) -> tuple[Corpus | None, tuple[str, ...]]:

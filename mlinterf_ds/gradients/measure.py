@@ -6,9 +6,10 @@ Legend: L languages; a gradient's number is as in `mlinterf_ds.gradients.similar
 from __future__ import annotations
 
 import csv
+import itertools
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,17 +21,18 @@ from mlinterf_ds.data.windows import TokenSource, Windows
 from mlinterf_ds.engine.engine import Engine, Rows
 from mlinterf_ds.engine.space import Vector
 from mlinterf_ds.engine.throughput import peak_memory
-from mlinterf_ds.errors import UserError
-from mlinterf_ds.files import write_csv
-from mlinterf_ds.gradients.similarity import ALL, DRAWS, Exact, Similarity, Sketch, spread
+from mlinterf_ds.errors import UserError, refusing
+from mlinterf_ds.files import read_csv, write_csv
+from mlinterf_ds.gradients.similarity import ALL, DRAWS, Exact, Similarity, Sketch, pairs, spread
 from mlinterf_ds.meta.bilevel import norm
 from mlinterf_ds.model.encoder import SHARED
-from mlinterf_ds.plots.conflict import FIELDS, read_curves, training_curves
+from mlinterf_ds.plots.similarity import Curves, training_curves
 from mlinterf_ds.sections import ConflictSection
 
 PAPERS_ROWS, CPU_ROWS = 4096, 64  # rows of a gradient
 MOST_EXACT = 4  # languages up to which sketch=auto keeps whole gradients
 DIMENSION = 4096  # of the projection beyond
+FIELDS = ["step", "scope", "left", "right", "cosine"]  # columns of conflict.csv
 LOGGED_PAIRS = 28  # pairs of languages with a curve of their own in MLflow: 8 languages
 
 
@@ -54,8 +56,7 @@ class Draws:
         engine: Engine,
     ):
         self.languages = tuple(languages)
-        self._known = list(known)
-        self._windows = {}
+        self._known, self._windows = list(known), {}
         for code in self.languages:
             tokens = corpus.tokens(code, "train")
             if len(tokens) < DRAWS * (length - 1):
@@ -79,17 +80,15 @@ class Draws:
         """This rank's micro-batches; their loss is the mean over the masked positions of all rows."""
         index, windows = self._known.index(language), self._windows[language]
         masker, first = self._maskers[language, draw], measurement * windows.count + draw * self.rows
-        return [
-            masker.batch(
+        batches = []
+        for start, stop in self._slices:
+            rows, weights = (
                 windows.visit(first + np.arange(start, stop)),
                 np.full(stop - start, 1 / (self.rows * masker.masked)),
-                np.full(stop - start, index),
-                (index,),
-                step=measurement,
-                start=start,
             )
-            for start, stop in self._slices
-        ]
+            languages = np.full(stop - start, index)
+            batches.append(masker.batch(rows, weights, languages, (index,), step=measurement, start=start))
+        return batches
 
 
 def _rows(config: ConflictSection, counts: dict[str, int], data_ranks: int, on_cpu: bool) -> int:
@@ -130,13 +129,6 @@ def gradient(engine: Engine, batches: Sequence[Rows]) -> Vector:
         engine.scale.value = scale
 
 
-def gradients(engine: Engine, draws: Draws, measurement: int) -> Iterator[Vector]:
-    """Every language's gradients, in the order of their numbers."""
-    for language in draws.languages:
-        for draw in range(DRAWS):
-            yield gradient(engine, draws.batches(language, draw, measurement))
-
-
 def measure(
     engine: Engine, draws: Draws, sketch: str | int, seed: int, measurement: int = 0
 ) -> tuple[Similarity, dict[str, Any]]:
@@ -150,46 +142,36 @@ def measure(
     dimension = sketch
     if sketch == "auto":
         dimension = "exact" if len(draws.languages) <= MOST_EXACT else DIMENSION
-    clock = _Clock(get_accelerator().synchronize)
+    seconds, last = {"gradients": 0.0, "similarity": 0.0}, time.perf_counter()
+
+    def lap(work: str) -> None:
+        """Adds the seconds since the last lap to those of `work`, after the device's work."""
+        nonlocal last
+        get_accelerator().synchronize()
+        now = time.perf_counter()
+        seconds[work] += now - last
+        last = now
+
     table = Exact(engine) if dimension == "exact" else Sketch(engine, int(dimension), seed)
-    clock.lap("similarity")
+    lap("similarity")
     peak = 0
-    for vector in gradients(engine, draws, measurement):
-        clock.lap("gradients")
+    for language, draw in itertools.product(draws.languages, range(DRAWS)):  # in the order of the gradients' numbers
+        vector = gradient(engine, draws.batches(language, draw, measurement))
+        lap("gradients")
         peak = peak or peak_memory(engine.device)  # one gradient has been computed, nothing compared
         table.add(vector)
         del vector
-        clock.lap("similarity")
+        lap("similarity")
     products = table.products()
-    clock.lap("similarity")
+    lap("similarity")
     costs = {
-        "seconds_gradients": clock.seconds["gradients"],
-        "seconds_similarity": clock.seconds["similarity"],
-        "ratio": 1 + clock.seconds["similarity"] / clock.seconds["gradients"],
+        "seconds_gradients": seconds["gradients"],
+        "seconds_similarity": seconds["similarity"],
+        "ratio": 1 + seconds["similarity"] / seconds["gradients"],
         "bytes_held": table.bytes,
         "bytes_peak_increase": peak_memory(engine.device) - peak,
     }
     return Similarity(draws.languages, table.groups, products), costs | {"sketch": dimension}
-
-
-class _Clock:
-    """Seconds spent on gradients and on their similarity; waits for the device's work."""
-
-    def __init__(self, synchronize: Any):
-        self.seconds = {"gradients": 0.0, "similarity": 0.0}
-        self._synchronize, self._last = synchronize, time.perf_counter()
-
-    def lap(self, work: str) -> None:
-        """Adds the seconds since the last lap to those of `work`."""
-        self._synchronize()
-        now = time.perf_counter()
-        self.seconds[work] += now - self._last
-        self._last = now
-
-
-def measured_components(similarity: Similarity) -> list[str]:
-    """The components whose gradients were measured, over all layers."""
-    return [part for layer, part in similarity.scopes() if layer == ALL and part != ALL]
 
 
 class Monitor:
@@ -200,37 +182,13 @@ class Monitor:
     """
 
     def __init__(
-        self,
-        engine: Engine,
-        corpus: TokenSource,
-        languages: Sequence[str],
-        config: ConflictSection,
-        output: Path,
-        *,
-        every: int,
-        name: str,
-        length: int,
-        mask_share: float,
-        seed: int,
-        text: str,
+        self, engine: Engine, draws: Draws, config: ConflictSection, output: Path, *, name: str, seed: int, text: str
     ):
-        self.engine, self.config, self.every, self.output = engine, config, every, output
-        self.name, self.seed = name, seed
-        self.draws = Draws(
-            corpus,
-            languages,
-            languages,
-            config=config,
-            length=length,
-            mask_share=mask_share,
-            seed=seed,
-            engine=engine,
-        )
+        self.engine, self.draws, self.config, self.output = engine, draws, config, output
+        self.name, self.seed, self.first = name, seed, engine.layout.rank == 0
         self.caption = (
-            f"{text} text, {self.draws.rows} training sequences a gradient, seed {seed}; dashed: two "
-            "batches of one language"
+            f"{text} text, {draws.rows} training sequences a gradient, seed {seed}; dashed: two batches of one language"
         )
-        self.first = engine.layout.rank == 0
         self._table = output / "conflict.csv"
         if self.first and self._table.is_file():  # a resumed run measures again from its checkpoint on
             with self._table.open(newline="", encoding="utf-8") as file:
@@ -240,7 +198,7 @@ class Monitor:
     @property
     def due(self) -> bool:
         """Whether this step is one to measure."""
-        return self.engine.step % self.every == 0
+        return self.engine.step % self.config.every == 0
 
     def measure(self) -> dict[str, float]:
         """Similarities at the engine's step, as metrics; also added to conflict.csv. The same on all ranks."""
@@ -249,22 +207,19 @@ class Monitor:
         matrix, codes = similarity.matrix(), similarity.languages
         facts = {f"conflict/{name}": value for name, value in spread(matrix).items()}
         facts |= {f"conflict/{name}": costs[name] for name in ("seconds_gradients", "seconds_similarity")}
-        pairs = list(similarity.pairs())
-        if len(pairs) - len(codes) <= LOGGED_PAIRS:
-            facts |= {f"conflict/{codes[left]}-{codes[right]}": float(matrix[left, right]) for left, right in pairs}
+        indices = pairs(len(codes))
+        if len(indices) - len(codes) <= LOGGED_PAIRS:
+            facts |= {f"conflict/{codes[left]}-{codes[right]}": float(matrix[left, right]) for left, right in indices}
         if self.first:
-            self._append(step, similarity)
+            if not self._table.is_file():
+                write_csv(self._table, FIELDS, [])
+            scopes = {"model": matrix} | {part: similarity.matrix(ALL, part) for part in similarity.components}
+            rows = [
+                [step, scope, codes[a], codes[b], float(m[a, b])] for scope, m in scopes.items() for a, b in indices
+            ]
+            with self._table.open("a", newline="", encoding="utf-8") as file:
+                csv.writer(file, lineterminator="\n").writerows(rows)
         return facts
-
-    def _append(self, step: int, similarity: Similarity) -> None:
-        if not self._table.is_file():
-            write_csv(self._table, FIELDS, [])
-        codes, rows = similarity.languages, []
-        for scope in ("model", *measured_components(similarity)):
-            cosines = similarity.matrix(ALL, ALL if scope == "model" else scope)
-            rows += [[step, scope, codes[a], codes[b], float(cosines[a, b])] for a, b in similarity.pairs()]
-        with self._table.open("a", newline="", encoding="utf-8") as file:
-            csv.writer(file, lineterminator="\n").writerows(rows)
 
     def draw(self) -> list[Path]:
         """Draws all measurements so far; returns the files written (rank 0)."""
@@ -274,3 +229,15 @@ class Monitor:
         curves = {self.name: read_curves(self._table)}
         training_curves(curves, figure, title=f"{self.name}: gradient similarity", caption=self.caption)
         return [self._table, figure]
+
+
+def read_curves(path: Path, scope: str = "model") -> Curves:
+    """Reads the measurements of one scope from a conflict.csv. UserError if the file is missing, no such table, or has none."""
+    curves: dict[tuple[str, str], list[tuple[int, float]]] = {}
+    for row in read_csv(path, FIELDS, "a run writes it with --set conflict.every=N (its output folder is meant)"):
+        if row["scope"] == scope:
+            with refusing(f"{path}: not a table of {','.join(FIELDS)}"):
+                curves.setdefault((row["left"], row["right"]), []).append((int(row["step"]), float(row["cosine"])))
+    if not curves:
+        raise UserError(f"{path}: has no measurement of scope {scope!r}")
+    return curves

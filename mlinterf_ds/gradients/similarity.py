@@ -8,8 +8,10 @@ similarity is the ceiling of what two languages can reach.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -60,20 +62,30 @@ class Similarity:
         within = np.sqrt(np.where(np.diagonal(matrix) > 0, np.diagonal(matrix), np.nan))
         return matrix / np.outer(within, within)
 
+    @property
+    def components(self) -> list[str]:
+        """The components whose gradients were measured, over all layers."""
+        return [part for part in COMPONENTS if any(part == component for _, component in self.groups)]
+
     def scopes(self) -> Iterator[tuple[int | str | None, str]]:
         """(layer, component) of everything reported: the model, components, layers, components of layers."""
-        parts = [part for part in COMPONENTS if any(part == component for _, component in self.groups)]
-        layers = sorted({layer for layer, _ in self.groups if layer is not None})
-        yield ALL, ALL
-        yield from ((ALL, part) for part in parts)
-        yield from ((layer, ALL) for layer in layers)
+        yield from ((ALL, part) for part in (ALL, *self.components))
+        yield from ((layer, ALL) for layer in sorted({layer for layer, _ in self.groups if layer is not None}))
         yield from ((layer, part) for layer, part in self.groups if layer is not None)
 
-    def pairs(self) -> Iterator[tuple[int, int]]:
-        """The indices of every language with itself, then of every two languages."""
-        count = range(len(self.languages))
-        yield from ((index, index) for index in count)
-        yield from ((left, right) for left in count for right in count if left < right)
+
+def pairs(count: int) -> list[tuple[int, int]]:
+    """The indices of each of `count` languages with itself, then of every two."""
+    return [*((index, index) for index in range(count)), *itertools.combinations(range(count), 2)]
+
+
+def spread_table(title: str, spreads: Mapping[str, Mapping[str, Any]]) -> str:
+    """What -> `spread` of it, as a table for the screen under a title; '-' where a mean is missing or None."""
+    lines = [f"{title:<22}{'within':>9}{'between':>9}"]
+    for name, facts in spreads.items():
+        means = [facts.get(column) for column in ("within", "between")]
+        lines.append(f"{name:<22}" + "".join(f"{'-' if mean is None else f'{mean:.3f}':>9}" for mean in means))
+    return "\n".join(lines)
 
 
 def spread(matrix: np.ndarray) -> dict[str, float]:

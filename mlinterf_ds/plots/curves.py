@@ -35,9 +35,9 @@ def perplexity_curves(
     Lines are named at their right end. Up to 20 languages have a colour and style each; of more, only the highest and lowest
     are named, and the others are grey, with their median.
     """
-    curves = {name: sorted(point for point in points if _drawable(point[1])) for name, points in history.items()}
+    curves = {name: sorted(point for point in points if 0 < point[1] < math.inf) for name, points in history.items()}
     curves = {name: points for name, points in curves.items() if points}
-    floors = {name: value for name, value in (baselines or {}).items() if name in curves and _drawable(value)}
+    floors = {name: value for name, value in (baselines or {}).items() if name in curves and 0 < value < math.inf}
     order = sorted(curves, key=lambda name: curves[name][-1][1], reverse=True)  # as the lines end, from above
     named = order if len(order) <= MOST_LABELS else order[:EXTREMES] + order[-EXTREMES:]
     figure = style.new_figure(7.2, max(4.2, 0.235 * len(named) + 1.2))
@@ -56,10 +56,6 @@ def perplexity_curves(
         axes.text(0.5, 0.5, "no evaluation yet", transform=axes.transAxes, ha="center", color=GREY)
     style.label_ends(figure, axes, {name: curves[name][-1] for name in named}, looks)
     style.save(figure, path)
-
-
-def _drawable(value: float) -> bool:
-    return math.isfinite(value) and value > 0
 
 
 def _frame(axes: Axes, title: str, points: Points, floors: list[float]) -> None:

@@ -8,7 +8,6 @@ styles and markers tell lines apart in grey print as well. Dashes always mean a 
 from __future__ import annotations
 
 import functools
-import os
 import textwrap
 import warnings
 from collections.abc import Iterable, Sequence
@@ -20,6 +19,8 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+
+from mlinterf_ds.files import replacing
 
 OKABE_ITO = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9"]
 STYLES: list[Any] = ["-", (0, (1, 1.2)), (0, (5, 1.2, 1, 1.2))]
@@ -52,12 +53,10 @@ def finish(figure: Figure, path: Path, title: str, caption: str = "") -> None:
 def save(figure: Figure, path: Path) -> None:
     """Writes a PNG to `path` and an SVG beside it; a failure leaves an earlier file as it was."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    for target, kind in ((path, "png"), (path.with_suffix(".svg"), "svg")):
-        temporary = target.with_name(f".{target.name}.new")
-        with warnings.catch_warnings():
+    for kind in ("png", "svg"):
+        with replacing(path.with_suffix(f".{kind}")) as file, warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Glyph .* missing")  # no installed font has it
-            figure.savefig(temporary, format=kind, metadata={"Date": None} if kind == "svg" else None)
-        os.replace(temporary, target)
+            figure.savefig(file, format=kind, metadata={"Date": None} if kind == "svg" else None)
 
 
 def shortened(caption: str, count: int, most: int) -> str:
@@ -100,11 +99,7 @@ def tidy(axes: Axes, grid: Literal["x", "y", "both"] | None) -> None:
 
 
 def label_ends(
-    figure: Figure,
-    axes: Axes,
-    ends: dict[str, tuple[int, float]],
-    looks: dict[str, Look],
-    form: str = ",.1f",
+    figure: Figure, axes: Axes, ends: dict[str, tuple[int, float]], looks: dict[str, Look], form: str = ",.1f"
 ) -> None:
     """Writes each line's name and last value to the right of its end, moved apart where the texts would touch.
 

@@ -25,7 +25,7 @@ from mlinterf_ds.engine.precision import DTYPES
 from mlinterf_ds.engine.space import NewRows
 from mlinterf_ds.engine.throughput import flops_per_row, peak_flops, peak_memory
 from mlinterf_ds.errors import UserError
-from mlinterf_ds.gradients.measure import Monitor
+from mlinterf_ds.gradients.measure import Draws, Monitor
 from mlinterf_ds.model.encoder import SHARED, Encoder, partition_dim
 from mlinterf_ds.pretrain import initial
 from mlinterf_ds.pretrain.config import RunConfig
@@ -129,19 +129,13 @@ class PretrainingRun:
 
     def _monitor(self) -> Monitor:
         config = self.config
-        return Monitor(
-            self.engine,
-            self.corpus,
-            self.languages,
-            config.conflict,
-            self.session.output,
-            every=config.conflict.every,
-            name=f"{config.name}: {config.variant}",
-            length=config.data.sequence_length,
-            mask_share=config.data.mask,
-            seed=config.train.seed,
-            text=Path(config.corpus).name,
-        )
+        seed = config.train.seed
+        draws = Draws(
+            self.corpus, self.languages, self.languages, config=config.conflict, length=config.data.sequence_length,
+            mask_share=config.data.mask, seed=seed, engine=self.engine,
+        )  # fmt: skip
+        name, text = f"{config.name}: {config.variant}", Path(config.corpus).name
+        return Monitor(self.engine, draws, config.conflict, self.session.output, name=name, seed=seed, text=text)
 
     def _measure_speed(self) -> None:
         """The FLOPs of a row and the peak of all ranks, which model FLOPs utilisation compares."""

@@ -29,12 +29,9 @@ def all_findings(records: Records) -> list[Finding]:
         *(beats_joint(records, "share_adpt", setting) for setting in SETTINGS),
         *(meta_is_best(records, setting) for setting in SETTINGS),
         distance_worsens(records),
-        third_is_neutral_within(records),
-        third_helps_zero_shot(records),
+        *(third_language(records, setting) for setting in SETTINGS),
         partner_size(records),
-        gradients_conflict(records),
-        lower_layers_shared(records),
-        attention_shared(records),
+        *causes(records),
         meta_converges(records),
         tuning_beats_freezing(records),
         meta_beats(records, "adpt", "meta beats plain adapters"),
@@ -80,24 +77,18 @@ def distance_worsens(records: Records) -> Finding:
     return finding(records, "distance_worsens_interference", claim, parts, note=note)
 
 
-def third_is_neutral_within(records: Records) -> Finding:
-    claim = f"a similar third language leaves scores within a language as they were (within {records.margin:g} points)"
-    judge = functools.partial(negligible, margin=records.margin)
-    return finding(records, "third_language_neutral_within", claim, _third(records, paper.WITHIN), judge=judge)
-
-
-def third_helps_zero_shot(records: Records) -> Finding:
-    claim = "a similar third language helps zero-shot transfer"
-    return finding(records, "third_language_helps_zero_shot", claim, _third(records, paper.ZERO_SHOT))
-
-
-def _third(records: Records, setting: str) -> dict[str, PerSeed]:
-    """Task and language -> models of three languages minus models of two."""
+def third_language(records: Records, setting: str) -> Finding:
+    """Models of three languages minus models of two."""
     pairs, parts = records.targets, {}
     for task, code, group in records.groups("triple"):
         triple = records.pick("triple", setting, task, code, group)
         parts[f"{task} {code}"] = differences(triple, records.pick("joint", setting, task, code, pairs.get(code, "")))
-    return parts
+    if setting == paper.ZERO_SHOT:
+        claim = "a similar third language helps zero-shot transfer"
+        return finding(records, "third_language_helps_zero_shot", claim, parts)
+    claim = f"a similar third language leaves scores within a language as they were (within {records.margin:g} points)"
+    judge = functools.partial(negligible, margin=records.margin)
+    return finding(records, "third_language_neutral_within", claim, parts, judge=judge)
 
 
 def partner_size(records: Records) -> Finding:
@@ -194,34 +185,34 @@ def tuning_beats_freezing(records: Records) -> Finding:
 
 
 # --- the causes --------------------------------------------------------------------------------------------------------
-def gradients_conflict(records: Records) -> Finding:
-    def gap(facts: dict[str, Any]) -> float:
-        within, between = facts.get("within"), facts.get("between")
-        return math.nan if within is None or between is None else within - between
+def causes(records: Records) -> list[Finding]:
+    """What the analyses of gradients and of masks say."""
 
-    claim = "gradients of two languages are less alike than those of one language"
-    parts = _of_analyses(records, "conflict", gap)
-    return finding(records, "gradients_conflict_across_languages", claim, parts, unit="cosine")
+    def of_gradients(facts: dict[str, Any]) -> float:
+        return facts["within"] - facts["between"] if "between" in facts else math.nan
 
-
-def lower_layers_shared(records: Records) -> Finding:
-    def gap(facts: dict[str, Any]) -> float:
+    def of_layers(facts: dict[str, Any]) -> float:
         layers = sorted({row["layer"] for row in _mask_rows(facts)}, key=int)
         half = len(layers) // 2
         return _cosine(facts, "layer", layers[:half]) - _cosine(facts, "layer", layers[len(layers) - half :])
 
-    claim = "masks of two languages are more alike in the lower half of the layers than in the upper"
-    parts = _of_analyses(records, "prune", gap)
-    return finding(records, "lower_layers_shared_more", claim, parts, unit="cosine of pi")
-
-
-def attention_shared(records: Records) -> Finding:
-    def gap(facts: dict[str, Any]) -> float:
+    def of_components(facts: dict[str, Any]) -> float:
         return _cosine(facts, "component", ["attention"]) - _cosine(facts, "component", ["ffn"])
 
-    claim = "masks of two languages are more alike in attention than in the feed-forward layers"
-    parts = _of_analyses(records, "prune", gap)
-    return finding(records, "attention_shared_more", claim, parts, unit="cosine of pi")
+    gradients = "gradients of two languages are less alike than those of one language"
+    masks, pi = "masks of two languages are more alike in", "cosine of pi"
+    layers, components = (
+        f"{masks} the lower half of the layers than in the upper",
+        f"{masks} attention than in the feed-forward layers",
+    )
+    return [
+        finding(records, name, claim, _of_analyses(records, analysis, gap), unit=unit)
+        for name, claim, analysis, gap, unit in (
+            ("gradients_conflict_across_languages", gradients, "conflict", of_gradients, "cosine"),
+            ("lower_layers_shared_more", layers, "prune", of_layers, pi),
+            ("attention_shared_more", components, "prune", of_components, pi),
+        )
+    ]
 
 
 def _of_analyses(records: Records, analysis: str, gap: Callable[[dict[str, Any]], float]) -> dict[str, PerSeed]:

@@ -21,12 +21,10 @@ def draw(records: Records, folder: Path) -> list[AnalysisSummary]:
         seeds = sorted(set.intersection(*(set(by_seed) for by_seed in models.values())))
         if not seeds:
             continue
-        path = folder / f"{CONVERGENCE}-{name}.png"
+        path, count = folder / f"{CONVERGENCE}-{name}.png", f"{len(seeds)} seed{'s' * (len(seeds) > 1)}"
         curves = {
             language: {
-                f"{variant}, {len(seeds)} seed{'s' * (len(seeds) > 1)}": {
-                    seed: trained(by_seed[seed], language) for seed in seeds
-                }
+                f"{variant}, {count}": {seed: trained(by_seed[seed], language) for seed in seeds}
                 for variant, by_seed in models.items()
             }
             for language in models[VARIANTS[0]][seeds[0]].languages

@@ -14,9 +14,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from mlinterf_ds.results import paper
-from mlinterf_ds.results.comparison import paired
 from mlinterf_ds.results.records import Records, TaskScore
-from mlinterf_ds.results.statistics import Effect, Verdict, positive, student_effect
+from mlinterf_ds.results.statistics import Effect, Verdict, paired, positive, student_effect
 
 PerSeed = dict[int, float]  # pretraining seed -> difference
 

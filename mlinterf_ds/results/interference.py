@@ -1,21 +1,152 @@
-"""What an interference analysis measured, as rows for its summary, its table and its figures."""
+"""What an interference analysis measured: mono against joint models, paired by their pretraining seeds, and zero-shot transfer."""
 
 from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from mlinterf_ds.results.comparison import BITS, Comparison, Groups
-from mlinterf_ds.results.runs import FineTunedRun
+from mlinterf_ds.errors import UserError
+from mlinterf_ds.results.runs import FineTunedRun, PretrainedRun, Setup, by_setup
+from mlinterf_ds.results.statistics import Effect, bootstrap_effect, paired
 from mlinterf_ds.tasks.metrics import rank_correlation
 
+BITS = "bits per character"  # the one metric that is better the lower it is
 MIN_PAIRS = 4  # pairs of languages from which a rank correlation is told
+Groups = dict[Setup, dict[int, PretrainedRun]]  # setup -> pretraining seed -> run
 
 
+@dataclass(frozen=True)
+class Comparison:
+    """One language in the joint models of a setup against its mono models. A positive effect: joint training hurts."""
+
+    metric: str  # "bits per character", or a task's, such as "ner f1"
+    language: str
+    setup: Setup  # of the joint models
+    seeds: tuple[int, ...]  # of pretraining
+    rows: int  # scored for each seed: rows of text, or fine-tuning seeds
+    mono: tuple[float, ...]  # by seed
+    joint: tuple[float, ...]
+    effect: Effect
+
+    @classmethod
+    def of(
+        cls, metric: str, language: str, setup: Setup, seeds: Sequence[int], mono: np.ndarray, joint: np.ndarray
+    ) -> Comparison:
+        """From two tables (seeds, rows) of the same seeds and rows."""
+        effect = bootstrap_effect(joint - mono if metric == BITS else mono - joint)
+        means = tuple(mono.mean(axis=1).tolist()), tuple(joint.mean(axis=1).tolist())
+        return cls(metric, language, setup, tuple(seeds), mono.shape[1], *means, effect)
+
+    @property
+    def partners(self) -> tuple[str, ...]:
+        return self.setup.partners(self.language)
+
+
+def compare_bits(
+    mono: Groups, joint: Groups, bits: Mapping[str, Mapping[str, np.ndarray]], languages: Sequence[str]
+) -> tuple[list[Comparison], list[str]]:
+    """Bits per character of every language of every joint model, and notes on what has no partner or another setting.
+
+    bits: run's folder -> language -> (rows,). UserError if mono runs of one language are of several variants.
+    """
+    alone: dict[str, dict[int, PretrainedRun]] = {}
+    for ((language,), variant), seeds in mono.items():
+        if language in alone:
+            raise UserError(f"interference.mono: {language} has runs of several variants, {variant} too: give one")
+        alone[language] = seeds
+    comparisons, notes = [], []
+    for setup, seeds in joint.items():
+        for code in (code for code in setup.languages if code in languages):
+            name = f"{code} in {setup.joined} ({setup.variant})"
+            pairs = paired(alone.get(code, {}), seeds)
+            if not pairs:
+                notes.append(f"{name}: no mono run of {code} with one of the seeds {sorted(seeds)}: left out")
+                continue
+            if single := sorted(seeds.keys() ^ alone[code].keys()):
+                notes.append(f"{name}: seeds {', '.join(map(str, single))} have no partner: left out")
+            first, together = next(iter(pairs.values()))
+            if unlike := first.settings_unlike(together):
+                notes.append(f"{name}: mono and joint differ in {', '.join(unlike)}")
+            tables = [np.stack([bits[run.folder][code] for run in side]) for side in zip(*pairs.values(), strict=True)]
+            comparisons.append(Comparison.of(BITS, code, setup, [*pairs], *tables))
+    return comparisons, notes
+
+
+def compare_scores(
+    runs: Sequence[FineTunedRun], languages: Sequence[str], larger: Sequence[str] = ()
+) -> tuple[list[Comparison], dict[tuple[str, str], tuple[float, ...]]]:
+    """Within-language scores of joint against mono models; and of models in the folders `larger`, by (score name, language).
+
+    Fine-tuning seeds are paired too: of each pretraining seed the first ones that both sides have, as many as all have.
+    UserError if test sets differ, a model was fine-tuned twice, or two fine-tunings have no seed in common.
+    """
+    comparisons: list[Comparison] = []
+    of_larger: dict[tuple[str, str], tuple[float, ...]] = {}
+    tables: dict[tuple[str, str], list[FineTunedRun]] = {}
+    for run in runs:
+        for code in (code for code in run.within if code in languages):
+            tables.setdefault((run.score_name, code), []).append(run)
+    for (metric, code), members in tables.items():
+        if unlike := [run for run in members if run.tests[code] != members[0].tests[code]]:
+            raise UserError(
+                f"{unlike[0].folder} and {members[0].folder}: tested {code} on different data ({unlike[0].tests[code]}; "
+                f"{members[0].tests[code]}): fine-tune with the same --test {code}=..."
+            )
+        folders = [Path(folder).resolve() for folder in larger]
+        large = [run for run in members if any(Path(run.checkpoint).resolve().is_relative_to(f) for f in folders)]
+        if large:
+            of_larger[metric, code] = tuple(float(np.mean(list(run.scores[code].values()))) for run in large)
+        groups = by_setup([run for run in members if run not in large], f"score {metric} of")
+        alone = next((seeds for setup, seeds in groups.items() if len(setup.languages) == 1), {})
+        for setup, seeds in groups.items():
+            pairs = paired(alone, seeds)
+            if len(setup.languages) > 1 and pairs:
+                scores = [(mono.scores[code], joint.scores[code]) for mono, joint in pairs.values()]
+                comparisons.append(Comparison.of(metric, code, setup, [*pairs], *_same_seeds(metric, code, scores)))
+    return comparisons, of_larger
+
+
+def _same_seeds(
+    metric: str, language: str, scores: Sequence[tuple[dict[int, float], dict[int, float]]]
+) -> list[np.ndarray]:
+    """Mono and joint tables (pretraining seeds, fine-tuning seeds); a study tunes every model with a seed of its own."""
+    pairs = [list(paired(mono, joint).values()) for mono, joint in scores]
+    if not all(pairs):
+        raise UserError(f"{metric} in {language}: the fine-tunings have none of finetune.seeds in common")
+    count = min(map(len, pairs))
+    return [np.array([[scores[side] for scores in seeds[:count]] for seeds in pairs]) for side in (0, 1)]
+
+
+def transfer(runs: Sequence[FineTunedRun], languages: Sequence[str]) -> dict[str, dict[str, np.ndarray]]:
+    """Score name -> kind of model -> (trained on, tested on) mean scores of fine-tunings on one language each.
+
+    A kind is a variant, and of three languages or more their number. A cell is the mean over seeds and over the models that
+    have both languages, NaN without any. Kinds in which nothing was tested zero-shot are left out.
+    """
+    kinds: dict[tuple[str, str], dict[tuple[int, int], list[float]]] = {}
+    for run in runs:
+        count = len(run.setup.languages)
+        kind = run.setup.variant if count < 3 else f"{run.setup.variant} of {count} languages"
+        for code in (code for code in run.scores if len(run.train) == 1 and {code, *run.train} <= {*languages}):
+            cell = languages.index(run.train[0]), languages.index(code)
+            kinds.setdefault((run.score_name, kind), {}).setdefault(cell, []).extend(run.scores[code].values())
+    tables: dict[str, dict[str, np.ndarray]] = {}
+    for (name, kind), scores in kinds.items():
+        if any(row != column for row, column in scores):
+            matrix = np.full((len(languages), len(languages)), np.nan)
+            for cell, values in scores.items():
+                matrix[cell] = np.mean(values)
+            tables.setdefault(name, {})[kind] = matrix
+    return tables
+
+
+# --- all comparisons ------------------------------------------------------------------------------------------------------
 def known(value: float) -> float | None:
     return value if math.isfinite(value) else None
 

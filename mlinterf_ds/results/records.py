@@ -16,20 +16,30 @@ from mlinterf_ds.files import write_json
 from mlinterf_ds.results import paper
 from mlinterf_ds.results.runs import FineTunedRun, early_loss, finished_summary, read_losses
 
-KNOWN_KEYS_ONLY = ConfigDict(extra="forbid")
+
+@dataclass(frozen=True)
+class AnalysedModel:
+    """What every row says of the model that it belongs to."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+    set: str
+    languages: list[str]
+    variant: str
+    seed: int
 
 
 @dataclass(frozen=True)
-class TaskScore:
+class StudyModel(AnalysedModel):
+    """What the rows of a study's own models say beside that."""
+
+    kind: str  # pair, low, triple, many, mono
+    control: str  # "", direct, compute, freeze
+
+
+@dataclass(frozen=True)
+class TaskScore(StudyModel):
     """A task's score on one language by one model of one seed, in percent."""
 
-    __pydantic_config__ = KNOWN_KEYS_ONLY
-    set: str
-    kind: str  # pair, low, triple, many, mono
-    languages: list[str]
-    variant: str
-    control: str  # "", direct, compute, freeze
-    seed: int
     task: str
     metric: str
     train: str  # the language fine-tuned on
@@ -45,16 +55,9 @@ class TaskScore:
 
 
 @dataclass(frozen=True)
-class TrainedModel:
+class TrainedModel(StudyModel):
     """A pretrained model."""
 
-    __pydantic_config__ = KNOWN_KEYS_ONLY
-    set: str
-    kind: str
-    languages: list[str]
-    variant: str
-    control: str
-    seed: int
     steps: int
     tokens: int  # of text trained on
     seconds: float
@@ -67,14 +70,9 @@ class TrainedModel:
 
 
 @dataclass(frozen=True)
-class AnalysisSummary:
+class AnalysisSummary(AnalysedModel):
     """What an analysis says of a model, or of all models together."""
 
-    __pydantic_config__ = KNOWN_KEYS_ONLY
-    set: str
-    languages: list[str]
-    variant: str
-    seed: int
     analysis: str
     facts: dict[str, Any]
     figures: list[str] = field(default_factory=list)  # PNG files
@@ -84,7 +82,7 @@ class AnalysisSummary:
 class Records:
     """All rows of a study."""
 
-    __pydantic_config__ = KNOWN_KEYS_ONLY
+    __pydantic_config__ = ConfigDict(extra="forbid")
     scores: list[TaskScore] = field(default_factory=list)
     models: list[TrainedModel] = field(default_factory=list)
     analyses: list[AnalysisSummary] = field(default_factory=list)
@@ -201,20 +199,15 @@ def _trained_model(folder: Path, summary: dict[str, Any], facts: Mapping[str, An
 
 def _task_scores(folder: Path, summary: dict[str, Any], facts: Mapping[str, Any]) -> list[TaskScore]:
     run, rows = FineTunedRun.of(str(folder), summary), []
+    common = _common(facts, "kind", "control", "task", "train")
     for language, scores in run.scores.items():
-        (seed,) = scores  # a study tunes each model with one seed
+        ((seed, score),) = scores.items()  # a study tunes each model with one seed
         counts = folder / "counts" / f"seed{seed}" / f"{language}.csv"
-        rows.append(
-            TaskScore(
-                **_common(facts, "kind", "control", "task", "train"),
-                metric=run.metric,
-                language=language,
-                score=scores[seed],
-                majority=run.majority[language],
-                others=run.others[language],
-                counts=str(counts) if counts.is_file() else "",
-            )
-        )
+        row = TaskScore(
+            **common, metric=run.metric, language=language, score=score, majority=run.majority[language],
+            others=run.others[language], counts=str(counts) if counts.is_file() else "",
+        )  # fmt: skip
+        rows.append(row)
     return rows
 
 

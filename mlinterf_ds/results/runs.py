@@ -89,8 +89,8 @@ class PretrainedRun:
         if language and run.setup.languages != (language,):
             raise UserError(f"{name}: that run's languages are {', '.join(run.setup.languages)}, not {language} alone")
         with refusing(f"{folder}/summary.json: not what a pretraining run writes"):
-            finished = finished_summary(Path(folder)) is not None
-        if not Path(folder).name.startswith("step-") and not finished:
+            summary = finished_summary(Path(folder))
+        if summary is None and not Path(folder).name.startswith("step-"):
             raise UserError(f"{folder}: the run has not finished: go on with --set output={folder} --set resume=auto")
         return run
 
@@ -122,14 +122,6 @@ class PretrainedRun:
         """Training losses; empty if the folder has no train.csv."""
         path = Path(self.folder) / "train.csv"
         return read_losses(path) if path.is_file() else {}
-
-    @property
-    def corpus_folder(self) -> Path:
-        """The corpus that the run was trained on."""
-        if self.config["corpus"] != "synthetic":
-            return Path(self.config["corpus"])
-        data = self.config["data"]
-        return synthetic_folder(self.pretrained.languages, data["synthetic_sentences"], data.get("synthetic_limit"))
 
     def epochs(self, corpus: Corpus) -> dict[str, float]:
         """How often the best checkpoint had seen the training text of each language."""
@@ -246,8 +238,10 @@ def common_corpus(runs: Sequence[PretrainedRun], folder: str | None) -> Corpus:
 
     folder: where the corpus is now, if not where the first run says.
     """
-    first = runs[0]
-    corpus = Corpus.open(folder or first.corpus_folder)
+    first, data = runs[0], runs[0].config["data"]
+    named = folder or first.config["corpus"]
+    made = data["synthetic_sentences"], data.get("synthetic_limit")
+    corpus = Corpus.open(synthetic_folder(first.pretrained.languages, *made) if named == "synthetic" else named)
     vocabulary = (corpus.folder / "tokenizer.model").read_bytes()
     remedy = (
         "bits per character are compared on the same sentences under the same masks: prepare one corpus with all the "

@@ -13,15 +13,22 @@ An effect is the mean of paired differences. Its interval is one of two, because
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 from scipy import stats
 
+Left = TypeVar("Left")
+Right = TypeVar("Right")
 Verdict = Literal["holds", "fails", "undecided"]
 VERDICTS: tuple[Verdict, ...] = ("holds", "fails", "undecided")
+
+
+def paired(left: Mapping[int, Left], right: Mapping[int, Right]) -> dict[int, tuple[Left, Right]]:
+    """Seed -> (left, right) at the pretraining seeds that both sides have, ascending."""
+    return {seed: (left[seed], right[seed]) for seed in sorted(left.keys() & right.keys())}
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,13 @@ from mlinterf_ds.results import paper
 from mlinterf_ds.results.forms import Cell, Rows, Table
 from mlinterf_ds.results.records import Records, TaskScore, read_counts
 from mlinterf_ds.results.statistics import bootstrap_p
+from mlinterf_ds.tasks import TASKS
 
 NAMES = {
     "mono": "Mono", "joint": "JointPair", "xlm": "XLM", "unseen": "never saw it", "majority": "majority",
     "meta_adpt-direct": "meta adpt, direct term only", "adpt-compute": "adpt, compute-matched",
 }  # fmt: skip
-TITLES = {"ner": "NER (F1)", "pos": "POS (F1)", "qa": "QA (F1)", "nli": "NLI (accuracy)"}
+TITLES = {name: f"{name.upper()} ({task.metric.replace('f1', 'F1')})" for name, task in TASKS.items()}
 SIGNIFICANT = 0.05
 SYNTHETIC = "syn"  # the names of synthetic languages start so
 VOCABULARY = "one vocabulary for the study (the paper learns one for each model), so that perplexities compare"

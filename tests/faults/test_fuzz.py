@@ -21,7 +21,7 @@ from mlinterf_ds.data.tokenizer import Tokenizer
 from mlinterf_ds.errors import UserError
 from mlinterf_ds.export.folder import Folder, stored_pieces
 from mlinterf_ds.finetune.config import FinetuneConfig
-from mlinterf_ds.plots.conflict import read_curves
+from mlinterf_ds.gradients.measure import read_curves
 from mlinterf_ds.pretrain.config import RunConfig
 from mlinterf_ds.results.records import Records
 from mlinterf_ds.results.runs import FineTunedRun, read_losses

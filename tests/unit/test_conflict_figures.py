@@ -11,8 +11,9 @@ import pytest
 from matplotlib.figure import Figure
 
 from mlinterf_ds.errors import UserError
-from mlinterf_ds.plots.conflict import Curves, by_component, read_curves, training_curves
+from mlinterf_ds.gradients.measure import read_curves
 from mlinterf_ds.plots.heatmaps import heatmaps
+from mlinterf_ds.plots.similarity import Curves, by_component, training_curves
 
 
 def texts(figure: Figure) -> list[str]:
@@ -51,7 +52,7 @@ def test_figure_3_draws_every_pair_of_two_runs(tmp_path: Path, drawn: list[Figur
     runs = {run: curves([("en", "en"), (code, code), ("en", code)]) for run, code in (("en-ar", "ar"), ("en-fr", "fr"))}
     training_curves(runs, tmp_path / "f.png", title="t")
     named = [text.split("  ") for text in texts(drawn[0])]
-    assert ["en – ar (en-ar)", "0.24"] in named and ["en – en (en-fr)", "0.04"] in named and len(named) == 6
+    assert ["en–ar (en-ar)", "0.24"] in named and ["en–en (en-fr)", "0.04"] in named and len(named) == 6
     lines = [line for line in drawn[0].axes[0].lines if len(np.asarray(line.get_xdata())) == 5]
     assert sum(line.is_dashed() for line in lines) == 4 and len(lines) == 6
     wanted = [[10.0 * i, 0.2 + 0.01 * i] for i in range(5)]

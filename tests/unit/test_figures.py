@@ -7,6 +7,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import pytest
@@ -115,8 +116,8 @@ def test_a_failed_drawing_keeps_the_old_picture(tmp_path: Path, monkeypatch: pyt
     perplexity_curves({"en": curve(40)}, path, title="t")
     before = path.read_bytes()
 
-    def half(self: Figure, target: Path, **options: object) -> None:
-        Path(target).write_bytes(b"half")
+    def half(self: Figure, target: IO[bytes], **options: object) -> None:
+        target.write(b"half")
         raise OSError("disk full")
 
     monkeypatch.setattr(Figure, "savefig", half)

@@ -19,8 +19,7 @@ from mlinterf_ds.errors import UserError
 from mlinterf_ds.plots import bars, curves
 from mlinterf_ds.plots.bars import Value
 from mlinterf_ds.pretrain.report import LossTable
-from mlinterf_ds.results.comparison import BITS, Comparison, compare_scores, transfer
-from mlinterf_ds.results.interference import InterferenceResults
+from mlinterf_ds.results.interference import BITS, Comparison, InterferenceResults, compare_scores, transfer
 from mlinterf_ds.results.runs import FineTunedRun, Setup, read_losses
 from mlinterf_ds.results.statistics import bootstrap_effect
 from tests.commands import table

@@ -96,30 +96,23 @@ class Gates:
 
     def kept(self, pi: Tensor) -> dict[str, float]:
         """The shares that a model pruned by log-odds pi (groups,) keeps: of all gated parameters, and of each kind of group."""
-        is_open = (hard_concrete.gate(pi) > 0).float()
-        kinds = np.array(self.per_group("kind"))
-        shares = {
-            f"kept_{kind}": float(is_open[torch.from_numpy(kinds == kind)].mean()) for kind in dict.fromkeys(kinds)
-        }
+        is_open, kinds = (hard_concrete.gate(pi) > 0).float(), np.array(self.per_group("kind"))
+        shares = {f"kept_{kind}": float(is_open[kinds == kind].mean()) for kind in dict.fromkeys(kinds)}
         return {"kept": float((is_open * self.weights()).sum()), **shares}
 
     @contextlib.contextmanager
     def applied(self, gates: Tensor) -> Iterator[None]:
         """Inside, forward passes are those of the gated model. gates: (rows or 1, groups), on the model's device."""
-        handles = []
-        try:
+        with contextlib.ExitStack() as hooks:
             for site in self.sites:
                 local = gates[:, site.local(self._rank, self._ranks)]
-                if site.kind == "heads":
-                    handles.append(site.module.register_forward_hook(partial(_gate_heads, local)))
-                elif site.kind == "neurons":
-                    handles.append(site.module.register_forward_pre_hook(partial(_gate_inputs, local)))
+                if site.kind == "neurons":
+                    handle = site.module.register_forward_pre_hook(partial(_gate_inputs, local))
                 else:
-                    handles.append(site.module.register_forward_hook(partial(_gate_rows, local)))
+                    hook = _gate_heads if site.kind == "heads" else _gate_rows
+                    handle = site.module.register_forward_hook(partial(hook, local))
+                hooks.callback(handle.remove)
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
 
 def _sites(encoder: Encoder, number: int, layer: Any, kinds: Sequence[str], start: int) -> list[Site]:
@@ -136,9 +129,7 @@ def _sites(encoder: Encoder, number: int, layer: Any, kinds: Sequence[str], star
             sites.append(Site(kind, number, component, matrix, first, size, parameters, split, module))
 
     if not isinstance(attention, Routed):
-        size = head * (
-            3 * (width + 1) + width
-        )  # for each channel three rows with bias, and its column of the projection
+        size = head * (3 * (width + 1) + width)  # three rows with bias a channel, and its column of the projection
         add("heads", "attention", "", shape.heads, size, True, attention.core_attention)
         add("rows", "attention", "qkv", 3 * inner, width, True, attention.linear_qkv)
         add("rows", "attention", "proj", width, inner, False, attention.linear_proj)

@@ -9,18 +9,15 @@ from __future__ import annotations
 
 import math
 
-import numpy as np
 import torch
 from torch import Tensor
 
 GAMMA, ZETA, BETA = -0.1, 1.1, 2 / 3  # the stretch and the temperature of Louizos et al., section 4
-NODES = 32  # points of the quadrature in `mean`, which is then exact up to round-off
 
 
 def sample(log_alpha: Tensor, uniform: Tensor) -> Tensor:
     """The gates that follow from draws of U(0, 1) (Eq. 10 and 11); the shapes broadcast."""
-    concrete = torch.sigmoid((torch.logit(uniform) + log_alpha) / BETA)
-    return _stretched(concrete)
+    return _stretched(torch.sigmoid((torch.logit(uniform) + log_alpha) / BETA))
 
 
 def nonzero(log_alpha: Tensor) -> Tensor:
@@ -28,26 +25,9 @@ def nonzero(log_alpha: Tensor) -> Tensor:
     return torch.sigmoid(log_alpha - BETA * math.log(-GAMMA / ZETA))
 
 
-def one(log_alpha: Tensor) -> Tensor:
-    """P(z = 1), derived like `nonzero` at the upper end."""
-    return torch.sigmoid(log_alpha + BETA * math.log((ZETA - 1) / (1 - GAMMA)))
-
-
 def gate(log_alpha: Tensor) -> Tensor:
     """The gate of a trained mask (Eq. 13): exactly 0 or 1 where log_alpha is far from 0."""
     return _stretched(torch.sigmoid(log_alpha))
-
-
-def mean(log_alpha: Tensor) -> Tensor:
-    """E[z], the integral of P(z > t) over t from 0 to 1, by Gauss-Legendre quadrature: it has no elementary form.
-
-    P(z > t) = sigmoid(log_alpha - BETA logit((t - GAMMA) / (ZETA - GAMMA))), from the concrete distribution's quantiles.
-    """
-    points, weights = np.polynomial.legendre.leggauss(NODES)
-    t = torch.as_tensor((points + 1) / 2, dtype=log_alpha.dtype, device=log_alpha.device)
-    weight = torch.as_tensor(weights / 2, dtype=log_alpha.dtype, device=log_alpha.device)
-    survival = torch.sigmoid(log_alpha[..., None] - BETA * torch.logit((t - GAMMA) / (ZETA - GAMMA)))
-    return (survival * weight).sum(dim=-1)
 
 
 def _stretched(concrete: Tensor) -> Tensor:

@@ -19,19 +19,24 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from mlinterf_ds.analysis.job import AnalysisJob
-from mlinterf_ds.analysis.masks.figures import draw_figures, write_tables
 from mlinterf_ds.analysis.masks.gates import Gates
 from mlinterf_ds.analysis.masks.learning import Subject
 from mlinterf_ds.analysis.masks.similarity import Masks
 from mlinterf_ds.engine.optimizer import LossScale
 from mlinterf_ds.engine.precision import DTYPES
 from mlinterf_ds.errors import UserError
-from mlinterf_ds.gradients.similarity import ALL, spread
+from mlinterf_ds.files import write_csv
+from mlinterf_ds.gradients.similarity import ALL, pairs, spread, spread_table
+from mlinterf_ds.plots.heatmaps import heatmaps
+from mlinterf_ds.plots.similarity import extremes_figure, layers_figure
+
+TITLE = "Similarity of the languages' masks"
 
 
 def run(job: AnalysisJob) -> dict[str, Any]:
@@ -44,33 +49,36 @@ def run(job: AnalysisJob) -> dict[str, Any]:
     scale = LossScale(job.precision == "fp16", job.deepspeed_json.get("fp16", {}))
     share = job.model.mask_share
     subject = Subject(model, gates, job.text, layout, job.device, scale, job.model.positions, share)
-    learned: dict[tuple[str, int], np.ndarray] = {}
+    learned: list[np.ndarray] = []
     scores: list[dict[str, Any]] = []
     for language, seed in itertools.product(job.languages, settings.seeds):
         pi = subject.learn(language, seed, settings, job.log)
-        learned[language, seed] = pi.numpy()
+        learned.append(pi.numpy())
         perplexities = subject.scores(language, pi, seed, settings.sequences)
         scores.append({"language": language, "seed": seed, **perplexities, **gates.kept(pi)})
         if job.first:
             print(_score_line(scores[-1]), flush=True)
-    masks = Masks.of(gates, job.languages, settings.seeds, learned)
+    of_language = np.array(learned, dtype=np.float64).reshape(len(job.languages), len(settings.seeds), gates.count)
+    masks = Masks(job.languages, tuple(settings.seeds), of_language, gates)
     summary = _summary(job, masks, scores)
     if job.first:
         write_tables(job.output, masks, scores)
         draw_figures(job, masks, summary)
         cosines = {name: value for name, value in summary["cosine"].items() if value is not None}
         job.log({f"prune/{name}": value for name, value in cosines.items()}, settings.steps)
-        print(_similarity_table(summary), flush=True)
+        components = {component: facts["cosine"] for component, facts in summary["components"].items()}
+        print(spread_table("cosine of pi", {"whole model": summary["cosine"], **components}), flush=True)
     return summary
 
 
 def _summary(job: AnalysisJob, masks: Masks, scores: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    kinds = masks.gates.per_group("kind")
     return {
         "analysis": "prune",
         "checkpoint": str(job.model.path),
         "step": int(job.model.saved["updates"]) + int(job.model.saved["skipped"]),
         "languages": list(masks.languages),
-        "groups": {str(kind): int((masks.kind == kind).sum()) for kind in dict.fromkeys(masks.kind)},
+        "groups": {kind: kinds.count(kind) for kind in dict.fromkeys(kinds)},
         **job.config.prune.model_dump(include={"penalty", "steps", "rows", "lr", "seeds", "sequences"}),
         **_spreads(masks, ALL),
         "components": {component: _spreads(masks, component) for component in masks.components},
@@ -80,14 +88,11 @@ def _summary(job: AnalysisJob, masks: Masks, scores: Sequence[dict[str, Any]]) -
 
 def _spreads(masks: Masks, component: str) -> dict[str, dict[str, float | None]]:
     """The mean similarities within and between languages; None where one language or one seed has none."""
-    spreads = {
-        "cosine": spread(masks.matrix(ALL, component)),
-        "correlation": spread(masks.matrix(ALL, component, centred=True)),
-    }
-    return {
-        measure: {name: value if math.isfinite(value) else None for name, value in facts.items()}
-        for measure, facts in spreads.items()
-    }
+    spreads: dict[str, dict[str, float | None]] = {}
+    for measure, centred in (("cosine", False), ("correlation", True)):
+        facts = spread(masks.matrix(ALL, component, centred=centred))
+        spreads[measure] = {name: value if math.isfinite(value) else None for name, value in facts.items()}
+    return spreads
 
 
 def _mean_score(scores: Sequence[dict[str, Any]], language: str) -> dict[str, float]:
@@ -104,10 +109,43 @@ def _score_line(score: dict[str, Any]) -> str:
     )
 
 
-def _similarity_table(summary: dict[str, Any]) -> str:
-    lines = [f"{'cosine of pi':<22}{'within':>9}{'between':>9}"]
-    components = {component: facts["cosine"] for component, facts in summary["components"].items()}
-    for name, facts in {"whole model": summary["cosine"], **components}.items():
-        cells = [facts.get(column) for column in ("within", "between")]
-        lines.append(f"{name:<22}" + "".join(f"{'-' if cell is None else f'{cell:.3f}':>9}" for cell in cells))
-    return "\n".join(lines)
+# --- tables and figures ------------------------------------------------------------------------------------------------
+def write_tables(output: Path, masks: Masks, scores: Sequence[dict[str, Any]]) -> None:
+    """Write masks.csv, pruned.csv, similarity.csv and extremes.csv. scores: a row for each language and seed."""
+    codes, gates = list(masks.languages), masks.gates
+    runs = [f"{code}/{seed}" for code in codes for seed in masks.seeds]
+    fields = [gates.per_group("layer"), gates.per_group("component"), gates.names, gates.per_group("parameters")]
+    rows = [
+        [*group, *(f"{value:.6g}" for value in values)]
+        for *group, values in zip(*fields, masks.pi.reshape(len(runs), -1).T, strict=True)
+    ]
+    write_csv(output / "masks.csv", ["layer", "component", "group", "parameters", *runs], rows)
+    write_csv(output / "pruned.csv", list(scores[0]), [list(score.values()) for score in scores])
+    similar = []
+    for layer, component in masks.scopes():
+        matrices = [masks.matrix(layer, component, centred=centred) for centred in (False, True)]
+        for a, b in pairs(len(codes)):
+            similar.append([layer, component, codes[a], codes[b], *(float(matrix[a, b]) for matrix in matrices)])
+    write_csv(output / "similarity.csv", ["layer", "component", "left", "right", "cosine", "correlation"], similar)
+    extremes = [
+        [code, name, *map(float, values)] for index, code in enumerate(codes) for name, values in masks.extremes(index)
+    ]
+    write_csv(output / "extremes.csv", ["chosen_by", "group", *codes], extremes)
+
+
+def draw_figures(job: AnalysisJob, masks: Masks, summary: dict[str, Any]) -> None:
+    """Draw layers, extremes and matrix, each as PNG and SVG with the numbers behind it as CSV."""
+    codes, output = list(masks.languages), job.output
+    groups = ", ".join(f"{count} {kind}" for kind, count in summary["groups"].items())
+    caption = (
+        f"{job.model.path}, step {summary['step']}, text of {job.text.folder.name}\n{groups}; lambda {summary['penalty']:g}, {summary['steps']} steps of "
+        f"{summary['rows']} rows, seeds {', '.join(map(str, masks.seeds))}"
+    )
+    by_layer = {part: {layer: masks.matrix(layer, part) for layer in masks.layers} for part in masks.components}
+    note = f"{caption}\ndashed: two seeds of one language"
+    layers_figure(by_layer, codes, output / "layers.png", title=TITLE, caption=note)
+    extremes = {code: masks.extremes(index) for index, code in enumerate(codes)}
+    extremes_figure(extremes, codes, output / "extremes.png", title="Groups of extreme pi", caption=caption)
+    panels = {"whole model": masks.matrix()} | {part: masks.matrix(ALL, part) for part in masks.components}
+    note = f"{caption}\ndiagonal: two seeds of one language"
+    heatmaps(panels, codes, codes, output / "matrix.png", title=TITLE, label="cosine of pi", caption=note)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,58 +15,37 @@ EXTREMES = 10  # groups of either end in figure 4b
 
 @dataclass(frozen=True)
 class Masks:
-    """pi of all languages and seeds, and for each group where in the model it lies."""
+    """pi of all languages and seeds, and the gates that they belong to."""
 
     languages: tuple[str, ...]
     seeds: tuple[int, ...]
     pi: np.ndarray  # (languages, seeds, groups) float64
-    layer: np.ndarray  # (groups,)
-    component: np.ndarray  # (groups,)
-    kind: np.ndarray  # (groups,)
-    names: list[str]
-    parameters: list[int]  # in each group
-
-    @classmethod
-    def of(
-        cls, gates: Gates, languages: Sequence[str], seeds: Sequence[int], learned: Mapping[tuple[str, int], np.ndarray]
-    ) -> Masks:
-        """The masks of these gates. learned: pi (groups,) of each language and seed."""
-        pi = np.array([[learned[language, seed] for seed in seeds] for language in languages], dtype=np.float64)
-        layer, component, kind = (np.array(gates.per_group(field)) for field in ("layer", "component", "kind"))
-        parameters = gates.per_group("parameters")
-        return cls(tuple(languages), tuple(seeds), pi, layer, component, kind, gates.names, parameters)
+    gates: Gates
 
     @property
     def components(self) -> list[str]:
         """The components that have groups."""
-        return [component for component in COMPONENTS if component in self.component]
+        return [component for component in COMPONENTS if component in self.gates.per_group("component")]
 
     @property
     def layers(self) -> list[int]:
         """The layers that have groups."""
-        return [int(layer) for layer in np.unique(self.layer)]
+        return sorted(set(self.gates.per_group("layer")))
 
     def scopes(self) -> Iterator[tuple[int | str, str]]:
         """(layer, component) of every reported similarity: the model, its components, and the components of each layer."""
         yield ALL, ALL
-        yield from ((ALL, component) for component in self.components)
-        yield from ((layer, component) for layer in self.layers for component in self.components)
+        yield from ((layer, component) for layer in [ALL, *self.layers] for component in self.components)
 
     def matrix(self, layer: int | str = ALL, component: str = ALL, *, centred: bool = False) -> np.ndarray:
         """(L, L) similarities over a scope's groups; NaN on the diagonal if there is one seed.
 
         centred: subtract each pi's mean over the scope first, which makes the cosines correlations.
         """
-        chosen = (self.layer == layer) | (layer == ALL)
-        chosen &= (self.component == component) | (component == ALL)
-        pi = self.pi[..., chosen]
+        where = zip(self.gates.per_group("layer"), self.gates.per_group("component"), strict=True)
+        chosen = [layer in (ALL, number) and component in (ALL, part) for number, part in where]
+        pi = self.pi[..., np.array(chosen)]
         return similarities(pi - pi.mean(axis=-1, keepdims=True) if centred else pi)
-
-    def pairs(self) -> Iterator[tuple[int, int]]:
-        """Indices of each language with itself, then of each pair."""
-        indices = range(len(self.languages))
-        yield from ((index, index) for index in indices)
-        yield from itertools.combinations(indices, 2)
 
     def extremes(self, language: int) -> list[tuple[str, np.ndarray]]:
         """(group, values (L,)) of the groups with a language's lowest and highest pi, ascending.
@@ -77,9 +55,9 @@ class Masks:
         mean = self.pi.mean(axis=1)
         mean = mean / np.abs(mean).max(axis=1, keepdims=True)
         order = np.argsort(mean[language], kind="stable")
-        count = min(EXTREMES, len(order) // 2)
+        count, names = min(EXTREMES, len(order) // 2), self.gates.names
         chosen = [*order[:count], *order[len(order) - count :]]
-        return [(self.names[group], mean[:, group]) for group in chosen]
+        return [(names[group], mean[:, group]) for group in chosen]
 
 
 def similarities(pi: np.ndarray) -> np.ndarray:

@@ -1,0 +1,229 @@
+"""Figures of how alike languages are: gradients during training (the paper's figure 3) and by layer and component, masks by
+layer (its 4a), and groups of extreme pi (its 4b)."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
+
+from mlinterf_ds.files import write_csv
+from mlinterf_ds.plots import style
+from mlinterf_ds.plots.style import DARK_GREY, DASHED, OKABE_ITO, Look, Points
+
+MOST_LINES = 8  # pairs drawn one by one; of more, the mean and the 10th to 90th percentile
+MOST_PANELS = 4  # languages of figure 4b
+WITHIN, BETWEEN = "within a language", "between two"
+LONG = 60  # points of a line from which it is drawn as a running mean over the pale points
+
+Curves = Mapping[tuple[str, str], Points]  # (left, right) -> (step or layer, cosine)
+
+
+class Line(NamedTuple):
+    """A pair of languages, or many pairs."""
+
+    within: bool  # a language with itself, which is drawn dashed: the ceiling of what two can reach
+    pairs: int
+    rows: list[tuple[int, float, float, float]]  # step or layer, mean of the pairs, their 10th and 90th percentile
+
+
+def _lines(curves: Curves, suffix: str = "") -> dict[str, Line]:
+    """The lines to draw by their names. Points that are not finite are left out, and so are pairs without any."""
+    finite = {pair: [point for point in points if math.isfinite(point[1])] for pair, points in curves.items()}
+    groups: dict[tuple[bool, str], list[Points]] = {}
+    for (left, right), points in finite.items():
+        name = f"{left}–{right}" if len(finite) <= MOST_LINES else WITHIN if left == right else BETWEEN
+        groups.setdefault((left == right, name + suffix), []).extend([points] * bool(points))
+    lines = {}
+    for (within, name), members in sorted(groups.items(), key=lambda group: not group[0][0]):
+        values: dict[int, list[float]] = {}
+        for step, value in itertools.chain(*members):
+            values.setdefault(step, []).append(value)
+        rows = []
+        for step in sorted(values):
+            low, mean, high = np.percentile(values[step], 10), np.mean(values[step]), np.percentile(values[step], 90)
+            rows.append((step, float(mean), float(low), float(high)))
+        if rows:
+            lines[name] = Line(within, len(members), rows)
+    return lines
+
+
+def training_curves(runs: Mapping[str, Curves], path: Path, *, title: str, caption: str = "") -> None:
+    """Draws gradient similarity against the training step: within a language dashed (the ceiling), between two solid.
+
+    runs: a run's name, which is left out of the labels where it is the only one, -> its curves. Saves PNG and SVG.
+    """
+    lines: dict[str, Line] = {}
+    for run, curves in runs.items():
+        lines |= _lines(curves, f" ({run})" if len(runs) > 1 else "")
+    figure = style.new_figure(7.2, max(4.2, 0.25 * len(lines) + 1.5))
+    axes = figure.add_subplot()
+    axes.axhline(0, color=DARK_GREY, linewidth=0.8, zorder=2)
+    style.tidy(axes, "both")
+    style.step_ticks(axes)
+    axes.set_xlabel("training step")
+    axes.set_ylabel("cosine of the gradients")
+    axes.margins(x=0.02)
+    looks = {name: style.look(index, DASHED if lines[name].within else "-") for index, name in enumerate(sorted(lines))}
+    for name, line in lines.items():
+        _draw(axes, line, looks[name])
+    style.label_ends(figure, axes, {name: _smooth(line)[-1] for name, line in lines.items()}, looks, ".2f")
+    style.finish(figure, path, title, caption + _band_note(lines))
+
+
+def _band_note(lines: Mapping[str, Line]) -> str:
+    return "; band: 10th to 90th percentile of the pairs" * any(line.pairs > 1 for line in lines.values())
+
+
+def _smooth(line: Line) -> Points:
+    """A running mean over a twentieth of a long line; a short line as it is."""
+    half = len(line.rows) // 40 if len(line.rows) > LONG else 0
+    means = [mean for _, mean, *_ in line.rows]
+    return [(row[0], float(np.mean(means[max(0, i - half) : i + half + 1]))) for i, row in enumerate(line.rows)]
+
+
+def _draw(axes: Axes, line: Line, look: Look, label: str | None = None) -> None:
+    steps, means, low, high = zip(*line.rows, strict=True)
+    if len(steps) > LONG:
+        axes.plot(steps, means, color=look["color"], linewidth=0.6, alpha=0.3, zorder=1)
+    elif line.pairs > 1:
+        axes.fill_between(steps, low, high, color=look["color"], alpha=0.15, linewidth=0, zorder=1)
+    every = max(1, len(steps) // 9)
+    points = zip(*_smooth(line), strict=True)
+    axes.plot(*points, **look, markevery=every, linewidth=1.5, markersize=4, zorder=3, label=label)
+
+
+def by_component(
+    table: Mapping[str, Mapping[str, tuple[float, float]]], path: Path, *, title: str, caption: str = ""
+) -> None:
+    """Draws mean similarity by layer, a panel a component. Saves PNG and SVG.
+
+    table: component -> layer -> (within a language, between two); a component outside the layers has the one layer ''.
+    """
+    layered = [part for part in table if "" not in table[part]]
+    flat = [part for part in table if "" in table[part]]
+    count = max([len(table[part]) for part in layered], default=1)
+    widths = [max(1.6, 0.32 * count)] * len(layered) + [max(1.2, 0.7 * len(flat))] * bool(flat)
+    figure = style.new_figure(sum(widths) + 1.6, 3.9)
+    grid = figure.subplots(1, len(widths), sharey=True, squeeze=False, width_ratios=widths)[0]
+    for axes, part in zip(grid, layered, strict=False):
+        _panel(axes, list(table[part]), list(table[part].values()), joined=True)
+        axes.set_title(part, fontsize=9)
+        axes.set_xlabel("layer")
+    if flat:
+        _panel(grid[-1], [part.replace(" ", "\n") for part in flat], [table[part][""] for part in flat], joined=False)
+    grid[0].set_ylabel("cosine of the gradients")
+    handles, labels = grid[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper right", ncols=2, fontsize=8, frameon=False)
+    style.finish(figure, path, title, caption)
+
+
+def _panel(axes: Axes, names: list[str], values: list[tuple[float, float]], *, joined: bool) -> None:
+    positions = np.arange(len(names))
+    within, between = np.array(values, dtype=float).T
+    line: dict[str, Any] = {"linestyle": "-" if joined else "none", "linewidth": 1.5, "markersize": 5}
+    dash = line | ({"linestyle": DASHED} if joined else {})
+    axes.plot(positions, within, color=OKABE_ITO[0], marker="s", label=WITHIN, **dash)
+    if np.isfinite(between).any():
+        axes.plot(positions, between, color=OKABE_ITO[1], marker="o", label=BETWEEN, **line)
+    axes.axhline(0, color=DARK_GREY, linewidth=0.8)
+    style.tidy(axes, "y")
+    every = max(1, len(names) // 12)
+    axes.set_xticks(positions[::every], names[::every], fontsize=8)
+    axes.set_xlim(-0.5, len(names) - 0.5)
+
+
+def layers_figure(
+    matrices: Mapping[str, Mapping[int, np.ndarray]], languages: Sequence[str], path: Path, *, title: str, caption: str
+) -> None:
+    """Draws figure 4a: cosine of pi against the layer, a panel a component; within a language dashed, between two solid.
+
+    matrices: component -> layer -> (L, L), within a language on the diagonal, NaN where not measured. Saves PNG, SVG and CSV.
+    """
+    lines = {}
+    for part, by_layer in matrices.items():
+        curves: dict[tuple[str, str], Points] = {}
+        for a, b in itertools.combinations_with_replacement(range(len(languages)), 2):
+            points = [(layer, float(matrix[a, b])) for layer, matrix in by_layer.items()]
+            curves[languages[a], languages[b]] = points
+        lines[part] = _lines(curves)
+    rows = [
+        [part, name, *row] for part, of_part in lines.items() for name, line in of_part.items() for row in line.rows
+    ]
+    write_csv(path.with_suffix(".csv"), ["component", "line", "layer", "mean", "p10", "p90"], rows)
+    count = max(len(by_layer) for by_layer in matrices.values())
+    figure = style.new_figure(1.2 + len(lines) * max(2.6, 0.3 * count), 3.9)
+    grid = figure.subplots(1, len(lines), sharey=True, squeeze=False)[0]
+    for axes, (part, of_part) in zip(grid, lines.items(), strict=True):
+        for index, (name, line) in enumerate(of_part.items()):
+            _draw(axes, line, style.look(index, DASHED if line.within else "-"), name)
+        if not of_part:
+            axes.text(0.5, 0.5, "one language, one seed", transform=axes.transAxes, ha="center", color=style.GREY)
+        axes.axhline(0, color=DARK_GREY, linewidth=0.8)
+        style.tidy(axes, "y")
+        axes.set_ylim(top=1.04)
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
+        axes.set_xlim(min(matrices[part]) - 0.4, max(matrices[part]) + 0.4)
+        axes.set_xlabel("layer")
+        axes.set_title(part, fontsize=9)
+    grid[0].set_ylabel("cosine of pi")
+    handles, labels = grid[0].get_legend_handles_labels()
+    look = {"size": 8, "family": style.families("".join(labels))}
+    figure.legend(handles, labels, loc="outside right upper", prop=look, frameon=False, handlelength=3.2)
+    style.finish(figure, path, title, caption + _band_note(lines[max(lines, key=lambda part: len(lines[part]))]))
+
+
+def extremes_figure(
+    chosen: Mapping[str, Sequence[tuple[str, np.ndarray]]],
+    languages: Sequence[str],
+    path: Path,
+    *,
+    title: str,
+    caption: str,
+) -> None:
+    """Draws figure 4b: a panel a language, bars at its most negative and most positive groups, markers for other languages.
+
+    chosen: language -> (group, normalised values (L,)), ascending. At most four panels are drawn. Saves PNG and SVG.
+    """
+    shown = list(chosen)[:MOST_PANELS]
+    bars = max(len(chosen[code]) for code in shown)
+    figure = style.new_figure(max(5.5, 0.32 * bars + 1.4), 0.7 + 2.9 * len(shown))
+    grid = figure.subplots(len(shown), 1, squeeze=False)[:, 0]
+    for axes, code in zip(grid, shown, strict=True):
+        _extremes_panel(axes, code, chosen[code], languages)
+    style.finish(figure, path, title, style.shortened(caption, len(chosen), MOST_PANELS))
+
+
+def _extremes_panel(axes: Axes, code: str, groups: Sequence[tuple[str, np.ndarray]], languages: Sequence[str]) -> None:
+    positions, own = np.arange(len(groups), dtype=float), list(languages).index(code)
+    positions[len(groups) // 2 :] += 0.8  # a gap between the two ends
+    values = np.stack([value for _, value in groups])  # (groups, L)
+    axes.bar(positions, values[:, own], width=0.62, color="#B8B8B8", edgecolor=DARK_GREY, linewidth=0.6, label=code)
+    others = [index for index in range(len(languages)) if index != own]
+    if len(others) <= MOST_LINES:
+        for number, index in enumerate(others):
+            axes.plot(positions, values[:, index], **style.look(number, "none"), markersize=5, label=languages[index])
+    else:
+        low, median, high = np.percentile(values[:, others], [10, 50, 90], axis=1)
+        axes.errorbar(
+            positions, median, [median - low, high - median], fmt="o", color=style.OKABE_ITO[0], markersize=4,
+            linewidth=1, label=f"median and 80% of {len(others)} others",
+        )  # fmt: skip
+    axes.axhline(0, color=DARK_GREY, linewidth=0.8)
+    style.tidy(axes, None)
+    axes.set_xticks(positions, [name for name, _ in groups], rotation=90, fontsize=7)
+    axes.set_ylim(-1.08, 1.08)
+    axes.set_ylabel("pi / largest |pi|", fontsize=8)
+    axes.tick_params(axis="y", labelsize=8)
+    title = f"most negative and most positive groups of {code}"
+    axes.set_title(title, loc="left", fontsize=9, fontfamily=style.families(title))
+    handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
+    names = [code, *(name for name in handles if name != code)]  # the bars come first
+    look = {"size": 8, "family": style.families("".join(names))}
+    axes.legend([handles[name] for name in names], names, loc="upper left", prop=look, frameon=False, ncols=len(names))
