@@ -182,9 +182,18 @@ class Monitor:
     """
 
     def __init__(
-        self, engine: Engine, draws: Draws, config: ConflictSection, output: Path, *, name: str, seed: int, text: str
+        self,
+        engine: Engine,
+        draws: Draws,
+        output: Path,
+        *,
+        every: int,
+        sketch: str | int,
+        name: str,
+        seed: int,
+        text: str,
     ):
-        self.engine, self.draws, self.config, self.output = engine, draws, config, output
+        self.engine, self.draws, self.output, self.every, self.sketch = engine, draws, output, every, sketch
         self.name, self.seed, self.first = name, seed, engine.layout.rank == 0
         self.caption = (
             f"{text} text, {draws.rows} training sequences a gradient, seed {seed}; dashed: two batches of one language"
@@ -198,12 +207,12 @@ class Monitor:
     @property
     def due(self) -> bool:
         """Whether this step is one to measure."""
-        return self.engine.step % self.config.every == 0
+        return self.engine.step % self.every == 0
 
     def measure(self) -> dict[str, float]:
         """Similarities at the engine's step, as metrics; also added to conflict.csv. The same on all ranks."""
         step = self.engine.step
-        similarity, costs = measure(self.engine, self.draws, self.config.sketch, self.seed, step)
+        similarity, costs = measure(self.engine, self.draws, self.sketch, self.seed, step)
         matrix, codes = similarity.matrix(), similarity.languages
         facts = {f"conflict/{name}": value for name, value in spread(matrix).items()}
         facts |= {f"conflict/{name}": costs[name] for name in ("seconds_gradients", "seconds_similarity")}

@@ -129,13 +129,14 @@ class PretrainingRun:
 
     def _monitor(self) -> Monitor:
         config = self.config
-        seed = config.train.seed
         draws = Draws(
             self.corpus, self.languages, self.languages, config=config.conflict, length=config.data.sequence_length,
-            mask_share=config.data.mask, seed=seed, engine=self.engine,
+            mask_share=config.data.mask, seed=config.train.seed, engine=self.engine,
         )  # fmt: skip
-        name, text = f"{config.name}: {config.variant}", Path(config.corpus).name
-        return Monitor(self.engine, draws, config.conflict, self.session.output, name=name, seed=seed, text=text)
+        return Monitor(
+            self.engine, draws, self.session.output, every=config.conflict.every, sketch=config.conflict.sketch,
+            name=f"{config.name}: {config.variant}", seed=config.train.seed, text=Path(config.corpus).name,
+        )  # fmt: skip
 
     def _measure_speed(self) -> None:
         """The FLOPs of a row and the peak of all ranks, which model FLOPs utilisation compares."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -35,7 +36,8 @@ class Masks:
     def scopes(self) -> Iterator[tuple[int | str, str]]:
         """(layer, component) of every reported similarity: the model, its components, and the components of each layer."""
         yield ALL, ALL
-        yield from ((layer, component) for layer in [ALL, *self.layers] for component in self.components)
+        layers: list[int | str] = [ALL, *self.layers]
+        yield from itertools.product(layers, self.components)
 
     def matrix(self, layer: int | str = ALL, component: str = ALL, *, centred: bool = False) -> np.ndarray:
         """(L, L) similarities over a scope's groups; NaN on the diagonal if there is one seed.
