@@ -202,12 +202,9 @@ def one_at_a_time(ids: Sequence[int], language: int) -> Iterator[Batch]:
     for first in range(0, len(ids), ROWS):
         columns = torch.arange(first, min(first + ROWS, len(ids)))[:, None] + 1
         tokens = sentence.repeat(len(columns), 1)
-        yield _batch(tokens.scatter(1, columns, MASK), columns, tokens.gather(1, columns), language)
-
-
-def _batch(tokens: torch.Tensor, positions: torch.Tensor, labels: torch.Tensor, language: int) -> Batch:
-    languages = torch.full((len(tokens),), language)
-    return Batch(tokens, positions, labels, torch.ones(positions.shape), languages, (language,), 0)
+        masked, labels = tokens.scatter(1, columns, MASK), tokens.gather(1, columns)
+        languages = torch.full((len(tokens),), language)
+        yield Batch(masked, columns, labels, torch.ones(columns.shape), languages, (language,), 0)
 
 
 @torch.no_grad()
@@ -216,22 +213,19 @@ def fill(model: Model, text: str, language: str | None, top: int) -> list[list[d
     if BLANK not in text:
         raise UserError(f"--fill {text!r}: has no {BLANK}")
     number = model.index(language)
-    ids: list[int] = [BOS]
-    for index, part in enumerate(text.split(BLANK)):
-        ids += [MASK] * (index > 0) + model.tokenizer.encode(part)
-    ids.append(EOS)
+    first, *others = map(model.tokenizer.encode, text.split(BLANK))
+    ids = [BOS, *first, *(piece for part in others for piece in (MASK, *part)), EOS]
     if len(ids) > model.length:
         raise UserError(f"--fill: {len(ids)} pieces, the model reads {model.length} at once: shorten the text")
     tokens = torch.tensor([ids], device=model.device)
     hidden = model.encoder.hidden(tokens, torch.tensor([number]), (number,))
     chances = model.encoder.logits(hidden)[0].softmax(-1).cpu()
-    candidates, pieces = [], model.tokenizer.pieces
-    for column in (k for k, piece in enumerate(ids) if piece == MASK):
-        values, best = chances[column].topk(min(top, len(pieces)))
-        candidates.append(
-            [{"piece": pieces[int(i)], "probability": float(p)} for p, i in zip(values, best, strict=True)]
-        )
-    return candidates
+    pieces = model.tokenizer.pieces
+    best = chances[[column for column, piece in enumerate(ids) if piece == MASK]].topk(min(top, len(pieces)))
+    return [
+        [{"piece": pieces[i], "probability": p} for p, i in zip(*candidates, strict=True)]
+        for candidates in zip(best.values.tolist(), best.indices.tolist(), strict=True)
+    ]
 
 
 def _shown(results: Any) -> str:

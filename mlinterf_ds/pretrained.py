@@ -14,12 +14,10 @@ from mlinterf_ds.engine import checkpoint
 from mlinterf_ds.engine.space import Segment
 from mlinterf_ds.engine.weights import CheckpointReader
 from mlinterf_ds.errors import UserError
-from mlinterf_ds.files import sha256
 from mlinterf_ds.ranks import agreed
-from mlinterf_ds.sections import ModelConfig, TrainConfig, architecture, has_adapters
+from mlinterf_ds.sections import ModelConfig, architecture, has_adapters
 
 if TYPE_CHECKING:  # reading a checkpoint needs neither DeepSpeed nor megatron
-    from mlinterf_ds.engine.engine import Engine
     from mlinterf_ds.model.encoder import Encoder
     from mlinterf_ds.runtime.parallel import Layout
 
@@ -34,17 +32,12 @@ class Pretrained:
     @classmethod
     def open(cls, folder: str) -> Pretrained:
         """The best checkpoint of a run's output folder, or the checkpoint of that folder."""
-        path, saved = agreed(lambda: _verified(folder))
+        path, saved = agreed(lambda: (path := checkpoint.find(folder, "best"), checkpoint.verify(path)))
         if "task" in saved.get("config", {}):
             raise UserError(
                 f"{path}: a checkpoint of a fine-tuning: set checkpoint to a pretraining run's output folder"
             )
         return cls(path, saved | {"config": without_removed(saved["config"])})
-
-    @property
-    def digest(self) -> str:
-        """The SHA-256 of complete.json, which lists the SHA-256 of every other file."""
-        return sha256(self.path / "complete.json")
 
     @property
     def languages(self) -> list[str]:
@@ -65,11 +58,6 @@ class Pretrained:
         """The share of tokens that were masked and predicted in its pretraining."""
         return float(self.saved["config"]["data"]["mask"])
 
-    @property
-    def run_id(self) -> str | None:
-        """MLflow's id of the pretraining run."""
-        return self.saved.get("run_id")
-
     def shape(self, dropout: float | None = None) -> ModelConfig:
         """The shape of the encoder, with the given dropouts in place of the checkpoint's."""
         changed = {} if dropout is None else {"dropout": dropout, "attention_dropout": dropout}
@@ -84,26 +72,6 @@ class Pretrained:
             "vocabulary": int(self.saved["vocabulary"]),
             "positions": self.positions,
         }
-
-    def engine(
-        self,
-        model: Encoder,
-        training: TrainConfig,
-        deepspeed_json: dict[str, Any],
-        precision: str,
-        layout: Layout,
-        *,
-        missing: bool = False,
-    ) -> Engine:
-        """An engine that trains `model`, built of `architecture`, from this checkpoint's weights and without its moments.
-
-        missing: parameters that the checkpoint lacks, such as a classifier's, keep their initial values.
-        """
-        from mlinterf_ds.engine.engine import Engine
-
-        engine = Engine(model, training, deepspeed_json, precision, layout)
-        checkpoint.load(self.path, engine, moments=False, missing=missing)
-        return engine
 
     def check(self, tensor: int) -> None:
         """UserError unless the model can be cut for this many tensor-parallel ranks."""
@@ -120,18 +88,12 @@ class Pretrained:
         """The model at this layout, whatever layout saved it, without dropout and for evaluation: no engine, no moments."""
         from mlinterf_ds.model.encoder import Encoder, partition_dim
 
-        tensor = layout.tensor
-        self.check(tensor)
+        self.check(layout.tensor)
         model = Encoder(**self.architecture(dropout=0.0))
         reader = CheckpointReader(self.path)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 size = tuple(parameter.shape)
                 whole = Segment(name, size, 0, parameter.numel(), 0, 0, partition_dim(parameter))
-                parameter.copy_(reader.read(whole, "master", tensor, layout.tensor_rank).view(size))
+                parameter.copy_(reader.read(whole, "master", layout.tensor, layout.tensor_rank).view(size))
         return model.to(device, dtype).eval()
-
-
-def _verified(folder: str) -> tuple[Path, dict[str, Any]]:
-    path = checkpoint.find(folder, "best")
-    return path, checkpoint.verify(path)

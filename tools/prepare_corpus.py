@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 from mlinterf_ds.data.corpus import Corpus
-from mlinterf_ds.data.prepare.main import limits_of, prepare
+from mlinterf_ds.data.prepare.main import prepare
 from mlinterf_ds.errors import UserError
 
 INPUTS = """\
@@ -37,7 +37,7 @@ def main(arguments: list[str] | None = None) -> int:
             temperature=options.vocab_temperature,
             tokenizer=options.tokenizer,
             extends=options.extend,
-            limits=limits_of(options.limit),
+            limits=_limits(options.limit),
             licence=options.licence,
             workers=options.workers,
         )
@@ -119,6 +119,17 @@ def _inputs_by_language(arguments: list[str]) -> dict[str, list[str | Path]]:
             raise UserError(f"{argument!r}: expected LANGUAGE=INPUT, for example en=english.txt")
         inputs.setdefault(language, []).append(name)
     return inputs
+
+
+def _limits(arguments: list[str]) -> dict[str, int]:
+    """Parses the arguments of `--limit`, LANGUAGE=N each: the training sentences that a language keeps."""
+    limits: dict[str, int] = {}
+    for argument in arguments:
+        language, _, number = argument.partition("=")
+        if not number.isdecimal() or language in limits:
+            raise UserError(f"--limit {argument}: expected LANGUAGE=N once for a language, for example fr=10000")
+        limits[language] = int(number)
+    return limits
 
 
 def report(corpus: Corpus, seconds: float) -> str:

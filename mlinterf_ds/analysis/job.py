@@ -11,6 +11,7 @@ import torch
 
 from mlinterf_ds.analysis.config import AnalyzeConfig
 from mlinterf_ds.data.corpus import Corpus
+from mlinterf_ds.engine import checkpoint
 from mlinterf_ds.engine.engine import Engine
 from mlinterf_ds.errors import UserError
 from mlinterf_ds.pretrained import Pretrained
@@ -63,8 +64,9 @@ class AnalysisJob:
             raise UserError(
                 f"{rows} rows cannot be shared by {self.layout.data} data-parallel ranks: take a multiple of them"
             )
-        pretrained = self.model
-        pretrained.check(self.layout.tensor)
+        self.model.check(self.layout.tensor)
         training = TrainConfig.model_validate({"batch": rows, "micro_batch": micro_batch})
-        encoder = Encoder(**pretrained.architecture(dropout=0.0))
-        return pretrained.engine(encoder, training, self.deepspeed_json, self.precision, self.layout)
+        encoder = Encoder(**self.model.architecture(dropout=0.0))
+        engine = Engine(encoder, training, self.deepspeed_json, self.precision, self.layout)
+        checkpoint.load(self.model.path, engine, moments=False)
+        return engine

@@ -120,7 +120,7 @@ def open_tracker(config: AnalyzeConfig, pretrained: Pretrained | None, output: P
         folder=output,
         parameters=config.model_dump(),
         tags=environment_facts() | {"analysis": config.analysis} | config.tracking.tags,
-        parent_id=(pretrained and pretrained.run_id) or config.tracking.parent,
+        parent_id=(pretrained and pretrained.saved.get("run_id")) or config.tracking.parent,
     )
     output.mkdir(parents=True, exist_ok=True)
     write_json(output / "analysis.json", {"config": config.model_dump(), "run_id": tracker.run_id})

@@ -233,19 +233,17 @@ def open_corpus(
         languages = list(languages or SYNTHETIC_LANGUAGES)
         folder = synthetic_folder(languages, sentences, limits)
         if not agreed((folder / MANIFEST).is_file):
-            line = [",".join(languages), f"--sentences={sentences}"]
-            line += [f"--limit={code}={count}" for code, count in (limits or {}).items()]
-            agreed(lambda: _prepare_synthetic(line))
+            agreed(lambda: _prepare_synthetic(json.dumps([languages, sentences, limits])))
     opened = Corpus.open(folder, languages)
     agreed_by_all(lambda: opened.verify(int(os.environ["LOCAL_RANK"]), local_world()))
     return opened
 
 
-def _prepare_synthetic(arguments: list[str]) -> None:
+def _prepare_synthetic(arguments: str) -> None:
     """Prepares a synthetic corpus in a process of its own: it forks workers, which a process of torch's threads must not."""
     folder = str(Path(__file__).parents[2])  # the child imports this package from where this process did
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [folder, os.environ.get("PYTHONPATH")]))}
-    line = [sys.executable, "-m", "mlinterf_ds.data.prepare.synthetic", *arguments]
+    line = [sys.executable, "-m", "mlinterf_ds.data.prepare.synthetic", arguments]
     done = subprocess.run(line, env=environment, stderr=subprocess.PIPE, text=True)
     if done.returncode == 2:
         raise UserError(done.stderr.strip())

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from mlinterf_ds.config import REMOVED, decisive, differences
 from mlinterf_ds.errors import UserError, refusing
-from mlinterf_ds.files import write_json, write_text
+from mlinterf_ds.files import sha256, write_json, write_text
 from mlinterf_ds.finetune.config import FinetuneConfig
 from mlinterf_ds.finetune.report import show, summarise, table
 from mlinterf_ds.finetune.trial import FinetuneJob, Point, Stopped, Trial
@@ -118,7 +118,10 @@ class Search:
     def _identity(self) -> dict[str, Any]:
         """The settings that a resumed job must not change."""
         kept = decisive(FinetuneConfig, self.job.config.model_dump())
-        return kept | {"data": self.job.sets.origin, "pretrained weights": self.job.pretrained.digest}
+        return kept | {
+            "data": self.job.sets.origin,
+            "pretrained weights": sha256(self.job.pretrained.path / "complete.json"),
+        }
 
     def _check_resumed(self) -> str | None:
         """Returns MLflow's run id of the job that is resumed. UserError if the folder holds another job."""
@@ -149,7 +152,7 @@ class Search:
             | {"task": job.task.name, "variant": job.pretrained.saved["config"]["variant"]}
             | job.config.tracking.tags,
             run_id=run_id,
-            parent_id=job.pretrained.run_id or job.config.tracking.parent,
+            parent_id=job.pretrained.saved.get("run_id") or job.config.tracking.parent,
         )
         record = {"identity": self._identity(), "run_id": self.tracker.run_id, "config": job.config.model_dump()}
         write_json(self.output / "job.json", record)

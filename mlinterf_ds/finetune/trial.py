@@ -127,9 +127,9 @@ class Trial:
         known = set(CheckpointReader(pretrained.path).names)
         if missing := sorted(names - known):
             raise UserError(f"{pretrained.path}: has no parameter {missing[0]} ({len(missing)} in all)")
-        return pretrained.engine(
-            model, TrainConfig.model_validate(training), job.deepspeed_json, job.precision, job.layout, missing=True
-        )
+        engine = Engine(model, TrainConfig.model_validate(training), job.deepspeed_json, job.precision, job.layout)
+        checkpoint.load(pretrained.path, engine, moments=False, missing=True)
+        return engine
 
     # -- training ----------------------------------------------------------------------------------------------------
 

@@ -352,7 +352,7 @@ def test_wikipedia_dump_is_cleaned_and_split_by_document(tmp_path: Path) -> None
 
 def test_wiki_markup_is_removed() -> None:
     pytest.importorskip("mwparserfromhell")
-    from mlinterf_ds.data.prepare.wikitext import plain_text
+    from mlinterf_ds.data.prepare.cleaning import plain_text
 
     markup = """{{Infobox|name=x}}
 '''Nairobi''' ni [[mji mkuu|mji]] wa [[Kenya]].<ref name="a">{{cite|title=x}}</ref> Watu ''wengi''.<ref name="a" />

@@ -25,7 +25,8 @@ from mlinterf_ds.data.synthetic import (
     sentences,
     write_sentences,
 )
-from mlinterf_ds.data.synthetic.grammar import (
+from mlinterf_ds.data.synthetic.language import SCRIPTS, is_common, lexicon, overlap
+from mlinterf_ds.data.synthetic.meanings import (
     CONCEPTS,
     FAMILY,
     GIVEN,
@@ -37,8 +38,7 @@ from mlinterf_ds.data.synthetic.grammar import (
     TOWN,
     VERBS,
 )
-from mlinterf_ds.data.synthetic.language import SCRIPTS, is_common, lexicon, overlap
-from mlinterf_ds.data.synthetic.sentence import grammar
+from mlinterf_ds.data.synthetic.sentence import Grammar
 from mlinterf_ds.errors import UserError
 
 LANGUAGES = ("syn", "syn-close", "syn-mid", "syn-far", "syn-far-4")
@@ -101,15 +101,15 @@ def test_the_same_meaning_has_the_same_content_in_every_language(name: str) -> N
     for ours, base in zip(annotated(name, 300, 5, "test"), annotated("syn", 300, 5, "test"), strict=True):
         assert Counter(ours.pos) == Counter(base.pos)
         assert Counter(ours.entities) == Counter(base.entities)
-        ours_concepts = Counter(token.concept for token in grammar(language(name)).tokens(ours.meaning))
-        assert ours_concepts == Counter(token.concept for token in grammar(language("syn")).tokens(base.meaning))
+        ours_concepts = Counter(token.concept for token in Grammar(language(name)).tokens(ours.meaning))
+        assert ours_concepts == Counter(token.concept for token in Grammar(language("syn")).tokens(base.meaning))
 
 
 def test_different_meanings_are_told_apart_by_their_labelled_words() -> None:
     for name in LANGUAGES:
         meanings: dict[tuple, object] = {}
         for sentence in annotated(name, 2000, 0):
-            tokens = grammar(language(name)).tokens(sentence.meaning)
+            tokens = Grammar(language(name)).tokens(sentence.meaning)
             labelled = tuple((token.form, token.concept, token.entity) for token in tokens)
             assert meanings.setdefault(labelled, sentence.meaning) == sentence.meaning
 
@@ -143,7 +143,7 @@ def test_part_of_speech_and_entity_type_need_context(name: str) -> None:
         for form, pos, entity in zip(sentence.tokens, sentence.pos, sentence.entities, strict=True):
             tags[form][pos] += 1
             types[form] |= {entity[2:]} - {""}
-        for token in grammar(language(name)).tokens(sentence.meaning):
+        for token in Grammar(language(name)).tokens(sentence.meaning):
             if token.entity == "B-ORG":
                 firms[token.concept in {*GIVEN, *FAMILY, *TOWN}] += 1
     total = sum(counts.total() for counts in tags.values())
@@ -158,7 +158,7 @@ def test_word_order_and_morphology_are_the_stated_ones(name: str) -> None:
     spoken = language(name)
     case = lexicon(spoken)[SUFFIXES[3]]
     for sentence in annotated(name, 500, 0):
-        tokens = grammar(spoken).tokens(sentence.meaning)
+        tokens = Grammar(spoken).tokens(sentence.meaning)
         assert tuple(token.form for token in tokens) == sentence.tokens
         for left, right in pairwise(tokens):
             if spoken.adjective_after:

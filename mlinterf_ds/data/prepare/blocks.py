@@ -21,20 +21,8 @@ from mlinterf_ds.files import read_json, write_array, write_arrays, write_json
 BLOCK_COUNTS = ("sentences", "words", "characters", "tokens", "unknown")
 
 
-def block_path(folder: Path, number: int) -> Path:
-    return folder / f"{number:06d}.block.npz"
-
-
-def keep_path(folder: Path, number: int) -> Path:
-    return folder / f"{number:06d}.keep.npz"
-
-
-def tokens_path(folder: Path, number: int) -> Path:
-    return folder / f"{number:06d}.tokens.npz"
-
-
-def _duplicates_path(folder: Path, bucket: int) -> Path:
-    return folder / f"duplicates-{bucket:04d}.npy"
+def block_path(folder: Path, number: int, kind: str = "block") -> Path:
+    return folder / f"{number:06d}.{kind}.npz"
 
 
 class Bucket(NamedTuple):
@@ -60,7 +48,7 @@ def find_duplicates(bucket: Bucket) -> None:
     again = np.ones(len(line), dtype=bool)
     # np.unique gives the first of equal hashes, which is the language's first such line and no duplicate.
     again[np.unique(line, return_index=True)[1]] = False
-    write_array(_duplicates_path(bucket.folder, bucket.number), np.sort(position[again]))
+    write_array(bucket.folder / f"duplicates-{bucket.number:04d}.npy", np.sort(position[again]))
 
 
 @dataclass(frozen=True)
@@ -91,10 +79,10 @@ def mark_kept(task: BlockTask) -> Kept:
         unit, document, line_number = block["unit"], block["document"], block["number"]
     keep = np.ones(len(unit), dtype=bool)
     for number in range(task.buckets):
-        position = np.load(_duplicates_path(task.folder, number), mmap_mode="r")
+        position = np.load(task.folder / f"duplicates-{number:04d}.npy", mmap_mode="r")
         low, high = np.searchsorted(position, (task.start, task.start + len(unit)))
         keep[position[low:high] - task.start] = False
-    write_arrays(keep_path(task.folder, task.number), keep=keep)
+    write_arrays(block_path(task.folder, task.number, "keep"), keep=keep)
     leading = (unit[keep] >> np.uint64(64 - HISTOGRAM_BITS)).astype(np.int64)
     histogram = np.bincount(leading, minlength=1 << HISTOGRAM_BITS)
     units = int(np.count_nonzero(np.diff(document[keep], prepend=-1)))
@@ -103,14 +91,14 @@ def mark_kept(task: BlockTask) -> Kept:
 
 def kept_units(folder: Path, number: int) -> np.ndarray:
     """Returns the unit hash of each kept sentence of a block.  # (kept sentences,) uint64"""
-    with np.load(block_path(folder, number)) as block, np.load(keep_path(folder, number)) as kept:
+    with np.load(block_path(folder, number)) as block, np.load(block_path(folder, number, "keep")) as kept:
         return block["unit"][kept["keep"]]
 
 
 def _split_of(task: BlockTask, block: Any) -> np.ndarray:
     """Returns for each sentence its split's index in SPLIT_ORDER, or len(SPLIT_ORDER) if it is dropped.  # (sentences,)"""
     split = np.searchsorted(np.array(task.cuts, dtype=np.uint64), block["unit"], side="left")
-    with np.load(keep_path(task.folder, task.number)) as kept:
+    with np.load(block_path(task.folder, task.number, "keep")) as kept:
         split[~kept["keep"]] = len(SPLIT_ORDER)
     return split
 
@@ -134,7 +122,7 @@ def _tokenizer(path: Path) -> Tokenizer:
 
 def encode_block(task: BlockTask) -> dict[str, dict[str, int]]:
     """Writes a block's token ids by split, unless that is done; returns the BLOCK_COUNTS of each split."""
-    facts_path = tokens_path(task.folder, task.number).with_suffix(".json")
+    facts_path = block_path(task.folder, task.number, "tokens").with_suffix(".json")
     if facts_path.exists():
         return read_json(facts_path)
     with np.load(block_path(task.folder, task.number)) as block:
@@ -159,7 +147,7 @@ def encode_block(task: BlockTask) -> dict[str, dict[str, int]]:
         arrays[f"{name}.ends"] = (np.flatnonzero(np.diff(document[chosen], append=-1)) + 1).astype(np.int32)
         values = (chosen.sum(), lengths[chosen].sum(), characters[sequence].sum(), len(tokens), (tokens == UNK).sum())
         facts[name] = dict(zip(BLOCK_COUNTS, map(int, values), strict=True))
-    write_arrays(tokens_path(task.folder, task.number), **arrays)
+    write_arrays(block_path(task.folder, task.number, "tokens"), **arrays)
     write_json(facts_path, facts)
     return facts
 
@@ -174,5 +162,5 @@ def _gather(ids: np.ndarray, counts: np.ndarray, sequence: np.ndarray) -> np.nda
 def read_parts(folder: Path, blocks: int, name: str) -> Iterator[np.ndarray]:
     """Yields one of the arrays that encode_block wrote ("SPLIT.ids", "SPLIT.lengths", "SPLIT.ends"), block by block."""
     for number in range(blocks):
-        with np.load(tokens_path(folder, number)) as file:
+        with np.load(block_path(folder, number, "tokens")) as file:
             yield file[name]

@@ -4,6 +4,7 @@ import html
 import re
 from collections import defaultdict
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from itertools import count
@@ -22,6 +23,11 @@ FIRST_NUMBERS = 5  # how many line numbers are reported for each reason to drop 
 SENTENCE_END = re.compile(r"(?<=[.!?\u2026\u0964\u0965\u061f\u06d4])\s+|(?<=[\u3002\uff01\uff1f])")
 # A block in which this many lines, and more than half of all, cannot be decoded is no UTF-8 text at all.
 FEWEST_UNDECODABLE = 5
+# A link "Name:Target" without a space after the colon leads to a picture, a category or another wiki, whatever the
+# namespace is called in the dump's language. It is not part of the text.
+_NAMESPACE_LINK = re.compile(r"^\s*[^\s:]+:\S")
+_TAGS_WITHOUT_TEXT = ("ref", "table", "gallery", "math")
+_HEADING_OR_LIST = re.compile(r"^[=*#:;|!{}\s]+|[=\s]+$")
 
 EMPTY, CONTROL, UTF8, TOO_LONG = "empty", "control characters only", "invalid UTF-8", "too long"
 
@@ -78,7 +84,9 @@ def clean_block(task: tuple[RawBlock, Path]) -> dict[str, Any]:
     unit, document = line, np.arange(len(lines), dtype=np.int32)
     if raw.kind != "lines":
         document = np.array(text.documents, dtype=np.int32)
-        unit = _document_hashes(lines, document)
+        starts = np.flatnonzero(np.diff(document, prepend=-1))
+        sizes = np.diff(starts, append=len(lines))
+        unit = np.repeat(hashes(["\n".join(lines[a : a + n]) for a, n in zip(starts, sizes, strict=True)]), sizes)
     del known["\0"]
     order = np.argsort(line, kind="stable")
     write_array(hash_path(path), np.stack([line[order], order.astype(np.uint64)]))
@@ -92,15 +100,15 @@ def clean_block(task: tuple[RawBlock, Path]) -> dict[str, Any]:
         number=np.array(text.numbers, dtype=np.int64),
         words=np.frombuffer("\n".join(known).encode(), dtype=np.uint8),
     )
-    dropped: Dropped = {}
-    for reason, numbers in text.dropped.items():
-        add_dropped(dropped, reason, len(numbers), [f"{raw.name}:{n}" for n in numbers[:FIRST_NUMBERS]])
     facts = {
         "fingerprint": fingerprint,
         "source": raw.name,
         "sentences": len(lines),
         "characters": sum(map(len, lines)),
-        "dropped": dropped,
+        "dropped": {
+            reason: {"lines": len(numbers), "first": [f"{raw.name}:{n}" for n in numbers[:FIRST_NUMBERS]]}
+            for reason, numbers in text.dropped.items()
+        },
     }
     write_json(facts_path, facts)
     return {**facts, "reused": False}
@@ -122,20 +130,11 @@ def hashes(texts: list[str]) -> np.ndarray:
     return np.frombuffer(digests, dtype="<u8")
 
 
-def _document_hashes(lines: list[str], document: np.ndarray) -> np.ndarray:
-    """Returns for each line the hash of its document's text.  # (lines,) uint64"""
-    starts = np.flatnonzero(np.diff(document, prepend=-1))
-    sizes = np.diff(starts, append=len(lines))
-    return np.repeat(hashes(["\n".join(lines[a : a + n]) for a, n in zip(starts, sizes, strict=True)]), sizes)
-
-
 def _read(raw: RawBlock) -> _Lines:
     text = _Lines()
     if isinstance(raw.content, list):
         for number, document in enumerate(raw.content, raw.first):
             if raw.kind == "pages":
-                from mlinterf_ds.data.prepare.wikitext import plain_text
-
                 document = plain_text(document)
             for paragraph in strip_invisible(document).split("\n"):
                 _add_paragraph(text, paragraph, number, number)
@@ -156,6 +155,28 @@ def _read(raw: RawBlock) -> _Lines:
     text.lines = [line for i, line in enumerate(clean) if i not in blank] if blank else clean
     text.numbers = [number for i, number in enumerate(numbers) if i not in blank]
     return text
+
+
+def plain_text(markup: str) -> str:
+    """Returns the paragraphs of an article, one a line, without tables, templates, references, pictures and categories.
+
+    Raises UserError if mwparserfromhell, which does the parsing, is not installed.
+    """
+    try:
+        import mwparserfromhell
+    except ImportError:
+        raise UserError(
+            "a Wikipedia XML dump needs the library mwparserfromhell: pip install mwparserfromhell"
+        ) from None
+    code = mwparserfromhell.parse(markup, skip_style_tags=True)
+    links = [link for link in code.filter_wikilinks(recursive=True) if _NAMESPACE_LINK.match(str(link.title))]
+    tags = code.filter_tags(recursive=True, matches=lambda tag: str(tag.tag).lower() in _TAGS_WITHOUT_TEXT)
+    for node in [*links, *tags]:
+        with suppress(ValueError):  # the node around it may have been removed before
+            code.remove(node)
+    text = code.strip_code(normalize=True, collapse=True, keep_template_params=False)
+    lines = (_HEADING_OR_LIST.sub("", line.replace("'''", "").replace("''", "")) for line in text.split("\n"))
+    return "\n".join(line for line in lines if line)
 
 
 def _add_paragraph(text: _Lines, paragraph: str, number: int, document: int) -> None:

@@ -141,17 +141,6 @@ def _entry(path: Path) -> dict[str, Any]:
     return {"file": path.name, **file_facts(path)}
 
 
-def limits_of(arguments: Sequence[str]) -> dict[str, int]:
-    """Parses the arguments of `--limit`, LANGUAGE=N each: the training sentences that a language keeps."""
-    limits: dict[str, int] = {}
-    for argument in arguments:
-        language, _, number = argument.partition("=")
-        if not number.isdecimal() or language in limits:
-            raise UserError(f"--limit {argument}: expected LANGUAGE=N once for a language, for example fr=10000")
-        limits[language] = int(number)
-    return limits
-
-
 def _checked_inputs(inputs: Mapping[str, Sequence[str | Path]]) -> dict[str, list[Input]]:
     """Returns each language's inputs. Raises UserError for a bad language code or an input that is not there."""
     if not inputs:

@@ -3,6 +3,7 @@
 `vocabulary.learn` comes between the last two.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -106,7 +107,21 @@ def deduplicate_and_split(language: Language, workers: Workers, show: bool) -> N
     tasks = [Bucket(language.folder, starts, number, buckets) for number in range(buckets)]
     for _ in bar(workers.map(find_duplicates, tasks), f"deduplicate {language.code}", buckets, show):
         pass
-    histogram = _mark(language, buckets, workers, show)
+    marking = [replace(task, buckets=buckets) for task in language.tasks()]
+    histogram, units = np.zeros((), dtype=np.int64), 0
+    marked = bar(workers.map(mark_kept, marking), f"split {language.code}", len(marking), show)
+    for block, kept in zip(language.blocks, marked, strict=True):
+        histogram, units = histogram + kept.histogram, units + kept.units
+        if kept.dropped:
+            first = [f"{block['source']}:{n}" for n in kept.first_dropped]
+            add_dropped(language.dropped, "duplicate", kept.dropped, first)
+    if units < FEWEST_UNITS:
+        reasons = ", ".join(f"{entry['lines']} {reason}" for reason, entry in language.dropped.items()) or "none"
+        raise UserError(
+            f"{language.code} ({', '.join(text.name for text in language.inputs[:3])}): {units} distinct sentences or "
+            f"documents, at least {FEWEST_UNITS} are needed to split off meta, valid and test (lines dropped: {reasons}); "
+            "give more text"
+        )
     blocks = range(len(language.blocks))
     cuts = find_cuts(histogram, lambda: (kept_units(language.folder, block) for block in blocks), language.limit)
     language.cuts, language.sentences = cuts.hashes, cuts.sentences
@@ -119,39 +134,16 @@ def deduplicate_and_split(language: Language, workers: Workers, show: bool) -> N
         )
 
 
-def _mark(language: Language, buckets: int, workers: Workers, show: bool) -> np.ndarray:
-    """Stores which sentences are kept, and returns the histogram of their unit hashes for `find_cuts`."""
-    marking = [replace(task, buckets=buckets) for task in language.tasks()]
-    histogram, units = np.zeros((), dtype=np.int64), 0
-    marked = bar(workers.map(mark_kept, marking), f"split {language.code}", len(marking), show)
-    for block, kept in zip(language.blocks, marked, strict=True):
-        histogram, units = histogram + kept.histogram, units + kept.units
-        if kept.dropped:
-            first = [f"{block['source']}:{n}" for n in kept.first_dropped]
-            add_dropped(language.dropped, "duplicate", kept.dropped, first)
-    if units < FEWEST_UNITS:
-        reasons = ", ".join(f"{entry['lines']} {reason}" for reason, entry in language.dropped.items()) or "none"
-        names = ", ".join(text.name for text in language.inputs[:3])
-        raise UserError(
-            f"{language.code} ({names}): {units} distinct sentences or documents, at least {FEWEST_UNITS} are needed to "
-            f"split off meta, valid and test (lines dropped: {reasons}); give more text"
-        )
-    return histogram
-
-
 def encode(
     languages: list[Language], tokenizer: Tokenizer, out: Path, workers: Workers, show: bool
-) -> dict[str, dict[str, dict[str, Any]]]:
+) -> dict[str, dict[str, Any]]:
     """Encodes every block and writes the shards. Returns for each language and split its counts and its files' entries."""
     tasks = [replace(task, tokenizer=tokenizer.path) for language in languages for task in language.tasks()]
     results = bar(workers.map(encode_block, tasks), "encode", len(tasks), show)
-    result: dict[str, dict[str, dict[str, Any]]] = {x.code: {split: {} for split in SPLIT_ORDER} for x in languages}
-    codes = {language.folder: language.code for language in languages}
+    result: dict[str, dict[str, Any]] = {x.code: {split: Counter() for split in SPLIT_ORDER} for x in languages}
     for task, facts in zip(tasks, results, strict=True):
         for split, counts in facts.items():
-            total = result[codes[task.folder]][split]
-            for name, count in counts.items():
-                total[name] = total.get(name, 0) + count
+            result[task.folder.name][split].update(counts)
     shards = [
         (out / f"{x.code}.{split}", tokenizer.dtype, x.folder, len(x.blocks))
         for x in languages
@@ -160,7 +152,7 @@ def encode(
     written = bar(workers.map(_write_shard, shards), "write shards", len(shards), show)
     for (prefix, *_), files in zip(shards, written, strict=True):
         code, split = prefix.name.split(".")
-        result[code][split] |= files
+        result[code][split] = {**result[code][split], **files}
     return result
 
 

@@ -1,19 +1,19 @@
 """The corpus that needs no download: synthetic languages, prepared like any text when a run first needs them.
 
-python -m mlinterf_ds.data.prepare.synthetic syn,syn-mid --sentences 20000 --limit syn-mid=2000
+python -m mlinterf_ds.data.prepare.synthetic '[["syn", "syn-mid"], 20000, {"syn-mid": 2000}]'
 """
 
 from __future__ import annotations
 
-import argparse
 import fcntl
+import json
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from mlinterf_ds.data.corpus import MANIFEST, synthetic_folder
-from mlinterf_ds.data.prepare.main import TOKENIZER, limits_of, prepare
+from mlinterf_ds.data.prepare.main import TOKENIZER, prepare
 from mlinterf_ds.data.synthetic import write_sentences
 from mlinterf_ds.errors import UserError
 
@@ -53,21 +53,9 @@ def prepare_synthetic(
         shutil.rmtree(text)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m mlinterf_ds.data.prepare.synthetic", description="Make the corpus of some synthetic languages."
-    )
-    parser.add_argument("languages", metavar="LANGUAGE,...", help="their names, such as syn,syn-mid")
-    parser.add_argument("--sentences", type=int, required=True, metavar="N", help="sentences of each language")
-    parser.add_argument("--limit", action="append", default=[], metavar="LANGUAGE=N", help="training sentences to keep")
-    options = parser.parse_args(arguments)
+if __name__ == "__main__":
     try:
-        prepare_synthetic(options.languages.split(","), options.sentences, limits_of(options.limit))
+        prepare_synthetic(*json.loads(sys.argv[1]))
     except UserError as error:
         print(error, file=sys.stderr)
-        return 2
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+        sys.exit(2)

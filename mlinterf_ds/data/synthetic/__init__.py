@@ -23,10 +23,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from mlinterf_ds.data.synthetic.draws import draws
-from mlinterf_ds.data.synthetic.grammar import Meaning, sample_meaning
-from mlinterf_ds.data.synthetic.language import SyntheticLanguage, distance, language, resolve
-from mlinterf_ds.data.synthetic.sentence import grammar
+from mlinterf_ds.data.synthetic.language import SyntheticLanguage, distance, language
+from mlinterf_ds.data.synthetic.meanings import Meaning, draws, sample_meaning
+from mlinterf_ds.data.synthetic.sentence import Grammar
 from mlinterf_ds.data.synthetic.tasks import Entailment, Question, entailments, questions
 from mlinterf_ds.errors import UserError
 from mlinterf_ds.files import replacing
@@ -57,17 +56,17 @@ class Annotated(NamedTuple):
 
 def sentences(name: str | SyntheticLanguage, count: int, seed: int, split: str = "train") -> Iterator[str]:
     """Yields `count` sentences of the language, tokens separated by spaces."""
-    spoken = resolve(name)
-    realise = grammar(spoken).text
-    for draw in draws(spoken, "text", count, seed, split):
+    spoken = language(name)
+    realise = Grammar(spoken).text
+    for draw in draws(spoken.name, "text", count, seed, split):
         yield realise(sample_meaning(draw))
 
 
 def annotated(name: str | SyntheticLanguage, count: int, seed: int, split: str = "train") -> Iterator[Annotated]:
     """Yields `count` sentences with part-of-speech tags, entities and meanings; they are not those of `sentences`."""
-    spoken = resolve(name)
-    speak = grammar(spoken)
-    for draw in draws(spoken, "annotated", count, seed, split):
+    spoken = language(name)
+    speak = Grammar(spoken)
+    for draw in draws(spoken.name, "annotated", count, seed, split):
         meaning = sample_meaning(draw)
         forms, pos, entities, _, _ = zip(*speak.tokens(meaning), strict=True)
         yield Annotated(forms, pos, entities, meaning)

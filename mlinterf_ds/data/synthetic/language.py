@@ -1,6 +1,6 @@
 """Artificial languages as parameters: their names, word forms, scripts and the distance between two of them.
 
-Every language names the same concepts (see `grammar`). Languages differ in the forms of their concepts, in word order, in
+Every language names the same concepts (see `meanings`). Languages differ in the forms of their concepts, in word order, in
 morphology and in script. `syn` owns the family's common word list; any other language takes a stated share of its forms
 from that list and invents the rest.
 """
@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass, replace
 from functools import cache
 
-from mlinterf_ds.data.synthetic.grammar import CLASS_SIZE, CONCEPTS, NAMES, NOUNS, PUNCTUATION, SUFFIXES
+from mlinterf_ds.data.synthetic.meanings import CLASS_SIZE, CONCEPTS, NAMES, NOUNS, PUNCTUATION, SUFFIXES
 from mlinterf_ds.errors import UserError
 
 CONSONANTS, VOWELS = "ptkbdgmnslrvzf", "aeiou"
@@ -48,14 +48,16 @@ class SyntheticLanguage:
             )
 
 
-def language(name: str) -> SyntheticLanguage:
-    """Returns the language of that name.
+def language(name: str | SyntheticLanguage) -> SyntheticLanguage:
+    """Returns the language of that name; one that is given by its parameters is returned as it is.
 
     `syn-close` has the grammar of `syn`; `syn-mid` puts adjective and adposition after the noun; `syn-far` is
     verb-final too, has case suffixes and another script. All share 20% of their word forms with `syn` and with each
     other. Numbered siblings differ in their invented words (and `syn-far-N` in the script: Cyrillic, Greek, Georgian,
     Devanagari in turn). Raises UserError for any other name.
     """
+    if isinstance(name, SyntheticLanguage):
+        return name
     if name == "syn":
         return SyntheticLanguage("syn", draw=0, share=1.0)
     match = re.fullmatch(r"syn-(close|mid|far)(?:-([1-9][0-9]{0,5}))?", name)
@@ -88,14 +90,9 @@ def distance(a: str | SyntheticLanguage, b: str | SyntheticLanguage) -> float:
     (1 - overlap of word forms, differing share of the three word-order parameters, differing morphology, differing
     script) / 4. Symmetric; 0 for a language and itself. From `syn`: close 0.20, mid 0.37, far 0.95.
     """
-    a, b = resolve(a), resolve(b)
+    a, b = language(a), language(b)
     order = (a.adjective_after != b.adjective_after, a.postpositions != b.postpositions, a.verb_final != b.verb_final)
     return (1 - overlap(a, b) + sum(order) / len(order) + (a.cases != b.cases) + (a.script != b.script)) / 4
-
-
-def resolve(named: str | SyntheticLanguage) -> SyntheticLanguage:
-    """Returns the language that is given by name or by its parameters."""
-    return language(named) if isinstance(named, str) else named
 
 
 def is_common(concept: int, share: float) -> bool:

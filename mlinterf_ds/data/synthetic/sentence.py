@@ -1,27 +1,13 @@
 """From a meaning to a sentence of a synthetic language, with its gold annotation."""
 
-from functools import cache
 from itertools import chain
 from typing import NamedTuple
 
-from mlinterf_ds.data.synthetic.grammar import (
-    ABLE,
-    CAN,
-    CONCEPTS,
-    FUTURE,
-    NEGATION,
-    PAST,
-    PRESENT,
-    STOPS,
-    SUFFIXES,
-    WILL,
-    Clause,
-    Meaning,
-    Phrase,
-)
+from mlinterf_ds.data.synthetic import meanings
 from mlinterf_ds.data.synthetic.language import SyntheticLanguage, lexicon
+from mlinterf_ds.data.synthetic.meanings import Clause, Meaning, Phrase
 
-PLURAL_SUFFIX, PAST_SUFFIX, AGREEMENT_SUFFIX, OBJECT_CASE, ADPOSITION_CASE = SUFFIXES
+PLURAL_SUFFIX, PAST_SUFFIX, AGREEMENT_SUFFIX, OBJECT_CASE, ADPOSITION_CASE = meanings.SUFFIXES
 
 
 class Token(NamedTuple):
@@ -44,7 +30,7 @@ class Grammar:
     def tokens(self, meaning: Meaning) -> list[Token]:
         """Returns the sentence's words, its final full stop or question mark included."""
         first, *second = [self._clause(clause) for clause in meaning.clauses]
-        return [*first, *self._word(meaning.link), *chain(*second), *self._word(STOPS[meaning.question])]
+        return [*first, *self._word(meaning.link), *chain(*second), *self._word(meanings.STOPS[meaning.question])]
 
     def text(self, meaning: Meaning) -> str:
         return " ".join([token.form for token in self.tokens(meaning)])
@@ -63,12 +49,12 @@ class Grammar:
 
     def _verb(self, clause: Clause) -> list[Token]:
         """Returns auxiliary, negation, verb; verb-final languages reverse them. Tense and agreement are suffixes."""
-        auxiliary = self._word({FUTURE: WILL, ABLE: CAN}.get(clause.tense))
-        negation = self._word(NEGATION[0] if clause.negative else None)
+        auxiliary = self._word({meanings.FUTURE: meanings.WILL, meanings.ABLE: meanings.CAN}.get(clause.tense))
+        negation = self._word(meanings.NEGATION[0] if clause.negative else None)
         suffix = ""
-        if clause.tense == PAST:
+        if clause.tense == meanings.PAST:
             suffix = self.forms[PAST_SUFFIX]
-        elif clause.tense == PRESENT and clause.subject.plural:
+        elif clause.tense == meanings.PRESENT and clause.subject.plural:
             suffix = self.forms[AGREEMENT_SUFFIX]
         verb = self._word(clause.verb, suffix)
         return verb + negation + auxiliary if self.spoken.verb_final else auxiliary + negation + verb
@@ -91,10 +77,4 @@ class Grammar:
         """Returns the concept's word, or nothing for None."""
         if concept is None:
             return []
-        return [Token(self.forms[concept] + suffix, CONCEPTS[concept], entity, role, concept)]
-
-
-@cache
-def grammar(spoken: SyntheticLanguage) -> Grammar:
-    """Returns the language's grammar, which is built once."""
-    return Grammar(spoken)
+        return [Token(self.forms[concept] + suffix, meanings.CONCEPTS[concept], entity, role, concept)]

@@ -4,27 +4,10 @@ from collections.abc import Iterator
 from itertools import permutations
 from typing import Any, NamedTuple
 
-from mlinterf_ds.data.synthetic.draws import draws
-from mlinterf_ds.data.synthetic.grammar import (
-    ABLE,
-    EVERY,
-    HUMAN,
-    PLACE,
-    UNIFORMS,
-    VERBS,
-    WHAT,
-    WHERE,
-    WHO,
-    Clause,
-    Draw,
-    Meaning,
-    Phrase,
-    sample_adjunct,
-    sample_clause,
-    world,
-)
-from mlinterf_ds.data.synthetic.language import SyntheticLanguage, resolve
-from mlinterf_ds.data.synthetic.sentence import Token, grammar
+from mlinterf_ds.data.synthetic import meanings
+from mlinterf_ds.data.synthetic.language import SyntheticLanguage, language
+from mlinterf_ds.data.synthetic.meanings import Clause, Draw, Meaning, Phrase, draws, sample_adjunct, sample_clause
+from mlinterf_ds.data.synthetic.sentence import Grammar, Token
 
 CONTEXT_SENTENCES, TRIES = 4, 12  # sentences with different verbs, out of as many sampled clauses
 LABELS = ("entailment", "neutral", "contradiction")
@@ -49,9 +32,9 @@ class Entailment(NamedTuple):
 # --- questions -------------------------------------------------------------------------------------------------------
 def questions(name: str | SyntheticLanguage, count: int, seed: int, split: str = "train") -> Iterator[Question]:
     """Yields `count` questions, each on a context of four sentences whose verbs differ, so that there is one answer."""
-    spoken = resolve(name)
-    speak = grammar(spoken)
-    for draw in draws(spoken, "questions", count, seed, split, width=(TRIES + 1) * UNIFORMS):
+    spoken = language(name)
+    speak = Grammar(spoken)
+    for draw in draws(spoken.name, "questions", count, seed, split, width=(TRIES + 1) * meanings.UNIFORMS):
         clauses = _context(draw)
         target = draw.choose(range(len(clauses)))
         asked, role = _question(draw, clauses[target])
@@ -74,10 +57,9 @@ def _context(draw: Draw) -> list[Clause]:
 
 def _question(draw: Draw, clause: Clause) -> tuple[Meaning, str]:
     """Returns a question for one of the clause's phrases and that phrase's role; verb, subject and object are kept."""
-    present = [role for role in ROLES if getattr(clause, role) is not None]
-    role = draw.choose(present)
+    role = draw.choose([role for role in ROLES if getattr(clause, role) is not None])
     asked: Phrase = getattr(clause, role)
-    word = WHO if asked.noun_class == HUMAN else WHERE if asked.noun_class == PLACE else WHAT
+    word = meanings.ASKED_BY.get(asked.noun_class, meanings.WHAT)
     clause = clause._replace(adverb=None)
     if role != "complement":
         clause = clause._replace(adposition=None, complement=None)
@@ -105,11 +87,12 @@ def entailments(name: str | SyntheticLanguage, count: int, seed: int, split: str
     pair in four has a negated premise and many hypotheses differ by a second modifier, so that neither a negation
     nor the length of the hypothesis gives the label away.
     """
-    spoken = resolve(name)
-    say = grammar(spoken).text
-    triples = draws(spoken, "labels", -(-count // 3) if count > 0 else count, seed, split, width=1)
+    spoken = language(name)
+    say = Grammar(spoken).text
+    triples = draws(spoken.name, "labels", -(-count // 3) if count > 0 else count, seed, split, width=1)
     labels = (label for triple in triples for label in triple.choose(tuple(permutations(LABELS))))
-    for draw, label in zip(draws(spoken, "entailments", count, seed, split, width=2 * UNIFORMS), labels, strict=False):
+    pairs = draws(spoken.name, "entailments", count, seed, split, width=2 * meanings.UNIFORMS)
+    for draw, label in zip(pairs, labels, strict=False):
         premise, hypothesis = _pair(draw, label)
         yield Entailment(say(Meaning((premise,))), say(Meaning((hypothesis,))), label)
 
@@ -145,7 +128,7 @@ def _modifiers(clause: Clause) -> list[str]:
     modifiers = ["adverb", "complement"]
     for role in ("subject", "object"):
         phrase: Phrase | None = getattr(clause, role)
-        if phrase and not phrase.entity and not clause.negative and phrase.determiner != EVERY:
+        if phrase and not phrase.entity and not clause.negative and phrase.determiner != meanings.EVERY:
             modifiers.append(role)
     return modifiers
 
@@ -153,7 +136,7 @@ def _modifiers(clause: Clause) -> list[str]:
 def _with(draw: Draw, clause: Clause, modifier: str) -> Clause:
     """Returns the clause with the modifier, which is sampled if it is missing."""
     if modifier == "adverb" and clause.adverb is None:
-        return clause._replace(adverb=draw.pick(world().verbs[clause.verb].adverb))
+        return clause._replace(adverb=draw.pick(meanings.world().verbs[clause.verb].adverb))
     if modifier == "complement" and clause.complement is None:
         adposition, complement = sample_adjunct(draw, clause.verb)
         return clause._replace(adposition=adposition, complement=complement)
@@ -161,7 +144,7 @@ def _with(draw: Draw, clause: Clause, modifier: str) -> Clause:
         phrase: Phrase = getattr(clause, modifier)
         if phrase.adjective is None:
             assert phrase.noun_class is not None
-            adjective = draw.pick(world().adjectives[phrase.noun_class])
+            adjective = draw.pick(meanings.world().adjectives[phrase.noun_class])
             return _put(clause, modifier, phrase._replace(adjective=adjective))
     return clause
 
@@ -181,6 +164,6 @@ def _opposite(draw: Draw, clause: Clause) -> Clause:
 
     Under "can" the opposite verb does not contradict: one can do a thing and its opposite.
     """
-    if not clause.negative and clause.tense != ABLE and draw.chance(0.5):
-        return clause._replace(verb=VERBS[(clause.verb - VERBS.start) ^ 1])
+    if not clause.negative and clause.tense != meanings.ABLE and draw.chance(0.5):
+        return clause._replace(verb=meanings.VERBS[(clause.verb - meanings.VERBS.start) ^ 1])
     return clause._replace(negative=not clause.negative)

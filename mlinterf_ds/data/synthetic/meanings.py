@@ -4,12 +4,17 @@ A meaning is a tree of concept numbers. It is sampled independently of any langu
 below, and `sentence.Grammar` turns it into a sentence of a language.
 """
 
+import hashlib
 import random
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from itertools import accumulate
 from typing import Generic, NamedTuple, TypeVar
+
+import numpy as np
+
+from mlinterf_ds.errors import UserError
 
 # --- concepts: one flat numbering, the part of speech of each -------------------------------------------------------
 CLASSES, CLASS_SIZE = 12, 20  # noun classes; within each, nouns by falling frequency
@@ -43,8 +48,8 @@ DETERMINERS, ADPOSITIONS, COORDINATORS, SUBORDINATORS, AUXILIARIES, NEGATION, QU
 )
 THE, A, THIS, EVERY, MANY = DETERMINERS
 WHO, WHERE, WHAT = QUESTION_WORDS
+ASKED_BY: dict[int | None, int] = {HUMAN: WHO, PLACE: WHERE}  # WHAT asks for any other class
 WILL, CAN = AUXILIARIES
-LINKS = (*COORDINATORS, *SUBORDINATORS)
 PUNCTUATION = dict(zip(STOPS, ".?", strict=True))
 GIVEN, FAMILY, TOWN, TOWN_TAIL, FIRM, FIRM_TAIL = (
     NAMES[start:stop] for start, stop in ((0, 40), (40, 80), (80, 128), (128, 140), (140, 180), (180, 200))
@@ -169,10 +174,10 @@ def zipf(values: Sequence[T]) -> Table[T]:
 
 def _heads(noun_class: int) -> list[tuple[Head, float]]:
     """Returns a class's heads with their probabilities: nouns and, if the class has names, first words of names."""
-    nouns = NOUNS[noun_class * CLASS_SIZE : (noun_class + 1) * CLASS_SIZE]
+    nouns = [Head(noun, noun_class) for noun in NOUNS[noun_class * CLASS_SIZE : (noun_class + 1) * CLASS_SIZE]]
+    heads = _shared_out(1 - NAMED if noun_class in ENTITY else 1, nouns, zipf_weights(len(nouns)))
     if noun_class not in ENTITY:
-        return _shared_out(1, [Head(noun, noun_class) for noun in nouns], zipf_weights(len(nouns)))
-    heads = _shared_out(1 - NAMED, [Head(noun, noun_class) for noun in nouns], zipf_weights(len(nouns)))
+        return heads
     own, reused = NAME_HEADS[noun_class], (*GIVEN, *FAMILY, *TOWN) if noun_class == GROUP else ()
     named = [Head(word, noun_class, ENTITY[noun_class]) for word in (*own, *reused)]
     share = REUSED if reused else 0.0
@@ -191,7 +196,7 @@ NAME_TAILS = {HUMAN: zipf(FAMILY), PLACE: zipf(TOWN_TAIL), GROUP: zipf(FIRM_TAIL
 SINGULAR_DETERMINER = Table((THE, A, THIS, EVERY), (5, 3, 1, 1))
 PLURAL_DETERMINER = Table((THE, MANY, THIS), (5, 3, 1))
 TENSE = Table((PRESENT, PAST, FUTURE, ABLE), (40, 40, 12, 8))
-LINK = zipf(LINKS)
+LINK = zipf((*COORDINATORS, *SUBORDINATORS))
 
 
 @cache
@@ -227,6 +232,23 @@ def world() -> World:
 
 # --- sampling --------------------------------------------------------------------------------------------------------
 UNIFORMS = 64  # random numbers that suffice for a meaning: at most 25 a clause and 3 more
+BLOCK = 256  # examples whose random numbers are made at once
+
+
+def draws(language: str, kind: str, count: int, seed: int, split: str, width: int = UNIFORMS) -> Iterator[Draw]:
+    """Yields the random choices, `width` at most, of each of the examples 0 to `count - 1` of a kind.
+
+    Each language has its own numbers for `train`; all languages share those of any other split. Raises UserError for a
+    negative count.
+    """
+    if count < 0:
+        raise UserError(f"synthetic language '{language}': asked for {count} examples; ask for 0 or more")
+    owner = language if split == "train" else "every language"
+    # hashlib, not hash(): the latter differs between processes.
+    key = int.from_bytes(hashlib.sha256(f"{kind}|{split}|{owner}|{seed}".encode()).digest()[:16], "big")
+    for block in range(0, count, BLOCK):
+        rows = np.random.default_rng([key, block]).random((BLOCK, width))
+        yield from map(Draw, rows[: count - block].tolist())
 
 
 def sample_meaning(draw: Draw) -> Meaning:
