@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import io
+import sys
 from collections.abc import Iterator
 
 # The errors that reading a malformed file can raise: a missing key, a wrong type, bytes that are no
@@ -12,6 +14,18 @@ MALFORMED = (LookupError, TypeError, AttributeError, ValueError, ArithmeticError
 
 class UserError(ValueError):
     """Names the file, key, line or value at fault, what was expected and what to do about it."""
+
+
+def warn(message: str) -> None:
+    """Prints a warning that must not be overlooked on standard error, in red if that is a terminal."""
+    red, plain = ("\033[31m", "\033[0m") if sys.stderr.isatty() else ("", "")
+    print(f"{red}warning: {message}{plain}", file=sys.stderr, flush=True)
+
+
+def show_any_text() -> None:
+    """Has standard output show a question mark for a character that its encoding lacks, instead of ending the program."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
 
 
 @contextlib.contextmanager

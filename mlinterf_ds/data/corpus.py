@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from mlinterf_ds.data.tokenizer import Tokenizer
-from mlinterf_ds.errors import UserError, refusing
+from mlinterf_ds.data.tokenizer import MANY_UNKNOWN, TOO_MANY_UNKNOWN, Tokenizer
+from mlinterf_ds.errors import UserError, refusing, warn
 from mlinterf_ds.files import sha256
 
 MANIFEST = "manifest.json"
@@ -22,6 +22,7 @@ _DTYPES: dict[str, np.dtype] = {"uint16": np.dtype(np.uint16), "int32": np.dtype
 LANGUAGE = re.compile(r"(?!shared$)[a-z][a-z0-9_-]*")  # "shared" names the parameters that all languages use
 SPLITS = ("train", "meta", "valid", "test")
 COUNTS = ("sentences", "words", "characters", "tokens")
+UNKNOWN_COUNTS = ("unknown", "unknown_characters")  # not in every older manifest
 SYNTHETIC_LANGUAGES = ["syn", "syn-mid"]  # the languages of a run on corpus=synthetic that names none
 AGAIN = "; copy the corpus again, or prepare it again in another folder"
 
@@ -97,6 +98,10 @@ class Corpus:
         entry = self._facts(language, split)["bin"]
         return np.memmap(self._path(entry), dtype=self._dtype, mode="r")
 
+    def unknown(self, language: str) -> float:
+        """Returns which share of a language's text the vocabulary lacks."""
+        return unknown_share(self.manifest["languages"][language]["splits"])
+
     def verify(self, part: int = 0, parts: int = 1) -> None:
         """Reads every file and compares its SHA-256 with the manifest's. Raises UserError that names the first to differ.
 
@@ -143,7 +148,7 @@ class Corpus:
                 if split not in splits:
                     raise KeyError(f"{language}: no split {split!r}")
             for split, facts in splits.items():
-                counts = [facts[name] for name in COUNTS]
+                counts = [facts[name] for name in COUNTS] + [facts.get(name, 0) for name in UNKNOWN_COUNTS]
                 if any(type(count) is not int or count < 0 for count in counts):
                     raise ValueError(f"{language}, {split}: {', '.join(COUNTS)} must be whole numbers, 0 or more")
                 if facts["tokens"] * self._dtype.itemsize != facts["bin"]["bytes"]:
@@ -202,6 +207,29 @@ def synthetic_folder(languages: Sequence[str], sentences: int, limits: Mapping[s
     return Path("corpora") / f"synthetic-{sentences}-{'+'.join(languages)}{suffix}"
 
 
+def unknown_share(splits: Mapping[str, Mapping[str, Any]]) -> float:
+    """Returns the larger of two shares over all splits: unknown characters among all, and `<unk>` among all pieces."""
+    total = {name: sum(facts.get(name, 0) for facts in splits.values()) for name in (*COUNTS, *UNKNOWN_COUNTS)}
+    pieces = total["tokens"] - total["sentences"]  # the </s> of every sentence belongs to no text
+    return max(total["unknown_characters"] / max(1, total["characters"]), total["unknown"] / max(1, pieces))
+
+
+def check_known(folder: Path, shares: Mapping[str, float]) -> None:
+    """Warns of each language of which the vocabulary lacks more than 1%. Raises UserError if it lacks more than 20% of one:
+    a model would learn to predict `<unk>`, and its perplexity would look splendid."""
+    remedy = "prepare the text again with more pieces (--vocab-size), and without --tokenizer"
+    for language, share in shares.items():
+        if share > TOO_MANY_UNKNOWN:
+            raise UserError(
+                f"{folder}: the vocabulary lacks {share:.0%} of the text of {language}, at most {TOO_MANY_UNKNOWN:.0%} can be "
+                f"trained on; {remedy}"
+            )
+        if share > MANY_UNKNOWN:
+            warn(
+                f"{folder}: the vocabulary lacks {share:.1%} of the text of {language}, which is <unk> to a model; {remedy}"
+            )
+
+
 def _state(path: Path) -> tuple[int, ...]:
     """Returns values that change when a file is written, replaced or touched; () if it is missing."""
     try:
@@ -235,6 +263,7 @@ def open_corpus(
         if not agreed((folder / MANIFEST).is_file):
             agreed(lambda: _prepare_synthetic(json.dumps([languages, sentences, limits])))
     opened = Corpus.open(folder, languages)
+    agreed(lambda: check_known(folder, {language: opened.unknown(language) for language in opened.languages}))
     agreed_by_all(lambda: opened.verify(int(os.environ["LOCAL_RANK"]), local_world()))
     return opened
 
@@ -244,7 +273,7 @@ def _prepare_synthetic(arguments: str) -> None:
     folder = str(Path(__file__).parents[2])  # the child imports this package from where this process did
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [folder, os.environ.get("PYTHONPATH")]))}
     line = [sys.executable, "-m", "mlinterf_ds.data.prepare.synthetic", arguments]
-    done = subprocess.run(line, env=environment, stderr=subprocess.PIPE, text=True)
+    done = subprocess.run(line, env=environment, stderr=subprocess.PIPE, encoding="utf-8", errors="replace")
     if done.returncode == 2:
         raise UserError(done.stderr.strip())
     if done.returncode:

@@ -1,10 +1,8 @@
 """The normalisation of text, and a SentencePiece BPE vocabulary shared by all languages of a corpus."""
 
-import io
 import re
 import unicodedata
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import chain
 from pathlib import Path
 
@@ -12,16 +10,10 @@ import numpy as np
 import sentencepiece
 
 from mlinterf_ds.errors import UserError
-from mlinterf_ds.files import write_bytes
 
 BOS, PAD, EOS, UNK, MASK = range(5)  # <s> <pad> </s> <unk> as in XLM-R, then <mask>
-MANY_UNKNOWN = 0.02  # a text with a larger share of <unk> among its pieces is worth a warning
+MANY_UNKNOWN, TOO_MANY_UNKNOWN = 0.01, 0.2  # a larger unknown share of a text is worth a warning, or no use
 SPECIAL_PIECES = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
-
-# A vocabulary is learned from the most frequent words, this many characters of them for each piece. SentencePiece needs
-# about 65 bytes a character, so that 32,000 pieces are learned in 200 MB. Measured on 7 languages at 32,000 pieces,
-# held-out text takes 0.4% more pieces than if all words are used, and learning takes half the time.
-CHARACTERS_PER_PIECE, FEWEST_CHARACTERS = 75, 500_000
 
 # Control and invisible formatting characters: C0 and C1 controls, soft hyphen, zero-width space, directional marks,
 # byte-order mark, lone surrogates, noncharacters. Joiners (U+200C, U+200D) stay: Persian, Hindi and other languages spell
@@ -32,6 +24,16 @@ INVISIBLE = re.compile(
 )
 # SentencePiece writes a space as this character, so that this character in a text could only be read back as a space.
 SPACE_PIECE = "\u2581"
+
+
+def line_end(start: bytes) -> bytes:
+    """Returns what ends the lines of a text that starts so: a newline, or where it has none the commonest of the others."""
+    others = [end.encode() for end in ("\r", "\x85", "\u2028", "\u2029")]
+    return b"\n" if b"\n" in start else max((b"\n", *others), key=start.count)
+
+
+def lines_of(text: str) -> list[str]:
+    return text.split(line_end(text.encode()).decode())
 
 
 def strip_invisible(text: str) -> str:
@@ -66,16 +68,11 @@ class Tokenizer:
         special = self._model.bos_id(), self._model.pad_id(), self._model.eos_id(), self._model.unk_id()
         if self.pieces[:5] != SPECIAL_PIECES or special != (BOS, PAD, EOS, UNK):
             raise UserError(f"{path}: pieces 0 to 4 must be {' '.join(SPECIAL_PIECES)}; prepare the corpus again")
+        self.characters = {piece for piece in self.pieces if len(piece) == 1}  # those that no text has unknown
         self.dtype = np.uint16 if self.size < 65_500 else np.int32  # megatron's choice for an indexed dataset
-
-    def __len__(self) -> int:
-        return self.size
 
     def encode(self, text: str) -> list[int]:
         return self._model.encode(normalise(text))
-
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        return [self.encode(text) for text in texts]
 
     def decode(self, ids: Iterable[int]) -> str:
         """Returns the text of `ids`. Special pieces give no text, except `<unk>`, which gives " \u2047 "."""
@@ -90,78 +87,3 @@ class Tokenizer:
         rows = self._model.encode(list(words), num_threads=1)
         counts = np.fromiter(map(len, rows), dtype=np.int64, count=len(rows))
         return np.fromiter(chain.from_iterable(rows), dtype=self.dtype, count=int(counts.sum())), counts
-
-    @staticmethod
-    def learn(sentences: Iterable[str], size: int, out: str | Path) -> "Tokenizer":
-        """Learns a BPE vocabulary of `size` pieces from sentences and writes the model to `out`.
-
-        Raises UserError if the text has too few pieces for `size` (the message names the largest size that it allows), or
-        if `size` has no room for the text's characters.
-        """
-        counts: Counter[str] = Counter()
-        for sentence in sentences:
-            counts.update(normalise(sentence).split())
-        return Tokenizer.learn_from_counts(counts, size, out)
-
-    @staticmethod
-    def learn_from_counts(counts: Mapping[str, int], size: int, out: str | Path) -> "Tokenizer":
-        """Learns the pieces that `learn` would, from how often each word occurs, in half the time.
-
-        Only the most frequent words are used, up to `distinct_characters(size)` characters in all.
-        """
-        if size <= len(SPECIAL_PIECES):
-            raise UserError(f"vocabulary size {size}: must be more than the {len(SPECIAL_PIECES)} special pieces")
-        if not counts:
-            raise UserError("no text to learn a vocabulary from: give at least one sentence")
-        words = sorted(counts)
-        words.sort(key=counts.__getitem__, reverse=True)  # stable: equal counts stay in alphabetical order
-        used = np.searchsorted(np.cumsum([len(word) for word in words]), distinct_characters(size), side="right")
-        words = [f"{word}\t{counts[word]}" for word in words[: max(1, int(used))]]
-        write_bytes(Path(out), _learn(words, size))
-        return Tokenizer(out)
-
-
-def distinct_characters(size: int) -> int:
-    """Returns from how many characters of distinct words a vocabulary of `size` pieces is learned."""
-    return max(FEWEST_CHARACTERS, CHARACTERS_PER_PIECE * size)
-
-
-def _learn(words: list[str], size: int) -> bytes:
-    """Trains SentencePiece on `word<TAB>count` lines, on one thread, so that the model's bytes depend on the input alone."""
-    writer = io.BytesIO()
-    try:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(words),
-            input_format="tsv",
-            model_writer=writer,
-            model_type="bpe",
-            vocab_size=size,
-            character_coverage=0.99995,  # at most 0.2% unknown in any of 49 languages, Japanese and Korean included
-            normalization_rule_name="identity",  # the text is normalised already, the same way everywhere
-            max_sentence_length=1 << 17,
-            num_threads=1,
-            minloglevel=2,
-            bos_id=BOS,
-            pad_id=PAD,
-            eos_id=EOS,
-            unk_id=UNK,
-            control_symbols=["<mask>"],
-        )
-    except RuntimeError as error:
-        raise _explained(str(error), size) from None
-    return writer.getvalue()
-
-
-def _explained(message: str, size: int) -> Exception:
-    """Returns the error for SentencePiece's complaint about a vocabulary size, in words that a user understands."""
-    if largest := re.search(r"value <= (\d+)", message):
-        return UserError(
-            f"vocabulary size {size}: larger than the text allows, at most {largest[1]} here; "
-            f"ask for {largest[1]} or fewer (--vocab-size), or give more text"
-        )
-    if smallest := re.search(r"(\d+) vs (\d+)", message):
-        return UserError(
-            f"vocabulary size {size}: the text's characters and the special pieces alone need {smallest[2]}; "
-            f"ask for more than {smallest[2]} (--vocab-size)"
-        )
-    return RuntimeError(message)

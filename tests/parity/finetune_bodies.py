@@ -23,6 +23,7 @@ from mlinterf_ds.runtime.signals import Signals
 from mlinterf_ds.tracking import Tracker
 from tests.parity.bodies import REPOSITORY
 from tests.ranks import laid_out
+from tests.vocabulary import learned
 
 LANGUAGES = ("te", "as")  # both occur inside names of modules
 LENGTH = 24
@@ -57,7 +58,7 @@ def pretrain(
     if layout.rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
         text = [" ".join(draw.choice(WORDS) for _ in range(6)) + " . ?" for _ in range(300)]
-        Tokenizer.learn(text, 50, folder / "tokenizer.model")
+        learned(text, 50, folder / "tokenizer.model")
     dist.barrier()
     size = Tokenizer(folder / "tokenizer.model").size
     config = load_run([], [*SHAPE, f"variant={variant}", *settings])

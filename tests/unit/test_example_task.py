@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from mlinterf_ds.data.tokenizer import BOS, EOS, Tokenizer
+from mlinterf_ds.data.tokenizer import BOS, EOS
 from mlinterf_ds.errors import UserError
 from mlinterf_ds.tasks import Limits
 from tests.examples.topic import Topic
+from tests.vocabulary import learned
 
 TASK = Topic()
 LIMITS = Limits(max_length=6, stride=0, max_question=0, max_answer=0)
@@ -25,7 +26,7 @@ def test_from_a_file_to_predictions_and_back(tmp_path: Path) -> None:
     examples = read(tmp_path, TRAIN)
     labels = TASK.labels(examples)
     assert labels == ["politics", "sport"]
-    tokenizer = Tokenizer.learn(["the dog ran to the ball of the law"] * 20, 24, tmp_path / "tokenizer.model")
+    tokenizer = learned(["the dog ran to the ball of the law"] * 20, 24, tmp_path / "tokenizer.model")
     rows, notes = TASK.rows(examples, tokenizer, labels, LIMITS)
     assert all(row.tokens[0] == BOS and row.tokens[-1] == EOS and len(row.tokens) <= 6 for row in rows)
     assert notes == ["3 texts are longer than 6 pieces and were cut"]

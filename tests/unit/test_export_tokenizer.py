@@ -14,13 +14,14 @@ from mlinterf_ds.errors import UserError
 from mlinterf_ds.export import tokenizer as exported
 from mlinterf_ds.export.folder import stored_pieces
 from tests.unit.test_tokenizer import some_text
+from tests.vocabulary import learned
 
 transformers = pytest.importorskip("transformers")
 
 
 def both(text: list[str], size: int, folder: Path) -> tuple[Tokenizer, Any]:
     """A vocabulary learnt from text: ours, and what transformers loads of it."""
-    ours = Tokenizer.learn(text, size, folder / "sentencepiece.model")
+    ours = learned(text, size, folder / "sentencepiece.model")
     exported.write(ours, folder, 64)
     return ours, transformers.AutoTokenizer.from_pretrained(folder)
 

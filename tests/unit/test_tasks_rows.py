@@ -22,6 +22,7 @@ from mlinterf_ds.tasks.heads import CLASSIFIER, TaskModel
 from mlinterf_ds.tasks.nli import shortened
 from mlinterf_ds.tasks.squad import Question
 from mlinterf_ds.tasks.tagging import windows
+from tests.vocabulary import learned
 
 LIMITS = Limits(max_length=16, stride=4, max_question=4, max_answer=8)
 
@@ -31,7 +32,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     draw = random.Random(0)
     words = ["".join(draw.choice("abcdefgh") for _ in range(draw.randint(2, 9))) for _ in range(300)]
     text = [" ".join(draw.choice(words) for _ in range(8)) + " ." for _ in range(400)]
-    return Tokenizer.learn(text, 120, tmp_path_factory.mktemp("vocabulary") / "tokenizer.model")
+    return learned(text, 120, tmp_path_factory.mktemp("vocabulary") / "tokenizer.model")
 
 
 def texts(count: int, seed: int = 0) -> list[list[str]]:
@@ -154,7 +155,7 @@ def test_answers_that_cannot_be_found_are_counted(tokenizer: Tokenizer) -> None:
 def test_real_answers_come_back_but_those_that_are_counted(language: str, shared_data: Path, tmp_path: Path) -> None:
     task = TASKS["qa"]
     examples = task.read(shared_data / "tasks" / "qa" / "tydiqa_goldp" / language / "train.json", language)[:400]
-    learnt = Tokenizer.learn([q.context for q in examples], 2000, tmp_path / "tokenizer.model")
+    learnt = learned([q.context for q in examples], 2000, tmp_path / "tokenizer.model")
     limits = Limits(max_length=128, stride=64, max_question=32, max_answer=30)
     rows, notes = task.rows(examples, learnt, ["start", "end"], limits)
     answers = task.predict(examples, rows, sure(rows), ["start", "end"], limits)

@@ -18,7 +18,7 @@ from mlinterf_ds.data.prepare.splits import HISTOGRAM_BITS, SPLIT_ORDER
 from mlinterf_ds.data.tokenizer import EOS, UNK, Tokenizer
 from mlinterf_ds.files import read_json, write_array, write_arrays, write_json
 
-BLOCK_COUNTS = ("sentences", "words", "characters", "tokens", "unknown")
+BLOCK_COUNTS = ("sentences", "words", "characters", "tokens", "unknown", "unknown_characters")
 
 
 def block_path(folder: Path, number: int, kind: str = "block") -> Path:
@@ -128,12 +128,15 @@ def encode_block(task: BlockTask) -> dict[str, dict[str, int]]:
     with np.load(block_path(task.folder, task.number)) as block:
         split, words = _split_of(task, block), block["words"].tobytes().decode().split("\n")
         index, lengths, document = block["index"], block["lengths"], block["document"]
-    ids, counts = _tokenizer(task.tokenizer).encode_words(words)
+    tokenizer = _tokenizer(task.tokenizer)
+    ids, counts = tokenizer.encode_words(words)
     # </s> closes every sentence as one more word.
     ids, counts = np.append(ids, np.array([EOS], ids.dtype)), np.append(counts, 1)
     index = np.insert(index, np.cumsum(lengths), len(words))
     # Each word counts with the space after it; a sentence's last word has none.
     characters = np.array([len(word) + 1 for word in words] + [-1])
+    known = dict.fromkeys(map(ord, tokenizer.characters))
+    unknown = np.array([len(word.translate(known)) for word in words] + [0])
     arrays: dict[str, np.ndarray] = {}
     facts = {}
     for number, name in enumerate(SPLIT_ORDER):
@@ -145,7 +148,8 @@ def encode_block(task: BlockTask) -> dict[str, dict[str, int]]:
         arrays[f"{name}.lengths"] = np.diff(ends, prepend=0).astype(np.int32)
         # The number of sentences up to the end of each document.
         arrays[f"{name}.ends"] = (np.flatnonzero(np.diff(document[chosen], append=-1)) + 1).astype(np.int32)
-        values = (chosen.sum(), lengths[chosen].sum(), characters[sequence].sum(), len(tokens), (tokens == UNK).sum())
+        of_text = chosen.sum(), lengths[chosen].sum(), characters[sequence].sum()
+        values = *of_text, len(tokens), (tokens == UNK).sum(), unknown[sequence].sum()
         facts[name] = dict(zip(BLOCK_COUNTS, map(int, values), strict=True))
     write_arrays(block_path(task.folder, task.number, "tokens"), **arrays)
     write_json(facts_path, facts)

@@ -9,7 +9,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from mlinterf_ds.data.corpus import FORMAT, LANGUAGE, MANIFEST, VERSION, Corpus, manifest_digest
+from mlinterf_ds.data.corpus import (
+    FORMAT,
+    LANGUAGE,
+    MANIFEST,
+    VERSION,
+    Corpus,
+    check_known,
+    manifest_digest,
+    unknown_share,
+)
 from mlinterf_ds.data.prepare import stages
 from mlinterf_ds.data.prepare.inputs import STANDARD_INPUT, STANDARD_INPUT_NAME, Input, find_inputs, input_identity
 from mlinterf_ds.data.prepare.vocabulary import learn
@@ -121,6 +130,7 @@ def _run(
     else:
         tokenizer = learn(languages, size, temperature, path, pool, show)
     splits = stages.encode(languages, tokenizer, folder, pool, show)
+    check_known(folder, {code: unknown_share(of_language) for code, of_language in splits.items()})
     return {
         "vocabulary": {"size": tokenizer.size, "temperature": None if given else temperature, **_entry(path)},
         "dtype": tokenizer.dtype.__name__,
@@ -201,7 +211,7 @@ def _locked(folder: Path) -> Iterator[None]:
     if foreign:
         raise UserError(f"{folder}: holds other files ({', '.join(foreign[:3])}); give an empty or a new folder")
     (folder / WORK).mkdir(parents=True, exist_ok=True)
-    with (folder / WORK / "lock").open("w") as file:
+    with (folder / WORK / "lock").open("wb") as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

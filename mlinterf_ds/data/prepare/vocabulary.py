@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
+import io
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import sentencepiece
 from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
 from mlinterf_ds.data.prepare.blocks import BlockTask, count_words
+from mlinterf_ds.data.prepare.cleaning import hashes
 from mlinterf_ds.data.prepare.stages import Language, bar
 from mlinterf_ds.data.prepare.workers import Workers
-from mlinterf_ds.data.tokenizer import Tokenizer, distinct_characters
+from mlinterf_ds.data.tokenizer import BOS, EOS, PAD, SPACE_PIECE, SPECIAL_PIECES, UNK, Tokenizer
 from mlinterf_ds.errors import UserError
 from mlinterf_ds.files import write_bytes
 
-# The vocabulary is learned from this many characters of running text for each character of distinct words it uses.
+# A vocabulary is learned from this many characters of distinct units for each piece, and from SAMPLE_RATIO times as many of
+# running text. SentencePiece needs about 65 bytes a character, so that 32,000 pieces are learned in 200 MB.
+CHARACTERS_PER_PIECE, FEWEST_CHARACTERS = 75, 500_000
 SAMPLE_RATIO = 20
+# So much of each language's text consists of characters that are in the vocabulary (XLM-R: of all text); less, in turn, where
+# these would take more than MOST_CHARACTERS of the pieces.
+COVERAGE, MOST_CHARACTERS = (0.9995, 0.999, 0.998, 0.995, 0.99, 0.98, 0.95), 0.75
+LONGEST_UNIT = 32  # characters: longer runs without a space, such as sentences of Thai, are cut; a piece has 16 at most
 
 
 def learn(
@@ -34,8 +43,8 @@ def learn(
     """Learns the shared vocabulary on the training splits; if it `extends` another vocabulary, learns only the pieces that are
     missing there.
 
-    A language's words weigh as much as its share of all sentences to the power 1 / temperature, normalised. Of a large
-    language only a part is read; a small one counts several times.
+    A language weighs as much as its share of all sentences to the power 1 / temperature, normalised. Of a large language
+    only a part is read; a small one counts several times.
     """
     shares = np.array([language.sentences["train"] for language in languages], dtype=np.float64)
     shares = (shares / shares.sum()) ** (1 / temperature)
@@ -52,27 +61,160 @@ def learn(
     for task, (words, sentences) in zip(tasks, results, strict=True):
         counts[task.folder].update(words)
         sampled[task.folder] += sentences
-    weights = shares / np.maximum(1, [sampled[language.folder] for language in languages])
-    weights /= weights.min()
-    total = Counter[str]()
-    for language, weight in zip(languages, weights, strict=True):
-        words = counts.pop(language.folder)
-        total.update(words if weight == 1 else {word: round(count * float(weight)) for word, count in words.items()})
-    return extend(extends, total, size, out) if extends else Tokenizer.learn_from_counts(total, size, out)
+    weights = shares / np.maximum(1, list(sampled.values()))
+    units = sampled_units([*counts.values()], shares, weights / weights.min(), size)
+    model = extended(extends, units, size) if extends else trained(units, size)
+    write_bytes(out, model.SerializeToString(deterministic=True))
+    return Tokenizer(out)
 
 
-def extend(old: Tokenizer, counts: Mapping[str, int], size: int, out: Path) -> Tokenizer:
-    """Writes a vocabulary of `size` pieces to `out`: those of `old`, ids and all, and then new ones learned from words.
+def distinct_characters(size: int) -> int:
+    """Returns how many characters of distinct units a vocabulary of `size` pieces is learned from."""
+    return max(FEWEST_CHARACTERS, CHARACTERS_PER_PIECE * size)
 
-    New pieces are the characters that `old` lacks, then what joins them; `counts` says how often each word occurs.
-    SentencePiece joins first what scores best, and scores fall with the ids: text is cut by the old pieces as before, and
-    then joined further by the new ones. So old text may be cut differently where a new piece spans several old ones.
-    Raises UserError unless `size` has room for all new characters and the text has enough new pieces.
+
+def sampled_units(
+    words: Sequence[Mapping[str, int]], shares: np.ndarray, weights: np.ndarray, size: int
+) -> dict[str, int]:
+    """Returns the units (words, or parts of long ones) to learn `size` pieces from, with their frequencies in hundredths.
+
+    `words` has the frequencies of each language's words, which count `weights` times; `shares` (summing to 1) is how much of
+    the `distinct_characters` each language gets. What a language leaves goes to the others.
+    Words are cut at characters that are too rare for the vocabulary; each other character is a unit too.
+    """
+    covered, others = _characters(words, int(MOST_CHARACTERS * size))
+    rare = re.compile(f"[{re.escape(''.join(sorted(others)))}]") if others else None
+    total: Counter[str] = Counter()
+    units = [_units(counts) for counts in words]
+    needs = np.array([sum(map(len, counts)) for counts in units])
+    left, open_shares = float(distinct_characters(size)), 1.0
+    for i in np.argsort(needs / shares, kind="stable"):  # once one language gets less than it needs, all after it do
+        budget = min(needs[i], left * shares[i] / open_shares)
+        left, open_shares = left - budget, open_shares - shares[i]
+        for unit, count in _thinned(units[i], budget).items():
+            for part in rare.split(unit) if rare else (unit,):
+                total[part] += count * weights[i]
+    # SentencePiece stops at a share of characters that a single-precision float takes for 1: none may be rarer than that.
+    least = 2e-7 * sum(len(unit) * count for unit, count in total.items())
+    total.update(dict.fromkeys(covered, least))
+    return {unit: max(1, round(100 * total[unit])) for unit in sorted(total.keys() - {""})}
+
+
+def _units(words: Mapping[str, int]) -> Counter[str]:
+    """Returns the frequencies of words with the mark that SentencePiece puts before each; long ones are cut."""
+    units: Counter[str] = Counter()
+    for word, count in words.items():
+        marked = SPACE_PIECE + word
+        for start in range(0, len(marked), LONGEST_UNIT):
+            units[marked[start : start + LONGEST_UNIT]] += count
+    return units
+
+
+def _characters(words: Sequence[Mapping[str, int]], room: int) -> tuple[set[str], set[str]]:
+    """Returns the commonest characters of each language (COVERAGE of its text, or less if they have no `room`), and the others."""
+    ranked = []
+    for counts in words:
+        frequencies = np.repeat([*counts.values()], [len(word) for word in counts])
+        totals = np.bincount(np.frombuffer("".join(counts).encode("utf-32-le"), "<u4"), frequencies)
+        order = np.argsort(-totals, kind="stable")[: np.count_nonzero(totals)]
+        ranked.append((order, np.cumsum(totals[order]) / totals.sum()))
+    for coverage in COVERAGE:
+        codes = {code for order, share in ranked for code in order[: np.searchsorted(share, coverage) + 1].tolist()}
+        if len(codes) <= room:
+            break
+    others = {code for order, _ in ranked for code in order.tolist()} - codes
+    return set(map(chr, codes)), set(map(chr, others))
+
+
+def _thinned(units: Counter[str], characters: float) -> Mapping[str, float]:
+    """Returns about `characters` characters of distinct units, such that the expected frequency of every unit is kept.
+
+    A unit that occurs n times is kept with probability min(1, n / least), chosen by its hash, and then counts max(n, least)
+    times. So common words are kept as they are, and of sentences of a language without spaces, each of which occurs once, an
+    even sample is kept.
+    """
+    lengths, counts = (np.array(values, np.float64) for values in ([*map(len, units)], [*units.values()]))
+    if lengths.sum() <= characters:
+        return units
+    order = np.argsort(-counts, kind="stable")
+    kept = np.cumsum(lengths[order]) - lengths[order]  # characters of the units that are commoner
+    rest = np.cumsum((lengths * counts)[order][::-1])[::-1]  # running characters of this unit and the rarer ones
+    with np.errstate(divide="ignore"):
+        least = np.where(kept < characters, rest / (characters - kept), np.inf)
+    bound = least[np.argmax(least >= counts[order])]
+    chosen = hashes([*units]) < np.minimum(1, counts / bound) * 2.0**64
+    names = [*units]
+    return {names[i]: max(counts[i], bound) for i in np.flatnonzero(chosen)}
+
+
+def trained(units: Mapping[str, int], size: int) -> ModelProto:
+    """Learns a BPE vocabulary of `size` pieces, all characters among them, on one thread: it depends on the arguments alone.
+
+    Raises UserError if the text has too few pieces for `size` (the message names the largest size that it allows), or if
+    `size` has no room for the characters.
+    """
+    if size <= len(SPECIAL_PIECES):
+        raise UserError(f"vocabulary size {size}: must be more than the {len(SPECIAL_PIECES)} special pieces")
+    writer = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=(f"{unit}\t{count}" for unit, count in units.items()),
+            input_format="tsv",
+            model_writer=writer,
+            model_type="bpe",
+            vocab_size=size,
+            character_coverage=1.0,
+            normalization_rule_name="identity",  # the text is normalised already, the same way everywhere
+            add_dummy_prefix=False,  # a unit begins with its space, if it has one
+            remove_extra_whitespaces=False,
+            num_threads=1,
+            minloglevel=2,
+            bos_id=BOS,
+            pad_id=PAD,
+            eos_id=EOS,
+            unk_id=UNK,
+            control_symbols=["<mask>"],
+        )
+    except RuntimeError as error:
+        raise _explained(str(error), size) from None
+    model = ModelProto.FromString(writer.getvalue())
+    model.normalizer_spec.add_dummy_prefix = model.normalizer_spec.remove_extra_whitespaces = True
+    return model
+
+
+def _explained(message: str, size: int) -> Exception:
+    """Returns the error for SentencePiece's complaint about a vocabulary size, in words that a user understands."""
+    if largest := re.search(r"value <= (\d+)", message):
+        return UserError(
+            f"vocabulary size {size}: larger than the text allows, at most {largest[1]} here; "
+            f"ask for {largest[1]} or fewer (--vocab-size), or give more text"
+        )
+    if smallest := re.search(r"(\d+) vs (\d+)", message):
+        return UserError(
+            f"vocabulary size {size}: the text's characters and the special pieces alone need {smallest[2]}; "
+            f"ask for more than {smallest[2]} (--vocab-size)"
+        )
+    return RuntimeError(message)
+
+
+def extended(old: Tokenizer, units: Mapping[str, int], size: int) -> ModelProto:
+    """Returns a vocabulary of `size` pieces: those of `old`, ids and all, and then new ones learned from `units`.
+
+    New pieces are the characters that `old` lacks, then what joins them. SentencePiece joins first what scores best, and
+    scores fall with the ids: text is cut by the old pieces as before, and then joined further by the new ones. So old text
+    may be cut differently where a new piece spans several old ones. Raises UserError unless `size` has room for all new
+    characters and the text has enough new pieces.
     """
     if size <= old.size:
         raise UserError(f"--vocab-size {size}: must be more than the {old.size} pieces of {old.path}")
+    try:
+        model = trained(units, size)
+    except UserError as error:
+        if not (largest := re.search(r"at most (\d+)", str(error))):
+            raise
+        model = trained(units, int(largest[1]))
     known = set(old.pieces)
-    pieces = [piece for piece in _learned(counts, size, out) if piece not in known]
+    pieces = [piece.piece for piece in model.pieces if piece.piece not in known]
     if old.size + len(pieces) < size:
         raise UserError(
             f"--vocab-size {size}: the new text has {len(pieces)} pieces that {old.path} lacks; ask for "
@@ -80,29 +222,14 @@ def extend(old: Tokenizer, counts: Mapping[str, int], size: int, out: Path) -> T
         )
     # SentencePiece lists single characters last; if they were cut off, words with them would be unknown.
     pieces.sort(key=lambda piece: len(piece) > 1)
-    if (characters := sum(len(piece) == 1 for piece in pieces)) > size - old.size:
+    if (single := sum(len(piece) == 1 for piece in pieces)) > size - old.size:
         raise UserError(
-            f"--vocab-size {size}: the new text has {characters} characters that {old.path} lacks; ask for "
-            f"{old.size + characters} or more"
+            f"--vocab-size {size}: the new text has {single} characters that {old.path} lacks; ask for "
+            f"{old.size + single} or more"
         )
     model = ModelProto.FromString(old.path.read_bytes())
     score = min(piece.score for piece in model.pieces)
     for number, piece in enumerate(pieces[: size - old.size], 1):
         model.pieces.add(piece=piece, score=score - number)
     model.trainer_spec.vocab_size = size
-    write_bytes(out, model.SerializeToString(deterministic=True))
-    return Tokenizer(out)
-
-
-def _learned(counts: Mapping[str, int], size: int, out: Path) -> list[str]:
-    """Returns the pieces of a vocabulary learned from these words alone, the best first: `size`, or as many as they allow."""
-    temporary = out.with_name(out.name + ".new")
-    try:
-        try:
-            return Tokenizer.learn_from_counts(counts, size, temporary).pieces
-        except UserError as error:
-            if not (largest := re.search(r"at most (\d+)", str(error))):
-                raise
-            return Tokenizer.learn_from_counts(counts, int(largest[1]), temporary).pieces
-    finally:
-        temporary.unlink(missing_ok=True)
+    return model
