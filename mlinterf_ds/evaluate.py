@@ -11,17 +11,18 @@ from __future__ import annotations
 import argparse
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from tqdm import tqdm
 
 from mlinterf_ds.data.batch import Batch
 from mlinterf_ds.data.evaluation import EvaluationSet
-from mlinterf_ds.data.tokenizer import BOS, EOS, MANY_UNKNOWN, MASK, UNK, Tokenizer, normalise
+from mlinterf_ds.data.tokenizer import BOS, EOS, MANY_UNKNOWN, MASK, UNK, Tokenizer, lines_of, normalise
 from mlinterf_ds.engine.engine import weighted_loss
 from mlinterf_ds.engine.precision import DTYPES, choose_precision
 from mlinterf_ds.errors import UserError
@@ -33,6 +34,8 @@ from mlinterf_ds.sections import ParallelConfig
 from mlinterf_ds.tasks.files import read_text
 from mlinterf_ds.tasks.sources import parse
 from mlinterf_ds.tracking import Tracker, environment_facts
+
+Item = TypeVar("Item")
 
 BLANK = "<mask>"
 ROWS = 64  # evaluated at once
@@ -75,9 +78,9 @@ def main(arguments: Sequence[str], group: Group | None = None) -> int:
         else:
             results = {lang: score(model, lang, Path(path), options.sentences) for lang, path in texts.items()}
         if layout.rank == 0:
-            print(_shown(results), flush=True)
             if options.out:
                 write_json(options.out, results)
+            print(_shown(results), flush=True)
             if texts and model.saved["config"]["tracking"]["enabled"]:
                 record(model, texts, results)
     return 0
@@ -132,7 +135,7 @@ class Text:
 
     def __init__(self, path: Path, language: str, tokenizer: Tokenizer):
         self.languages, self.vocabulary_size = [language], tokenizer.size
-        self.lines = [line for line in map(normalise, read_text(path).split("\n")) if line]
+        self.lines = [line for line in map(normalise, lines_of(read_text(path))) if line]
         if not self.lines:
             raise UserError(f"{path}: no sentence in it; expected one a line")
         self.encoded = [tokenizer.encode(line) for line in self.lines]
@@ -158,7 +161,9 @@ def score(model: Model, language: str, path: Path, sentences: int) -> dict[str, 
     rows = EvaluationSet(
         text, language, "test", languages=model.languages, length=model.length, mask_share=model.mask_share
     )
-    nll = weighted_loss(model.encoder, rows.batches(ROWS, layout.data_rank, layout.data), model.device, layout)
+    batches = rows.batches(ROWS, layout.data_rank, layout.data)
+    batches = _bar(batches, f"{language}: perplexity", -(-rows.rows // (ROWS * layout.data)), layout)
+    nll = weighted_loss(model.encoder, batches, model.device, layout)
     scores = {
         "perplexity": math.exp(nll),
         "bits_per_character": rows.bits_per_character(nll),
@@ -166,8 +171,8 @@ def score(model: Model, language: str, path: Path, sentences: int) -> dict[str, 
         "unknown": float(np.mean(text.flat == UNK)),
     }
     if sentences:
-        sums = np.zeros(2)
-        for ids in text.encoded[:sentences][layout.data_rank :: layout.data]:
+        sums, part = np.zeros(2), text.encoded[:sentences][layout.data_rank :: layout.data]
+        for ids in _bar(part, f"{language}: pseudo-perplexity", len(part), layout):
             for batch in one_at_a_time(ids[: model.length - 2], number):
                 sums += float(model.surprisals(batch).sum()), len(batch.tokens)
         nll, count = model.summed(sums.tolist())
@@ -178,6 +183,11 @@ def score(model: Model, language: str, path: Path, sentences: int) -> dict[str, 
             "pseudo_perplexity_sentences_cut": cut,
         }
     return scores
+
+
+def _bar(items: Iterable[Item], title: str, total: int, layout: Layout) -> Iterator[Item]:
+    """Yields the items under a progress bar, which rank 0 shows on a terminal."""
+    return iter(tqdm(items, title, total, disable=None if layout.rank == 0 else True, leave=False))
 
 
 def record(model: Model, texts: dict[str, str], results: dict[str, dict[str, float]]) -> None:

@@ -110,7 +110,7 @@ def main(words: Sequence[str]) -> int:
             write_csv(options.out / "planted.csv", list(rows[0]), [list(row.values()) for row in rows])
             print({k: round(v, 3) if isinstance(v, float) else v for k, v in rows[-1].items()}, flush=True)
     summary = summarise(rows, options.at)
-    (options.out / "planted.json").write_text(json.dumps(summary, indent=1) + "\n")
+    (options.out / "planted.json").write_text(json.dumps(summary, indent=1) + "\n", "utf-8")
     print(json.dumps(summary, indent=1))
     group.leave()
     return 0

@@ -68,7 +68,7 @@ def main(words: Sequence[str]) -> int:
         if not (analysis / "summary.json").is_file():
             launch("analyze.py", [*PRUNE, *options.prune, f"checkpoint={model}", f"output={analysis}"], [])
     summary = report([read(options.out / f"masks-{seed}" / "similarity.csv") for seed in range(options.seeds)])
-    (options.out / "planted.json").write_text(json.dumps(summary, indent=2) + "\n")
+    (options.out / "planted.json").write_text(json.dumps(summary, indent=2) + "\n", "utf-8")
     print(json.dumps(summary, indent=2))
     return 0
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from mlinterf_ds.data.corpus import Corpus
 from mlinterf_ds.data.prepare.main import prepare
-from mlinterf_ds.errors import UserError
+from mlinterf_ds.errors import UserError, show_any_text
 
 INPUTS = """\
 inputs, as LANGUAGE=INPUT (one language may have several):
@@ -28,6 +28,7 @@ After an interruption the same command goes on from there. A language needs at l
 
 def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
+    show_any_text()
     started = time.perf_counter()
     try:
         corpus = prepare(
@@ -137,10 +138,10 @@ def report(corpus: Corpus, seconds: float) -> str:
     rows: list[tuple[str, ...]] = [("language", "sentences", "train", "words", "tokens", "unknown", "tokens/word")]
     for language in corpus.languages:
         splits = corpus.manifest["languages"][language]["splits"]
-        total = {name: sum(s[name] for s in splits.values()) for name in ("sentences", "words", "tokens", "unknown")}
+        total = {name: sum(s[name] for s in splits.values()) for name in ("sentences", "words", "tokens")}
         pieces = total["tokens"] - total["sentences"]  # the </s> of every sentence belongs to no word
         counts = (total["sentences"], splits["train"]["sentences"], total["words"], total["tokens"])
-        rates = (f"{total['unknown'] / pieces:.3%}", f"{pieces / total['words']:.2f}")
+        rates = (f"{corpus.unknown(language):.3%}", f"{pieces / total['words']:.2f}")
         rows.append((language, *(f"{count:,}" for count in counts), *rates))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]

@@ -65,7 +65,7 @@ def save(run: Path, engine: Engine, state: Mapping[str, Any], files: Mapping[str
                 "losses": engine.spikes.seen,
                 "layout": asdict(engine.layout) | {"stage": engine.stage, "precision": engine.precision},
             }
-            (partial / "run.json").write_text(json.dumps({"format": FORMAT, **counters, **state}, indent=1))
+            (partial / "run.json").write_text(json.dumps({"format": FORMAT, **counters, **state}, indent=1), "utf-8")
             for name, source in files.items():
                 shutil.copyfile(source, partial / name)
             listed |= flushed_facts([partial / name for name in ("run.json", *files)])
@@ -74,7 +74,7 @@ def save(run: Path, engine: Engine, state: Mapping[str, Any], files: Mapping[str
     def complete() -> None:
         if rank == 0:
             listed = {name: facts for of_rank in written for name, facts in of_rank.items()}
-            (partial / "complete.json").write_text(json.dumps({"format": FORMAT, "files": listed}, indent=1))
+            (partial / "complete.json").write_text(json.dumps({"format": FORMAT, "files": listed}, indent=1), "utf-8")
             shutil.rmtree(target, ignore_errors=True)
             os.replace(partial, target)
             prune(run, keep)
@@ -144,7 +144,7 @@ def mark_best(run: Path, checkpoint: Path) -> None:
 
 def _best_name(run: Path) -> str:
     pointer = run / "checkpoints" / "best"
-    return pointer.read_text().strip() if pointer.is_file() else ""
+    return pointer.read_text("utf-8").strip() if pointer.is_file() else ""
 
 
 def _all(run: Path) -> list[Path]:

@@ -90,7 +90,7 @@ def _licence(pretrained: Pretrained) -> str:
     note = ""
     manifest = Path(pretrained.saved["config"].get("corpus", "")) / "manifest.json"
     if manifest.is_file() and sha256(manifest) == pretrained.saved.get("manifest"):
-        note = json.loads(manifest.read_text()).get("licence", "")
+        note = json.loads(manifest.read_bytes()).get("licence", "")
     corpus = pretrained.saved["config"].get("corpus", "synthetic")
     if corpus == "synthetic":
         return "Trained on synthetic text only."

@@ -53,7 +53,7 @@ LAYER = {
 def is_folder(path: Path) -> bool:
     """Whether this is a transformers model folder. A run's output folder has a config.json too, with other keys."""
     try:
-        return "model_type" in json.loads((path / "config.json").read_text())
+        return "model_type" in json.loads((path / "config.json").read_bytes())
     except MALFORMED:
         return False
 

@@ -65,7 +65,7 @@ def _write(pretrained: Pretrained, folder: Path) -> dict[str, Any]:
         weights = to_stock(weights, shape.heads)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     config = configuration(pretrained)
-    (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+    (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n", "utf-8")
     shutil.copymode(
         folder / "config.json", folder / "model.safetensors"
     )  # safetensors lets only its user read the file
@@ -74,9 +74,11 @@ def _write(pretrained: Pretrained, folder: Path) -> dict[str, Any]:
     tokenizer.write(pretrained.tokenizer(), folder, pretrained.positions)
     if not stock:
         shutil.copyfile(Path(__file__).with_name(f"{MODELLING}.py"), folder / f"{MODELLING}.py")
-    (folder / "README.md").write_text(card(pretrained, stock))
+    (folder / "README.md").write_text(card(pretrained, stock), "utf-8")
     files = flushed_facts(sorted(path for path in folder.iterdir() if path.name != "README.md"))
-    (folder / LISTING).write_text(json.dumps({"checkpoint": pretrained.path.name, "files": files}, indent=1) + "\n")
+    (folder / LISTING).write_text(
+        json.dumps({"checkpoint": pretrained.path.name, "files": files}, indent=1) + "\n", "utf-8"
+    )
     return config
 
 

@@ -29,7 +29,7 @@ def write(tokenizer: Tokenizer, folder: Path, positions: int) -> None:
         **{"bos_token": bos, "cls_token": bos, "pad_token": pad, "eos_token": eos, "sep_token": eos},
         **{"unk_token": unk, "mask_token": mask},
     }
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=1) + "\n")
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=1) + "\n", "utf-8")
 
 
 def _backend(tokenizer: Tokenizer) -> Any:

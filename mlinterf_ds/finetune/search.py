@@ -126,7 +126,7 @@ class Search:
     def _check_resumed(self) -> str | None:
         """Returns MLflow's run id of the job that is resumed. UserError if the folder holds another job."""
         path = self.output / "job.json"
-        text = from_first(path.read_text() if self.job.config.resume and path.is_file() else "")
+        text = from_first(path.read_text("utf-8") if self.job.config.resume and path.is_file() else "")
         if not text:
             return None
         now = json.loads(json.dumps(self._identity()))

@@ -139,7 +139,7 @@ class Trial:
             with refusing(
                 f"{self.result}: not what a fine-tuning writes", "; remove it, and the run goes on from its checkpoint"
             ):
-                self.progress = Progress(**json.loads(self.result.read_text()))
+                self.progress = Progress(**json.loads(self.result.read_bytes()))
             return self.progress
         engine = self.engine
         self._resume()

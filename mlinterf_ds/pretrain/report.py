@@ -75,7 +75,7 @@ class Records:
         for language, points in history.items():
             newest = [value for _, value in points[-4:]]
             if len(newest) == 4 and newest == sorted(newest) and newest[0] < newest[-1]:
-                tqdm.write(f"warning: {language} has risen for three evaluations: its corpus is being overfitted")
+                tqdm.write(f"warning: {language} has risen for three evaluations: {why_risen(language, self.config)}")
         path = self.session.output / "perplexity.png"
         perplexity_curves(history, path, title=f"{self.config.name}: {self.config.variant}", baselines=baselines)
         self.tracker.artifact(path)
@@ -168,3 +168,19 @@ class LossTable:
 
 def _is_whole(row: list[str]) -> bool:
     return len(row) == len(COLUMNS) and row[0].isdecimal() and row[4].isdecimal()
+
+
+def why_risen(language: str, config: RunConfig) -> str:
+    """Returns why a language's validation perplexity rises, and what to do about it."""
+    if not config.data.only or language in config.data.only:
+        return "its corpus is being overfitted"
+    untrained = f"it is not trained (data.only={','.join(config.data.only)})"
+    if config.train.freeze == "shared":  # all that its old pieces are predicted from stays as it was
+        return (
+            f"{untrained}, and the new pieces of the vocabulary now compete with its own; its own weights are as they were, so "
+            f"score and use it with the model of init={config.init}, or train it too (without data.only)"
+        )
+    return (
+        f"{untrained}, and the shared parameters move away from it; train it too (without data.only), or keep them as they are "
+        "(train.freeze=shared)"
+    )

@@ -44,7 +44,9 @@ def _first_slurm_host() -> str:
     """The first host of this Slurm step."""
     listed = os.environ.get("SLURM_STEP_NODELIST", "")
     try:
-        return subprocess.check_output(["scontrol", "show", "hostnames", listed], text=True).split()[0]
+        return subprocess.check_output(
+            ["scontrol", "show", "hostnames", listed], encoding="utf-8", errors="replace"
+        ).split()[0]
     except (OSError, subprocess.SubprocessError, IndexError):
         raise UserError(
             f"no host could be read from SLURM_STEP_NODELIST={listed!r}: export MASTER_ADDR before srun"
@@ -81,7 +83,7 @@ def rendezvous() -> str:
         return "env://"
     parent = os.getppid()
     try:
-        started = Path(f"/proc/{parent}/stat").read_text().rsplit(")", 1)[1].split()[19]
+        started = Path(f"/proc/{parent}/stat").read_text("utf-8").rsplit(")", 1)[1].split()[19]
     except OSError:
         started = "0"
     name = f"{parent}-{started}-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"

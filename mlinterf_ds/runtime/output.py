@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from mlinterf_ds.errors import UserError
+from mlinterf_ds.errors import UserError, show_any_text
 from mlinterf_ds.runtime.launchers import adopt
 
 NOISY = ("DeepSpeed", "megatron", "mlflow", "alembic", "torch", "matplotlib")
@@ -54,7 +54,7 @@ def hushed(log: Path | None = None) -> Iterator[None]:
     if log:
         log.parent.mkdir(parents=True, exist_ok=True)
     sys.stdout.flush()
-    with (log or Path(os.devnull)).open("a") as file:
+    with (log or Path(os.devnull)).open("a", encoding="utf-8") as file:
         saved = os.dup(1)
         os.dup2(file.fileno(), 1)
         try:
@@ -114,7 +114,7 @@ def noted(log: Path) -> Iterator[None]:
     except Exception as error:  # errors of any kind, because they are raised again
         first = ""
         with contextlib.suppress(OSError):  # if the disk is full, the failure itself must still come through
-            with log.open("a") as file:
+            with log.open("a", encoding="utf-8") as file:
                 traceback.print_exception(error, file=file)
             first = _first_failure(error, log)
         message = f"{type(error).__name__}: {error}".partition(". This is typically caused")[0]
@@ -132,13 +132,13 @@ def _first_failure(error: Exception, log: Path) -> str:
     """Returns the earlier failure of another rank from the file `failed`. If there was none, writes this one and returns ''."""
     failed = log.with_name("failed")
     try:
-        with failed.open("x") as file:
+        with failed.open("x", encoding="utf-8") as file:
             rank = log.stem.replace("-", " ")
             file.write(f"{rank} failed first: {type(error).__name__}: {str(error)[:300]}; its log: {log}")
         return ""
     except FileExistsError:
         deadline = time.monotonic() + 2  # an empty file is just being written
-        while not (first := failed.read_text()) and time.monotonic() < deadline:
+        while not (first := failed.read_text("utf-8")) and time.monotonic() < deadline:
             time.sleep(0.05)
         return first
 
@@ -156,6 +156,7 @@ def main(run: Callable[[Sequence[str]], int], arguments: Sequence[str] | None = 
     leaves at once, without the clean-up in which it would wait for the others; the launcher then ends those too.
     """
     faulthandler.enable()
+    show_any_text()
     rank = os.environ.get("RANK", "0")
     try:
         adopt()

@@ -124,7 +124,7 @@ def try_lock(folder: Path) -> Iterator[bool]:
     """Hold the folder of a job or a study if no other process does; whether it is held. UserError if it can't be written."""
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / ".lock").open("w")
+        file = (folder / ".lock").open("wb")
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -141,6 +141,6 @@ def wait_for_lock(folder: Path, rank: int = 0) -> Iterator[None]:
     Each rank waits for the same rank of the other process, and does so before the ranks wait for each other in a process
     group, where waiting has a time limit.
     """
-    with (folder / (f".lock{rank}" if rank else ".lock")).open("w") as file:
+    with (folder / (f".lock{rank}" if rank else ".lock")).open("wb") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

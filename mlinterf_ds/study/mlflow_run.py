@@ -130,7 +130,7 @@ def register(records: Records, name: str, output: Path, run_id: str) -> str:
         warnings.filterwarnings("ignore", message=".*input example.*")  # with one MLflow would run the model here
         mlflow.pyfunc.log_model(name="best_model", **options)
     newest = str(max(int(version.version) for version in client.search_model_versions(f"name='{name}'")))
-    client.update_model_version(name, newest, description=(folder / "README.md").read_text())
+    client.update_model_version(name, newest, description=(folder / "README.md").read_text("utf-8"))
     facts = {"job": label, "variant": chosen.variant, "languages": ",".join(chosen.languages), "seed": str(chosen.seed)}
     for key, value in facts.items():
         client.set_model_version_tag(name, newest, key, value)

@@ -61,12 +61,13 @@ def _sbatch(name: str, command: str, config: StudyConfig, folder: Path, dependen
     script = folder / "submit.sbatch"
     head = "\n".join(f"#SBATCH {option}" for option in options)
     script.write_text(
-        f"#!/bin/bash\n{head}\ncd {shlex.quote(str(Path.cwd()))}\nexport {STARTED}=$(date +%s)\nexec {command}\n"
+        f"#!/bin/bash\n{head}\ncd {shlex.quote(str(Path.cwd()))}\nexport {STARTED}=$(date +%s)\nexec {command}\n",
+        "utf-8",
     )
     words = ["sbatch", "--parsable", "--kill-on-invalid-dep=yes"]
     words += [f"--dependency={dependency}"] * bool(dependency)
     try:
-        done = subprocess.run([*words, str(script)], capture_output=True, text=True)
+        done = subprocess.run([*words, str(script)], capture_output=True, encoding="utf-8", errors="replace")
     except FileNotFoundError:
         raise UserError(
             "--executor slurm: no sbatch on PATH; run on a host of the cluster, or with --executor local"
@@ -74,20 +75,20 @@ def _sbatch(name: str, command: str, config: StudyConfig, folder: Path, dependen
     if done.returncode:
         raise UserError(f"sbatch refused {script}: {done.stderr.strip()}; see the recipe's sbatch options")
     job_id = done.stdout.strip().partition(";")[0]  # a federated cluster's name may follow
-    (folder / ID_FILE).write_text(job_id)
+    (folder / ID_FILE).write_text(job_id, "utf-8")
     return job_id
 
 
 def _submitted_id(folder: Path) -> str:
     """The id of the batch job that was last submitted from this folder; '' if none was."""
-    return (folder / ID_FILE).read_text().strip() if (folder / ID_FILE).is_file() else ""
+    return (folder / ID_FILE).read_text("utf-8").strip() if (folder / ID_FILE).is_file() else ""
 
 
 def _queued() -> set[str]:
     """The ids of this user's batch jobs that wait or run."""
     words = ["squeue", "--noheader", "--format=%A", f"--user={getpass.getuser()}"]
     try:
-        done = subprocess.run(words, capture_output=True, text=True)
+        done = subprocess.run(words, capture_output=True, encoding="utf-8", errors="replace")
     except FileNotFoundError:
         raise UserError("--executor slurm: no squeue on PATH, which lists the jobs that are still queued") from None
     if done.returncode:

@@ -106,7 +106,9 @@ def _git_facts(checkout: Path) -> dict[str, str]:
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(checkout), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+        return subprocess.run(
+            command, capture_output=True, encoding="utf-8", errors="replace", timeout=10, check=True
+        ).stdout.strip()
 
     try:
         # An installed package may lie inside another repository, whose commit says nothing about the package.

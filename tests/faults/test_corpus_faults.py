@@ -131,6 +131,39 @@ def test_damaged_archives_and_dumps(tmp_path: Path) -> None:
         build(tmp_path / "out", en=tmp_path / "wiki.xml")
 
 
+def test_markup_is_no_text(tmp_path: Path) -> None:
+    body = "".join(f"<seg>{line}</seg>" for line in some_lines(100))
+    for start, match in (
+        ('<?xml version="1.0"?><tmx>{}</tmx>', r"en: XML whose root is <tmx>, and not a MediaWiki dump"),
+        ("<!DOCTYPE html><p>{}</p>", "en: begins with '<!DOCTYPE', so it is markup"),
+        ("<html>{}</html>", "en: begins with '<html'"),
+        ('{{"text": "{}"}}', r"en: begins with '\{\"', so it is markup \(HTML, XML or JSON\)"),
+    ):
+        (tmp_path / "en").write_text(start.format(body), "utf-8")
+        with pytest.raises(UserError, match=match):
+            build(tmp_path / "out", en=tmp_path / "en")
+
+
+def test_standard_input_that_is_closed(tmp_path: Path) -> None:
+    line = f"{sys.executable} {TOOL} --out out --vocab-size 80 en=- <&-"
+    done = subprocess.run(["bash", "-c", line], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1 and "standard input): it is closed; pipe the text" in done.stderr, done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_one_process_does_the_work_where_no_more_can_be_started(
+    tmp_path: Path, lines_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def read_only(*_: Any) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    expected = contents(build(tmp_path / "alone", en=lines_file).folder)
+    monkeypatch.setattr("mlinterf_ds.data.prepare.workers.ProcessPoolExecutor", read_only)
+    corpus = prepare({"en": [lines_file]}, tmp_path / "out", vocabulary_size=80, workers=2)
+    assert contents(corpus.folder) == expected
+    assert "warning: /dev/shm, which 2 processes need, cannot be used (Read-only" in capsys.readouterr().err
+
+
 def test_hugging_face_without_library_or_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(UserError, match="hf:some/name: needs the library `datasets`: pip install datasets"):

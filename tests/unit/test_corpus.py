@@ -21,7 +21,7 @@ from mlinterf_ds.data.prepare import stages, vocabulary
 from mlinterf_ds.data.prepare.main import prepare
 from mlinterf_ds.data.prepare.shards import write_shard
 from mlinterf_ds.data.prepare.splits import held_out
-from mlinterf_ds.data.tokenizer import EOS, Tokenizer, normalise
+from mlinterf_ds.data.tokenizer import EOS, lines_of, normalise
 from mlinterf_ds.errors import UserError
 
 Prepared = tuple[Corpus, dict[str, list[str]]]  # a corpus and the lines that it was made from
@@ -210,6 +210,27 @@ def test_lines_are_dropped_by_reason_and_the_first_named(tmp_path: Path) -> None
     assert {*good} - found == set() and len(found) == 101
 
 
+@pytest.mark.parametrize("end", ["\r", "\u2028", "\u2029", "\x85", "\r\n"])
+def test_lines_may_end_otherwise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: str) -> None:
+    monkeypatch.setattr(inputs_module, "BLOCK", 1000)  # an end may be torn apart
+    lines = some_lines(200)
+    (tmp_path / "en.txt").write_bytes(end.join(lines).encode())
+    corpus = build(tmp_path / "out", en=tmp_path / "en.txt")
+    assert {sentence for split in SPLITS for sentence in texts(corpus, "en", split)} == set(lines)
+    assert [normalise(line) for line in lines_of(end.join(lines))] == lines
+
+
+def test_byte_order_marks_make_no_words(tmp_path: Path) -> None:
+    """Files that were joined have one inside, and some programs write two."""
+    lines = some_lines(200)
+    marked = [f"\ufeff\ufeff{lines[0]}", *lines[1:100], f"\ufeff{lines[100]}", *lines[101:], "\ufeff"]
+    corpus = build(tmp_path / "out", en=written(tmp_path / "en.txt", marked))
+    assert {sentence for split in SPLITS for sentence in texts(corpus, "en", split)} == set(lines)
+    assert corpus.manifest["languages"]["en"]["dropped"] == {
+        "control characters only": {"lines": 1, "first": ["en.txt:201"]}
+    }
+
+
 def test_text_is_normalised_before_it_is_compared(tmp_path: Path) -> None:
     lines = some_lines(60)
     messy = [line.replace(" ", " \u00a0\t").replace("é", "e\u0301") + "\r" for line in lines]
@@ -255,19 +276,17 @@ def test_a_part_of_a_large_language_is_sampled_with_the_right_weight(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(vocabulary, "distinct_characters", lambda size: 1000)  # so that 20,000 characters are read
-    seen: list[Any] = []
-    real = Tokenizer.learn_from_counts
-    monkeypatch.setattr(
-        Tokenizer, "learn_from_counts", lambda counts, *rest: (seen.append(counts), real(counts, *rest))[1]
-    )
+    seen: dict[str, int] = {}
+    real = vocabulary.trained
+    monkeypatch.setattr(vocabulary, "trained", lambda units, *rest: (seen.update(units), real(units, *rest))[1])
     files: dict[str, Any] = {
         "en": [written(tmp_path / "en.txt", [f"{line} en" for line in some_lines(4000)])],
         "sw": [written(tmp_path / "sw.txt", [f"{line} sw" for line in some_lines(400, 1)])],
     }
     corpus = prepare(files, tmp_path / "out", vocabulary_size=150, temperature=2.0, workers=1)
     expected = (corpus.sentences("en", "train") / corpus.sentences("sw", "train")) ** 0.5
-    assert seen[0]["en"] / seen[0]["sw"] == pytest.approx(expected, rel=0.01)
-    assert seen[0]["en"] < 1000  # of 3760
+    assert seen["\u2581en"] / seen["\u2581sw"] == pytest.approx(expected, rel=0.01)
+    assert seen["\u2581en"] < 100_000  # hundredths, of 3760
 
 
 @pytest.mark.parametrize("opener", [gzip.open, bz2.open, lzma.open])

@@ -8,6 +8,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from itertools import combinations, islice, pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -32,11 +33,19 @@ from mlinterf_ds.data.synthetic.meanings import (
     GIVEN,
     NEGATION,
     NOUNS,
+    PRESENT,
     PUNCTUATION,
     QUESTION_WORDS,
     SUFFIXES,
+    TENSE,
     TOWN,
+    VERB,
     VERBS,
+    Draw,
+    Table,
+    draws,
+    sample_meaning,
+    world,
 )
 from mlinterf_ds.data.synthetic.sentence import Grammar
 from mlinterf_ds.errors import UserError
@@ -320,6 +329,55 @@ def test_words_are_zipfian_and_sentences_about_nine_words_long(name: str) -> Non
     slope = np.polyfit(np.log(np.arange(1, 501)), np.log(counts), 1)[0]
     assert -1.1 < slope < -0.85
     assert np.mean([len(words) for words in text]) == pytest.approx(9, abs=0.2)
+
+
+class Forced(Draw):
+    """A draw that makes the given choices in turn and multiplies their probabilities."""
+
+    def __init__(self, choices: list) -> None:
+        self.choices, self.probability = iter(choices), 1.0
+
+    def pick(self, table: Table) -> Any:
+        choice = next(self.choices)
+        self.probability *= chance_of(table, choice)
+        return choice
+
+    def chance(self, probability: float) -> bool:
+        return self.pick(Table((True, False), (probability, 1 - probability)))
+
+
+def chance_of(table: Table, value: Any) -> float:
+    number = table.values.index(value)
+    lower, upper = ([0.0, *table.bounds, 1.0][number + k] for k in (0, 1))
+    return upper - lower
+
+
+def test_the_probability_of_a_meaning_is_the_product_of_the_stated_ones() -> None:
+    """Of "noun verb ." in the singular present, with an intransitive verb and a noun of a class without names."""
+    verb = next(verb for verb in VERBS if world().verbs[verb].object is None)
+    heads = world().verbs[verb].subject.head
+    head = next(head for head in heads.values if head.noun_class == 5)
+    no = False
+    draw = Forced([no, verb, PRESENT, no, head, no, no, no, no, no, no])
+    meaning = sample_meaning(draw)
+    assert meaning.clauses[0].subject.words == (head.word,) and next(draw.choices, None) is None
+    selected = sum(chance_of(heads, other) for other in heads.values if other.noun_class == 5) > 0.5
+    p_verb = 1 / (verb - VERBS.start + 1.5) / sum(1 / (k + 1.5) for k in range(96))
+    p_noun = 1 / (head.word % 20 + 1.5) / sum(1 / (k + 1.5) for k in range(20))
+    p_class = 0.08 / 12 + (0.92 if selected else 0)
+    # no question, verb, present, affirmative, class, noun, singular, no determiner, adjective, adverb, adjunct, 2nd clause
+    expected = 0.94 * p_verb * 0.4 * 0.9 * p_class * p_noun * 0.75 * 0.2 * 0.65 * 0.65 * 0.6 * 0.73
+    assert draw.probability == pytest.approx(expected)
+
+
+def test_choices_are_drawn_as_often_as_their_probability_says() -> None:
+    clauses = [meaning.clauses for meaning in map(sample_meaning, draws("syn", "text", 20_000, 0, "train"))]
+    first = [clause[0] for clause in clauses]
+    assert np.mean([len(clause) == 2 for clause in clauses]) == pytest.approx(0.94 * 0.27, abs=0.01)
+    for tense in TENSE.values:
+        assert np.mean([clause.tense == tense for clause in first]) == pytest.approx(chance_of(TENSE, tense), abs=0.01)
+    for verb in VERBS[:10]:
+        assert np.mean([clause.verb == verb for clause in first]) == pytest.approx(chance_of(VERB, verb), abs=0.01)
 
 
 # --- files -----------------------------------------------------------------------------------------------------------

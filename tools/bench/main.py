@@ -90,5 +90,5 @@ def main(words: Sequence[str]) -> int:
     result = {"mode": options.mode, **facts, **MEASUREMENTS[options.mode](options)}
     show(result)
     if options.json:
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
+        options.json.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
     return 0

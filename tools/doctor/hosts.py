@@ -71,7 +71,9 @@ def remote(host: str, options: argparse.Namespace) -> list[Check]:
     ]
     line = f"cd {shlex.quote(str(Path.cwd()))} && {shlex.join(['env', *forwarded, *command])}"
     try:
-        done = subprocess.run([*SSH, *options.ssh_args, host, line], capture_output=True, text=True, timeout=180)
+        done = subprocess.run(
+            [*SSH, *options.ssh_args, host, line], capture_output=True, encoding="utf-8", errors="replace", timeout=180
+        )
         return [Check(**row | {"host": host}) for row in json.loads(done.stdout)]
     except subprocess.TimeoutExpired:
         return [Check("ssh", "FAIL", "no answer within 180 s", f"does `ssh {host} true` end?", host)]
@@ -108,14 +110,16 @@ def reachable(hosts: Sequence[str], options: argparse.Namespace) -> list[Check]:
     address, port = options.master_addr, str(options.master_port)
     try:
         line, pipe = ssh(hosts[0], LISTEN, port), subprocess.PIPE
-        server = subprocess.Popen(line, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
+        server = subprocess.Popen(line, stdin=pipe, stdout=pipe, stderr=pipe, encoding="utf-8", errors="replace")
     except OSError:
         return []  # there is no ssh on this machine, as the check of every host already says
 
     def connect(host: str) -> Check:
         goal = f"{address}, ports {' and '.join(ports)}"
         try:
-            done = subprocess.run(ssh(host, CONNECT, address, *ports), capture_output=True, text=True, timeout=60)
+            done = subprocess.run(
+                ssh(host, CONNECT, address, *ports), capture_output=True, encoding="utf-8", errors="replace", timeout=60
+            )
             reason = last_line(done.stderr, done.returncode)
         except subprocess.TimeoutExpired:
             reason = "no answer within 60 s"

@@ -11,7 +11,7 @@ from tools.doctor.check import ROOT, Check
 
 def versions() -> list[Check]:
     """Compares Python and every package of pyproject.toml with the version that it asks for."""
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
     wanted = project["requires-python"].removeprefix(">=")
     version = ".".join(map(str, sys.version_info[:3]))
     enough = sys.version_info[:2] >= tuple(map(int, wanted.split(".")))

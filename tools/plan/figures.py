@@ -71,7 +71,7 @@ def scaling(rows: list[Row], axis: str, label: str, path: Path, *, title: str, l
     right.legend(fontsize=8, frameon=False)
     figure.suptitle(title, x=0.01, ha="left", fontsize=11)
     save(figure, path)
-    with path.with_suffix(".csv").open("w", newline="") as file:
+    with path.with_suffix(".csv").open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, [axis, "stage", "gib", "days"], extrasaction="ignore")
         writer.writeheader()
         writer.writerows(sorted(rows, key=lambda row: (row[axis], row["stage"])))

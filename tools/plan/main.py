@@ -185,7 +185,7 @@ def main(words: Sequence[str]) -> int:
     try:
         if options.json:
             rows = [asdict(plan) | {"gib": plan.gib} for plan in plans]
-            options.json.write_text(json.dumps(rows, indent=1) + "\n")
+            options.json.write_text(json.dumps(rows, indent=1) + "\n", "utf-8")
         if options.figures:
             figures(options, config, options.figures)
     except OSError as error:

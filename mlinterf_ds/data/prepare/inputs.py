@@ -10,6 +10,7 @@ import gzip
 import hashlib
 import io
 import lzma
+import re
 import sys
 import zlib
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal
 from xml.etree import ElementTree
 
+from mlinterf_ds.data.tokenizer import line_end
 from mlinterf_ds.errors import UserError
 
 BLOCK = 1 << 21  # bytes (of texts: characters). Fixed, so that a corpus never depends on the number of workers
@@ -81,6 +83,8 @@ def find_inputs(specification: str | Path) -> list[Input]:
     """Returns the inputs that one argument names. Raises UserError for a missing or empty file, or a folder without files."""
     text = str(specification)
     if text == STANDARD_INPUT:
+        if sys.stdin is None:
+            raise UserError("- (standard input): it is closed; pipe the text into this command, or name a file")
         return [Input(STANDARD_INPUT_NAME, None)]
     if text.startswith("hf:"):
         return [Input(text, None, text.removeprefix("hf:"))]
@@ -128,25 +132,39 @@ def _decompressed(stored: Any) -> io.BufferedReader:
 
 
 def _stream_blocks(text: Input, stream: io.BufferedReader) -> Iterator[RawBlock]:
-    start = stream.peek(512)[:512].removeprefix(b"\xef\xbb\xbf").lstrip()
+    start = stream.peek(LONGEST_LINE).lstrip(b"\xef\xbb\xbf\r\n\t ")  # without byte-order marks
     if start.startswith((b"<mediawiki", b"<?xml")):
         yield from _batches(text, "pages", _dump_pages(text, stream))
     elif start.startswith(b"<doc "):
         yield from _cut(text, "docs", stream, b"</doc>", LONGEST_DOCUMENT)
+    elif markup := re.match(rb"(?i)<!doctype|<(html|tmx|tei|xliff)\b|\{\s*\"|\[\s*\{", start):
+        raise UserError(
+            f"{text.name}: begins with {markup[0].decode()!r}, so it is markup (HTML, XML or JSON) and not running text; "
+            "take the text out first, one sentence a line"
+        )
     else:
-        yield from _cut(text, "lines", stream, b"\n", LONGEST_LINE)
+        yield from _cut(text, "lines", stream, b"\n", LONGEST_LINE, line_end(start))
 
 
 def _cut(
-    text: Input, kind: Literal["lines", "docs"], stream: io.BufferedReader, boundary: bytes, longest: int
+    text: Input,
+    kind: Literal["lines", "docs"],
+    stream: io.BufferedReader,
+    boundary: bytes,
+    longest: int,
+    line_end: bytes = b"\n",
 ) -> Iterator[RawBlock]:
     """Yields blocks that end at `boundary`, or at any newline if no boundary comes within `longest` bytes.
 
-    Of a line that is too long only so much is kept that it is recognised as too long.
+    Newlines stand in for the file's `line_end`. Of a line that is too long only so much is kept that it is recognised as too long.
     """
     rest, line = b"", 1
     skipping = False  # inside a line that is too long, whose start is in `rest`
     while chunk := stream.read(BLOCK):
+        if line_end != b"\n":
+            while chunk[-1:] in (line_end[:1], line_end[1:2]) and (more := stream.read(1)):  # it may go on there
+                chunk += more
+            chunk = chunk.replace(line_end, b"\n")
         if (nul := chunk.find(b"\0")) >= 0:
             number = line + rest.count(b"\n") + chunk.count(b"\n", 0, nul)
             raise UserError(
@@ -192,6 +210,11 @@ def _dump_pages(text: Input, stream: io.BufferedReader) -> Iterator[str]:
     try:
         events = ElementTree.iterparse(stream, events=("start", "end"))
         _, root = next(events)
+        if (name := root.tag.rpartition("}")[2]) != "mediawiki":
+            raise UserError(
+                f"{text.name}: XML whose root is <{name}>, and not a MediaWiki dump, which begins with <mediawiki>; take the "
+                "text out first, one sentence a line"
+            )
         for event, element in events:
             if event == "start" or element.tag.rpartition("}")[2] != "page":
                 continue

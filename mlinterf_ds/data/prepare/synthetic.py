@@ -39,7 +39,7 @@ def prepare_synthetic(
         prepare_synthetic(languages, sentences)
         tokenizer = synthetic_folder(languages, sentences) / TOKENIZER
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with (folder.parent / f".{folder.name}.lock").open("w") as lock:
+    with (folder.parent / f".{folder.name}.lock").open("wb") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # of two runs that start at once one prepares the corpus, the other waits
         if (folder / MANIFEST).is_file():
             return

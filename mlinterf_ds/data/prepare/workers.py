@@ -9,7 +9,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import TypeVar
 
-from mlinterf_ds.errors import UserError
+from mlinterf_ds.errors import UserError, warn
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -30,8 +30,14 @@ class Workers:
 
     def __init__(self, count: int) -> None:
         self._count = count
-        context = multiprocessing.get_context("fork")
-        self._pool = ProcessPoolExecutor(count, context, _die_with_parent) if count > 1 else None
+        self._pool: ProcessPoolExecutor | None = None
+        if count > 1:
+            try:
+                self._pool = ProcessPoolExecutor(count, multiprocessing.get_context("fork"), _die_with_parent)
+            except OSError as error:  # no semaphore can be made
+                warn(
+                    f"/dev/shm, which {count} processes need, cannot be used ({error.strerror}): one process does the work"
+                )
 
     def __enter__(self) -> "Workers":
         return self
