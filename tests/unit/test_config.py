@@ -1,6 +1,8 @@
 """The run configuration: precedence, refusals, every shipped recipe and DeepSpeed JSON."""
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -147,3 +149,18 @@ def test_a_precision_the_device_lacks_is_refused() -> None:
     with pytest.raises(UserError, match="fp16.*no fp16 arithmetic"):
         choose_precision("fp16", {})
     assert choose_precision("auto", {})[0] in ("bf16", "fp32")
+
+
+def test_why_a_perplexity_rises_depends_on_what_is_trained() -> None:
+    from mlinterf_ds.pretrain.report import why_risen
+
+    def why(only: list[str] | None, freeze: str) -> str:
+        config: Any = SimpleNamespace(
+            data=SimpleNamespace(only=only), train=SimpleNamespace(freeze=freeze), init="runs/en-sw"
+        )
+        return why_risen("en", config)
+
+    assert why(None, "none") == why(["en", "yo"], "none") == "its corpus is being overfitted"
+    assert "data.only=yo" in why(["yo"], "shared") and "new pieces" in why(["yo"], "shared")
+    assert "the model of init=runs/en-sw" in why(["yo"], "shared") and "overfitted" not in why(["yo"], "shared")
+    assert "shared parameters move away" in why(["yo"], "none") and "train.freeze=shared" in why(["yo"], "none")

@@ -286,7 +286,7 @@ def test_a_part_of_a_large_language_is_sampled_with_the_right_weight(
     corpus = prepare(files, tmp_path / "out", vocabulary_size=150, temperature=2.0, workers=1)
     expected = (corpus.sentences("en", "train") / corpus.sentences("sw", "train")) ** 0.5
     assert seen["\u2581en"] / seen["\u2581sw"] == pytest.approx(expected, rel=0.01)
-    assert seen["\u2581en"] < 100_000  # hundredths, of 3760
+    assert seen["\u2581en"] < 1000  # of 3760
 
 
 @pytest.mark.parametrize("opener", [gzip.open, bz2.open, lzma.open])

@@ -1,7 +1,16 @@
 """Text is UTF-8 on every machine, whatever its locale."""
 
 import ast
+import json
+import os
+import subprocess
+import sys
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
 
 ROOT = Path(__file__).parents[2]
 POSITION = {"read_text": 0, "write_text": 1, "open": 2}  # of the argument `encoding`, in pathlib
@@ -33,3 +42,26 @@ def test_every_text_file_and_every_child_process_has_its_encoding_named() -> Non
     paths = [path for folder in ("mlinterf_ds", "tools", "launch") for path in (ROOT / folder).rglob("*.py")]
     assert len(paths) > 100
     assert [call for path in paths for call in unencoded(path)] == []
+
+
+def test_a_terminal_that_lacks_characters_shows_question_marks() -> None:
+    code = "from mlinterf_ds.errors import show_any_text; show_any_text(); print('\u5929 e\u00e9')"
+    environment = os.environ | {"PYTHONIOENCODING": "latin-1", "PYTHONUTF8": "0"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, cwd=ROOT, capture_output=True)
+    assert (done.returncode, done.stdout.decode("latin-1")) == (0, "? e\u00e9\n"), done.stderr
+
+
+def test_results_are_written_before_they_are_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mlinterf_ds import evaluate
+
+    def unable(*_: Any, **__: Any) -> None:
+        raise BrokenPipeError
+
+    candidates = [[{"piece": "\u5929", "probability": 0.5}]]
+    monkeypatch.setattr(evaluate, "in_group", lambda *_: nullcontext(SimpleNamespace(rank=0)))
+    monkeypatch.setattr(evaluate, "Model", lambda *_: None)
+    monkeypatch.setattr(evaluate, "fill", lambda *_: candidates)
+    monkeypatch.setattr(evaluate, "print", unable, raising=False)
+    with pytest.raises(BrokenPipeError):
+        evaluate.main(["--checkpoint", "x", "--fill", "<mask>", "--language", "zh", "--out", str(tmp_path / "out")])
+    assert json.loads((tmp_path / "out").read_text("utf-8")) == candidates

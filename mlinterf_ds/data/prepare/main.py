@@ -80,7 +80,9 @@ def prepare(
     folder = Path(out)
     with _explained(folder), _locked(folder):
         if _already_prepared(folder, arguments):
-            return Corpus.open(folder)
+            corpus = Corpus.open(folder)
+            check_known(folder, {code: corpus.unknown(code) for code in corpus.languages})
+            return corpus
         languages = [
             stages.Language(code, of_language, folder / WORK / code, limits.get(code))
             for code, of_language in texts.items()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -76,7 +77,7 @@ def distinct_characters(size: int) -> int:
 def sampled_units(
     words: Sequence[Mapping[str, int]], shares: np.ndarray, weights: np.ndarray, size: int
 ) -> dict[str, int]:
-    """Returns the units (words, or parts of long ones) to learn `size` pieces from, with their frequencies in hundredths.
+    """Returns the units (words, or parts of long ones) to learn `size` pieces from, with their frequencies.
 
     `words` has the frequencies of each language's words, which count `weights` times; `shares` (summing to 1) is how much of
     the `distinct_characters` each language gets. What a language leaves goes to the others.
@@ -93,11 +94,11 @@ def sampled_units(
         left, open_shares = left - budget, open_shares - shares[i]
         for unit, count in _thinned(units[i], budget).items():
             for part in rare.split(unit) if rare else (unit,):
-                total[part] += count * weights[i]
+                total[part] += max(1, round(count * weights[i]))
     # SentencePiece stops at a share of characters that a single-precision float takes for 1: none may be rarer than that.
-    least = 2e-7 * sum(len(unit) * count for unit, count in total.items())
+    least = 1 + sum(len(unit) * count for unit, count in total.items()) // 5_000_000
     total.update(dict.fromkeys(covered, least))
-    return {unit: max(1, round(100 * total[unit])) for unit in sorted(total.keys() - {""})}
+    return {unit: total[unit] for unit in sorted(total.keys() - {""})}
 
 
 def _units(words: Mapping[str, int]) -> Counter[str]:
@@ -114,8 +115,11 @@ def _characters(words: Sequence[Mapping[str, int]], room: int) -> tuple[set[str]
     """Returns the commonest characters of each language (COVERAGE of its text, or less if they have no `room`), and the others."""
     ranked = []
     for counts in words:
-        frequencies = np.repeat([*counts.values()], [len(word) for word in counts])
-        totals = np.bincount(np.frombuffer("".join(counts).encode("utf-32-le"), "<u4"), frequencies)
+        names, values, totals = [*counts], [*counts.values()], np.zeros(sys.maxunicode + 1)
+        for start in range(0, len(names), 1 << 16):  # of many words at a time, and yet not of gigabytes
+            part = names[start : start + (1 << 16)]
+            weights = np.repeat(values[start : start + (1 << 16)], [*map(len, part)])
+            totals += np.bincount(np.frombuffer("".join(part).encode("utf-32-le"), "<u4"), weights, len(totals))
         order = np.argsort(-totals, kind="stable")[: np.count_nonzero(totals)]
         ranked.append((order, np.cumsum(totals[order]) / totals.sum()))
     for coverage in COVERAGE:
