@@ -22,6 +22,31 @@ The model departs from the paper in these ways: it is pre-norm (XLM is post-norm
 and stand before the residual sum, after the sublayer's dropout; the variants `ffn` and `attn` share the norms; all models of
 a study share one vocabulary. Perplexities of models with different vocabularies cannot be compared."""
 
+STOCK_USE = """\
+```python
+from transformers import AutoModelForMaskedLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained(FOLDER)
+model = AutoModelForMaskedLM.from_pretrained(FOLDER).eval()
+logits = model(**tokenizer("... <mask> ...", return_tensors="pt")).logits
+```"""
+ROUTED_USE = """\
+```python
+from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer, pipeline
+
+tokenizer = AutoTokenizer.from_pretrained(FOLDER, trust_remote_code=True)
+model = AutoModelForMaskedLM.from_pretrained(FOLDER, trust_remote_code=True).eval()
+tokens = tokenizer("... <mask> ...", return_tensors="pt")
+logits = model(**tokens, language=CODE).logits  # or one code for each row
+encoder = AutoModel.from_pretrained(FOLDER, trust_remote_code=True).eval()  # without the head
+hidden = encoder(**tokens, language=CODE).last_hidden_state
+fill = pipeline("fill-mask", FOLDER, trust_remote_code=True)  # "feature-extraction" takes a language too
+fill("... <mask> ...", language=CODE)
+model.set_default_language(CODE)  # from here on, calls need no language=
+```
+
+After `import mlinterf_ds.export.modeling_mlinterf` the two models need no `trust_remote_code=True`; pipelines always do."""
+
 
 def card(pretrained: Pretrained, stock: bool) -> str:
     """The text of README.md: what the model is, how to load it, what it scores."""
@@ -73,16 +98,7 @@ def _scores(pretrained: Pretrained) -> list[str]:
 
 
 def _use(stock: bool, languages: list[str]) -> str:
-    registration = "import mlinterf_ds.export.modeling_mlinterf  # or trust_remote_code=True in both calls below\n"
-    registration = "" if stock else registration
-    language = "" if stock else f', language="{languages[-1]}"'
-    return f"""```python
-from transformers import AutoModelForMaskedLM, AutoTokenizer
-{registration}
-tokenizer = AutoTokenizer.from_pretrained(FOLDER)
-model = AutoModelForMaskedLM.from_pretrained(FOLDER).eval()
-logits = model(**tokenizer("... <mask> ...", return_tensors="pt"){language}).logits
-```"""
+    return STOCK_USE if stock else ROUTED_USE.replace("CODE", json.dumps(languages[-1]))
 
 
 def _licence(pretrained: Pretrained) -> str:

@@ -26,7 +26,7 @@ from mlinterf_ds.files import flushed_facts
 from mlinterf_ds.pretrained import Pretrained
 from mlinterf_ds.sections import ModelConfig
 
-MODELLING = "modeling_mlinterf"
+MODELLING, PIPELINES = "modeling_mlinterf", "pipelines_mlinterf"  # files of this folder that exports hold too
 
 
 def export(source: str, out: Path) -> dict[str, Any]:
@@ -73,7 +73,8 @@ def _write(pretrained: Pretrained, folder: Path) -> dict[str, Any]:
     shutil.copyfile(pretrained.path / "tokenizer.model", vocabulary_file)
     tokenizer.write(pretrained.tokenizer(), folder, pretrained.positions)
     if not stock:
-        shutil.copyfile(Path(__file__).with_name(f"{MODELLING}.py"), folder / f"{MODELLING}.py")
+        for name in (MODELLING, PIPELINES):
+            shutil.copyfile(Path(__file__).with_name(f"{name}.py"), folder / f"{name}.py")
     (folder / "README.md").write_text(card(pretrained, stock), "utf-8")
     files = flushed_facts(sorted(path for path in folder.iterdir() if path.name != "README.md"))
     (folder / LISTING).write_text(
@@ -113,7 +114,12 @@ def configuration(pretrained: Pretrained) -> dict[str, Any]:
         "architectures": ["MLInterfForMaskedLM"],
         "auto_map": {
             "AutoConfig": f"{MODELLING}.MLInterfConfig",
+            "AutoModel": f"{MODELLING}.MLInterfModel",
             "AutoModelForMaskedLM": f"{MODELLING}.MLInterfForMaskedLM",
+        },
+        "custom_pipelines": {
+            "fill-mask": {"impl": f"{PIPELINES}.FillMask", "pt": ["AutoModelForMaskedLM"]},
+            "feature-extraction": {"impl": f"{PIPELINES}.FeatureExtraction", "pt": ["AutoModel"]},
         },
         "head_dim": shape.kv_channels,
         "max_position_embeddings": positions,

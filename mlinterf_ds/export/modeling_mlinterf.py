@@ -17,8 +17,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModelForMaskedLM, PreTrainedConfig, PreTrainedModel
-from transformers.modeling_outputs import MaskedLMOutput
+from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutput, MaskedLMOutput
 
 Activation = Callable[[Tensor], Tensor]
 ACTIVATIONS: dict[str, Activation] = {"gelu": F.gelu, "relu": F.relu, "tanh": torch.tanh, "silu": F.silu}
@@ -199,8 +199,8 @@ class Head(nn.Module):
         return F.linear(self.norm(F.gelu(self.dense(hidden))), words, self.bias)
 
 
-class MLInterfForMaskedLM(PreTrainedModel):
-    """A multilingual masked language model that may have language-specific modules."""
+class Encoder(PreTrainedModel):
+    """What the models below share: the encoder, which may have language-specific modules."""
 
     config_class = MLInterfConfig
     base_model_prefix = "block"
@@ -208,8 +208,7 @@ class MLInterfForMaskedLM(PreTrainedModel):
 
     def __init__(self, config: MLInterfConfig):
         super().__init__(config)
-        self.embeddings, self.block, self.head = Embeddings(config), Block(config), Head(config)
-        self.post_init()
+        self.embeddings, self.block = Embeddings(config), Block(config)
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
@@ -219,26 +218,18 @@ class MLInterfForMaskedLM(PreTrainedModel):
     def get_input_embeddings(self) -> nn.Module:
         return self.embeddings.word
 
-    def get_output_embeddings(self) -> None:
-        """Returns None: the decoder is the word embedding itself."""
-
     def set_default_language(self, language: str) -> None:
-        """Sets the language of calls without `language=`, such as those of pipelines, which cannot pass one."""
+        """Sets the language of calls without `language=`."""
         self._known(language)
         self.config.default_language = language
 
-    def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        labels: Tensor | None = None,
-        language: str | Sequence[str] | None = None,
-        output_hidden_states: bool | None = None,
-    ) -> MaskedLMOutput:
-        """input_ids, attention_mask (1 = attend), labels (-100 = not predicted): (rows, length).
+    def encode(
+        self, input_ids: Tensor, attention_mask: Tensor | None, language: str | Sequence[str] | None
+    ) -> tuple[Tensor, ...]:
+        """The input of each layer, and the normalised output of the last: (rows, length, width) each.
 
-        language: a code for all rows, or one code for each row. It may be left out if the model has one language or no
-        language-specific part, or after `set_default_language`. Logits are (rows, length, vocabulary).
+        input_ids, attention_mask (1 = attend): (rows, length). language: a code for all rows, or one code for each row. It
+        may be left out if the model has one language or no language-specific part, or after `set_default_language`.
         """
         length, longest = input_ids.shape[1], self.config.max_position_embeddings
         if length > longest:
@@ -251,11 +242,8 @@ class MLInterfForMaskedLM(PreTrainedModel):
         else:
             mask = attention_mask.bool()[:, None, None]
             positions = (attention_mask.long().cumsum(1) - 1).clamp(min=0)  # padding on the left takes no position
-        states = self.block(self.embeddings(input_ids, positions, languages), route, mask)
-        logits = self.head(states[-1], self.embeddings.word.weight)
-        targets = None if labels is None else labels.to(logits.device).flatten()
-        loss = None if targets is None else F.cross_entropy(logits.float().flatten(0, 1), targets)
-        return MaskedLMOutput(loss=loss, logits=logits, hidden_states=states if output_hidden_states else None)
+        states: tuple[Tensor, ...] = self.block(self.embeddings(input_ids, positions, languages), route, mask)
+        return states
 
     def _known(self, language: str) -> int:
         if language not in self.config.languages:
@@ -282,5 +270,54 @@ class MLInterfForMaskedLM(PreTrainedModel):
         return [(code, (numbers == self._known(code)).nonzero()[:, 0]) for code in present], numbers
 
 
+class MLInterfModel(Encoder):
+    """The encoder alone: hidden states."""
+
+    _keys_to_ignore_on_load_unexpected = [r"^head\."]  # noqa: RUF012 (transformers' name)
+
+    def __init__(self, config: MLInterfConfig):
+        super().__init__(config)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        language: str | Sequence[str] | None = None,
+        output_hidden_states: bool | None = None,
+    ) -> BaseModelOutput:
+        """`last_hidden_state` is (rows, length, width); the arguments are those of `Encoder.encode`."""
+        states = self.encode(input_ids, attention_mask, language)
+        return BaseModelOutput(last_hidden_state=states[-1], hidden_states=states if output_hidden_states else None)
+
+
+class MLInterfForMaskedLM(Encoder):
+    """The encoder with the head that predicts masked pieces."""
+
+    def __init__(self, config: MLInterfConfig):
+        super().__init__(config)
+        self.head = Head(config)
+        self.post_init()
+
+    def get_output_embeddings(self) -> None:
+        """Returns None: the decoder is the word embedding itself."""
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        language: str | Sequence[str] | None = None,
+        output_hidden_states: bool | None = None,
+    ) -> MaskedLMOutput:
+        """Logits are (rows, length, vocabulary). labels: (rows, length), -100 = not predicted; others as `Encoder.encode`."""
+        states = self.encode(input_ids, attention_mask, language)
+        logits = self.head(states[-1], self.embeddings.word.weight)
+        targets = None if labels is None else labels.to(logits.device).flatten()
+        loss = None if targets is None else F.cross_entropy(logits.float().flatten(0, 1), targets)
+        return MaskedLMOutput(loss=loss, logits=logits, hidden_states=states if output_hidden_states else None)
+
+
 AutoConfig.register(MLInterfConfig.model_type, MLInterfConfig, exist_ok=True)
+AutoModel.register(MLInterfConfig, MLInterfModel, exist_ok=True)
 AutoModelForMaskedLM.register(MLInterfConfig, MLInterfForMaskedLM, exist_ok=True)

@@ -159,8 +159,21 @@ sys.modules |= dict.fromkeys(["deepspeed", "megatron", "mlinterf_ds"])
 import torch, transformers
 tokenizer = transformers.AutoTokenizer.from_pretrained(sys.argv[1], trust_remote_code=True)
 model = transformers.AutoModelForMaskedLM.from_pretrained(sys.argv[1], trust_remote_code=True)
+encoder, facts = transformers.AutoModel.from_pretrained(sys.argv[1], trust_remote_code=True, output_loading_info=True)
+tokens = tokenizer("bak <mask>", return_tensors="pt")
 with torch.no_grad():
-    print(model(**tokenizer("bak <mask>", return_tensors="pt"), language="as").logits.sum().item())
+    scored = model(**tokens, language="as", output_hidden_states=True)
+    assert torch.equal(encoder(**tokens, language="as").last_hidden_state, scored.hidden_states[-1])
+assert not facts["missing_keys"] and not facts["unexpected_keys"], facts
+fill = transformers.pipeline("fill-mask", sys.argv[1], trust_remote_code=True)
+best = {language: fill("bak <mask>", language=language)[0]["score"] for language in ("as", "te")}
+assert abs(best["as"] - scored.logits[tokens.input_ids == tokenizer.mask_token_id].softmax(-1).max().item()) < 1e-6
+assert abs(best["as"] - best["te"]) > 1e-6
+fill.model.set_default_language("te")
+assert fill("bak <mask>")[0]["score"] == best["te"]
+features = transformers.pipeline("feature-extraction", sys.argv[1], trust_remote_code=True)
+assert torch.allclose(torch.tensor(features("bak <mask>", language="as")), scored.hidden_states[-1])
+print(scored.logits.sum().item())
 """
 WITHOUT_ENGINES = """
 import sys
