@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
@@ -20,6 +20,8 @@ from mlinterf_ds.sections import ModelConfig, architecture, has_adapters
 if TYPE_CHECKING:  # reading a checkpoint needs neither DeepSpeed nor megatron
     from mlinterf_ds.model.encoder import Encoder
     from mlinterf_ds.runtime.parallel import Layout
+
+AnyEncoder = TypeVar("AnyEncoder", bound="Encoder")
 
 
 @dataclass(frozen=True)
@@ -86,14 +88,19 @@ class Pretrained:
 
     def encoder(self, layout: Layout, device: torch.device, dtype: torch.dtype) -> Encoder:
         """The model at this layout, whatever layout saved it, without dropout and for evaluation: no engine, no moments."""
-        from mlinterf_ds.model.encoder import Encoder, partition_dim
+        from mlinterf_ds.model.encoder import Encoder
 
         self.check(layout.tensor)
-        model = Encoder(**self.architecture(dropout=0.0))
+        return self.filled(Encoder(**self.architecture(dropout=0.0)), layout).to(device, dtype).eval()
+
+    def filled(self, model: AnyEncoder, layout: Layout) -> AnyEncoder:
+        """The model, built of `architecture`, with the checkpoint's weights."""
+        from mlinterf_ds.model.encoder import partition_dim
+
         reader = CheckpointReader(self.path)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 size = tuple(parameter.shape)
                 whole = Segment(name, size, 0, parameter.numel(), 0, 0, partition_dim(parameter))
                 parameter.copy_(reader.read(whole, "master", layout.tensor, layout.tensor_rank).view(size))
-        return model.to(device, dtype).eval()
+        return model

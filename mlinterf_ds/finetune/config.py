@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
 from mlinterf_ds.config import ADDRESS, RESUMABLE, Section
+from mlinterf_ds.errors import UserError
 from mlinterf_ds.sections import (
     EACH_ONCE,
     LANGUAGE_PATTERN,
@@ -14,12 +15,26 @@ from mlinterf_ds.sections import (
     PrecisionSection,
     Seeds,
     TrackingConfig,
+    comma_list,
     listed,
 )
-from mlinterf_ds.tasks import TaskName
+from mlinterf_ds.tasks import Limits, TaskName
 
 Rates = Annotated[list[Annotated[float, Field(gt=0)]], BeforeValidator(listed), Field(min_length=1), EACH_ONCE]
 Batches = Annotated[list[Annotated[int, Field(ge=1)]], BeforeValidator(listed), Field(min_length=1), EACH_ONCE]
+
+
+def _renamings(value: Any) -> Any:
+    """'A=B,C=D' as {'A': 'B', 'C': 'D'}; any value but a string is returned unchanged."""
+    if not isinstance(value, str):
+        return value
+    pairs = [part.partition("=") for part in comma_list(value)]
+    if bad := [old + equals + new for old, equals, new in pairs if not (old and new)]:
+        raise ValueError(f"finetune.labels={bad[0]}: expected OLD=NEW, such as PERSON=PER, and commas between several")
+    return {old: new for old, _, new in pairs}
+
+
+Renamings = Annotated[dict[str, str], BeforeValidator(_renamings)]
 
 
 class FinetuneSection(Section):
@@ -63,6 +78,17 @@ class FinetuneSection(Section):
     )
     max_question: int | None = Field(None, ge=1, description="pieces kept of a question; default a quarter of a row")
     max_answer: int = Field(30, ge=1, description="largest number of pieces in an answer")
+    labels: Renamings = Field(
+        {},
+        description="OLD=NEW,...: labels of the files (types of entities) that are renamed, such as PERSON=PER; O: no entity",
+    )
+    unknown_labels: Literal["error", "miss", "ignore"] = Field(
+        "error",
+        description="tags of a dev or test file that training never had: refused, counted as missed, or their words not scored",
+    )
+    unfound_answers: Literal["skip", "error"] = Field(
+        "skip", description="QA: answers that their context does not hold: left out and counted, or refused"
+    )
     limit: int | None = Field(None, ge=1, description="number of examples read of each file; default: all")
     synthetic_train: int = Field(1000, ge=2, description="training examples of LANG=synthetic")
     synthetic_eval: int = Field(500, ge=1, description="dev and test examples of LANG=synthetic")
@@ -73,6 +99,13 @@ class FinetuneSection(Section):
         json_schema_extra=RESUMABLE,
         description="number of newest checkpoints kept of each fine-tuning, beside the best",
     )
+
+    def limits(self, positions: int) -> Limits:
+        """How long rows may be in a model that reads `positions` pieces at once. UserError if max_length is more."""
+        length = self.max_length or positions
+        if length > positions:
+            raise UserError(f"finetune.max_length={length}: the model has {positions} positions")
+        return Limits(length, self.stride or length // 2, self.max_question or length // 4, self.max_answer)
 
     @property
     def single(self) -> bool:

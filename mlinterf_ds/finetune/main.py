@@ -25,7 +25,7 @@ from mlinterf_ds.finetune.trial import FinetuneJob
 from mlinterf_ds.pretrained import Pretrained
 from mlinterf_ds.runtime.parallel import Group, Layout
 from mlinterf_ds.runtime.session import session
-from mlinterf_ds.tasks import TASKS, Limits
+from mlinterf_ds.tasks import TASKS
 from mlinterf_ds.tasks.sources import SPLITS, Options, load, parse
 
 
@@ -36,9 +36,13 @@ def main(arguments: Sequence[str], group: Group | None = None) -> int:
         command.add_argument(
             f"--{split}", action="append", default=[], metavar="LANG=FILE", help="or LANG=synthetic; may be repeated"
         )
+    command.add_argument(
+        "--labels", metavar="OLD=NEW,...", help="labels of the files that are renamed: finetune.labels"
+    )
     command.epilog = "--dev and --test also take LANG=split: a tenth of --train LANG.\n\n" + (command.epilog or "")
     options = command.parse_args(arguments)
-    config = load_config(FinetuneConfig, options.recipe, options.set)
+    renamings = [f"finetune.labels={options.labels}"] if options.labels else []
+    config = load_config(FinetuneConfig, options.recipe, [*options.set, *renamings])
     files = {split: parse(getattr(options, split), split) for split in SPLITS}
     run(config, files, read_json(options.deepspeed_config), group)
     return 0
@@ -65,7 +69,10 @@ def prepare(
     config: FinetuneConfig, options: Options, deepspeed_json: dict[str, Any], precision: str, layout: Layout
 ) -> FinetuneJob:
     """Read checkpoint and data; every mistake in them is reported here, before anything is trained."""
-    settings, task = config.finetune, TASKS[config.task]
+    settings = config.finetune
+    task = TASKS[config.task].configured(
+        label_map=settings.labels, unknown_labels=settings.unknown_labels, unfound_answers=settings.unfound_answers
+    )
     for batch in settings.batch:
         if batch % layout.data or (settings.micro_batch and batch // layout.data % settings.micro_batch):
             raise UserError(
@@ -74,10 +81,7 @@ def prepare(
             )
     pretrained = Pretrained.open(config.checkpoint)
     pretrained.check(layout.tensor)
-    length = settings.max_length or pretrained.positions
-    if length > pretrained.positions:
-        raise UserError(f"finetune.max_length={length}: the model has {pretrained.positions} positions")
-    limits = Limits(length, settings.stride or length // 2, settings.max_question or length // 4, settings.max_answer)
+    limits = settings.limits(pretrained.positions)
     modules = {
         split: {code: serving(config, pretrained, options, split, code) for code in options[split]} for split in SPLITS
     }
@@ -91,8 +95,11 @@ def prepare(
     tokenizer = pretrained.tokenizer()
     rows: dict[str, dict[str, Any]] = {split: {} for split in SPLITS}
     for split in SPLITS:
-        for language, examples in sets.examples[split].items():
+        for language, read in sets.examples[split].items():
+            examples, unknown = task.settle(read, labels)
+            sets.examples[split][language] = examples
             rows[split][language], notes = task.rows(examples, tokenizer, labels, limits)
+            notes = [unknown, *notes] if unknown else notes
             pieces = [piece for row in rows[split][language] for piece in row.tokens]
             share = pieces.count(UNK) / len(pieces)
             if share >= MANY_UNKNOWN:

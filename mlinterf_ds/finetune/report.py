@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from pathlib import Path
 from typing import Any
@@ -24,8 +23,7 @@ def summarise(job: FinetuneJob, tested: list[dict[str, Any]]) -> dict[str, Any]:
         language: {name: [facts["test"][language][name] for facts in tested] for name in tested[0]["test"][language]}
         for language in scored
     }
-    train = list(itertools.chain(*sets.examples["train"].values()))
-    baselines = {language: task.baselines(train, test[language]) for language in scored}
+    baselines = {language: job.baselines[language] for language in scored}
     summary: dict[str, Any] = {
         "task": task.name,
         "metric": task.metric,
@@ -84,7 +82,8 @@ def table(summary: dict[str, Any]) -> str:
     metric, seeds = summary["metric"], len(summary["seeds"])
     others = sorted({name for scores in summary["metrics"].values() for name in scores} - {metric})
     floors = sorted({name for scores in summary["baselines"].values() for name in scores} - {"majority"})
-    head = ["language", "setting", "examples", f"{metric} (mean ± std of {seeds})", "majority"]
+    title = f"{metric} (mean ± std of {seeds})" if seeds > 1 else metric
+    head = ["language", "setting", "examples", title, "majority"]
     head += floors + [f"{name} (majority)" for name in others] + ["95% interval"] * ("interval" in summary)
     lines = [f"# {summary['task']}: {summary['variant']}, {', '.join(summary['languages'])}", ""]
     lines += [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
@@ -94,7 +93,7 @@ def table(summary: dict[str, Any]) -> str:
             cells += ["labels withheld"] + [""] * (len(head) - 4)
         else:
             score, means = summary["scores"][language], summary["metrics"][language]
-            cells += [f"{score['mean']:.1f} ± {score['std']:.1f}", f"{summary['baseline'][language]:.1f}"]
+            cells += [_shown(score, seeds, 1), f"{summary['baseline'][language]:.1f}"]
             cells += [f"{summary['baselines'][language][name][metric]:.1f}" for name in floors]
             floor = summary["baselines"][language]["majority"]
             cells += [f"{means[name]['mean']:.1f} ({floor[name]:.1f})" for name in others]
@@ -107,18 +106,40 @@ def table(summary: dict[str, Any]) -> str:
             name: "n/a" if v is None else f"{v:.2f}" for name, v in summary["transfer"]["rank_correlation"].items()
         }
         lines += [f"Rank correlation of score with closeness: {shown['rho']} (95% {shown['low']} to {shown['high']})."]
-    lines += [f"- {note}" for note in summary["notes"]]
+    lines += [f"- {note}" for note in [*below(summary), *summary["notes"]]]
     return "\n".join(lines) + "\n"
 
 
+def _shown(score: dict[str, float], seeds: int, digits: int) -> str:
+    """A score, of several seeds with its standard deviation."""
+    mean, std = (f"{score[key]:.{digits}f}" for key in ("mean", "std"))
+    return f"{mean} ± {std}" if seeds > 1 else mean
+
+
+def below(summary: dict[str, Any]) -> list[str]:
+    """A sentence for each test language whose score is not above a baseline's, the best of them."""
+    sentences = []
+    for language, score in summary["scores"].items():
+        floors = {name: scores[summary["metric"]] for name, scores in summary["baselines"][language].items()}
+        best = max(floors, key=floors.__getitem__)
+        if score["mean"] <= floors[best]:
+            sentences.append(
+                f"{language}: {summary['metric']} {score['mean']:.1f} is not above the {best} baseline, {floors[best]:.1f}, "
+                "which needs no model"
+            )
+    return sentences
+
+
 def show(summary: dict[str, Any], output: Path) -> str:
-    """Prints the results at the end of the job."""
-    lines = [f"\n{'language':<12}{'setting':<11}{summary['metric']:>14}{'majority':>10}"]
+    """The results as they are printed at the end of the job."""
+    names = sorted({name for scores in summary["baselines"].values() for name in scores}, reverse=True)
+    columns = "".join(f"{name:>10}" for name in names)
+    lines = [f"\n{'language':<12}{'setting':<11}{summary['metric']:>14}{columns}"]
     for language, setting in summary["setting"].items():
         if language in summary["scores"]:
-            score = summary["scores"][language]
-            shown = f"{score['mean']:.2f} ± {score['std']:.2f}"
-            lines.append(f"{language:<12}{setting:<11}{shown:>14}{summary['baseline'][language]:>10.2f}")
+            shown = _shown(summary["scores"][language], len(summary["seeds"]), 2)
+            floors = "".join(f"{summary['baselines'][language][name][summary['metric']]:>10.2f}" for name in names)
+            lines.append(f"{language:<12}{setting:<11}{shown:>14}{floors}")
         else:
             lines.append(f"{language:<12}{setting:<11}{'not scored':>14}")
-    return "\n".join([*lines, f"{output}/summary.json, table.md, report.md, predictions/"])
+    return "\n".join([*lines, *below(summary), f"{output}/summary.json, table.md, report.md, predictions/"])

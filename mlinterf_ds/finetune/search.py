@@ -58,19 +58,28 @@ class Search:
         ]
         best = grid[0]
         if len(grid) > 1:
-            scores = [self._train(point, signals).progress.best for point in grid]
+            scores = [self._dev_score(point, signals) for point in grid]
             best = grid[scores.index(max(scores))]
             if self.job.first:
                 print(f"best of the grid by dev {self.job.task.metric}: {best.name}", flush=True)
         return [replace(best, seed=seed) for seed in settings.seeds]
 
+    def _dev_score(self, point: Point, signals: Signals) -> float:
+        trial = self._train(point, signals)
+        self._close(trial, "FINISHED")
+        return trial.progress.best
+
     def _train(self, point: Point, signals: Signals) -> Trial:
         gc.collect()  # frees the last engine, which holds reference cycles
-        trial = Trial(self.job, point, self.output / point.name, self.tracker)
-        if not trial.result.is_file():  # else it is trained already
-            with hushed(self.log):
-                _ = trial.engine
-        trial.train(signals)
+        trial = Trial(self.job, point, self.output / point.name, self._tracker_of(point))
+        try:
+            if not trial.result.is_file():  # else it is trained already
+                with hushed(self.log):
+                    _ = trial.engine
+            trial.train(signals)
+        except BaseException as error:
+            self._close(trial, "KILLED" if isinstance(error, Stopped) else "FAILED")
+            raise
         return trial
 
     def _test(self, point: Point, signals: Signals) -> dict[str, Any]:
@@ -90,11 +99,15 @@ class Search:
                 counts = [f"{a:.10g},{b:.10g},{c:.10g}\n" for a, b, c in task.counts(examples, predictions)]
                 table = self.output / "counts" / f"seed{point.seed}" / f"{language}.csv"
                 write_text(table, "right,predicted,gold\n" + "".join(counts))
-                report.append(f"## {language}\n\n{task.report(examples, predictions)}")
+                known = {"the model": facts["test"][language]} | self.job.baselines.get(language, {})
+                scored = "; ".join(f"{name} {scores[task.metric]:.1f}" for name, scores in known.items() if scores)
+                heading = f"## {language}\n\n{task.metric}: {scored or 'not scored'}\n\n"
+                report.append(heading + task.report(examples, predictions))
                 scores = {f"test/{name}/{language}": value for name, value in facts["test"][language].items()}
-                self.tracker.log(self.job.logged(point, scores), 0)
+                trial.tracker.log(self.job.logged(scores), 0)
         if self.job.first and point.seed == self.job.config.finetune.seeds[0]:
             write_text(self.output / "report.md", f"# Errors of {point.name}\n\n" + "\n".join(report))
+        self._close(trial, "FINISHED")
         return facts
 
     def _finish(self, tested: list[dict[str, Any]]) -> dict[str, Any]:
@@ -105,9 +118,16 @@ class Search:
             write_text(self.output / "table.md", table(summary))
             for name in ("summary.json", "table.md", "report.md", "predictions"):
                 self.tracker.artifact(self.output / name)
+            values = {
+                f"{baseline}/{name}/{code}": value
+                for code, baselines in summary["baselines"].items()
+                for baseline, scores in baselines.items()
+                for name, value in scores.items()
+            }
             if not self.job.config.finetune.single:
-                name = f"{summary['task']}/test/{summary['metric']}"
-                self.tracker.log({f"{name}/{code}": score["mean"] for code, score in summary["scores"].items()}, 0)
+                for code, scores in summary["metrics"].items():
+                    values |= {f"test/{name}/{code}": score["mean"] for name, score in scores.items()}
+            self.tracker.log(self.job.logged(values), 0)
             self.tracker.describe(table(summary))
             self.tracker.close("FINISHED")
             print(show(summary, self.output), flush=True)
@@ -140,6 +160,33 @@ class Search:
             )
         return run_id
 
+    def _tracker_of(self, point: Point) -> Tracker:
+        """The tracker of a fine-tuning: the job's, or of several a run of its own under the job's, with the same metrics."""
+        job, folder = self.job, self.output / point.name
+        if job.config.finetune.single or not job.first:
+            return self.tracker
+        saved = sorted(folder.glob("checkpoints/step-*[0-9]/run.json"))
+        return Tracker.start(
+            enabled=job.config.tracking.enabled,
+            experiment=job.config.tracking.experiment,
+            name=f"{self.output.name}/{point.name}",
+            folder=folder,
+            parameters=vars(point) | {"checkpoint": job.config.checkpoint, "task": job.task.name},
+            tags=self._tags(),
+            run_id=json.loads(saved[-1].read_text())["run_id"] if saved else None,
+            parent_id=self.tracker.run_id,
+        )
+
+    def _close(self, trial: Trial, status: Literal["FINISHED", "FAILED", "KILLED"]) -> None:
+        """Ends the run of one of several fine-tunings."""
+        if trial.tracker is not self.tracker:
+            trial.tracker.close(status)
+
+    def _tags(self) -> dict[str, str]:
+        job = self.job
+        variant = job.pretrained.saved["config"]["variant"]
+        return environment_facts() | {"task": job.task.name, "variant": variant} | job.config.tracking.tags
+
     def _open_tracker(self, run_id: str | None) -> None:
         job = self.job
         self.tracker = Tracker.start(
@@ -148,9 +195,7 @@ class Search:
             name=self.output.name,
             folder=self.output,
             parameters=job.config.model_dump() | {"data": job.options},
-            tags=environment_facts()
-            | {"task": job.task.name, "variant": job.pretrained.saved["config"]["variant"]}
-            | job.config.tracking.tags,
+            tags=self._tags(),
             run_id=run_id,
             parent_id=job.pretrained.saved.get("run_id") or job.config.tracking.parent,
         )

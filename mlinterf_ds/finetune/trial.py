@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -10,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
@@ -27,12 +27,12 @@ from mlinterf_ds.runtime.parallel import Layout
 from mlinterf_ds.runtime.signals import Signals, stop_reason
 from mlinterf_ds.sections import TrainConfig
 from mlinterf_ds.tasks import Limits, Row, Task
-from mlinterf_ds.tasks.batches import TrainBatches, evaluation_batches
+from mlinterf_ds.tasks.batches import TrainBatches, best, outputs
 from mlinterf_ds.tasks.heads import CLASSIFIER, TaskModel
 from mlinterf_ds.tasks.sources import Options, Sets
 from mlinterf_ds.tracking import Tracker
 
-PREDICTED_ROWS = 64  # that a rank predicts at once
+LOSSES = 500  # points of the training loss in MLflow's chart, at least; fewer steps have one each
 
 
 class Stopped(Exception):
@@ -56,14 +56,20 @@ class FinetuneJob:
     rows: dict[str, dict[str, list[Row]]]  # split -> language -> rows
     modules: dict[str, dict[str, int]]  # split -> language -> index of the language whose modules serve it
 
+    @cached_property
+    def baselines(self) -> dict[str, dict[str, dict[str, float]]]:
+        """The scores of each test language without a model: language -> baseline -> metrics; only where labels are known."""
+        train = list(itertools.chain(*self.sets.examples["train"].values()))
+        tests = self.sets.examples["test"].items()
+        return {lang: self.task.baselines(train, test) for lang, test in tests if any(map(self.task.labelled, test))}
+
     @property
     def first(self) -> bool:
         return self.layout.rank == 0
 
-    def logged(self, point: Point, values: dict[str, float]) -> dict[str, float]:
-        """Names values for the tracker. A single fine-tuning has the same names in every run, so that runs share charts."""
-        prefix = self.task.name if self.config.finetune.single else f"{self.task.name}/{point.name}"
-        return {f"{prefix}/{name}": value for name, value in values.items()}
+    def logged(self, values: dict[str, float]) -> dict[str, float]:
+        """Names values for the tracker: every fine-tuning has the same names, so that runs share charts."""
+        return {f"{self.task.name}/{name}": value for name, value in values.items()}
 
 
 @dataclass(frozen=True)
@@ -145,11 +151,16 @@ class Trial:
         self._resume()
         bar = tqdm(total=self.steps, initial=engine.step, disable=not self.job.first, unit="step", mininterval=1)
         bar.set_description(self.point.name)
+        recent: list[float] = []  # losses that the tracker does not have yet
         while engine.step < self.steps:
             step = engine.step
             micro = [self.batches.at(step, *slice_) for slice_ in engine.slices(self.point.batch)]
             facts = engine.train_step(micro, self._rates(micro[0].step_languages))
             self.progress.epoch_loss.append(facts["loss"])
+            recent.append(facts["loss"])
+            if len(recent) * LOSSES >= self.steps:
+                self.tracker.log(self.job.logged({"train/loss": float(np.mean(recent))}), engine.step)
+                recent = []
             bar.set_postfix_str(f"loss {facts['loss']:.3f}", refresh=False)
             bar.update()
             if engine.step % self.batches.epoch_steps == 0:
@@ -192,8 +203,7 @@ class Trial:
             checkpoint.mark_best(self.folder, path)
         task = self.job.task
         values = {f"dev/{task.metric}/{language}": value for language, value in scores.items()}
-        values["train/loss"] = progress.losses[-1]
-        self.tracker.log(self.job.logged(self.point, values), epoch)
+        self.tracker.log(self.job.logged(values), self.engine.step)
         if self.job.first:
             shown = ", ".join(f"{language} {value:.2f}" for language, value in scores.items())
             tqdm.write(
@@ -208,6 +218,7 @@ class Trial:
             "vocabulary": job.pretrained.saved["vocabulary"],
             "labels": job.labels,
             "point": vars(self.point),
+            "trained_on": list(job.options["train"]),
             "pretrained": {key: job.pretrained.saved["config"][key] for key in ("variant", "model", "data")},
             "progress": vars(self.progress),
             "run_id": self.tracker.run_id,
@@ -241,25 +252,9 @@ class Trial:
     def predict(self, split: str, language: str) -> list[Any]:
         """One prediction an example, on rank 0 (elsewhere none)."""
         job, rows = self.job, self.job.rows[split][language]
-        outputs = self._outputs(rows, job.modules[split][language])
+        engine = self.engine
+        scores = outputs(engine.model, job.task.kind, rows, job.modules[split][language], job.layout, engine.device)
         if not job.first:
             return []
-        return job.task.predict(job.sets.examples[split][language], rows, outputs, job.labels, job.limits)
-
-    @torch.no_grad()
-    def _outputs(self, rows: Sequence[Row], module: int) -> list[np.ndarray]:
-        """The model's output for each row, as `Task.predict` takes it, on rank 0."""
-        engine, layout = self.engine, self.job.layout
-        engine.model.eval()
-        own: dict[int, np.ndarray] = {}  # this rank's outputs by row
-        for numbers, batch in evaluation_batches(rows, module, PREDICTED_ROWS, layout.data_rank, layout.data):
-            _, logits = engine.model(batch.to(engine.device))
-            outputs = (logits if self.job.task.kind == "span" else logits.argmax(-1)).cpu().numpy()
-            for index, number in enumerate(numbers):
-                own[number] = outputs[index][..., : len(rows[number].positions)]
-        parts: list[dict[int, np.ndarray]] = [own]
-        if layout.world > 1:
-            parts = [{}] * layout.world
-            dist.all_gather_object(parts, own if layout.tensor_rank == 0 else {})
-        by_row = {number: output for part in parts for number, output in part.items()}
-        return [by_row[number] for number in range(len(rows))]
+        answers = best(job.task.kind, scores)
+        return job.task.predict(job.sets.examples[split][language], rows, answers, job.labels, job.limits)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from mlinterf_ds.data.tokenizer import Tokenizer
 from mlinterf_ds.errors import UserError
@@ -47,7 +48,26 @@ class Task(ABC):
 
     name: str
     metric: str  # the key of `score`'s result that selects models and fills the tables
+    mapped: set[str]  # the keys of `label_map` that occurred in files
     kind: Kind  # the classifier: a class at each position of a row, or the start and end of a span
+
+    # What `configured` sets; the defaults are those of the configuration's keys.
+    label_map: Mapping[str, str] = {}
+    unknown_labels: Literal["error", "miss", "ignore"] = "error"
+    unfound_answers: Literal["skip", "error"] = "skip"
+    unlabelled: bool = False  # the files are new text: answers that they have are not read
+
+    def configured(self, **settings: Any) -> Self:
+        """This task with other settings."""
+        task = copy.copy(self)
+        vars(task).update(settings, mapped=set())
+        return task
+
+    def rename(self, label: str) -> str:
+        """The label that `finetune.labels` puts in this one's place; `mapped` collects those that have one."""
+        if label in self.label_map:
+            self.mapped.add(label)
+        return self.label_map.get(label, label)
 
     @abstractmethod
     def read(self, path: Path, language: str) -> list[Any]:
@@ -64,6 +84,14 @@ class Task(ABC):
     def labelled(self, example: Any) -> bool:
         """Whether the file gives this example's answer. Some published test sets withhold answers."""
         return True
+
+    def unfit(self, example: Any) -> tuple[str, str] | None:
+        """The example's id and why the file's answer, without which it counts as unlabelled, cannot be meant."""
+        return None
+
+    def settle(self, examples: list[Any], labels: Sequence[str]) -> tuple[list[Any], str]:
+        """The examples as `unknown_labels` wants them, and a note on answers that are not among `labels`."""
+        return examples, ""
 
     @abstractmethod
     def labels(self, train: Sequence[Any]) -> list[str]:

@@ -1,4 +1,7 @@
-"""Batches of rows: the training order, each rank's share, padding. A global batch depends on seed and step alone."""
+"""Batches of rows: the training order, each rank's share, padding; and what a model says of rows.
+
+A global batch depends on seed and step alone.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +10,17 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from mlinterf_ds.data.batch import generator, key
 from mlinterf_ds.data.tokenizer import PAD
-from mlinterf_ds.tasks.base import Row
+from mlinterf_ds.runtime.parallel import Layout
+from mlinterf_ds.tasks.base import Kind, Row
 from mlinterf_ds.tasks.heads import TaskBatch
+
+PREDICTED_ROWS = 64  # that a rank predicts at once
 
 
 @dataclass(frozen=True)
@@ -65,6 +72,34 @@ def evaluation_batches(
             dropout_seed=0,
         )
         yield indices, batch
+
+
+@torch.no_grad()
+def outputs(
+    model: nn.Module, kind: Kind, rows: Sequence[Row], language: int, layout: Layout, device: torch.device
+) -> list[np.ndarray]:
+    """What the model says of each row, on rank 0: scores (positions, classes), or (2, positions) of a span's start and end.
+
+    language: the number of the language whose modules read the rows.
+    """
+    model.eval()
+    own: dict[int, np.ndarray] = {}  # this rank's scores by row
+    for numbers, batch in evaluation_batches(rows, language, PREDICTED_ROWS, layout.data_rank, layout.data):
+        _, logits = model(batch.to(device))
+        for number, scores in zip(numbers, logits.cpu().numpy(), strict=True):
+            width = len(rows[number].positions)
+            own[number] = scores[:, :width] if kind == "span" else scores[:width]
+    parts: list[dict[int, np.ndarray]] = [own]
+    if layout.world > 1:
+        parts = [{}] * layout.world
+        dist.all_gather_object(parts, own if layout.tensor_rank == 0 else {})
+    by_row = {number: scores for part in parts for number, scores in part.items()}
+    return [by_row[number] for number in range(len(rows))]
+
+
+def best(kind: Kind, scores: list[np.ndarray]) -> list[np.ndarray]:
+    """The outputs that `Task.predict` takes: the best class at each position, or the scores of a span."""
+    return scores if kind == "span" else [values.argmax(-1) for values in scores]
 
 
 def collate(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +12,18 @@ KINDS = {str: "text", int: "a whole number", bool: "true or false", list: "a lis
 
 
 def read_text(path: Path) -> str:
-    """The text of a file without a byte-order mark. UserError if it is missing, empty or not UTF-8."""
+    """The text of a file, or of standard input (`-`), without the byte-order marks that begin lines where files were joined.
+
+    UserError if it is missing, empty or not UTF-8.
+    """
     try:
-        data = path.read_bytes()
+        data = sys.stdin.buffer.read() if str(path) == "-" and sys.stdin else path.read_bytes()
     except OSError as error:
         raise UserError(
             f"{path}: cannot be read: {error.strerror}; give LANG=FILE, LANG=synthetic or LANG=split"
         ) from None
     try:
-        text = data.decode("utf-8").removeprefix("\ufeff")
+        text = data.decode("utf-8").replace("\n\ufeff", "\n").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         line = data[: error.start].count(b"\n") + 1
         raise UserError(f"{path}, line {line}: not UTF-8 ({error.reason}); convert the file") from None

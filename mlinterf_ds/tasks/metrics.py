@@ -120,6 +120,25 @@ def _overlap(prediction: list[str], answer: list[str]) -> float:
     return 2 * common / (len(prediction) + len(answer))
 
 
+# --- texts -----------------------------------------------------------------------------------------------------------
+def voted(train: Sequence[tuple[str, str]], texts: Sequence[str]) -> list[str]:
+    """The label for which the words of each text vote; train: (text, label) pairs.
+
+    A word's votes, one in all, go to the labels that it had in `train`. Where no word is known, the commonest label wins.
+    """
+    votes: dict[str, Counter[str]] = {}
+    for text, label in train:
+        for word in text.split():
+            votes.setdefault(word, Counter())[label] += 1
+    shares = {word: {label: n / counts.total() for label, n in counts.items()} for word, counts in votes.items()}
+    labels = [label for label, _ in Counter(label for _, label in train).most_common()]
+
+    def support(text: str, label: str) -> float:
+        return sum(shares[word].get(label, 0.0) for word in text.split() if word in shares)
+
+    return [max(labels, key=lambda label: support(text, label)) for text in texts]
+
+
 # --- uncertainty -----------------------------------------------------------------------------------------------------
 def wilson(right: float, total: int) -> tuple[float, float]:
     """95% interval in percent of a share of `right` out of `total` (Wilson, 1927).

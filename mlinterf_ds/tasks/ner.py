@@ -26,23 +26,30 @@ def check_tag(tag: str) -> str:
 class Ner(Tagger):
     """Predictions are IOB2 tags, one for each word; the metric is seqeval's entity F1."""
 
-    name, metric, synthetic_tags = "ner", "f1", "entities"
+    name, metric, synthetic_tags, blank = "ner", "f1", "entities", "O"
 
     def read(self, path: Path, language: str) -> list[Sentence]:
-        return strip_wiki_prefix(columns.read_columns(path, check_tag))
+        blank = self.blank if self.unlabelled else ""
+        return strip_wiki_prefix(columns.read_columns(path, check_tag, "NER", rename=self._renamed, blank=blank))
+
+    def _renamed(self, tag: str) -> str:
+        """The tag with the type that `finetune.labels` puts in its type's place; O for the type O."""
+        prefix, dash, kind = tag.partition("-")
+        renamed = self.rename(kind)
+        return tag if not dash else "O" if renamed == "O" else f"{prefix}-{renamed}"
 
     def gold(self, examples: Sequence[Sentence]) -> list[Sequence[str]]:
-        return [in_scheme(sentence.tags, "IOB2") for sentence in examples]
+        return _scored(examples, [in_scheme(sentence.tags, "IOB2") for sentence in examples])
 
     def labels(self, train: Sequence[Sentence]) -> list[str]:
         types = sorted({kind for sentence in train for kind, _, _ in spans(sentence.tags)})
         return ["O", *(f"{prefix}-{kind}" for kind in types for prefix in "BI")]
 
     def score(self, examples: Sequence[Sentence], predictions: Tags) -> dict[str, float]:
-        return metrics.entity_scores(self.gold(examples), predictions)
+        return metrics.entity_scores(self.gold(examples), _scored(examples, predictions))
 
     def counts(self, examples: Sequence[Sentence], predictions: Tags) -> list[metrics.Counts]:
-        return metrics.entity_counts(self.gold(examples), predictions)
+        return metrics.entity_counts(self.gold(examples), _scored(examples, predictions))
 
     def majority(self, train: Sequence[Sentence]) -> tuple[str, str]:
         """The tag that scores best on `train`, and O."""
@@ -56,9 +63,15 @@ class Ner(Tagger):
         return ".tsv"
 
     def report(self, examples: Sequence[Sentence], predictions: Tags) -> str:
-        gold = self.gold(examples)
+        gold, predictions = self.gold(examples), _scored(examples, predictions)
         by_type = metrics.confusion(gold, predictions, lambda tag: tag[2:] or "O")
         return metrics.entity_report(gold, predictions) + "\n" + by_type
+
+
+def _scored(examples: Sequence[Sentence], tags: Tags) -> list[Sequence[str]]:
+    """The tags with O for words that are not scored."""
+    pairs = zip(examples, tags, strict=True)
+    return [["O" if k in s.ignored else tag for k, tag in enumerate(row)] if s.ignored else row for s, row in pairs]
 
 
 def spans(tags: Sequence[str]) -> list[Span]:
@@ -125,8 +138,6 @@ def strip_wiki_prefix(sentences: list[Sentence]) -> list[Sentence]:
         return sentences
     for sentence in sentences:
         for index, word in enumerate(sentence.words):
-            if word == prefix:
-                raise UserError(f"{sentence.location(index)}: no word after the prefix {prefix!r}")
             if not word.startswith(prefix):
                 raise UserError(
                     f"{sentence.location(index)}: {word!r} lacks the prefix {prefix!r} that most words here have"

@@ -1,4 +1,4 @@
-"""Natural language inference: XNLI and MNLI as TSV (with or without a header) and JSONL.
+"""Natural language inference: XNLI and MNLI as TSV (with or without a header), JSONL and JSON arrays.
 
 A row is `<s> premise </s> hypothesis </s>`. A pair too long for a row loses pieces from the end of the longer sentence, one
 by one. Pairs with the label `-` (the annotators did not agree) are neither trained on nor scored.
@@ -7,8 +7,9 @@ by one. Pairs with the label `-` (the annotators did not agree) are neither trai
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,9 @@ from mlinterf_ds.tasks.files import bad, read_text, typed
 LABELS = ["entailment", "neutral", "contradiction"]
 ALIASES = {"contradictory": "contradiction"}  # the machine-translated MNLI spells it so
 NO_LABEL = "-"
-FIELDS = ("sentence1", "sentence2", "gold_label")
-HEADERS = (FIELDS, ("premise", "hypo", "label"), ("premise", "hypothesis", "label"))  # XNLI, MNLI; XNLI-MT; others
+ARRAY = "["  # the beginning of a JSON array
+# The names of premise, hypothesis and label: XNLI, MNLI; machine-translated MNLI; others
+NAMES = (("sentence1", "sentence2", "gold_label"), ("premise", "hypo", "label"), ("premise", "hypothesis", "label"))
 
 
 @dataclass(frozen=True)
@@ -34,21 +36,24 @@ class Pair:
     premise: str
     hypothesis: str
     label: str
-    raw: str = ""  # the line; "" if the pair comes from no file
-    spelt: str = ""  # the label as the line spells it
-    column: int | None = 2  # the label's column in a TSV file; None: the file is JSONL
-    header: str = ""  # the header of the TSV file, if it has one
+    raw: str = ""  # the line, or the item of a JSON array; "" if the pair comes from no file
+    spelt: Any = ""  # the label as the file spells it: text, in JSON also a number
+    column: int | str | None = 2  # the label's column, or its name in JSON; None: the file has no column of labels
+    header: str = ""  # the header of the TSV file, if it has one; ARRAY
 
-    def relabelled(self, label: str) -> str:
+    def relabelled(self, label: Any) -> str:
         """The pair's line with another label."""
         if self.raw and label == self.spelt:
             return self.raw
         body = self.raw.rstrip("\r")
         end = self.raw[len(body) :]
-        if self.column is None:
-            return json.dumps(json.loads(body) | {"gold_label": label}, ensure_ascii=False) + end
+        if isinstance(self.column, str):
+            return json.dumps(json.loads(body) | {self.column: label}, ensure_ascii=False) + end
         columns = (body or f"{self.premise}\t{self.hypothesis}\t").split("\t")
-        columns[self.column] = label
+        if self.column is None:
+            columns.append(label)
+        else:
+            columns[self.column] = label
         return "\t".join(columns) + end
 
 
@@ -60,8 +65,8 @@ class Nli(Task):
 
     def read(self, path: Path, language: str) -> list[Pair]:
         text, skipped = read_text(path), set[str]()
-        parse = _json_pairs if text.lstrip().startswith("{") else _tsv_pairs
-        pairs = list(parse(path, text.split("\n"), language, skipped))
+        parse = self._json_pairs if re.match(r"\s*(\[\s*)?{", text) else self._tsv_pairs
+        pairs = list(parse(path, text, language, skipped))
         if not pairs:
             languages = ", ".join(sorted(skipped)) or "none"
             raise UserError(
@@ -69,6 +74,75 @@ class Nli(Task):
                 "name one of these, or leave the column out"
             )
         return pairs
+
+    def _label(self, file_and_line: str, label: Any) -> str:
+        """The label that the file's label stands for."""
+        renamed = self.rename(str(label))
+        renamed = ALIASES.get(renamed, renamed)
+        if renamed not in (*LABELS, NO_LABEL):
+            if self.unlabelled:
+                return NO_LABEL
+            expected = f"{', '.join(LABELS)} or {NO_LABEL}; --labels OLD=NEW,... renames labels"
+            raise UserError(f"{file_and_line}: label {label!r}: expected one of {expected}")
+        return renamed
+
+    def _tsv_pairs(self, path: Path, text: str, language: str, skipped: set[str]) -> Iterator[Pair]:
+        """Pairs of a TSV file. A header with one of NAMES names the columns; without one they are in this order.
+
+        Pairs in other languages are left out, and their languages added to `skipped`.
+        """
+        lines = text.split("\n")
+        first = next(number for number, line in enumerate(lines) if line.strip())
+        header = lines[first].rstrip("\r").split("\t")
+        names = _names(header, self.unlabelled)
+        indices = [header.index(name) for name in names] if names else list(range(min(3, len(header))))
+        width = len(header) if names else 2 if self.unlabelled and len(header) == 2 else 3
+        code = header.index("language") if names and "language" in header else None
+        for number, line in enumerate(lines[first + bool(names) :], first + bool(names) + 1):
+            if not line.strip():
+                continue
+            columns = line.rstrip("\r").split("\t")
+            if len(columns) != width:
+                expected = f"{width} as in the header" if names else f"{width}: premise, hypothesis, label"
+                raise bad(path, number, f"{len(columns)} columns separated by tabs, expected {expected}")
+            if code is not None and columns[code] != language:
+                skipped.add(columns[code])
+                continue
+            premise, hypothesis, *given = (columns[index] for index in indices)
+            label, column = (given[0], indices[2]) if given else (NO_LABEL, None)
+            top = lines[first] if names else ""
+            yield Pair(premise, hypothesis, self._label(f"{path}, line {number}", label), line, label, column, top)
+
+    def _json_pairs(self, path: Path, text: str, language: str, skipped: set[str]) -> Iterator[Pair]:
+        """Pairs of a file with one JSON object a line, or with an array of objects."""
+        items: list[tuple[int, str]] = [
+            (number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()
+        ]
+        header = ""
+        if text.lstrip()[0] == ARRAY:
+            header = ARRAY
+            with refusing(f"{path}: not a JSON array"):
+                items = [
+                    (number, json.dumps(item, ensure_ascii=False)) for number, item in enumerate(json.loads(text), 1)
+                ]
+        kind = "item" if header else "line"
+        for number, line in items:
+            fields_of = " or ".join(", ".join(names) for names in NAMES)
+            with refusing(f"{path}, {kind} {number}: expected a JSON object with {fields_of}"):
+                fields = json.loads(line)
+                names = _names(fields, self.unlabelled) or NAMES[0]
+                premise, hypothesis = (typed(fields[name], str, name) for name in names[:2])
+                label = fields[names[2]] if len(names) == 3 else NO_LABEL
+                label = label if type(label) is int else typed(label, str, names[-1])
+                code = typed(fields.get("language", language), str, "language")
+                json.dumps(
+                    fields, ensure_ascii=False
+                ).encode()  # fails on half a surrogate pair, which no file can hold
+            if code != language:
+                skipped.add(code)
+                continue
+            column = names[2] if len(names) == 3 else "label"
+            yield Pair(premise, hypothesis, self._label(f"{path}, {kind} {number}", label), line, label, column, header)
 
     def synthetic(self, language: str, count: int, seed: int, split: str) -> list[Pair]:
         from mlinterf_ds.data.synthetic import entailments
@@ -88,14 +162,16 @@ class Nli(Task):
         self, examples: Sequence[Pair], tokenizer: Tokenizer, labels: Sequence[str], limits: Limits
     ) -> tuple[list[Row], list[str]]:
         rows: list[Row] = []
-        cut = 0
+        cut = empty = 0
         for index, pair in enumerate(examples):
             first, second = tokenizer.encode(pair.premise), tokenizer.encode(pair.hypothesis)
+            empty += not first or not second
             cut += len(first) + len(second) > limits.max_length - 3
             first, second = shortened(first, second, limits.max_length - 3)
             target = labels.index(pair.label) if pair.label in labels else -1
             rows.append(Row(index, [BOS, *first, EOS, *second, EOS], [0], [target]))
-        return rows, [f"{cut} pairs are longer than {limits.max_length} pieces and were cut"] if cut else []
+        notes = [f"{cut} pairs are longer than {limits.max_length} pieces and were cut"] if cut else []
+        return rows, notes + ([f"{empty} pairs have an empty premise or hypothesis"] if empty else [])
 
     def predict(
         self, examples: Sequence[Pair], rows: list[Row], outputs: list[Any], labels: list[str], limits: Limits
@@ -111,19 +187,26 @@ class Nli(Task):
         return [(float(e.label == p), 1.0, 1.0) for e, p in pairs if self.labelled(e)]
 
     def baselines(self, train: Sequence[Pair], test: Sequence[Pair]) -> dict[str, dict[str, float]]:
-        """majority: every pair gets the commonest label of `train`."""
-        counts = Counter(pair.label for pair in train if self.labelled(pair))
-        return {"majority": self.score(test, [max(LABELS, key=counts.__getitem__)] * len(test))}
+        """majority: the commonest label of `train`; lexical: the words of the hypothesis vote for the labels they had there."""
+        known = [(pair.hypothesis, pair.label) for pair in train if self.labelled(pair)]
+        counts = Counter(label for _, label in known)
+        lexical = metrics.voted(known, [pair.hypothesis for pair in test])
+        majority = [max(LABELS, key=counts.__getitem__)] * len(test)
+        return {"majority": self.score(test, majority), "lexical": self.score(test, lexical)}
 
     def write(self, examples: Sequence[Pair], predictions: Sequence[str], path: Path) -> None:
         # All predictions of a label are spelt as the file spells it: the spelling must not show which are right.
-        spelling = {ALIASES[pair.spelt]: pair.spelt for pair in examples if pair.spelt in ALIASES}
+        spelling = {pair.label: pair.spelt for pair in examples if pair.spelt not in ("", pair.label)}
         pairs = zip(examples, predictions, strict=True)
         lines = [pair.relabelled(spelling.get(label, label)) for pair, label in pairs]
-        write_text(path, "\n".join([examples[0].header, *lines] if examples[0].header else lines) + "\n")
+        if examples[0].header == ARRAY:
+            write_text(path, "[\n" + ",\n".join(lines) + "\n]\n")
+            return
+        header = examples[0].header + "\tlabel" * (examples[0].column is None and examples[0].header != "")
+        write_text(path, "\n".join([header, *lines] if header else lines) + "\n")
 
     def suffix(self, examples: Sequence[Pair]) -> str:
-        return ".jsonl" if examples[0].column is None else ".tsv"
+        return ".json" if examples[0].header == ARRAY else ".jsonl" if isinstance(examples[0].column, str) else ".tsv"
 
     def report(self, examples: Sequence[Pair], predictions: Sequence[str]) -> str:
         pairs = [(e.label, p) for e, p in zip(examples, predictions, strict=True) if self.labelled(e)]
@@ -136,50 +219,10 @@ def shortened(first: list[int], second: list[int], room: int) -> tuple[list[int]
     return first[:kept], second[: room - min(kept, len(first))]
 
 
-def _label(path: Path, line: int, label: str) -> str:
-    label = ALIASES.get(label, label)
-    if label not in (*LABELS, NO_LABEL):
-        raise bad(path, line, f"label {label!r}: expected one of {', '.join(LABELS)} or {NO_LABEL}")
-    return label
-
-
-def _tsv_pairs(path: Path, lines: list[str], language: str, skipped: set[str]) -> Iterator[Pair]:
-    """Pairs of a TSV file. A header in HEADERS names the columns; without one they are premise, hypothesis, label.
-
-    Pairs in other languages are left out, and their languages added to `skipped`.
-    """
-    first = next(number for number, line in enumerate(lines) if line.strip())
-    header = lines[first].rstrip("\r").split("\t")
-    fields = next((names for names in HEADERS if set(names) <= set(header)), None)
-    named = fields is not None
-    indices = [header.index(field) for field in fields] if fields else [0, 1, 2]
-    code = header.index("language") if named and "language" in header else None
-    for number, line in enumerate(lines[first + named :], first + named + 1):
-        if not line.strip():
-            continue
-        columns = line.rstrip("\r").split("\t")
-        if len(columns) != (len(header) if named else 3):
-            expected = f"{len(header)} as in the header" if named else "3: premise, hypothesis, label"
-            raise bad(path, number, f"{len(columns)} columns separated by tabs, expected {expected}")
-        if code is not None and columns[code] != language:
-            skipped.add(columns[code])
-            continue
-        premise, hypothesis, label = (columns[index] for index in indices)
-        header_line = lines[first] if named else ""
-        yield Pair(premise, hypothesis, _label(path, number, label), line, label, indices[2], header_line)
-
-
-def _json_pairs(path: Path, lines: list[str], language: str, skipped: set[str]) -> Iterator[Pair]:
-    """Reads pairs as `_tsv_pairs` does, from a file with one JSON object a line."""
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        with refusing(f"{path}, line {number}: expected a JSON object with {', '.join(FIELDS)}"):
-            fields = json.loads(line)
-            premise, hypothesis, label = (typed(fields[name], str, name) for name in FIELDS)
-            code = typed(fields.get("language", language), str, "language")
-            json.dumps(fields, ensure_ascii=False).encode()  # fails on half a surrogate pair, which no file can hold
-        if code != language:
-            skipped.add(code)
-        else:
-            yield Pair(premise, hypothesis, _label(path, number, label), line, label, None)
+def _names(known: Collection[str], unlabelled: bool) -> tuple[str, ...] | None:
+    """Those of NAMES that are all there, of new text also without the label."""
+    for count in (3, 2) if unlabelled else (3,):
+        for names in NAMES:
+            if set(names[:count]) <= set(known):
+                return names[:count]
+    return None

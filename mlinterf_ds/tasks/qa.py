@@ -31,7 +31,7 @@ class Qa(Task):
     kind: Kind = "span"
 
     def read(self, path: Path, language: str) -> list[Question]:
-        return read_questions(path, language)
+        return read_questions(path, language, answered=not self.unlabelled)
 
     def synthetic(self, language: str, count: int, seed: int, split: str) -> list[Question]:
         from mlinterf_ds.data.synthetic import questions
@@ -46,6 +46,9 @@ class Qa(Task):
 
     def labelled(self, example: Question) -> bool:
         return not example.withheld
+
+    def unfit(self, example: Question) -> tuple[str, str] | None:
+        return (example.id, example.problem) if example.problem else None
 
     def labels(self, train: Sequence[Question]) -> list[str]:
         return ["start", "end", "none"] if any(q.impossible for q in train) else ["start", "end"]
@@ -68,14 +71,17 @@ class Qa(Task):
                 long += span[1] - span[0] >= limits.max_answer
                 split += not any(row.targets[0] for row in windows)
             rows += windows
-        notes = [
-            (cut, f"questions were cut to {limits.max_question} pieces"),
-            (windowed, f"contexts are longer than a row and are read in windows of stride {limits.stride}"),
-            (inexact, "gold answers start or end inside a piece: no prediction can match them"),
-            (long, f"gold answers are longer than {limits.max_answer} pieces: no prediction can cover them"),
-            (split, "gold answers lie in no window as a whole: training does not see them"),
-        ]
-        return rows, [f"{count} of {len(examples)} {text}" for count, text in notes if count]
+        counts = {
+            f"cut to {limits.max_question} pieces": cut,
+            f"with contexts longer than a row, read in windows of stride {limits.stride}": windowed,
+            "with answers that start or end inside a piece, which no prediction can match": inexact,
+            f"with answers longer than {limits.max_answer} pieces, which no prediction can cover": long,
+            "with answers that no window holds as a whole, which training does not see": split,
+            "with answers found by other white space, Unicode composition or position": sum(q.moved for q in examples),
+            "with further answers that their contexts do not hold": sum(q.lost > 0 and not q.problem for q in examples),
+        }
+        parts = [f"{count} {text}" for text, count in counts.items() if count]
+        return rows, [f"of {len(examples)} questions {'; '.join(parts)}"] if parts else []
 
     def predict(
         self, examples: Sequence[Question], rows: list[Row], outputs: list[Any], labels: list[str], limits: Limits

@@ -18,6 +18,7 @@ SPLITS = ("train", "dev", "test")
 Options = dict[str, dict[str, str]]  # split -> language -> file, 'synthetic' or 'split'
 SYNTHETIC_SPLIT = {"train": "train", "dev": "valid", "test": "test"}
 SHARE = 0.1  # of train, that LANG=split takes
+NAMED = 10  # questions of unusable answers that a note names
 SEED = 0  # fixed: synthetic examples and splits are the same for every seed of a fine-tuning
 
 
@@ -58,12 +59,18 @@ def load(task: Task, options: Options, *, synthetic: dict[str, int], limit: int 
             if source == "synthetic":
                 examples = task.synthetic(language, synthetic[split], SEED, SYNTHETIC_SPLIT[split])
                 sets.origin[f"{split} {language}"] = f"synthetic, {synthetic[split]} examples"
+            elif source == "-":
+                raise UserError(f"--{split} {language}=-: fine-tuning reads its sets more than once: give a file")
             elif source != "split":
                 examples = task.read(Path(source), language)
                 sets.origin[f"{split} {language}"] = f"{Path(source).name}, sha256 {sha256(Path(source))}"
             else:
                 continue
             sets.examples[split][language] = examples[:limit]
+    if unused := sorted(task.label_map.keys() - task.mapped if task.label_map else ()):
+        raise UserError(
+            f"finetune.labels renames {', '.join(unused)}, which no file has: leave it out or spell it right"
+        )
     sizes = {
         code: len({task.group(example) for example in examples}) for code, examples in sets.examples["train"].items()
     }
@@ -104,14 +111,26 @@ def _check_labels(task: Task, sets: Sets, split: str, language: str, source: str
     """Leaves examples without labels out of train and dev, and notes how many there are."""
     examples = sets.examples[split][language]
     labelled = [example for example in examples if task.labelled(example)]
+    unfit = [reason for example in examples if (reason := task.unfit(example))]
+    use = "they are predicted and not scored" if split == "test" else "they are left out"
+    if unfit and task.unfound_answers == "error":
+        raise UserError(
+            f"--{split} {language}={source}: question {unfit[0][0]!r}: {unfit[0][1]}; of {len(examples)} questions "
+            f"{len(unfit)} have such answers; finetune.unfound_answers=skip leaves them out"
+        )
+    if unfit:
+        names = ", ".join(name for name, _ in unfit[:NAMED]) + (", ..." if len(unfit) > NAMED else "")
+        sets.notes.append(
+            f"{split} {language}: {len(unfit)} of {len(examples)} answers cannot be used: {use} (questions {names}; "
+            f"the first: {unfit[0][1]})"
+        )
     if split != "test":
         if not labelled:
             raise UserError(
-                f"--{split} {language}={source}: its labels are withheld (every answer is empty): give a file with labels, "
-                f"or --dev {language}=split"
+                f"--{split} {language}={source}: its labels are withheld (every answer is empty) or cannot be used"
+                + (f" ({unfit[0][1]})" if unfit else "")
+                + f": give a file with labels, or --dev {language}=split"
             )
         sets.examples[split][language] = labelled
-    if len(labelled) < len(examples):
-        use = "they are predicted and not scored" if split == "test" else "they are left out"
-        count = f"{len(examples) - len(labelled)} of {len(examples)} examples"
-        sets.notes.append(f"{split} {language}: {count} have no label: {use}")
+    if missing := len(examples) - len(labelled) - len(unfit):
+        sets.notes.append(f"{split} {language}: {missing} of {len(examples)} examples have no label: {use}")

@@ -86,6 +86,11 @@ def windows(
         first += min(limits.stride, room)
 
 
+def span_scores(start: np.ndarray, end: np.ndarray, longest: int) -> np.ndarray:
+    """The scores of all spans of at most `longest` pieces, in no useful order; start, end: scores (pieces,)."""
+    return np.concatenate([start[: len(start) - more] + end[more:] for more in range(min(longest, len(start)))])
+
+
 def best_span(start: np.ndarray, end: np.ndarray, longest: int) -> tuple[float, int, int]:
     """(score, first, last) of the best span of at most `longest` pieces; start, end: scores (pieces,)."""
     best = (-np.inf, 0, 0)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,27 @@ class Tagger(Task):
     """A task whose examples are sentences and whose predictions are a label for each word."""
 
     kind: Kind = "labels"
+    blank: str  # the tag of words of new text
     synthetic_tags: str  # the attribute of a synthetic sentence that holds its tags
 
     @abstractmethod
     def gold(self, examples: Sequence[Sentence]) -> list[Sequence[str]]:
         """The sentences' tags in terms of the task's labels."""
+
+    def settle(self, examples: list[Sentence], labels: Sequence[str]) -> tuple[list[Sentence], str]:
+        gold = self.gold(examples)
+        unknown = Counter(tag for tags in gold for tag in tags if tag not in labels)
+        if not unknown or self.unknown_labels == "error":
+            return examples, ""
+        names = ", ".join(f"{tag} {count}" for tag, count in sorted(unknown.items()))
+        note = f"{unknown.total()} words have tags that training never had ({names})"
+        if self.unknown_labels == "miss":
+            return examples, f"{note}: they count as missed"
+        settled = [
+            replace(sentence, ignored=frozenset(k for k, tag in enumerate(tags) if tag not in labels))
+            for sentence, tags in zip(examples, gold, strict=True)
+        ]
+        return settled, f"{note}: these words are not scored"
 
     @abstractmethod
     def majority(self, train: Sequence[Sentence]) -> tuple[str, str]:
@@ -61,11 +78,11 @@ class Tagger(Task):
                     nothing.append(f"{sentence.location(k)}: {word!r}")
                 pieces.append((cache[word] or [UNK])[:room])
                 cut += len(cache[word]) > room
-            targets = [_class_of(labels, tag, sentence, k) for k, tag in enumerate(tags)]
+            targets = [self._class_of(labels, tag, sentence, k) for k, tag in enumerate(tags)]
             spans = list(windows([len(piece) for piece in pieces], room, limits.stride))
             windowed += len(spans) > 1
             rows += [_row(index, pieces, targets, span) for span in spans]
-        notes = []
+        notes = list(dict.fromkeys(sentence.remark for sentence in examples if sentence.remark))
         if nothing:
             notes.append(f"{len(nothing)} words tokenise to nothing and are read as <unk>; the first is {nothing[0]}")
         if windowed:
@@ -73,6 +90,18 @@ class Tagger(Task):
         if cut:
             notes.append(f"{cut} words are longer than {room} pieces: only their first pieces are read")
         return rows, notes
+
+    def _class_of(self, labels: Sequence[str], tag: str, sentence: Sentence, word: int) -> int:
+        """The class of a word's tag, -1 if no prediction can be right or the word is not scored."""
+        if tag in labels:
+            return labels.index(tag)
+        if self.unknown_labels == "error" and not self.unlabelled:
+            raise UserError(
+                f"{sentence.location(word)}: tag {tag!r} does not occur in the training set, which has "
+                f"{', '.join(labels)}; --labels OLD=NEW,... renames labels, and finetune.unknown_labels=miss or ignore "
+                "tests without it"
+            )
+        return -1
 
     def predict(
         self, examples: Sequence[Sentence], rows: list[Row], outputs: list[Any], labels: list[str], limits: Limits
@@ -98,13 +127,6 @@ class Tagger(Task):
 def constant(sentences: Sequence[Sentence], tag: str) -> Tags:
     """Predictions that give every word the same tag."""
     return [[tag] * len(sentence.words) for sentence in sentences]
-
-
-def _class_of(labels: Sequence[str], tag: str, sentence: Sentence, word: int) -> int:
-    if tag not in labels:
-        known = ", ".join(labels)
-        raise UserError(f"{sentence.location(word)}: tag {tag!r} does not occur in the training set, which has {known}")
-    return labels.index(tag)
 
 
 def windows(sizes: Sequence[int], room: int, stride: int) -> Iterator[tuple[int, int, int]]:

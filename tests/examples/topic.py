@@ -39,9 +39,9 @@ class Topic(Task):
         for number, line in enumerate(read_text(path).split("\n"), 1):
             if line.strip():
                 text, _, label = line.rstrip("\r").partition("\t")
-                if not text or not label or "\t" in label:
+                if not text or "\t" in label or not (label or self.unlabelled):
                     raise bad(path, number, "expected 2 columns separated by a tab: text, label")
-                examples.append(LabelledText(text, label, path, number))
+                examples.append(LabelledText(text, self.rename(label), path, number))
         return examples
 
     def group(self, example: LabelledText) -> str:
@@ -56,12 +56,13 @@ class Topic(Task):
         rows: list[Row] = []
         room, cut = limits.max_length - 2, 0
         for index, example in enumerate(examples):
-            if example.label not in labels:
+            if example.label not in labels and not self.unlabelled:
                 message = f"label {example.label!r} does not occur in the training set, which has {', '.join(labels)}"
                 raise bad(example.path, example.line, message)
             pieces = tokenizer.encode(example.text)
             cut += len(pieces) > room
-            rows.append(Row(index, [BOS, *pieces[:room], EOS], [0], [labels.index(example.label)]))
+            target = labels.index(example.label) if example.label in labels else -1
+            rows.append(Row(index, [BOS, *pieces[:room], EOS], [0], [target]))
         return rows, [f"{cut} texts are longer than {limits.max_length} pieces and were cut"] if cut else []
 
     def predict(
@@ -82,22 +83,10 @@ class Topic(Task):
         return [(float(e.label == label), 1.0, 1.0) for e, label in zip(examples, predictions, strict=True)]
 
     def baselines(self, train: Sequence[LabelledText], test: Sequence[LabelledText]) -> dict[str, dict[str, float]]:
-        """majority: the commonest label of `train`; lexical: each word votes for the labels that it had in `train`.
-
-        A word's votes sum to one. Where no word is known, the commonest label wins.
-        """
-        commonest_first = [label for label, _ in Counter(example.label for example in train).most_common()]
-        times = Counter(word for example in train for word in example.text.split())
-        times_under = Counter((word, example.label) for example in train for word in example.text.split())
-
-        def votes(text: str, label: str) -> float:
-            return sum(times_under[word, label] / times[word] for word in text.split() if word in times)
-
-        guesses = {
-            "majority": [commonest_first[0]] * len(test),
-            "lexical": [max(commonest_first, key=lambda label: votes(e.text, label)) for e in test],
-        }
-        return {name: self.score(test, labels) for name, labels in guesses.items()}
+        """majority: the commonest label of `train`; lexical: each word votes for the labels that it had in `train`."""
+        ((commonest, _),) = Counter(example.label for example in train).most_common(1)
+        voted = metrics.voted([(e.text, e.label) for e in train], [e.text for e in test])
+        return {"majority": self.score(test, [commonest] * len(test)), "lexical": self.score(test, voted)}
 
     def write(self, examples: Sequence[LabelledText], predictions: Sequence[str], path: Path) -> None:
         write_text(path, "".join(f"{e.text}\t{label}\n" for e, label in zip(examples, predictions, strict=True)))

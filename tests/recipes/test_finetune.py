@@ -82,12 +82,44 @@ def test_from_a_checkpoint_to_a_table(task: str, ground: Path, tmp_path: Path) -
             out / "counts" / "seed1" / f"{language}.csv", delimiter=",", skiprows=1
         ).sum(0)
         assert 200 * right / (predicted + gold) == pytest.approx(values[1])
+        names = {"majority"} if task == "qa" else {"majority", "lexical"}
+        assert summary["baselines"][language].keys() == names
+        predicts_the_same(task, ground / "data" / f"{task}-{language}", language, out, tmp_path)
     if task == "nli":
         low, high = summary["interval"]["te"]
         assert low < summary["scores"]["te"]["mean"] < high
     text = (out / "table.md").read_text()
     assert "| te | within | 22 |" in text and "| as | zero-shot |" in text
     assert (out / "report.md").read_text().startswith("# Errors of seed0")
+
+
+def predicts_the_same(task: str, text: Path, language: str, out: Path, folder: Path) -> None:
+    """`launch/predict.py` writes the bytes of the first seed's test, and probabilities whose likeliest label it writes."""
+    words = ["--checkpoint", str(out), "--text", f"{language}={text}", "--out", f"{folder}/predicted"]
+    assert not pool(1).run(call, "predict", "/", [*words, "--probabilities", f"{folder}/chances"])[0]
+    (file,) = (out / "predictions" / "seed0").glob(f"{language}.*")
+    assert (folder / "predicted").read_bytes() == file.read_bytes()
+    for line in (folder / "chances").read_text().splitlines():
+        facts = json.loads(line)
+        if task == "qa":
+            assert 0 < facts["probability"] <= 1
+            continue
+        likeliest = [max(chances, key=chances.__getitem__) for chances in facts["probabilities"]]
+        assert likeliest == (facts["prediction"] if isinstance(facts["prediction"], list) else [facts["prediction"]])
+        assert all(sum(chances.values()) == pytest.approx(1, abs=1e-3) for chances in facts["probabilities"])
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--text", "te=f"], "a checkpoint of a pretraining, which has no classifier"),
+        (["--text", "te=f", "--text", "as=f"], "one language at a time"),
+        (["--text", "te=f", "--out", "/nowhere/x"], "--out /nowhere/x: there is no folder /nowhere"),
+        ([], "--text LANG=FILE is missing"),
+    ],
+)
+def test_predicting_refuses(ground: Path, arguments: list[str], words: str) -> None:
+    assert words in pool(1).run(call, "predict", "/", ["--checkpoint", f"{ground}/model", *arguments])[0]
 
 
 def test_the_grid_is_searched_by_the_dev_set_and_resumed(ground: Path, tmp_path: Path) -> None:
@@ -152,16 +184,26 @@ def test_as_a_command_under_mlflow(ground: Path, tmp_path: Path) -> None:
     pool(1).run(bodies.pretrain, str(model))
     (checkpoint,) = model.glob("checkpoints/step-*")
     rewrite(checkpoint, parent)
-    words = command(ground, "ner", tmp_path / "run", *flags(f"checkpoint={model}"))
+    words = command(ground, "ner", tmp_path / "run", *flags(f"checkpoint={model}", "finetune.seeds=0,1"))
     words[words.index("tracking.enabled=false")] = "tracking.enabled=true"
     environment = os.environ | {"MLFLOW_TRACKING_URI": uri, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     script = [sys.executable, str(ROOT / "launch" / "finetune.py")]
     done = subprocess.run([*script, *words], env=environment, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "zero-shot" in done.stdout
-    found = [run for run in client.search_runs(["1"]) if run.info.run_id != parent]
-    assert [run.data.tags["mlflow.parentRunId"] for run in found] == [parent]
-    assert {"ner/test/f1/te", "ner/test/f1/as"} <= found[0].data.metrics.keys() and found[0].info.status == "FINISHED"
+    (job,) = client.search_runs(["1"], f"tags.mlflow.parentRunId = '{parent}'")
+    assert {f"ner/{name}/f1/{code}" for name in ("test", "majority", "lexical") for code in bodies.LANGUAGES} <= set(
+        job.data.metrics
+    )
+    seeds = client.search_runs(
+        ["1"], f"tags.mlflow.parentRunId = '{job.info.run_id}'"
+    )  # each has the names of a single one
+    assert len(seeds) == 2 and {run.info.status for run in [job, *seeds]} == {"FINISHED"}
+    for run in seeds:
+        assert {"ner/train/loss", "ner/dev/f1/te", "ner/test/f1/te", "ner/test/f1/as"} <= run.data.metrics.keys()
+        steps = [point.step for point in client.get_metric_history(run.info.run_id, "ner/train/loss")]
+        assert steps == list(range(1, 16)), "three epochs of five steps"
+    assert job.data.metrics["ner/test/f1/te"] == pytest.approx(sum(r.data.metrics["ner/test/f1/te"] for r in seeds) / 2)
     again = subprocess.run([*script, *words], env=environment, cwd=tmp_path, capture_output=True, text=True)
     assert again.returncode == 2 and "Traceback" not in again.stderr and "resume=auto" in again.stderr
     # perplexity on any text is a run of its own there

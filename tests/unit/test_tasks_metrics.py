@@ -140,7 +140,13 @@ def test_baselines_by_hand() -> None:
     """The commonest label of train; the words that do best on train."""
     train = [Pair("a", "b", label) for label in [LABELS[1]] * 3 + [LABELS[0]]]
     test = [Pair("a", "b", label) for label in [LABELS[1], LABELS[0], LABELS[0], "-"]]
-    assert TASKS["nli"].baselines(train, test) == {"majority": {"accuracy": pytest.approx(100 / 3)}}
+    third = {"accuracy": pytest.approx(100 / 3)}
+    assert TASKS["nli"].baselines(train, test) == {"majority": third, "lexical": third}
+    train.append(Pair("a", "never b", LABELS[2]))
+    test.append(Pair("a", "never c", LABELS[2]))
+    assert TASKS["nli"].baselines(train, test)["lexical"] == {"accuracy": 50.0}, (
+        "of neutral and contradiction, one right"
+    )
     asked = [Question(str(n), "?", f"x{n} yes z", (("yes", 3),)) for n in range(4)]
     assert TASKS["qa"].baselines(asked, [Question("t", "?", "q no z", (("no", 2),))]) == {
         "majority": {"f1": 100.0, "em": 100.0}

@@ -1,0 +1,201 @@
+"""Tags, answers or classifies new text with a fine-tuned checkpoint.
+
+The text has the format of the task's files, answers apart: a word a line (further columns may follow, of which the last is
+replaced), SQuAD's JSON, or premises and hypotheses as TSV or JSON. Predictions are written in the format in which a
+fine-tuning writes those of its test sets, and are the same for the same text.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.special import softmax
+
+from mlinterf_ds.config import without_removed
+from mlinterf_ds.engine import checkpoint
+from mlinterf_ds.engine.precision import DTYPES, choose_precision
+from mlinterf_ds.errors import UserError, refusing
+from mlinterf_ds.files import read_json, write_text
+from mlinterf_ds.finetune.config import FinetuneConfig
+from mlinterf_ds.finetune.main import serving
+from mlinterf_ds.finetune.trial import Point
+from mlinterf_ds.pretrained import Pretrained
+from mlinterf_ds.ranks import agreed
+from mlinterf_ds.runtime.parallel import Group
+from mlinterf_ds.runtime.session import in_group
+from mlinterf_ds.sections import ParallelConfig
+from mlinterf_ds.tasks import TASKS, Limits, Row, Task, spans
+from mlinterf_ds.tasks.batches import best, outputs
+from mlinterf_ds.tasks.columns import in_memory
+from mlinterf_ds.tasks.files import read_text
+from mlinterf_ds.tasks.heads import TaskModel
+from mlinterf_ds.tasks.sources import parse
+from mlinterf_ds.tasks.tagging import Tagger
+
+
+def main(arguments: Sequence[str], group: Group | None = None) -> int:
+    """`launch/predict.py --checkpoint FINETUNING --text LANG=FILE`."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--checkpoint",
+        required=True,
+        help="a fine-tuning's output folder (of several seeds the first, its best epoch), one of its seed... folders, or a checkpoint",
+    )
+    parser.add_argument(
+        "--text",
+        action="append",
+        default=[],
+        metavar="LANG=FILE",
+        help="the text and its language; - is standard input",
+    )
+    parser.add_argument(
+        "--sentences", action="store_true", help="the text has a sentence a line (tasks that tag words)"
+    )
+    parser.add_argument(
+        "--modules", metavar="LANG", help="language whose modules read the text (default: as in testing)"
+    )
+    parser.add_argument("--out", type=Path, help="write the predictions to this file, not to standard output")
+    parser.add_argument(
+        "--probabilities", type=Path, metavar="FILE", help="write probabilities to this file, a JSON object an example"
+    )
+    parser.add_argument(
+        "--precision", choices=("auto", *DTYPES), help="of weights and arithmetic (default: as in the fine-tuning)"
+    )
+    parser.add_argument("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    texts = parse(options.text, "text")
+    if len(texts) > 1:
+        raise UserError(f"--text is given for {', '.join(texts)}: predict one language at a time")
+    for key, file in (("--out", options.out), ("--probabilities", options.probabilities)):
+        if file and not file.parent.is_dir():
+            raise UserError(f"{key} {file}: there is no folder {file.parent}")
+    with in_group(group, ParallelConfig()) as layout:  # type: ignore[call-arg]
+        from deepspeed.accelerator import get_accelerator
+
+        path, saved = open_finetuned(options.checkpoint)
+        config = FinetuneConfig.model_validate(without_removed(saved["config"]))
+        pretrained = Pretrained(path, saved | {"config": saved["pretrained"]})
+        ((language, file),) = texts.items()
+        module = module_of(options.modules, config, pretrained, saved.get("trained_on", []), language)
+        task, labels = TASKS[config.task].configured(unlabelled=True), saved["labels"]
+        examples = _sentences(task, Path(file)) if options.sentences else task.read(Path(file), language)
+        limits = config.finetune.limits(pretrained.positions)
+        rows, notes = task.rows(examples, pretrained.tokenizer(), labels, limits)
+        model = TaskModel(kind=task.kind, classes=len(labels), seed=0, **pretrained.architecture(dropout=0.0))
+        device = torch.device(get_accelerator().current_device_name())
+        dtype = DTYPES[choose_precision(options.precision or config.train.precision, {})[0]]
+        pretrained.filled(model, layout).to(device, dtype)
+        scores = outputs(model, task.kind, rows, module, layout, device)
+        if layout.rank == 0:
+            for note in notes:
+                print(f"note: {note}", file=sys.stderr)
+            predictions = task.predict(examples, rows, best(task.kind, scores), labels, limits)
+            write(task, examples, predictions, options.out)
+            if options.probabilities:
+                chances = probabilities(task, examples, rows, scores, predictions, labels, limits)
+                lines = [json.dumps(facts, ensure_ascii=False) for facts in chances]
+                write_text(options.probabilities, "\n".join(lines) + "\n")
+    return 0
+
+
+def open_finetuned(folder: str) -> tuple[Path, dict[str, Any]]:
+    """The checkpoint of a fine-tuning's output folder, of one of its fine-tunings or of this very folder, and its run.json."""
+    path = Path(folder)
+    if (path / "job.json").is_file():
+        if not (path / "summary.json").is_file():
+            raise UserError(f"{path}: the fine-tuning is not finished; name one of its seed... folders")
+        with refusing(f"{path / 'summary.json'}: not what a fine-tuning writes"):
+            summary = read_json(path / "summary.json")
+            path /= Point(summary["seeds"][0], **summary["chosen"]).name
+
+    def verified() -> tuple[Path, dict[str, Any]]:
+        found = checkpoint.find(str(path), "best")
+        return found, checkpoint.verify(found)
+
+    found, saved = agreed(verified)
+    if "labels" not in saved:
+        raise UserError(
+            f"{found}: a checkpoint of a pretraining, which has no classifier: fine-tune it with launch/finetune.py, or fill "
+            "masks with launch/evaluate.py"
+        )
+    return found, saved
+
+
+def module_of(
+    modules: str | None, config: FinetuneConfig, pretrained: Pretrained, trained_on: list[str], language: str
+) -> int:
+    """The number of the language whose modules read the text: the given one's, or the one that reads such a test set."""
+    known = pretrained.languages
+    if modules is None and config.finetune.route == "source" and not trained_on:
+        raise UserError(f"{pretrained.path} does not say on which language it was trained: name it with --modules")
+    if modules is None:
+        return serving(config, pretrained, {"train": dict.fromkeys(trained_on, "")}, "text", language)
+    if modules not in known:
+        raise UserError(
+            f"--modules {modules}: the model at {pretrained.path} knows {', '.join(known)}; name one of them"
+        )
+    return known.index(modules)
+
+
+def _sentences(task: Task, path: Path) -> list[Any]:
+    """The lines of a text as sentences, their words separated by white space."""
+    if not isinstance(task, Tagger):
+        raise UserError(f"--sentences: task {task.name} tags no words; give its file format")
+    lines = [line.split() for line in read_text(path).split("\n")]
+    return in_memory([(words, [task.blank] * len(words)) for words in lines if words], path)
+
+
+def write(task: Task, examples: list[Any], predictions: list[Any], out: Path | None) -> None:
+    """Writes the predictions to a file, or to standard output."""
+    if out:
+        task.write(examples, predictions, out)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        task.write(examples, predictions, Path(folder) / "predictions")
+        sys.stdout.write((Path(folder) / "predictions").read_bytes().decode())
+        sys.stdout.flush()
+
+
+def probabilities(
+    task: Task,
+    examples: list[Any],
+    rows: list[Row],
+    scores: list[np.ndarray],
+    predictions: list[Any],
+    labels: list[str],
+    limits: Limits,
+) -> list[dict[str, Any]]:
+    """What is written of each example: its prediction and the probabilities of it.
+
+    Of labels: of every label, for each word. Of an answer: its share among all spans of at most `limits.max_answer` pieces
+    of all windows, and "no answer" where the model may give it.
+    """
+    facts: list[dict[str, Any]] = [{"prediction": prediction} for prediction in predictions]
+    if task.kind == "labels":
+        for row, values in zip(rows, scores, strict=True):
+            chances = [
+                {label: round(float(chance), 4) for label, chance in zip(labels, position, strict=True)}
+                for position in softmax(values, axis=-1)
+            ]
+            facts[row.example].setdefault("probabilities", []).extend(chances)
+        return facts
+    for example, fact in zip(examples, facts, strict=True):
+        fact["id"] = example.id
+    windows: list[list[np.ndarray]] = [[] for _ in examples]
+    for row, values in zip(rows, scores, strict=True):
+        windows[row.example].append(values.astype(np.float64))
+    for fact, parts in zip(facts, windows, strict=True):
+        none = min(start[0] + end[0] for start, end in parts)
+        answers = [spans.span_scores(start[1:], end[1:], limits.max_answer) for start, end in parts]
+        total = np.logaddexp.reduce(np.concatenate([*answers, [none] if "none" in labels else []]))
+        best_score = max(float(values.max()) for values in answers)
+        fact["probability"] = round(float(np.exp((best_score if fact["prediction"] else none) - total)), 4)
+    return facts
