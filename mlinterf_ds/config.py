@@ -32,6 +32,9 @@ REMOVED = {
     "finetune.eval_batch": "a rank predicts 64 rows at once: leave the key out",
 }
 
+# What a key that is newer than a checkpoint was in effect before it existed, where that is not the default of today.
+EARLIER = {"data.boundaries": "none", "data.positions": "row"}
+
 
 class Section(BaseModel):
     """A group of keys; unknown ones are refused, values are checked, results are immutable."""
@@ -235,11 +238,16 @@ def differences(now: Mapping[str, Any], before: Mapping[str, Any]) -> list[str]:
     return [f"{key} is {now.get(key)}, was {before.get(key)}" for key in keys if now.get(key) != before.get(key)]
 
 
-def without_removed(dump: Mapping[str, Any]) -> dict[str, Any]:
-    """A configuration that an earlier version saved, without the keys that were removed since."""
-    return {
+def with_present_keys(dump: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration that an earlier version saved, without keys that were removed since and with those that came since."""
+    present = {
         section: {key: value for key, value in keys.items() if f"{section}.{key}" not in REMOVED}
         if isinstance(keys, dict)
         else keys
         for section, keys in dump.items()
     }
+    for name, value in EARLIER.items():
+        section, _, key = name.partition(".")
+        if section in present:
+            present[section].setdefault(key, value)
+    return present

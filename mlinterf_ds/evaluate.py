@@ -105,7 +105,7 @@ class Model:
 
         pretrained = Pretrained.open(checkpoint)
         self.languages, self.path, self.layout = pretrained.languages, pretrained.path, layout
-        self.saved, self.length, self.mask_share = pretrained.saved, pretrained.positions, pretrained.mask_share
+        self.saved, self.length, self.row_format = pretrained.saved, pretrained.positions, pretrained.row_format
         self.tokenizer = pretrained.tokenizer()
         self.device = torch.device(get_accelerator().current_device_name())
         self.encoder = pretrained.encoder(layout, self.device, DTYPES[choose_precision(precision, {})[0]])
@@ -153,14 +153,15 @@ class Text:
     def unchanged(self, language: str, split: str) -> bool:
         return True
 
+    def starts_document(self, language: str, split: str, offsets: np.ndarray) -> np.ndarray:
+        return np.ones(len(offsets), dtype=bool)  # each line stands alone
+
 
 def score(model: Model, language: str, path: Path, sentences: int) -> dict[str, float]:
     """Perplexity, bits per character and pseudo-perplexity (of the first `sentences` lines) of a text file."""
     number, text = model.index(language), Text(path, language, model.tokenizer)
     layout = model.layout
-    rows = EvaluationSet(
-        text, language, "test", languages=model.languages, length=model.length, mask_share=model.mask_share
-    )
+    rows = EvaluationSet(text, language, "test", languages=model.languages, row_format=model.row_format)
     batches = rows.batches(ROWS, layout.data_rank, layout.data)
     batches = _bar(batches, f"{language}: perplexity", -(-rows.rows // (ROWS * layout.data)), layout)
     nll = weighted_loss(model.encoder, batches, model.device, layout)

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from mlinterf_ds.config import without_removed
+from mlinterf_ds.config import with_present_keys
+from mlinterf_ds.data.row_format import RowFormat
 from mlinterf_ds.data.tokenizer import Tokenizer
 from mlinterf_ds.engine import checkpoint
 from mlinterf_ds.engine.space import Segment
@@ -39,7 +40,7 @@ class Pretrained:
             raise UserError(
                 f"{path}: a checkpoint of a fine-tuning: set checkpoint to a pretraining run's output folder"
             )
-        return cls(path, saved | {"config": without_removed(saved["config"])})
+        return cls(path, saved | {"config": with_present_keys(saved["config"])})
 
     @property
     def languages(self) -> list[str]:
@@ -56,9 +57,10 @@ class Pretrained:
         return int(self.saved["config"]["data"]["sequence_length"])
 
     @property
-    def mask_share(self) -> float:
-        """The share of tokens that were masked and predicted in its pretraining."""
-        return float(self.saved["config"]["data"]["mask"])
+    def row_format(self) -> RowFormat:
+        """How text became rows in its pretraining."""
+        data = self.saved["config"]["data"]
+        return RowFormat(self.positions, float(data["mask"]), data["boundaries"], data["positions"])
 
     def shape(self, dropout: float | None = None) -> ModelConfig:
         """The shape of the encoder, with the given dropouts in place of the checkpoint's."""

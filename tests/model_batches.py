@@ -29,18 +29,23 @@ class Batch:
     languages: Tensor
     step_languages: tuple[int, ...]
     dropout_seed: int = 5
+    segment_ids: Tensor | None = None
+    position_ids: Tensor | None = None
 
     def rows(self, index: Tensor, step_languages: tuple[int, ...]) -> Batch:
-        chosen = {
-            name: getattr(self, name)[index] for name in ("tokens", "positions", "labels", "weights", "languages")
-        }
+        chosen = {name: value[index] for name, value in vars(self).items() if isinstance(value, Tensor)}
         return replace(self, **chosen, step_languages=step_languages)
 
 
 def batch(languages: list[int], step_languages: tuple[int, ...] | None = None, vocabulary: int = VOCABULARY) -> Batch:
-    """Random rows in these languages."""
+    """Random rows in these languages, each of a few segments."""
     source, rows = torch.Generator().manual_seed(0), len(languages)
+    begins = torch.rand(rows, LENGTH, generator=source) < 0.25
+    begins[:, :2] = False  # `<s>` and the first token of the text
+    columns = torch.arange(LENGTH)
     return Batch(
+        segment_ids=begins.cumsum(1),
+        position_ids=columns - torch.where(begins, columns - 1, 0).cummax(1).values,
         tokens=torch.randint(vocabulary, (rows, LENGTH), generator=source),
         positions=torch.rand(rows, LENGTH, generator=source).argsort(dim=1)[:, :MASKED],
         labels=torch.randint(vocabulary, (rows, MASKED), generator=source),
@@ -68,3 +73,9 @@ def gradients(model: Encoder) -> dict[str, Tensor]:
     by_name = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad(set_to_none=True)
     return by_name
+
+
+def hidden(model: Encoder, rows: Batch) -> Tensor:
+    """The hidden states (rows, length, width) that the model's loss on these rows is computed from."""
+    segments = {"segment_ids": rows.segment_ids, "position_ids": rows.position_ids}
+    return model.hidden(rows.tokens, rows.languages, rows.step_languages, **segments)

@@ -42,9 +42,9 @@ def train_and_measure(
         config.model, variant="joint", languages=pair, vocabulary=corpus.vocabulary_size, positions=length, seed=seed
     )
     engine = Engine(model, train, read_json(ROOT / "ds_configs" / "zero0.json"), "fp32", parallel.current(1))
-    stream = TrainStream(corpus, pair, rows=train.batch, length=length, seed=seed, mask_share=config.data.mask)
+    stream = TrainStream(corpus, pair, rows=train.batch, row_format=config.data.row_format, seed=seed)
     draws = Draws(
-        corpus, pair, pair, config=config.conflict, length=length, mask_share=config.data.mask, seed=seed, engine=engine
+        corpus, pair, pair, config=config.conflict, row_format=config.data.row_format, seed=seed, engine=engine
     )
     rows = []
     for step in range(max(options.at) + 1):

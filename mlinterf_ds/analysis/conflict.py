@@ -34,8 +34,8 @@ def run(job: AnalysisJob) -> dict[str, Any]:
         return _draw_runs(job)
     engine = job.engine(settings.micro_batch * job.layout.data, settings.micro_batch)
     draws = Draws(
-        job.text, job.languages, job.model.languages, config=settings, length=job.model.positions,
-        mask_share=job.model.mask_share, seed=settings.seed, engine=engine,
+        job.text, job.languages, job.model.languages, config=settings, row_format=job.model.row_format,
+        seed=settings.seed, engine=engine,
     )  # fmt: skip
     similarity, costs = measure(engine, draws, settings.sketch, settings.seed)
     matrix = similarity.matrix()

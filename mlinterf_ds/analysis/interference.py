@@ -117,8 +117,7 @@ def bits_per_character(
     bits = {}
     for code in (code for code in languages if code in model.languages):
         rows = EvaluationSet(
-            corpus, code, settings.split, languages=model.languages, length=model.length, max_rows=settings.rows,
-            mask_share=model.mask_share,
+            corpus, code, settings.split, languages=model.languages, row_format=model.row_format, max_rows=settings.rows,
         )  # fmt: skip
         bits[code] = row_losses(model, rows) * rows.bits_per_character(1.0)
     return bits

@@ -17,10 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mlinterf_ds.data.row_format import RowFormat
 from mlinterf_ds.data.tokenizer import BOS, EOS, MASK, SPECIAL_PIECES
 
 FIRST_ORDINARY = len(SPECIAL_PIECES)  # pieces from this id on are text
-MASK_SHARE, REPLACED_BY_MASK, REPLACED_AT_RANDOM = 0.15, 0.8, 0.1  # BERT's proportions; the remaining tenth is kept
+REPLACED_BY_MASK, REPLACED_AT_RANDOM = 0.8, 0.1  # BERT's proportions of the masked; the remaining tenth is kept
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,8 @@ class Batch:
     languages: Tensor  # (rows,) int64: index into the stream's `languages`
     step_languages: tuple[int, ...]  # the languages of the whole global batch, ascending: the same on all ranks
     dropout_seed: int  # replays this slice's dropout: a function of (seed, purpose, step, first row)
+    segment_ids: Tensor | None = None  # (rows, length) int32: tokens see those of the same number; None: the whole row
+    position_ids: Tensor | None = None  # (rows, length) int64: which position embedding a token gets; None: its column
 
     def to(self, device: torch.device | str) -> Batch:
         """Returns the batch with its tensors on `device`, except `languages`: routing reads them on the CPU."""
@@ -54,12 +57,6 @@ def generator(source: int, index: int = 0, skip: int = 0) -> np.random.Generator
     """Returns Philox generator number `index` of the 16-byte key `source`, advanced by `skip` blocks of four 64-bit words."""
     words = np.array([source & (2**64 - 1), source >> 64], dtype=np.uint64)
     return np.random.Generator(np.random.Philox(key=words, counter=np.array([skip, index, 0, 0], dtype=np.uint64)))
-
-
-def masked_per_row(length: int, mask_share: float = MASK_SHARE) -> int:
-    """Returns how many positions of a row are predicted: `round(mask_share * (length - 1))`, at least one."""
-    assert length >= 2 and 0 < mask_share < 1, (length, mask_share)
-    return max(1, round(mask_share * (length - 1)))
 
 
 def row_draws(source: int, step: int, start: int, stop: int, length: int, masked: int) -> np.ndarray:
@@ -101,18 +98,18 @@ class Masker:
 
     seed: int
     purpose: str
-    length: int
+    row_format: RowFormat
     vocabulary_size: int
-    mask_share: float = MASK_SHARE
 
     @property
     def masked(self) -> int:
         """How many positions of a row are predicted."""
-        return masked_per_row(self.length, self.mask_share)
+        return self.row_format.masked
 
     def batch(
         self,
         text: np.ndarray,  # (rows, length - 1) int64
+        begins: np.ndarray,  # (rows, length - 1) bool: a segment begins at this token (see `Windows.at`)
         weights: np.ndarray,  # (rows,) the weight of each prediction of a row
         languages: np.ndarray,  # (rows,)
         step_languages: tuple[int, ...],
@@ -123,7 +120,7 @@ class Masker:
         """Returns the batch of these texts, which are rows `start`, `start + 1`, ... of the step's global batch."""
         rows = np.concatenate([np.full((len(text), 1), BOS, dtype=np.int64), text], axis=1)
         source = key(self.seed, "masks", self.purpose, size=16)
-        draws = row_draws(source, step, start, start + len(text), self.length, self.masked)
+        draws = row_draws(source, step, start, start + len(text), self.row_format.length, self.masked)
         tokens, positions, labels = mask_rows(rows, draws, self.masked, self.vocabulary_size)
         return Batch(
             tokens=torch.from_numpy(tokens),
@@ -133,4 +130,18 @@ class Masker:
             languages=torch.from_numpy(languages.astype(np.int64)),
             step_languages=step_languages,
             dropout_seed=key(self.seed, "dropout", self.purpose, step, start) >> 1,  # 63 bits: torch takes signed seeds
+            **self._segments(np.pad(begins, ((0, 0), (1, 0)))),
         )
+
+    def _segments(self, begins: np.ndarray) -> dict[str, Tensor]:
+        """Returns the segment and position ids of rows whose later segments begin at these columns: (rows, length) bool."""
+        if self.row_format.boundaries == "none":
+            return {}
+        ids = {"segment_ids": torch.from_numpy(begins.cumsum(axis=1, dtype=np.int32))}
+        if self.row_format.positions == "boundary":
+            columns = np.arange(begins.shape[1])
+            before = np.maximum.accumulate(
+                np.where(begins, columns - 1, 0), axis=1
+            )  # the column where `<s>` would stand
+            ids["position_ids"] = torch.from_numpy(columns - before)
+        return ids

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import re
+import struct
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,6 +19,7 @@ from mlinterf_ds.files import sha256
 
 MANIFEST = "manifest.json"
 FORMAT, VERSION = "mlinterf_ds corpus", 1
+INDEX_HEADER = "<9sQBQQ"  # of an idx file: magic, version, dtype, sentences, documents + 1 (see data/prepare/shards.py)
 _DTYPES: dict[str, np.dtype] = {"uint16": np.dtype(np.uint16), "int32": np.dtype(np.int32)}
 LANGUAGE = re.compile(r"(?!shared$)[a-z][a-z0-9_-]*")  # "shared" names the parameters that all languages use
 SPLITS = ("train", "meta", "valid", "test")
@@ -102,6 +104,25 @@ class Corpus:
         """Returns which share of a language's text the vocabulary lacks."""
         return unknown_share(self.manifest["languages"][language]["splits"])
 
+    def starts_document(self, language: str, split: str, offsets: np.ndarray) -> np.ndarray:
+        """Returns which sentences begin a document, by the offsets of their first tokens: (n,) int64 -> (n,) bool.
+
+        A line that stands alone is a document. The index file is read where it is needed, and never held in memory.
+        """
+        path, start = self._path(self._facts(language, split)["idx"]), struct.calcsize(INDEX_HEADER)
+        with open(path, "rb") as file:
+            _, _, _, sentences, documents = struct.unpack(INDEX_HEADER, file.read(start))
+        if sentences == documents - 1:
+            return np.ones(len(offsets), dtype=bool)
+        lengths, numbers = np.dtype(np.int32), np.dtype(np.int64)
+        start += sentences * lengths.itemsize
+        places = np.memmap(path, numbers, "r", start, (sentences,))  # bytes before each sentence
+        firsts = np.memmap(
+            path, numbers, "r", start + sentences * numbers.itemsize, (documents,)
+        )  # and each document's
+        sentence = _search(places, offsets * self._dtype.itemsize)
+        return firsts[_search(firsts, sentence)] == sentence
+
     def verify(self, part: int = 0, parts: int = 1) -> None:
         """Reads every file and compares its SHA-256 with the manifest's. Raises UserError that names the first to differ.
 
@@ -111,13 +132,14 @@ class Corpus:
             self._check_hash(entry)
 
     def unchanged(self, language: str, split: str) -> bool:
-        """Returns whether the files of a split's tokens and of the tokenizer stayed untouched since the last call.
+        """Returns whether the files of a split's text and of the tokenizer stayed untouched since the last call.
 
-        This takes two system calls. A file that was touched is read again: if its contents are the same, the next call
+        This takes three system calls. A file that was touched is read again: if its contents are the same, the next call
         returns True; if they differ from what was prepared, this raises UserError.
         """
         same = True
-        for entry in (self.manifest["vocabulary"], self._facts(language, split)["bin"]):
+        facts = self._facts(language, split)
+        for entry in (self.manifest["vocabulary"], facts["bin"], facts["idx"]):
             path = self.folder / entry["file"]
             if (now := _state(path)) != self._seen[path]:
                 self._check_size(entry)
@@ -228,6 +250,16 @@ def check_known(folder: Path, shares: Mapping[str, float]) -> None:
             warn(
                 f"{folder}: the vocabulary lacks {share:.1%} of the text of {language}, which is <unk> to a model; {remedy}"
             )
+
+
+def _search(ascending: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Returns the first index whose element is not below each value, as np.searchsorted does, which copies mapped memory."""
+    low, high = np.zeros(len(values), dtype=np.int64), np.full(len(values), len(ascending), dtype=np.int64)
+    while (low < high).any():
+        middle = (low + high) // 2
+        below = (ascending[np.minimum(middle, len(ascending) - 1)] < values) & (low < high)
+        low, high = np.where(below, middle + 1, low), np.where(below, high, np.minimum(middle, high))
+    return low
 
 
 def _state(path: Path) -> tuple[int, ...]:

@@ -8,7 +8,8 @@ from functools import cached_property
 
 import numpy as np
 
-from mlinterf_ds.data.batch import MASK_SHARE, Batch, Masker
+from mlinterf_ds.data.batch import Batch, Masker, key
+from mlinterf_ds.data.row_format import RowFormat
 from mlinterf_ds.data.stream import checked_languages
 from mlinterf_ds.data.tokenizer import EOS
 from mlinterf_ds.data.windows import TokenSource, split_windows
@@ -31,27 +32,26 @@ class EvaluationSet:
         split: str,
         *,
         languages: Sequence[str],
-        length: int,
+        row_format: RowFormat,
         seed: int = 0,
         max_rows: int | None = None,
-        mask_share: float = MASK_SHARE,
     ) -> None:
         """`languages` are the model's, in its order. Raises UserError if the corpus lacks `language` or its split is empty."""
         self.corpus, self.language, self.split = corpus, language, split
-        checked_languages(corpus, [language], length)
+        checked_languages(corpus, [language], row_format.length)
         self.index = list(languages).index(language)  # the model's number for the language
-        self._masker = Masker(seed, f"{split}/{language}", length, corpus.vocabulary_size, mask_share)
-        self._windows = split_windows(corpus, language, split, length, seed)
+        self._masker = Masker(seed, f"{split}/{language}", row_format, corpus.vocabulary_size)
+        self._windows = split_windows(corpus, language, split, row_format, key(seed, "windows", split, language))
         windows = self._windows.count
         self.rows = windows if max_rows is None else min(windows, max_rows)
-        self._starts = np.arange(self.rows) * windows // self.rows * (length - 1)
+        self._starts = np.arange(self.rows) * windows // self.rows * self._windows.width
         self.predictions = self.rows * self._masker.masked
 
     def batch(self, start: int, stop: int) -> Batch:
         """Returns rows `start` to `stop`. Rows beyond the set repeat its last one at weight 0, which keeps shapes equal."""
         numbers = np.arange(start, stop)
         return self._masker.batch(
-            self._windows.at(self._starts[np.minimum(numbers, self.rows - 1)]),
+            *self._windows.at(self._starts[np.minimum(numbers, self.rows - 1)]),
             (numbers < self.rows) / self.predictions,
             np.full(len(numbers), self.index),
             (self.index,),

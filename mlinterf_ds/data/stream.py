@@ -15,7 +15,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from mlinterf_ds.data.batch import MASK_SHARE, Batch, Masker, generator, key
+from mlinterf_ds.data.batch import Batch, Masker, generator, key
+from mlinterf_ds.data.row_format import RowFormat
 from mlinterf_ds.data.windows import TokenSource, Windows, split_windows
 from mlinterf_ds.errors import UserError
 
@@ -36,13 +37,14 @@ def checked_languages(corpus: TokenSource, languages: Sequence[str], length: int
     return tuple(languages)
 
 
-def _texts(windows: Sequence[Windows], languages: np.ndarray, visits: np.ndarray) -> np.ndarray:
-    """Returns for each row the text of its language's visit: (rows,), (rows,) -> (rows, width)."""
-    texts = np.empty((len(languages), windows[0].width), dtype=np.int64)
+def _texts(windows: Sequence[Windows], languages: np.ndarray, visits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns for each row the text of its language's visit, and where segments begin: two arrays (rows, width)."""
+    shape = len(languages), windows[0].width
+    texts, begins = np.empty(shape, dtype=np.int64), np.empty(shape, dtype=bool)
     for language in np.unique(languages):
         rows = languages == language
-        texts[rows] = windows[language].visit(visits[rows])
-    return texts
+        texts[rows], begins[rows] = windows[language].visit(visits[rows])
+    return texts, begins
 
 
 class Schedule:
@@ -92,22 +94,24 @@ class TrainStream:
         languages: Sequence[str],
         *,
         rows: int,
-        length: int,
+        row_format: RowFormat,
         seed: int,
         temperature: float = 1.0,
         mixed: bool = False,
-        mask_share: float = MASK_SHARE,
         only: Sequence[str] | None = None,
     ) -> None:
         """`only` names the languages that are drawn; the others keep their index. Raises UserError for unusable settings."""
-        self.languages = checked_languages(corpus, languages, length)
+        self.languages = checked_languages(corpus, languages, row_format.length)
         if only is not None and (not only or set(only) - set(self.languages)):
             raise UserError(f"data.only = {','.join(only)}: expected one or more of {', '.join(self.languages)}")
         if not temperature > 0:
             raise UserError(f"data.temperature = {temperature}: expected a number above 0 (1 samples by size).")
         self.rows = rows
-        self._masker = Masker(seed, "train", length, corpus.vocabulary_size, mask_share)
-        self._windows = [split_windows(corpus, language, "train", length, seed) for language in self.languages]
+        self._masker = Masker(seed, "train", row_format, corpus.vocabulary_size)
+        self._windows = [
+            split_windows(corpus, language, "train", row_format, key(seed, "windows", "train", language))
+            for language in self.languages
+        ]
         sentences = np.array([corpus.sentences(language, "train") for language in self.languages], dtype=np.float64)
         smoothed = (sentences / sentences.max()) ** (1 / temperature)  # the sum below cancels the common factor
         if only is not None:
@@ -124,7 +128,7 @@ class TrainStream:
         first_rows = np.cumsum(counts) - counts
         visits = before[languages] + np.arange(start, stop) - first_rows[languages]
         return self._masker.batch(
-            _texts(self._windows, languages, visits),
+            *_texts(self._windows, languages, visits),
             np.full(stop - start, 1 / (self.rows * self._masker.masked)),
             languages,
             tuple(np.flatnonzero(counts).tolist()),
@@ -155,12 +159,11 @@ class ValidationStream:
         languages: Sequence[str],
         *,
         rows: int,
-        length: int,
+        row_format: RowFormat,
         seed: int,
         languages_per_step: int | None = None,
-        mask_share: float = MASK_SHARE,
     ) -> None:
-        self.languages = checked_languages(corpus, languages, length)
+        self.languages = checked_languages(corpus, languages, row_format.length)
         total = len(self.languages)
         self.per_step = total if languages_per_step is None else languages_per_step
         if not min(2, total) <= self.per_step <= total:
@@ -174,13 +177,16 @@ class ValidationStream:
                 f"each. Set meta.batch to at least {self.per_step}, or meta.languages_per_step (2 or more) to fewer."
             )
         self.rows, self._seed = rows, seed
-        self._masker = Masker(seed, "meta", length, corpus.vocabulary_size, mask_share)
-        self._windows = [split_windows(corpus, language, "meta", length, seed) for language in self.languages]
+        self._masker = Masker(seed, "meta", row_format, corpus.vocabulary_size)
+        self._windows = [
+            split_windows(corpus, language, "meta", row_format, key(seed, "windows", "meta", language))
+            for language in self.languages
+        ]
         for language, windows in zip(self.languages, self._windows, strict=True):
             if len(windows.tokens) < windows.width:
                 raise UserError(
                     f"language {language!r}: its 'meta' split has {len(windows.tokens)} tokens, too few for one row of "
-                    f"data.sequence_length = {length}. Give it more text or a larger meta split and prepare the corpus "
+                    f"data.sequence_length = {row_format.length}. Give it more text or a larger meta split and prepare the corpus "
                     f"again, shorten data.sequence_length, or take the language out of `languages`."
                 )
 
@@ -209,7 +215,7 @@ class ValidationStream:
         # an epoch. A window whose number a step leaves unused is left out of that epoch.
         visits = step * -(-self.rows // self.per_step) + np.arange(start, stop) - first_rows[slot]
         return self._masker.batch(
-            _texts(self._windows, chosen[slot], visits),
+            *_texts(self._windows, chosen[slot], visits),
             (weights / (counts * self._masker.masked))[slot],
             chosen[slot],
             tuple(chosen.tolist()),

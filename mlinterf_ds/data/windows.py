@@ -11,7 +11,8 @@ from typing import Protocol
 
 import numpy as np
 
-from mlinterf_ds.data.batch import key
+from mlinterf_ds.data.row_format import RowFormat
+from mlinterf_ds.data.tokenizer import EOS
 from mlinterf_ds.errors import UserError
 
 
@@ -26,6 +27,9 @@ class TokenSource(Protocol):
     def characters(self, language: str, split: str) -> int: ...
     def tokens(self, language: str, split: str) -> np.ndarray: ...  # flat, memory-mapped; `</s>` ends every sentence
     def unchanged(self, language: str, split: str) -> bool: ...  # see Corpus.unchanged
+    def starts_document(
+        self, language: str, split: str, offsets: np.ndarray
+    ) -> np.ndarray: ...  # see Corpus.starts_document
 
 
 class Windows:
@@ -36,36 +40,54 @@ class Windows:
     """
 
     def __init__(
-        self, tokens: np.ndarray, width: int, source: int, unchanged: Callable[[], bool] = lambda: True
+        self,
+        tokens: np.ndarray,
+        width: int,
+        source: int,
+        starts_segment: Callable[[np.ndarray], np.ndarray] | None = None,
+        unchanged: Callable[[], bool] = lambda: True,
     ) -> None:
-        """`source` keys the order. `unchanged` says whether the file of `tokens` stayed as it was since the last call, and
-        raises UserError if its contents were altered."""
+        """`source` keys the order. `starts_segment` says of the offsets of sentences' first tokens, (n,) -> (n,) bool, which
+        of them begin a segment; None: all do. `unchanged` says whether the files of the text stayed as they were since the
+        last call, and raises UserError if their contents were altered."""
         assert len(tokens) > 0 and width > 0, (len(tokens), width)
-        self._unchanged = unchanged
+        self._starts_segment, self._unchanged = starts_segment, unchanged
         self.tokens = np.asarray(tokens)  # flat; stays memory-mapped
         self.width = width
         self.count = max(1, len(tokens) // width)
         self._source = np.uint64(source)
 
-    def visit(self, visits: np.ndarray) -> np.ndarray:
-        """Returns the text of visits by number (0, 1, ... over all epochs): (n,) -> (n, width) int64."""
+    def visit(self, visits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the text of visits by number (0, 1, ... over all epochs), as `at` does. visits: (n,)."""
+        return self.at(self.starts(visits))
+
+    def starts(self, visits: np.ndarray) -> np.ndarray:
+        """Returns the offset of each visit's first token: (n,) -> (n,) int64, below the number of tokens."""
         epoch, index = np.divmod(visits, self.count)
         keys = mix(self._source ^ mix(epoch.astype(np.uint64) + np.uint64(1)))
         shift = (mix(keys) % np.uint64(len(self.tokens))).astype(np.int64)
-        return self.at(shuffled(index, self.count, keys) * self.width + shift)
+        return (shuffled(index, self.count, keys) * self.width + shift) % len(self.tokens)
 
-    def at(self, starts: np.ndarray) -> np.ndarray:
-        """Returns the `width` tokens from each start on; the text's end leads to its beginning: (n,) -> (n, width) int64."""
+    def at(self, starts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the `width` tokens from each start on, and whether a segment begins at each: (n, width) int64 and bool.
+
+        starts: (n,). The text's end leads to its beginning. The first token of a window begins no segment: it continues the
+        one of the `<s>` before it.
+        """
         indices = (starts[:, None] + np.arange(self.width)) % len(self.tokens)
         self._unchanged()  # asked first: reading mapped memory behind the end of a file that was cut kills the process
         while True:
             text = self.tokens[indices].astype(np.int64)
-            if self._unchanged():  # else the file may have been altered, and put right again, during the read
-                return text
+            begins = np.zeros(text.shape, dtype=bool)
+            begins[:, 1:] = text[:, :-1] == EOS
+            if self._starts_segment is not None:
+                begins[begins] = self._starts_segment(indices[begins]) | (indices[begins] == 0)
+            if self._unchanged():  # else the files may have been altered, and put right again, during the read
+                return text, begins
 
 
-def split_windows(corpus: TokenSource, language: str, split: str, length: int, seed: int) -> Windows:
-    """Returns a language's split as windows for rows of `length`. Their order depends on no other language.
+def split_windows(corpus: TokenSource, language: str, split: str, row_format: RowFormat, source: int) -> Windows:
+    """Returns a language's split as windows for rows of this format. `source` keys their order.
 
     Raises UserError if the split is empty.
     """
@@ -74,8 +96,13 @@ def split_windows(corpus: TokenSource, language: str, split: str, length: int, s
             f"language {language!r}: its {split!r} split is empty. Give it more text and prepare the corpus again, "
             "or take it out of `languages`."
         )
-    unchanged = partial(corpus.unchanged, language, split)
-    return Windows(corpus.tokens(language, split), length - 1, key(seed, "windows", split, language), unchanged)
+    return Windows(
+        corpus.tokens(language, split),
+        row_format.length - 1,
+        source,
+        partial(corpus.starts_document, language, split) if row_format.boundaries == "document" else None,
+        partial(corpus.unchanged, language, split),
+    )
 
 
 def mix(x: np.ndarray) -> np.ndarray:

@@ -10,14 +10,14 @@ import itertools
 import math
 import time
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from mlinterf_ds.data.batch import Batch, Masker, key
-from mlinterf_ds.data.windows import TokenSource, Windows
+from mlinterf_ds.data.row_format import RowFormat
+from mlinterf_ds.data.windows import TokenSource, Windows, split_windows
 from mlinterf_ds.engine.engine import Engine, Rows
 from mlinterf_ds.engine.space import Vector
 from mlinterf_ds.engine.throughput import peak_memory
@@ -50,28 +50,27 @@ class Draws:
         known: Sequence[str],
         *,
         config: ConflictSection,
-        length: int,
-        mask_share: float,
+        row_format: RowFormat,
         seed: int,
         engine: Engine,
     ):
         self.languages = tuple(languages)
-        self._known, self._windows = list(known), {}
+        self._known = list(known)
+        self._windows: dict[str, Windows] = {}
         for code in self.languages:
-            tokens = corpus.tokens(code, "train")
-            if len(tokens) < DRAWS * (length - 1):
-                raise UserError(
-                    f"language {code!r}: its 'train' split has {len(tokens)} tokens, too few for two different rows of "
-                    f"{length}: give it more text or leave it out of `languages`"
-                )
-            self._windows[code] = Windows(
-                tokens, length - 1, key(seed, "conflict", code), partial(corpus.unchanged, code, "train")
+            self._windows[code] = windows = split_windows(
+                corpus, code, "train", row_format, key(seed, "conflict", code)
             )
+            if len(windows.tokens) < DRAWS * windows.width:
+                raise UserError(
+                    f"language {code!r}: its 'train' split has {len(windows.tokens)} tokens, too few for two different rows of "
+                    f"{row_format.length}: give it more text or leave it out of `languages`"
+                )
         on_cpu = engine.device.type == "cpu"
         self.rows = _rows(config, {code: w.count for code, w in self._windows.items()}, engine.layout.data, on_cpu)
         self._slices = engine.slices(self.rows, config.micro_batch)
         self._maskers = {
-            (code, draw): Masker(seed, f"conflict/{code}/{draw}", length, corpus.vocabulary_size, mask_share)
+            (code, draw): Masker(seed, f"conflict/{code}/{draw}", row_format, corpus.vocabulary_size)
             for code in self.languages
             for draw in range(DRAWS)
         }
@@ -82,12 +81,9 @@ class Draws:
         masker, first = self._maskers[language, draw], measurement * windows.count + draw * self.rows
         batches = []
         for start, stop in self._slices:
-            rows, weights = (
-                windows.visit(first + np.arange(start, stop)),
-                np.full(stop - start, 1 / (self.rows * masker.masked)),
-            )
-            languages = np.full(stop - start, index)
-            batches.append(masker.batch(rows, weights, languages, (index,), step=measurement, start=start))
+            rows, languages = windows.visit(first + np.arange(start, stop)), np.full(stop - start, index)
+            weights = np.full(stop - start, 1 / (self.rows * masker.masked))
+            batches.append(masker.batch(*rows, weights, languages, (index,), step=measurement, start=start))
         return batches
 
 

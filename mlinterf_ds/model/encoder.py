@@ -48,6 +48,12 @@ class Batch(Protocol):
     def step_languages(self) -> tuple[int, ...]: ...  # the languages of all ranks' rows, ascending
     @property
     def dropout_seed(self) -> int: ...
+    @property
+    def segment_ids(
+        self,
+    ) -> Tensor | None: ...  # (rows, length): tokens see those of the same number; None: the whole row
+    @property
+    def position_ids(self) -> Tensor | None: ...  # (rows, length) int64; None: columns
 
 
 class Embeddings(nn.Module):
@@ -63,12 +69,14 @@ class Embeddings(nn.Module):
         self.position = nn.Embedding(positions, width)
         self.language = nn.Embedding(languages, width) if languages else None
 
-    def forward(self, tokens: Tensor, languages: Tensor) -> Tensor:
-        """(rows, length, width) of tokens (rows, length) and languages (rows,)."""
+    def forward(self, tokens: Tensor, languages: Tensor, position_ids: Tensor | None = None) -> Tensor:
+        """(rows, length, width) of tokens (rows, length), languages (rows,) and position ids (rows, length), or columns."""
         length, most = tokens.shape[1], self.position.num_embeddings
         if length > most:
             raise UserError(f"rows of {length} tokens, the model has {most} positions: cut the rows to {most} tokens")
-        hidden = self.word(tokens) + self.position(torch.arange(length, device=tokens.device))
+        if position_ids is None:
+            position_ids = torch.arange(length, device=tokens.device)
+        hidden = self.word(tokens) + self.position(position_ids)
         if self.language is not None:
             hidden = hidden + self.language(languages.to(tokens.device))[:, None]
         return F.dropout(hidden, self.dropout, self.training)
@@ -171,20 +179,29 @@ class Encoder(nn.Module):
             parameter.copy_(whole if dimension is None else whole.chunk(group.size(), dimension)[group.rank()])
 
     def hidden(
-        self, tokens: Tensor, languages: Tensor, step_languages: Sequence[int], padding: Tensor | None = None
+        self,
+        tokens: Tensor,
+        languages: Tensor,
+        step_languages: Sequence[int],
+        padding: Tensor | None = None,
+        segment_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
     ) -> Tensor:
         """Hidden states (rows, length, width) after the final LayerNorm.
 
         tokens: (rows, length); languages: (rows,); step_languages: the languages of all ranks' rows, in the order in which
-        every rank visits them; padding: (rows, length) bool, True = ignore, or None.
+        every rank visits them; padding: (rows, length) bool, True = ignore, or None; segment_ids: (rows, length), tokens
+        attend to those of the same number, or None for the whole row; position_ids: (rows, length), or None for columns.
         """
         route, order = self.router.plan(languages, step_languages)
         if order is not None:  # group the rows by language; tokens are cheaper to move than hidden states
             tokens, languages = tokens[order], languages[order]
-            padding = padding[order] if padding is not None else None
-        mask = None if padding is None else ~padding[:, None, None, :]
+            padding, segment_ids, position_ids = (
+                None if value is None else value[order] for value in (padding, segment_ids, position_ids)
+            )
+        embedded = self.embeddings(tokens, languages, position_ids)
         with self.router.following(route):
-            hidden: Tensor = self.block(self.embeddings(tokens, languages), attention_mask=mask)
+            hidden: Tensor = self.block(embedded, attention_mask=attention_mask(padding, segment_ids))
         if order is None:
             return hidden
         given_order = torch.tensor(order, device=hidden.device).argsort()
@@ -197,7 +214,13 @@ class Encoder(nn.Module):
                 stack.enter_context(replayed(batch.dropout_seed))
             if self.twice_differentiable:
                 stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-            hidden = self.hidden(batch.tokens, batch.languages, batch.step_languages)
+            hidden = self.hidden(
+                batch.tokens,
+                batch.languages,
+                batch.step_languages,
+                segment_ids=batch.segment_ids,
+                position_ids=batch.position_ids,
+            )
             logits = self.head(at_positions(hidden, batch.positions), self.embeddings.word.weight)
             nll = cross_entropy(logits, batch.labels, self.twice_differentiable)
         return (batch.weights * nll).sum(), nll.detach()
@@ -217,6 +240,18 @@ class Encoder(nn.Module):
                     groups.setdefault(code, {}).update(own)
         groups[SHARED] = {name: parameter for name, parameter in self.named_parameters() if id(parameter) in full_names}
         return groups
+
+
+def attention_mask(padding: Tensor | None, segment_ids: Tensor | None) -> Tensor | None:
+    """Which tokens (dimension 3) each token (dimension 2) attends to: bool, (rows, 1, 1 or length, length); None: all.
+
+    padding: (rows, length) bool, True = ignore; segment_ids: (rows, length), tokens attend within their segment.
+    """
+    mask = None if segment_ids is None else (segment_ids[:, :, None] == segment_ids[:, None, :])[:, None]
+    if padding is None:
+        return mask
+    text = ~padding[:, None, None, :]
+    return text if mask is None else mask & text
 
 
 def padded(vocabulary: int) -> int:

@@ -86,7 +86,8 @@ class CoreAttention(nn.Module):
         self.group = pg_collection.tp
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **_: Any) -> Tensor:
-        """query, key, value: (rows, length, heads, head width); mask: (rows, 1, 1, length) bool, True = attend, or None.
+        """query, key, value: (rows, length, heads, head width); mask: (rows, 1, 1 or length, length) bool, True =
+        attend, or None.
 
         Returns (rows, length, heads * head width).
         """

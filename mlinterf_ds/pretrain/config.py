@@ -9,6 +9,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from mlinterf_ds.config import ADDRESS, RESUMABLE, Section, load_config, parser
+from mlinterf_ds.data.row_format import Boundaries, Positions, RowFormat
 from mlinterf_ds.sections import (
     ROUTED,
     ConflictSection,
@@ -43,7 +44,20 @@ class DataConfig(Section):
         {},
         description="LANG=N, ...: training sentences kept of a language of corpus=synthetic, to make it low-resource",
     )
+    boundaries: Boundaries = Field(
+        "document",
+        description="tokens of a row see those of their document (a line that stands alone is one), of their sentence, or "
+        "all (none)",
+    )
+    positions: Positions = Field(
+        "boundary", description="where a token's position is counted from: its boundary, or the beginning of the row"
+    )
     eval_rows: int = Field(256, ge=1, description="rows of the validation split that are scored, of each language")
+
+    @property
+    def row_format(self) -> RowFormat:
+        """How text becomes rows."""
+        return RowFormat(self.sequence_length, self.mask, self.boundaries, self.positions)
 
 
 class ConflictConfig(ConflictSection):

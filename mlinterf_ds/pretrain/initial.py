@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mlinterf_ds.config import without_removed
+from mlinterf_ds.config import with_present_keys
 from mlinterf_ds.data.tokenizer import SPECIAL_PIECES, Tokenizer
 from mlinterf_ds.engine import checkpoint
 from mlinterf_ds.engine.space import Segment
@@ -38,7 +38,7 @@ def weights(init: str, model: ModelConfig, tokenizer: Tokenizer, languages: Sequ
     else:
         path = checkpoint.find(init, "best")
         saved = agreed(lambda: checkpoint.verify(path))
-        shape = ModelConfig(**without_removed(saved.get("pretrained", saved["config"]))["model"])  # of the encoder
+        shape = ModelConfig(**with_present_keys(saved.get("pretrained", saved["config"]))["model"])  # of the encoder
         heads, activation, pieces = shape.heads, shape.adapter_activation, Tokenizer(path / "tokenizer.model").pieces
         source, known = CheckpointReader(path), saved["languages"]
     if source.has(LANGUAGE_ROWS) and not model.language_embeddings:

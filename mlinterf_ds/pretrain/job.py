@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from mlinterf_ds.config import decisive, differences, flat, without_removed
+from mlinterf_ds.config import decisive, differences, flat, with_present_keys
 from mlinterf_ds.data.batch import Batch
 from mlinterf_ds.data.corpus import Corpus
 from mlinterf_ds.data.evaluation import EvaluationSet
@@ -77,7 +77,7 @@ class PretrainingRun:
     def _open_streams(self) -> None:
         """The batches of training and, for the meta variants, of the validation loss; the rows that are evaluated."""
         config, data = self.config, self.config.data
-        common: dict[str, Any] = {"length": data.sequence_length, "mask_share": data.mask}
+        row_format = data.row_format
         self.stream = TrainStream(
             self.corpus,
             self.languages,
@@ -86,11 +86,11 @@ class PretrainingRun:
             temperature=data.temperature,
             mixed=data.mixed,
             only=data.only,
-            **common,
+            row_format=row_format,
         )
         self.evaluation = {
             language: EvaluationSet(
-                self.corpus, language, "valid", languages=self.languages, max_rows=data.eval_rows, **common
+                self.corpus, language, "valid", languages=self.languages, max_rows=data.eval_rows, row_format=row_format
             )
             for language in self.languages
         }
@@ -108,7 +108,7 @@ class PretrainingRun:
             rows=self.meta_rows,
             seed=config.train.seed,
             languages_per_step=config.meta.languages_per_step,
-            **common,
+            row_format=row_format,
         )
 
     def _build_model(self) -> Encoder:
@@ -130,8 +130,8 @@ class PretrainingRun:
     def _monitor(self) -> Monitor:
         config = self.config
         draws = Draws(
-            self.corpus, self.languages, self.languages, config=config.conflict, length=config.data.sequence_length,
-            mask_share=config.data.mask, seed=config.train.seed, engine=self.engine,
+            self.corpus, self.languages, self.languages, config=config.conflict,
+            row_format=config.data.row_format, seed=config.train.seed, engine=self.engine,
         )  # fmt: skip
         return Monitor(
             self.engine, draws, self.session.output, every=config.conflict.every, sketch=config.conflict.sketch,
@@ -186,7 +186,7 @@ class PretrainingRun:
     def _refuse_other_settings(self, path: Path, saved: dict[str, Any]) -> None:
         """UserError where a key that decides the data, the model or a step is not as it was in the checkpoint."""
         defaults = flat(RunConfig().model_dump())  # type: ignore[call-arg]  # of keys that are newer than the checkpoint
-        before = decisive(RunConfig, defaults | flat(without_removed(saved["config"])))
+        before = decisive(RunConfig, defaults | flat(with_present_keys(saved["config"])))
         now = decisive(RunConfig, self.config.model_dump())
         now["languages"], before["languages"] = list(self.languages), saved["languages"]
         now["corpus manifest"], before["corpus manifest"] = self.corpus.manifest_hash, saved["manifest"]

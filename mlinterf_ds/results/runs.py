@@ -127,8 +127,8 @@ class PretrainedRun:
         """How often the best checkpoint had seen the training text of each language."""
         data, train = self.config["data"], self.config["train"]
         stream = TrainStream(
-            corpus, self.pretrained.languages, rows=train["batch"], length=data["sequence_length"], seed=train["seed"],
-            temperature=data["temperature"], mixed=data["mixed"], mask_share=data["mask"],
+            corpus, self.pretrained.languages, rows=train["batch"], row_format=self.pretrained.row_format,
+            seed=train["seed"], temperature=data["temperature"], mixed=data["mixed"],
         )  # fmt: skip
         return {code: facts["epochs"] for code, facts in stream.seen(self.step).items()}
 
@@ -254,10 +254,12 @@ def common_corpus(runs: Sequence[PretrainedRun], folder: str | None) -> Corpus:
             raise UserError(f"{run.folder}: its vocabulary is not that of {corpus.folder}; {remedy}")
         if ours.saved["manifest"] != corpus.manifest_hash:
             raise UserError(f"{run.folder}: was not trained on the text of {corpus.folder}; {remedy}")
-        for key, own, wanted, why in (
-            ("sequence_length", ours.positions, theirs.positions, "both models must read the same rows"),
-            ("mask", ours.mask_share, theirs.mask_share, "a model that sees more of a row scores better"),
+        for key, why in (
+            ("sequence_length", "both models must read the same rows"),
+            ("mask", "a model that sees more of a row scores better"),
+            ("boundaries", "a model that sees other sentences of the row reads other text"),
         ):
+            own, wanted = (saved.saved["config"]["data"][key] for saved in (ours, theirs))
             if own != wanted:
                 raise UserError(
                     f"{run.folder}: data.{key} is {own}, but {wanted} in {first.folder}: {why}, so train all runs with one "

@@ -14,6 +14,7 @@ import pytest
 from mlinterf_ds.data.corpus import Corpus
 from mlinterf_ds.data.evaluation import EvaluationSet
 from mlinterf_ds.data.prepare.main import prepare
+from mlinterf_ds.data.row_format import RowFormat
 from mlinterf_ds.data.stream import TrainStream, ValidationStream
 from mlinterf_ds.errors import UserError
 from tests.faults import kill_many
@@ -33,9 +34,9 @@ def folder(tmp_path: Path) -> Path:
 def streams(folder: Path) -> dict[str, Callable[[int], Any]]:
     """Batches by the split they are made of."""
     corpus = Corpus.open(folder)
-    train = TrainStream(corpus, ["en", "sw"], rows=8, length=16, seed=0, mixed=True)
-    meta = ValidationStream(corpus, ["en", "sw"], rows=8, length=16, seed=0)
-    valid = EvaluationSet(corpus, "en", "valid", languages=["en", "sw"], length=16)
+    train = TrainStream(corpus, ["en", "sw"], rows=8, row_format=RowFormat(16), seed=0, mixed=True)
+    meta = ValidationStream(corpus, ["en", "sw"], rows=8, row_format=RowFormat(16), seed=0)
+    valid = EvaluationSet(corpus, "en", "valid", languages=["en", "sw"], row_format=RowFormat(16))
     return {"train": train.batch, "meta": lambda step: meta.batch(step, 0), "valid": lambda step: valid.batch(0, 4)}
 
 
@@ -117,8 +118,8 @@ def test_text_altered_and_put_right_while_it_was_read_is_read_again(
             os.utime(path)
         return looks[-1]
 
-    windows = Windows(tokens, 8, 1, unchanged)
-    assert np.array_equal(windows.at(np.array([0, 40])), [tokens[0:8], tokens[40:48]])
+    windows = Windows(tokens, 8, 1, unchanged=unchanged)
+    assert np.array_equal(windows.at(np.array([0, 40]))[0], [tokens[0:8], tokens[40:48]])
     assert looks == [True, False, True]
 
 

@@ -48,6 +48,9 @@ class Made:
     def unchanged(self, language: str, split: str) -> bool:
         return True
 
+    def starts_document(self, language: str, split: str, offsets: np.ndarray) -> np.ndarray:
+        return offsets % 20 == 0  # documents of two sentences
+
 
 def make(
     settings: list[str],
@@ -69,7 +72,7 @@ def make(
         corpus,
         languages,
         rows=config.train.batch,
-        length=config.data.sequence_length,
+        row_format=config.data.row_format,
         seed=config.train.seed,
         mixed=config.data.mixed,
     )
@@ -158,7 +161,7 @@ def advance_meta(
         Made(stream.languages),
         stream.languages,
         rows=rows,
-        length=config.data.sequence_length,
+        row_format=config.data.row_format,
         seed=config.train.seed,
         languages_per_step=config.meta.languages_per_step,
     )

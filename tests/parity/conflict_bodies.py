@@ -10,6 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from mlinterf_ds.data.batch import Batch
+from mlinterf_ds.data.row_format import RowFormat
 from mlinterf_ds.engine import checkpoint
 from mlinterf_ds.engine.engine import Engine
 from mlinterf_ds.engine.meta_step import MetaStep
@@ -17,6 +18,7 @@ from mlinterf_ds.engine.optimizer import LossScale
 from mlinterf_ds.gradients.measure import Draws, measure
 from mlinterf_ds.gradients.similarity import DRAWS, group_of
 from mlinterf_ds.pretrain.config import ConflictConfig
+from tests.model_batches import hidden as hidden_states
 from tests.parity import bodies
 
 ROWS = 8
@@ -35,7 +37,7 @@ def drawn(engine: Engine, languages: tuple[str, ...], micro: int, rows: int = RO
     length = engine.model.embeddings.position.num_embeddings
     known = engine.languages
     return kind(
-        bodies.Made(known), languages, known, config=config, length=length, mask_share=0.15, seed=4, engine=engine
+        bodies.Made(known), languages, known, config=config, row_format=RowFormat(length), seed=4, engine=engine
     )
 
 
@@ -76,7 +78,7 @@ def plain(settings: list[str]) -> dict[Key, np.ndarray]:
         for draw in range(DRAWS):
             (batch,) = draws.batches(language, draw, 3)
             assert len(batch.tokens) == ROWS
-            hidden = model.hidden(batch.tokens, batch.languages, batch.step_languages)
+            hidden = hidden_states(model, batch)
             logits = model.head(at_positions(hidden, batch.positions), model.embeddings.word.weight)
             loss = F.cross_entropy(logits.flatten(0, 1), batch.labels.flatten())
             flat.append(dict(zip(names, torch.autograd.grad(loss, parameters), strict=True)))

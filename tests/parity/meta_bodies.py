@@ -8,6 +8,7 @@ from unittest import mock
 
 import torch
 
+from mlinterf_ds.data.row_format import RowFormat
 from mlinterf_ds.data.stream import ValidationStream
 from mlinterf_ds.engine.engine import Engine
 from mlinterf_ds.engine.meta_step import MetaStep, Phases
@@ -108,7 +109,7 @@ def batches(stream: Any, config: Any, step: int) -> tuple[Any, Any]:
         bodies.Made(stream.languages),
         stream.languages,
         rows=rows,
-        length=config.data.sequence_length,
+        row_format=config.data.row_format,
         seed=config.train.seed,
     )
     batch = stream.batch(step)
@@ -321,7 +322,7 @@ def subsets_error(settings: list[str]) -> float:
     (language,) = batch.step_languages
     # The same two rows of every language, whatever subset is drawn: only the weights differ.
     validation = ValidationStream(
-        bodies.Made(), stream.languages, rows=6, length=config.data.sequence_length, seed=0
+        bodies.Made(), stream.languages, rows=6, row_format=config.data.row_format, seed=0
     ).batch(0, language)
     count = len(engine.languages)
 
@@ -334,7 +335,11 @@ def subsets_error(settings: list[str]) -> float:
 
     full = gradient(dict.fromkeys(range(count), 1 / count))
     others = [other for other in range(count) if other != language]
-    plans = [ValidationStream(bodies.Made(), stream.languages, rows=6, length=16, seed=0, languages_per_step=2)]
+    plans = [
+        ValidationStream(
+            bodies.Made(), stream.languages, rows=6, row_format=RowFormat(16), seed=0, languages_per_step=2
+        )
+    ]
     weights = {}
     for step in range(40):
         chosen, scale, _ = plans[0].plan(step, language)

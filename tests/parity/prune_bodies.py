@@ -11,6 +11,7 @@ from torch import Tensor
 from mlinterf_ds.analysis.config import PruneSection
 from mlinterf_ds.analysis.masks.gates import Gates
 from mlinterf_ds.analysis.masks.learning import Subject, in_language
+from mlinterf_ds.data.row_format import RowFormat
 from mlinterf_ds.data.stream import TrainStream
 from mlinterf_ds.engine.optimizer import LossScale
 from mlinterf_ds.sections import ModelConfig
@@ -68,7 +69,7 @@ def plant(model: Any) -> None:
 def trained(steps: int = 200) -> Subject:
     """A model that has learnt the two languages with its planted groups useless throughout."""
     gated = subject(BOTH)
-    stream = TrainStream(gated.corpus, CODES, rows=32, length=LENGTH, seed=0, mixed=True)
+    stream = TrainStream(gated.corpus, CODES, rows=32, row_format=RowFormat(LENGTH), seed=0, mixed=True)
     gated.model.requires_grad_(True)
     optimizer = torch.optim.Adam(gated.model.parameters(), lr=1e-2)
     for step in range(steps):
@@ -88,7 +89,7 @@ def planted() -> dict[str, Any]:
     pi = {language: gated.learn(language, 0, chosen, lambda *_: None) for language in CODES}
     again = [gated.learn("te", seed, short, lambda *_: None) for seed in (0, 0, 1)]
     after = gated.model.state_dict()
-    batch = in_language(TrainStream(gated.corpus, ["te"], rows=4, length=LENGTH, seed=0).batch(0), 0)
+    batch = in_language(TrainStream(gated.corpus, ["te"], rows=4, row_format=RowFormat(LENGTH), seed=0).batch(0), 0)
     hooks = [m for m in gated.model.modules() if m._forward_hooks or m._forward_pre_hooks]
     return {
         "pi": pi,
@@ -105,7 +106,7 @@ def planted() -> dict[str, Any]:
 def gated_equals_cut(kind: str) -> float:
     """Largest difference of nll between a model under row-wise gates and one whose weights are multiplied by them."""
     gated = subject((kind,), spread=3.0)
-    batch = in_language(TrainStream(gated.corpus, ["te"], rows=3, length=LENGTH, seed=0).batch(0), 0)
+    batch = in_language(TrainStream(gated.corpus, ["te"], rows=3, row_format=RowFormat(LENGTH), seed=0).batch(0), 0)
     with torch.no_grad():  # biases count too
         for name, parameter in gated.model.named_parameters():
             if name.endswith("bias"):

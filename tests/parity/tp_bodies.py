@@ -13,6 +13,7 @@ from mlinterf_ds.model.layers import CoreAttention
 from mlinterf_ds.runtime import parallel
 from mlinterf_ds.sections import ModelConfig
 from tests.model_batches import CODES, LENGTH, SHAPE, batch
+from tests.model_batches import hidden as hidden_states
 from tests.ranks import laid_out
 
 RANKS = 2
@@ -31,7 +32,7 @@ def cut(whole: Tensor, parameter: nn.Parameter, rank: int) -> Tensor:
 
 def run(model: Encoder, vocabulary: int, languages: list[int]) -> dict[str, Tensor]:
     rows = batch(languages, step_languages=(0, 1, 2), vocabulary=vocabulary)
-    hidden = model.hidden(rows.tokens, rows.languages, rows.step_languages)
+    hidden = hidden_states(model, rows)
     loss, nll = model(rows)
     loss.backward()
     return {"hidden": hidden.detach(), "loss": loss.detach(), "nll": nll, "logits": model.logits(hidden).detach()}

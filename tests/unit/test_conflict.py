@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from mlinterf_ds.data.row_format import RowFormat
 from mlinterf_ds.engine.engine import SHARED
 from mlinterf_ds.engine.space import Segment
 from mlinterf_ds.errors import UserError
@@ -171,7 +172,7 @@ def draws(sequences: int | None, ranks: int = 1, rank: int = 0, languages: tuple
 
     fake: Any = SimpleNamespace(device=torch.device("cpu"), layout=Layout(rank, ranks, 1), slices=slices)
     config = ConflictConfig(sequences=sequences, micro_batch=3)  # type: ignore[call-arg]
-    return Draws(Made(), languages, Made().languages, config=config, length=16, mask_share=0.15, seed=0, engine=fake)
+    return Draws(Made(), languages, Made().languages, config=config, row_format=RowFormat(16), seed=0, engine=fake)
 
 
 def test_batches_are_disjoint_fresh_and_the_same_on_any_ranks() -> None:
@@ -180,7 +181,7 @@ def test_batches_are_disjoint_fresh_and_the_same_on_any_ranks() -> None:
     both = [torch.cat([b.labels for b in whole.batches("as", draw, 0)]) for draw in (0, 1)]
     assert both[0].shape == (64, 2)
     windows = whole._windows["as"]
-    texts = [windows.visit(np.arange(draw * 64, draw * 64 + 64)) for draw in (0, 1)]
+    texts = [windows.visit(np.arange(draw * 64, draw * 64 + 64))[0] for draw in (0, 1)]
     rows = [tuple(row) for text in texts for row in text.tolist()]
     assert len(set(rows)) == 128, "no row twice"
     weights = sum(float(batch.weights.sum()) for batch in whole.batches("as", 0, 0))

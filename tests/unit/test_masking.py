@@ -9,7 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlinterf_ds.data.batch import FIRST_ORDINARY, Batch, Masker, generator, key, mask_rows, masked_per_row, row_draws
+from mlinterf_ds.data.batch import FIRST_ORDINARY, Batch, Masker, generator, key, mask_rows, row_draws
+from mlinterf_ds.data.row_format import RowFormat
 from mlinterf_ds.data.tokenizer import BOS, EOS, MASK
 from mlinterf_ds.data.windows import Windows, shuffled
 
@@ -47,7 +48,7 @@ def test_sources_and_indices_give_different_draws() -> None:
 @settings(deadline=None)
 @given(length=st.integers(2, 60), share=st.floats(0.01, 0.9), eos=st.floats(0, 1), seed=st.integers(0, 2**32))
 def test_masking_changes_exactly_the_chosen_positions(length: int, share: float, eos: float, seed: int) -> None:
-    rows, masked = text_rows(7, length, eos, seed), masked_per_row(length, share)
+    rows, masked = text_rows(7, length, eos, seed), RowFormat(length, share).masked
     before = rows.copy()
     tokens, positions, labels = mask_rows(rows, row_draws(seed, 0, 0, 7, length, masked), masked, VOCABULARY)
     assert np.array_equal(rows, before)  # the input is left alone
@@ -64,7 +65,7 @@ def test_masking_changes_exactly_the_chosen_positions(length: int, share: float,
 
 @pytest.mark.parametrize(("length", "expected"), [(256, 38), (128, 19), (2, 1), (4, 1), (21, 3)])
 def test_masked_per_row(length: int, expected: int) -> None:
-    assert masked_per_row(length) == expected
+    assert RowFormat(length).masked == expected
 
 
 def test_eighty_ten_ten_and_uniform_positions() -> None:
@@ -114,7 +115,7 @@ def test_shuffled_of_a_large_range_spreads_neighbours() -> None:
 def test_an_epoch_sees_every_window_once(tokens: int, width: int, source: int, epoch: int) -> None:
     windows = Windows(np.arange(tokens, dtype=np.uint16), width, source)
     assert windows.count == max(1, tokens // width)
-    rows = windows.visit(epoch * windows.count + np.arange(windows.count))
+    rows, _ = windows.visit(epoch * windows.count + np.arange(windows.count))
     assert rows.shape == (windows.count, width)
     assert np.array_equal((rows[:, :1] + np.arange(width)) % tokens, rows)  # consecutive text, round the ring
     if tokens >= width:
@@ -123,18 +124,20 @@ def test_an_epoch_sees_every_window_once(tokens: int, width: int, source: int, e
 
 def test_epochs_differ_in_order_and_grid_and_leave_no_token_out() -> None:
     windows = Windows(np.arange(107), 10, key("text"))
-    epochs = [windows.visit(epoch * 10 + np.arange(10)) for epoch in range(30)]
+    epochs = [windows.visit(epoch * 10 + np.arange(10))[0] for epoch in range(30)]
     assert len({int(rows.min(axis=1)[0]) for rows in epochs}) > 10
     assert len({int(rows[0, 0]) % 10 for rows in epochs}) > 5
     assert len(np.unique(np.concatenate(epochs))) == 107
-    backwards = windows.visit(np.arange(300)[::-1])[::-1]  # a visit depends on its number only
+    backwards = windows.visit(np.arange(300)[::-1])[0][::-1]  # a visit depends on its number only
     assert np.array_equal(backwards, np.concatenate(epochs))
 
 
 def test_masker_builds_a_batch_that_moves_between_devices() -> None:
-    masker = Masker(seed=1, purpose="train", length=20, vocabulary_size=VOCABULARY)
+    masker = Masker(seed=1, purpose="train", row_format=RowFormat(20), vocabulary_size=VOCABULARY)
     text = text_rows(4, 19)
-    batch = masker.batch(text, np.array([1.0, 2.0, 3.0, 4.0]), np.array([0, 0, 2, 2]), (0, 2), step=3, start=8)
+    batch = masker.batch(
+        text, text == EOS, np.array([1.0, 2.0, 3.0, 4.0]), np.array([0, 0, 2, 2]), (0, 2), step=3, start=8
+    )
     assert batch.tokens.dtype == batch.positions.dtype == batch.labels.dtype == batch.languages.dtype == torch.int64
     assert batch.tokens.shape == (4, 20) and (batch.tokens[:, 0] == BOS).all()
     assert batch.weights.dtype == torch.float32 and batch.weights.shape == (4, 3)
@@ -147,7 +150,9 @@ def test_masker_builds_a_batch_that_moves_between_devices() -> None:
 def test_dropout_seeds_tell_seed_purpose_step_and_slice_apart() -> None:
     text, weights, languages = text_rows(1, 9), np.ones(1), np.zeros(1, dtype=int)
     seeds = {
-        Masker(seed, purpose, 10, VOCABULARY).batch(text, weights, languages, (0,), step=step, start=start).dropout_seed
+        Masker(seed, purpose, RowFormat(10), VOCABULARY)
+        .batch(text, text == EOS, weights, languages, (0,), step=step, start=start)
+        .dropout_seed
         for seed in (0, 1)
         for purpose in ("train", "meta")
         for step in (0, 1)

@@ -13,6 +13,7 @@ from mlinterf_ds.errors import UserError
 from mlinterf_ds.model.encoder import SHARED, Encoder, partition_dim
 from mlinterf_ds.sections import ModelConfig
 from tests.model_batches import CODES, LENGTH, ROUTED, VARIANTS, VOCABULARY, batch, encoder, gradients
+from tests.model_batches import hidden as hidden_states
 
 pytestmark = pytest.mark.usefixtures("one_rank")
 
@@ -174,7 +175,7 @@ def test_loss_is_the_weighted_sum_over_the_true_vocabulary() -> None:
     model = encoder("joint").eval()
     rows = batch([0, 1])
     loss, nll = model(rows)
-    hidden = model.hidden(rows.tokens, rows.languages, rows.step_languages)
+    hidden = hidden_states(model, rows)
     picked = torch.stack([hidden[row, rows.positions[row]] for row in range(2)])
     logits = model.logits(picked)
     assert logits.shape == (2, 3, VOCABULARY) and model.embeddings.word.weight.shape[0] == 128

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from mlinterf_ds.data.batch import FIRST_ORDINARY, Batch
 from mlinterf_ds.data.evaluation import EvaluationSet, bits_per_character
+from mlinterf_ds.data.row_format import RowFormat
 from mlinterf_ds.data.stream import BLOCK, Schedule, TrainStream, ValidationStream, prefetch
 from mlinterf_ds.data.tokenizer import BOS, EOS
 from mlinterf_ds.errors import UserError
@@ -47,6 +48,9 @@ class Corpus:
     def unchanged(self, language: str, split: str) -> bool:
         return True
 
+    def starts_document(self, language: str, split: str, offsets: np.ndarray) -> np.ndarray:
+        return offsets % 21 == 0  # documents of three sentences
+
 
 SIZES = {"en": 900, "sw": 350, "te": 140, "pt": 70}
 CORPUS = Corpus(SIZES)
@@ -54,24 +58,23 @@ LANGUAGES = list(SIZES)
 
 
 def train(**changes: object) -> TrainStream:
-    settings: dict = {"rows": 12, "length": 16, "seed": 7, "mixed": False, "temperature": 2.0} | changes
+    settings: dict = {"rows": 12, "row_format": RowFormat(16), "seed": 7, "mixed": False, "temperature": 2.0} | changes
     return TrainStream(settings.pop("corpus", CORPUS), settings.pop("languages", LANGUAGES), **settings)
 
 
 def validation(**changes: object) -> ValidationStream:
-    settings: dict = {"rows": 10, "length": 16, "seed": 7} | changes
+    settings: dict = {"rows": 10, "row_format": RowFormat(16), "seed": 7} | changes
     return ValidationStream(settings.pop("corpus", CORPUS), settings.pop("languages", LANGUAGES), **settings)
 
 
 def same(a: Batch, b: Batch) -> bool:
-    tensors = ("tokens", "positions", "labels", "weights", "languages")
+    tensors = ("tokens", "positions", "labels", "weights", "languages", "segment_ids", "position_ids")
     return a.step_languages == b.step_languages and all(torch.equal(getattr(a, t), getattr(b, t)) for t in tensors)
 
 
 def joined(parts: list[Batch]) -> Batch:
-    cat = {
-        t: torch.cat([getattr(p, t) for p in parts]) for t in ("tokens", "positions", "labels", "weights", "languages")
-    }
+    tensors = ("tokens", "positions", "labels", "weights", "languages", "segment_ids", "position_ids")
+    cat = {t: torch.cat([getattr(p, t) for p in parts]) for t in tensors}
     return Batch(**cat, step_languages=parts[0].step_languages, dropout_seed=parts[0].dropout_seed)
 
 
@@ -177,7 +180,7 @@ def test_mixed_rows_are_drawn_independently() -> None:
 
 @pytest.mark.parametrize("mixed", [False, True])
 def test_train_weights_are_the_global_mean(mixed: bool) -> None:
-    batch = train(mixed=mixed, rows=512, length=64).batch(3)
+    batch = train(mixed=mixed, rows=512, row_format=RowFormat(64)).batch(3)
     assert batch.weights.shape == (512, 9)
     assert batch.weights.double().sum().item() == pytest.approx(1, rel=1e-6)
     assert batch.weights.unique().numel() == 1
@@ -211,7 +214,7 @@ def test_tiny_corpora(size: int) -> None:
     batch = train(corpus=corpus, languages=["xx"], rows=9).batch(11)
     places = original(batch) - FIRST_ORDINARY
     assert np.array_equal((places[:, :1] + np.arange(15)) % size, places)
-    evaluation = EvaluationSet(corpus, "xx", "valid", languages=["xx"], length=16)
+    evaluation = EvaluationSet(corpus, "xx", "valid", languages=["xx"], row_format=RowFormat(16))
     assert evaluation.rows == max(1, size // 15)
     assert original(evaluation.batch(0, 1)).tolist() == [[FIRST_ORDINARY + i % size for i in range(15)]]
 
@@ -275,7 +278,7 @@ def test_validation_with_one_language() -> None:
         (validation, {"rows": 3}, ["meta.batch = 3", "4 languages", "meta.languages_per_step"]),
         (validation, {"languages_per_step": 1}, ["meta.languages_per_step = 1", "2 to 4"]),
         (validation, {"languages_per_step": 5}, ["meta.languages_per_step = 5", "2 to 4"]),
-        (validation, {"length": 100}, ["'pt'", "'meta'", "70 tokens", "data.sequence_length = 100"]),
+        (validation, {"row_format": RowFormat(100)}, ["'pt'", "'meta'", "70 tokens", "data.sequence_length = 100"]),
         (
             validation,
             {"corpus": Corpus({"en": 200, "sw": 0}), "languages": ["en", "sw"]},
@@ -286,7 +289,7 @@ def test_validation_with_one_language() -> None:
         (train, {"languages": []}, ["one or more"]),
         (train, {"corpus": Corpus({"en": 0}), "languages": ["en"]}, ["'en'", "'train' split is empty"]),
         (train, {"temperature": 0}, ["data.temperature = 0"]),
-        (train, {"length": 1}, ["data.sequence_length = 1"]),
+        (train, {"row_format": RowFormat(1)}, ["data.sequence_length = 1"]),
     ],
 )
 def test_settings_are_refused_with_the_remedy(stream: Callable[..., object], changes: dict, words: list[str]) -> None:
@@ -296,7 +299,7 @@ def test_settings_are_refused_with_the_remedy(stream: Callable[..., object], cha
 
 
 def evaluation(**changes: object) -> EvaluationSet:
-    return EvaluationSet(CORPUS, "sw", "valid", **({"languages": LANGUAGES, "length": 16} | changes))  # type: ignore[arg-type]
+    return EvaluationSet(CORPUS, "sw", "valid", **({"languages": LANGUAGES, "row_format": RowFormat(16)} | changes))  # type: ignore[arg-type]
 
 
 def test_evaluation_covers_the_split_once_under_fixed_masks() -> None:
@@ -339,7 +342,7 @@ def test_unigram_perplexity_by_hand() -> None:
         def tokens(self, language: str, split: str) -> np.ndarray:
             return np.tile(np.array([5, 5, 5, 6, 7, EOS], dtype=np.int32), 50)
 
-    measured = EvaluationSet(Skewed({"xx": 300}), "xx", "valid", languages=["xx"], length=11)
+    measured = EvaluationSet(Skewed({"xx": 300}), "xx", "valid", languages=["xx"], row_format=RowFormat(11))
     labels = measured.batch(0, measured.rows).labels.numpy().ravel()
     assert set(labels.tolist()) == {5, 6, 7}
     probability = {5: 151 / 259, 6: 51 / 259, 7: 51 / 259}  # 250 tokens without </s>, 9 pieces

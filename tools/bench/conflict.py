@@ -10,6 +10,7 @@ from tools.bench.engines import CODES, RandomCorpus, build, shapes
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """The paper's model: two gradients of `--rows` sequences for each language, projected one after another."""
+    from mlinterf_ds.data.row_format import RowFormat
     from mlinterf_ds.gradients import measure as conflict
     from mlinterf_ds.gradients.similarity import DRAWS
 
@@ -19,7 +20,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     section = config.conflict.model_copy(update={"sequences": options.rows, "micro_batch": options.rows})
     corpus = RandomCorpus(CODES[:count], options.vocabulary)
     draws = conflict.Draws(
-        corpus, corpus.languages, corpus.languages, config=section, length=options.length, mask_share=0.15, seed=0,
+        corpus, corpus.languages, corpus.languages, config=section, row_format=RowFormat(options.length), seed=0,
         engine=engine,
     )  # fmt: skip
     for _ in range(2):

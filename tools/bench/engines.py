@@ -34,6 +34,9 @@ class RandomCorpus:
     def unchanged(self, language: str, split: str) -> bool:
         return True
 
+    def starts_document(self, language: str, split: str, offsets: np.ndarray) -> np.ndarray:
+        return np.ones(len(offsets), dtype=bool)
+
 
 def start(rank: int, world: int, folder: str, threads: int) -> None:
     """Joins this process to a group of `world` ranks that meet in `folder` and share `threads` threads."""
@@ -66,11 +69,12 @@ def build(options: argparse.Namespace, languages: Sequence[str], recipe: str, se
     )
     layout = parallel.current(1)
     engine = Engine(model, config.train, read_json(ROOT / "ds_configs" / f"{ds}.json"), options.precision, layout)
-    stream = TrainStream(corpus, languages, rows=config.train.batch, length=length, seed=0)
+    stream = TrainStream(corpus, languages, rows=config.train.batch, row_format=config.data.row_format, seed=0)
     held_out = None
     if len(languages) > 1:
         held_out = ValidationStream(
-            corpus, languages, rows=config.meta.batch or config.train.batch, length=length, seed=0,
+            corpus, languages, rows=config.meta.batch or config.train.batch,
+            row_format=config.data.row_format, seed=0,
             languages_per_step=config.meta.languages_per_step,
         )  # fmt: skip
 

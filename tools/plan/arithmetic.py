@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from mlinterf_ds.data.batch import masked_per_row
 from mlinterf_ds.engine.throughput import flops_per_row
 from mlinterf_ds.pretrain.config import RunConfig
 from mlinterf_ds.sections import has_adapters, is_meta
@@ -166,7 +165,7 @@ def activations(config: RunConfig, rows: int, vocabulary: int, layout: PlannedLa
     dropped = (1 if on_gpu else b) * n * w if model.dropout else 0.0
     layer += 2 * dropped
     layers = model.layers * b * n * w + layer if model.recompute else model.layers * layer
-    m = rows * masked_per_row(config.data.sequence_length, config.data.mask)
+    m = rows * config.data.row_format.masked
     v = -(-vocabulary // 64) * 64 / tensor
     head = b * m * 4 * w + 8 * m + 4 * m * v  # inputs of dense layer, GELU, norm and decoder; the fp32 softmax
     return layers + dropped + 2 * b * n * w + 8 * n + head  # dropout of the embeddings; the final norm
@@ -219,7 +218,7 @@ def tensor_parallel_volume(config: RunConfig, layout: PlannedLayout) -> float:
         return 0.0
     model, b, times = config.model, BYTES[layout.precision], passes(config)
     rows = config.train.batch / layout.data
-    n, m = rows * config.data.sequence_length, rows * masked_per_row(config.data.sequence_length, config.data.mask)
+    n, m = rows * config.data.sequence_length, rows * config.data.row_format.masked
     sums = 4 if has_adapters(config.variant) else 2  # row-parallel linear layers of a transformer layer
     forward = n * model.width * b * (model.layers * sums * (2 if model.recompute else 1) + 1)
     backward = n * model.width * b * model.layers * sums + m * model.width * b
@@ -231,7 +230,7 @@ def step_flops(config: RunConfig, vocabulary: int) -> float:
 
     A pass to the gradients of one language alone skips the products of the shared weights' gradients, a third of a whole pass.
     """
-    masked = masked_per_row(config.data.sequence_length, config.data.mask)
+    masked = config.data.row_format.masked
     times = passes(config)
     only_own = times["forward"] - times["shared"]
     row = flops_per_row(config.model, config.data.sequence_length, vocabulary, masked, config.variant)

@@ -25,6 +25,7 @@ from mlinterf_ds.analysis.masks import hard_concrete
 from mlinterf_ds.analysis.masks.gates import Gates
 from mlinterf_ds.data.batch import Batch, generator, key
 from mlinterf_ds.data.evaluation import EvaluationSet
+from mlinterf_ds.data.row_format import RowFormat
 from mlinterf_ds.data.stream import TrainStream
 from mlinterf_ds.data.windows import TokenSource
 from mlinterf_ds.engine.engine import weighted_loss
@@ -49,8 +50,7 @@ class Subject:
     layout: Layout
     device: torch.device
     scale: LossScale
-    length: int  # tokens of a row
-    mask_share: float
+    row_format: RowFormat
 
     def learn(self, language: str, seed: int, settings: PruneSection, report: Report) -> Tensor:
         """Learn pi (groups,) of one language: fp32 on the CPU, the same on every rank. The model is left unchanged."""
@@ -76,9 +76,7 @@ class Subject:
     ) -> Callable[[int], Iterator[tuple[Batch, Tensor]]]:
         """A function from the step to this rank's micro-batches, each with its draws for the gates (rows, groups)."""
         own_seed = key(seed, "prune", language) >> 1
-        stream = TrainStream(
-            self.corpus, [language], rows=settings.rows, length=self.length, seed=own_seed, mask_share=self.mask_share
-        )
+        stream = TrainStream(self.corpus, [language], rows=settings.rows, row_format=self.row_format, seed=own_seed)
         index, source = self.model.languages.index(language), key(own_seed, "gates", size=16)
         rows = settings.rows // self.layout.data
         first, size = self.layout.data_rank * rows, settings.micro_batch or rows
@@ -125,9 +123,8 @@ class Subject:
             language,
             "valid",
             languages=self.model.languages,
-            length=self.length,
+            row_format=self.row_format,
             max_rows=rows,
-            mask_share=self.mask_share,
         )
         batches = text.batches(EVALUATED, self.layout.data_rank, self.layout.data)
         with self.gates.applied(gates.to(self.device)[None]):

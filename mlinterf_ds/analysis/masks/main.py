@@ -47,8 +47,7 @@ def run(job: AnalysisJob) -> dict[str, Any]:
     model = job.model.encoder(layout, job.device, DTYPES[job.precision]).requires_grad_(False)
     gates = Gates(model, settings.groups, layout.tensor_rank, layout.tensor)
     scale = LossScale(job.precision == "fp16", job.deepspeed_json.get("fp16", {}))
-    share = job.model.mask_share
-    subject = Subject(model, gates, job.text, layout, job.device, scale, job.model.positions, share)
+    subject = Subject(model, gates, job.text, layout, job.device, scale, job.model.row_format)
     learned: list[np.ndarray] = []
     scores: list[dict[str, Any]] = []
     for language, seed in itertools.product(job.languages, settings.seeds):
