@@ -114,7 +114,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropo
         return F.scaled_dot_product_attention(query, key, value, mask, dropout)
     scores = torch.matmul(query * query.shape[-1] ** -0.5, key.transpose(-2, -1))
     if mask is not None:
-        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+        hidden = torch.zeros(mask.shape, dtype=scores.dtype).masked_fill_(~mask, torch.finfo(scores.dtype).min)
+        scores = scores + hidden  # a sum's backward pass, unlike masked_fill's, costs nothing
     return torch.matmul(F.dropout(scores.softmax(-1), dropout, dropout > 0), value)
 
 
