@@ -9,14 +9,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 
 from mlinterf_ds.config import with_present_keys
-from mlinterf_ds.data.row_format import RowFormat
 from mlinterf_ds.data.tokenizer import Tokenizer
 from mlinterf_ds.engine import checkpoint
 from mlinterf_ds.engine.space import Segment
 from mlinterf_ds.engine.weights import CheckpointReader
 from mlinterf_ds.errors import UserError
 from mlinterf_ds.ranks import agreed
-from mlinterf_ds.sections import ModelConfig, architecture, has_adapters
+from mlinterf_ds.sections import ModelConfig, RowFormat, architecture, has_adapters
 
 if TYPE_CHECKING:  # reading a checkpoint needs neither DeepSpeed nor megatron
     from mlinterf_ds.model.encoder import Encoder

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
@@ -13,6 +14,9 @@ Precision = Literal["auto", "fp32", "bf16", "fp16"]
 Variant = Literal["mono", "joint", "ffn", "attn", "adpt", "share_adpt", "meta_adpt", "meta_ffn", "meta_attn"]
 ROUTED = ("ffn", "attn", "adpt")  # architectures in which each language has this module of its own
 ADAPTED = ("adpt", "share_adpt")  # architectures with adapters
+MASK_SHARE = 0.15  # BERT's
+Boundaries = Literal["none", "sentence", "document"]
+Positions = Literal["row", "boundary"]
 LANGUAGE_PATTERN = r"^[a-z][a-z0-9_-]*$"
 
 
@@ -74,6 +78,27 @@ def listed(value: Any) -> Any:
 
 
 Seeds = Annotated[list[Annotated[int, Field(ge=0)]], BeforeValidator(listed), Field(min_length=1), EACH_ONCE]
+
+
+@dataclass(frozen=True)
+class RowFormat:
+    """How text becomes rows of a model's input.
+
+    Tokens see each other within a segment of a row: a sentence, a document (a line that stands alone is one), or the whole
+    row (`boundaries="none"`). With `positions="boundary"` a segment's tokens have the positions that they would have in a
+    row of their own behind `<s>`, whether the segment stands at the row's beginning or not; with "row" they count from
+    the row's beginning.
+    """
+
+    length: int  # tokens of a row, `<s>` included
+    mask_share: float = MASK_SHARE  # of a row's text is predicted
+    boundaries: Boundaries = "document"
+    positions: Positions = "boundary"
+
+    @property
+    def masked(self) -> int:
+        """How many positions of a row are predicted: `round(mask_share * (length - 1))`, at least one."""
+        return max(1, round(self.mask_share * (self.length - 1)))
 
 
 class ModelConfig(Section):

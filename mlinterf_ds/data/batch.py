@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mlinterf_ds.data.row_format import RowFormat
 from mlinterf_ds.data.tokenizer import BOS, EOS, MASK, SPECIAL_PIECES
+from mlinterf_ds.sections import RowFormat
 
 FIRST_ORDINARY = len(SPECIAL_PIECES)  # pieces from this id on are text
 REPLACED_BY_MASK, REPLACED_AT_RANDOM = 0.8, 0.1  # BERT's proportions of the masked; the remaining tenth is kept

@@ -9,10 +9,10 @@ from functools import cached_property
 import numpy as np
 
 from mlinterf_ds.data.batch import Batch, Masker, key
-from mlinterf_ds.data.row_format import RowFormat
 from mlinterf_ds.data.stream import checked_languages
 from mlinterf_ds.data.tokenizer import EOS
 from mlinterf_ds.data.windows import TokenSource, split_windows
+from mlinterf_ds.sections import RowFormat
 
 TOKENS_AT_ONCE = 1 << 22  # of a text whose pieces are counted: memory stays flat on any corpus
 

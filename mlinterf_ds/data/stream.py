@@ -16,9 +16,9 @@ from typing import Any, TypeVar
 import numpy as np
 
 from mlinterf_ds.data.batch import Batch, Masker, generator, key
-from mlinterf_ds.data.row_format import RowFormat
 from mlinterf_ds.data.windows import TokenSource, Windows, split_windows
 from mlinterf_ds.errors import UserError
+from mlinterf_ds.sections import RowFormat
 
 BLOCK = 1024  # steps whose languages are drawn together
 Item = TypeVar("Item")

@@ -11,9 +11,9 @@ from typing import Protocol
 
 import numpy as np
 
-from mlinterf_ds.data.row_format import RowFormat
 from mlinterf_ds.data.tokenizer import EOS
 from mlinterf_ds.errors import UserError
+from mlinterf_ds.sections import RowFormat
 
 
 class TokenSource(Protocol):

@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 
 from mlinterf_ds.data.batch import Batch, Masker, key
-from mlinterf_ds.data.row_format import RowFormat
 from mlinterf_ds.data.windows import TokenSource, Windows, split_windows
 from mlinterf_ds.engine.engine import Engine, Rows
 from mlinterf_ds.engine.space import Vector
@@ -27,7 +26,7 @@ from mlinterf_ds.gradients.similarity import ALL, DRAWS, Exact, Similarity, Sket
 from mlinterf_ds.meta.bilevel import norm
 from mlinterf_ds.model.encoder import SHARED
 from mlinterf_ds.plots.similarity import Curves, training_curves
-from mlinterf_ds.sections import ConflictSection
+from mlinterf_ds.sections import ConflictSection, RowFormat
 
 PAPERS_ROWS, CPU_ROWS = 4096, 64  # rows of a gradient
 MOST_EXACT = 4  # languages up to which sketch=auto keeps whole gradients

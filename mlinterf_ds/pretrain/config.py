@@ -9,15 +9,17 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from mlinterf_ds.config import ADDRESS, RESUMABLE, Section, load_config, parser
-from mlinterf_ds.data.row_format import Boundaries, Positions, RowFormat
 from mlinterf_ds.sections import (
     ROUTED,
+    Boundaries,
     ConflictSection,
     Counts,
     Languages,
     MetaConfig,
     ModelConfig,
     ParallelConfig,
+    Positions,
+    RowFormat,
     TrackingConfig,
     TrainConfig,
     Variant,

@@ -14,9 +14,9 @@ import pytest
 from mlinterf_ds.data.corpus import Corpus
 from mlinterf_ds.data.evaluation import EvaluationSet
 from mlinterf_ds.data.prepare.main import prepare
-from mlinterf_ds.data.row_format import RowFormat
 from mlinterf_ds.data.stream import TrainStream, ValidationStream
 from mlinterf_ds.errors import UserError
+from mlinterf_ds.sections import RowFormat
 from tests.faults import kill_many
 from tests.faults.test_run_faults import wait_for
 from tests.unit.test_corpus import some_lines, written

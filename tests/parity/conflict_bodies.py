@@ -10,7 +10,6 @@ import torch
 from torch.nn import functional as F
 
 from mlinterf_ds.data.batch import Batch
-from mlinterf_ds.data.row_format import RowFormat
 from mlinterf_ds.engine import checkpoint
 from mlinterf_ds.engine.engine import Engine
 from mlinterf_ds.engine.meta_step import MetaStep
@@ -18,6 +17,7 @@ from mlinterf_ds.engine.optimizer import LossScale
 from mlinterf_ds.gradients.measure import Draws, measure
 from mlinterf_ds.gradients.similarity import DRAWS, group_of
 from mlinterf_ds.pretrain.config import ConflictConfig
+from mlinterf_ds.sections import RowFormat
 from tests.model_batches import hidden as hidden_states
 from tests.parity import bodies
 

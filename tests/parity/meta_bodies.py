@@ -8,13 +8,13 @@ from unittest import mock
 
 import torch
 
-from mlinterf_ds.data.row_format import RowFormat
 from mlinterf_ds.data.stream import ValidationStream
 from mlinterf_ds.engine.engine import Engine
 from mlinterf_ds.engine.meta_step import MetaStep, Phases
 from mlinterf_ds.engine.space import Vector
 from mlinterf_ds.meta.bilevel import AdamLookahead, GradientDescent, mixed_product
 from mlinterf_ds.model.encoder import SHARED, Encoder
+from mlinterf_ds.sections import RowFormat
 from tests.parity import bodies
 from tools.bench.double_backward import LocalSpace, exact_hypergradient, exact_mixed_product, gradients_of
 

@@ -11,10 +11,9 @@ from torch import Tensor
 from mlinterf_ds.analysis.config import PruneSection
 from mlinterf_ds.analysis.masks.gates import Gates
 from mlinterf_ds.analysis.masks.learning import Subject, in_language
-from mlinterf_ds.data.row_format import RowFormat
 from mlinterf_ds.data.stream import TrainStream
 from mlinterf_ds.engine.optimizer import LossScale
-from mlinterf_ds.sections import ModelConfig
+from mlinterf_ds.sections import ModelConfig, RowFormat
 from tests.commands import refusal
 from tests.parity.bodies import Made
 from tests.ranks import laid_out

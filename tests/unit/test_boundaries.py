@@ -14,9 +14,9 @@ from mlinterf_ds.data.batch import Masker
 from mlinterf_ds.data.corpus import Corpus
 from mlinterf_ds.data.evaluation import EvaluationSet
 from mlinterf_ds.data.prepare.main import prepare
-from mlinterf_ds.data.row_format import RowFormat
 from mlinterf_ds.data.tokenizer import EOS
 from mlinterf_ds.data.windows import Windows
+from mlinterf_ds.sections import RowFormat
 from tests.model_batches import LENGTH, VARIANTS, Batch, batch, encoder, gradients, hidden
 
 

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 
-from mlinterf_ds.data.row_format import RowFormat
 from mlinterf_ds.engine.engine import SHARED
 from mlinterf_ds.engine.space import Segment
 from mlinterf_ds.errors import UserError
@@ -18,6 +17,7 @@ from mlinterf_ds.gradients.measure import Draws
 from mlinterf_ds.gradients.similarity import Exact, Similarity, Sketch, group_of, groups_of, runs, spread
 from mlinterf_ds.pretrain.config import ConflictConfig
 from mlinterf_ds.runtime.parallel import Layout
+from mlinterf_ds.sections import RowFormat
 from tests.parity.bodies import Made
 
 WORD, OUT = "embeddings.word.weight", "block.layers.0.mlp.linear_fc2.weight"

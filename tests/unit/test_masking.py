@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlinterf_ds.data.batch import FIRST_ORDINARY, Batch, Masker, generator, key, mask_rows, row_draws
-from mlinterf_ds.data.row_format import RowFormat
 from mlinterf_ds.data.tokenizer import BOS, EOS, MASK
 from mlinterf_ds.data.windows import Windows, shuffled
+from mlinterf_ds.sections import RowFormat
 
 VOCABULARY = 1000
 
@@ -29,6 +29,7 @@ def within(count: float, trials: int, probability: float) -> bool:
     return abs(count - trials * probability) <= 5 * sqrt(trials * probability * (1 - probability))
 
 
+@settings(deadline=None)
 @given(start=st.integers(0, 20), split=st.integers(0, 20), end=st.integers(0, 20), step=st.integers(0, 10**12))
 def test_draws_of_slices_are_slices_of_the_draws(start: int, split: int, end: int, step: int) -> None:
     start, split, end = sorted((start, split, end))

@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 
 from mlinterf_ds.data.batch import FIRST_ORDINARY, Batch
 from mlinterf_ds.data.evaluation import EvaluationSet, bits_per_character
-from mlinterf_ds.data.row_format import RowFormat
 from mlinterf_ds.data.stream import BLOCK, Schedule, TrainStream, ValidationStream, prefetch
 from mlinterf_ds.data.tokenizer import BOS, EOS
 from mlinterf_ds.errors import UserError
+from mlinterf_ds.sections import RowFormat
 
 
 class Corpus:

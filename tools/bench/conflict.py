@@ -10,9 +10,9 @@ from tools.bench.engines import CODES, RandomCorpus, build, shapes
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """The paper's model: two gradients of `--rows` sequences for each language, projected one after another."""
-    from mlinterf_ds.data.row_format import RowFormat
     from mlinterf_ds.gradients import measure as conflict
     from mlinterf_ds.gradients.similarity import DRAWS
+    from mlinterf_ds.sections import RowFormat
 
     count = options.languages[-1]
     settings = ["variant=joint", *shapes(options), "meta.languages_per_step=2"]

@@ -25,7 +25,6 @@ from mlinterf_ds.analysis.masks import hard_concrete
 from mlinterf_ds.analysis.masks.gates import Gates
 from mlinterf_ds.data.batch import Batch, generator, key
 from mlinterf_ds.data.evaluation import EvaluationSet
-from mlinterf_ds.data.row_format import RowFormat
 from mlinterf_ds.data.stream import TrainStream
 from mlinterf_ds.data.windows import TokenSource
 from mlinterf_ds.engine.engine import weighted_loss
@@ -33,6 +32,7 @@ from mlinterf_ds.engine.optimizer import LossScale
 from mlinterf_ds.errors import UserError
 from mlinterf_ds.model.encoder import Encoder
 from mlinterf_ds.runtime.parallel import Layout
+from mlinterf_ds.sections import RowFormat
 
 RANDOM = 3  # random prunings, with which a learned one is compared
 EVALUATED = 64  # rows that are scored at once
