@@ -33,7 +33,7 @@ REMOVED = {
 }
 
 # What a key that is newer than a checkpoint was in effect before it existed, where that is not the default of today.
-EARLIER = {"data.boundaries": "none", "data.positions": "row"}
+EARLIER = {"data.boundaries": "none", "data.positions": "row", "meta.text": "held_out"}
 
 
 class Section(BaseModel):

@@ -17,6 +17,7 @@ ADAPTED = ("adpt", "share_adpt")  # architectures with adapters
 MASK_SHARE = 0.15  # BERT's
 Boundaries = Literal["none", "sentence", "document"]
 Positions = Literal["row", "boundary"]
+MetaText = Literal["train", "half", "held_out"]
 LANGUAGE_PATTERN = r"^[a-z][a-z0-9_-]*$"
 
 
@@ -207,8 +208,19 @@ class MetaConfig(Section):
     lookahead: Literal["sgd", "adam"] = Field(
         "sgd", description="rule of the lookahead: the paper's, or Adam's own step"
     )
-    order: Literal["phi_first", "theta_first"] = Field(
-        "phi_first", description="Algorithm 1's order, or that of the authors' released code"
+    order: Literal["phi_first", "theta_first", "simultaneous"] = Field(
+        "phi_first",
+        description="Algorithm 1's order, that of the authors' released code, or both updates from one point (a pass less)",
+    )
+    reuse: bool = Field(
+        False,
+        description="every row trains both: theta's gradient on the validation rows and phi's ordinary one join the step "
+        "(a departure from Algorithm 1; needs order=simultaneous)",
+    )
+    text: MetaText = Field(
+        "train",
+        description="rows of the validation loss: training text that the step does not read; half: the training text's "
+        "second half, of which training proper reads the first; held_out: the corpus's meta split",
     )
     terms: Literal["both", "direct"] = Field("both", description="direct: leave the second-order term out (a control)")
     difference: Literal["central", "one_sided"] = Field("central", description="kind of finite difference in Eq. 8")
@@ -224,6 +236,12 @@ class MetaConfig(Section):
     between: Literal["freeze", "plain"] = Field(
         "freeze", description="what the language modules do in the steps between: stay, or train plainly"
     )
+
+    @model_validator(mode="after")
+    def _reuse_needs_one_point(self) -> MetaConfig:
+        if self.reuse and self.order != "simultaneous":
+            raise ValueError(f"meta.reuse=true needs meta.order=simultaneous (now {self.order}): set it")
+        return self
 
 
 class ConflictSection(Section):

@@ -16,9 +16,9 @@ from typing import Any, TypeVar
 import numpy as np
 
 from mlinterf_ds.data.batch import Batch, Masker, generator, key
-from mlinterf_ds.data.windows import TokenSource, Windows, split_windows
+from mlinterf_ds.data.windows import Half, TokenSource, Windows, split_windows
 from mlinterf_ds.errors import UserError
-from mlinterf_ds.sections import RowFormat
+from mlinterf_ds.sections import MetaText, RowFormat
 
 BLOCK = 1024  # steps whose languages are drawn together
 Item = TypeVar("Item")
@@ -37,13 +37,13 @@ def checked_languages(corpus: TokenSource, languages: Sequence[str], length: int
     return tuple(languages)
 
 
-def _texts(windows: Sequence[Windows], languages: np.ndarray, visits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Returns for each row the text of its language's visit, and where segments begin: two arrays (rows, width)."""
+def _texts(windows: Sequence[Windows], languages: np.ndarray, starts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns for each row its language's text from `starts` on, and where segments begin: two arrays (rows, width)."""
     shape = len(languages), windows[0].width
     texts, begins = np.empty(shape, dtype=np.int64), np.empty(shape, dtype=bool)
     for language in np.unique(languages):
         rows = languages == language
-        texts[rows], begins[rows] = windows[language].visit(visits[rows])
+        texts[rows], begins[rows] = windows[language].at(starts[rows])
     return texts, begins
 
 
@@ -99,8 +99,12 @@ class TrainStream:
         temperature: float = 1.0,
         mixed: bool = False,
         only: Sequence[str] | None = None,
+        half: Half | None = None,
     ) -> None:
-        """`only` names the languages that are drawn; the others keep their index. Raises UserError for unusable settings."""
+        """`only` names the languages that are drawn; the others keep their index. `half`: of each text, all that is read.
+
+        Raises UserError for unusable settings.
+        """
         self.languages = checked_languages(corpus, languages, row_format.length)
         if only is not None and (not only or set(only) - set(self.languages)):
             raise UserError(f"data.only = {','.join(only)}: expected one or more of {', '.join(self.languages)}")
@@ -109,7 +113,7 @@ class TrainStream:
         self.rows = rows
         self._masker = Masker(seed, "train", row_format, corpus.vocabulary_size)
         self._windows = [
-            split_windows(corpus, language, "train", row_format, key(seed, "windows", "train", language))
+            split_windows(corpus, language, "train", row_format, key(seed, "windows", "train", language), half)
             for language in self.languages
         ]
         sentences = np.array([corpus.sentences(language, "train") for language in self.languages], dtype=np.float64)
@@ -123,18 +127,32 @@ class TrainStream:
         """Returns rows `start` to `stop` (default: all) of the global batch of `step`, all of equal weight."""
         stop = self.rows if stop is None else stop
         assert 0 <= start <= stop <= self.rows, (start, stop, self.rows)
+        languages, starts = self._starts(step, start, stop)
+        return self._masker.batch(
+            *_texts(self._windows, languages, starts),
+            np.full(stop - start, 1 / (self.rows * self._masker.masked)),
+            languages,
+            tuple(np.flatnonzero(self._schedule.at(step)[1]).tolist()),
+            step=step,
+            start=start,
+        )
+
+    def _starts(self, step: int, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the language of each of the step's rows from `start` to `stop`, and its window's offset: two (rows,)."""
         before, counts = self._schedule.at(step)
         languages = np.repeat(np.arange(len(counts)), counts)[start:stop]
         first_rows = np.cumsum(counts) - counts
         visits = before[languages] + np.arange(start, stop) - first_rows[languages]
-        return self._masker.batch(
-            *_texts(self._windows, languages, visits),
-            np.full(stop - start, 1 / (self.rows * self._masker.masked)),
-            languages,
-            tuple(np.flatnonzero(counts).tolist()),
-            step=step,
-            start=start,
-        )
+        starts = np.empty(stop - start, dtype=np.int64)
+        for language in np.unique(languages):
+            rows = languages == language
+            starts[rows] = self._windows[language].starts(visits[rows])
+        return languages, starts
+
+    def read(self, step: int, language: int) -> np.ndarray:
+        """Returns the offsets of the windows of a language's training text that the step reads: (n,)."""
+        languages, starts = self._starts(step, 0, self.rows)
+        return starts[languages == language]
 
     def seen(self, step: int) -> dict[str, dict[str, float]]:
         """Returns what training saw before `step`, by language: rows, tokens of text, and epochs (tokens over all tokens)."""
@@ -147,7 +165,11 @@ class TrainStream:
 
 
 class ValidationStream:
-    """Batches of the `meta` split for the meta step; their loss is the mean over the L languages of each one's mean loss.
+    """Batches for the validation loss of the meta step: the mean over the L languages of each one's mean loss.
+
+    Their text is one of three (`meta.text`): "train", windows of the training text that the step does not read, drawn anew
+    in every step; "half", the second half of the training text, whose first half the training stream then reads (as in
+    DARTS; Liu et al., 2019); "held_out", the corpus's `meta` split.
 
     With `languages_per_step` = K below L, a step holds its own language at weight 1/L and K - 1 others, drawn uniformly
     without replacement, at weight (L - 1) / (L (K - 1)) each: the loss is unbiased, and exact in the step's own language.
@@ -162,7 +184,11 @@ class ValidationStream:
         row_format: RowFormat,
         seed: int,
         languages_per_step: int | None = None,
+        text: MetaText = "held_out",
+        training: TrainStream | None = None,
     ) -> None:
+        """`training` is the stream whose rows those of text="train" avoid. Raises UserError for unusable settings."""
+        assert (text == "train") == (training is not None), text
         self.languages = checked_languages(corpus, languages, row_format.length)
         total = len(self.languages)
         self.per_step = total if languages_per_step is None else languages_per_step
@@ -178,16 +204,26 @@ class ValidationStream:
             )
         self.rows, self._seed = rows, seed
         self._masker = Masker(seed, "meta", row_format, corpus.vocabulary_size)
+        self._training = training
+        split = "meta" if text == "held_out" else "train"
+        half: Half | None = "second" if text == "half" else None
         self._windows = [
-            split_windows(corpus, language, "meta", row_format, key(seed, "windows", "meta", language))
+            split_windows(corpus, language, split, row_format, key(seed, "windows", "meta", language), half)
             for language in self.languages
         ]
+        rows_needed = 2 if text == "train" else 1
         for language, windows in zip(self.languages, self._windows, strict=True):
-            if len(windows.tokens) < windows.width:
+            if len(windows.tokens) < rows_needed * windows.width:
+                part = "the second half of its 'train'" if text == "half" else f"its {split!r}"
+                wanted = (
+                    "two separate rows, one for training and one for the validation loss,"
+                    if rows_needed == 2
+                    else "a row"
+                )
                 raise UserError(
-                    f"language {language!r}: its 'meta' split has {len(windows.tokens)} tokens, too few for one row of "
-                    f"data.sequence_length = {row_format.length}. Give it more text or a larger meta split and prepare the corpus "
-                    f"again, shorten data.sequence_length, or take the language out of `languages`."
+                    f"language {language!r}: {part} split has {len(windows.tokens)} tokens, too few for {wanted} of "
+                    f"data.sequence_length = {row_format.length}. Give it more text and prepare the corpus again, shorten "
+                    "data.sequence_length, or take the language out of `languages`."
                 )
 
     def plan(self, step: int, language: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -210,18 +246,28 @@ class ValidationStream:
         assert 0 <= start <= stop <= self.rows, (start, stop, self.rows)
         chosen, weights, counts = self.plan(step, language)
         slot = np.repeat(np.arange(len(chosen)), counts)[start:stop]
-        first_rows = np.cumsum(counts) - counts
-        # Visits are numbered by the step alone, with room for an extra row: there is no state, and no window comes twice in
-        # an epoch. A window whose number a step leaves unused is left out of that epoch.
-        visits = step * -(-self.rows // self.per_step) + np.arange(start, stop) - first_rows[slot]
         return self._masker.batch(
-            *_texts(self._windows, chosen[slot], visits),
+            *_texts(self._windows, chosen[slot], self._starts(step, chosen, counts)[start:stop]),
             (weights / (counts * self._masker.masked))[slot],
             chosen[slot],
             tuple(chosen.tolist()),
             step=step,
             start=start,
         )
+
+    def _starts(self, step: int, chosen: np.ndarray, counts: np.ndarray) -> np.ndarray:
+        """Returns the offset of each of the step's rows in its language's text: (rows,)."""
+        starts: list[np.ndarray] = []
+        draws = generator(key(self._seed, "meta windows", size=16), step).random(self.rows)
+        for language, own in zip(chosen, np.split(draws, np.cumsum(counts)[:-1]), strict=True):
+            windows = self._windows[language]
+            if self._training is not None:
+                starts.append(windows.beside(self._training.read(step, language), own))
+            else:
+                # Visits are numbered by the step alone, with room for an extra row: there is no state, and no window comes
+                # twice in an epoch. A window whose number a step leaves unused is left out of that epoch.
+                starts.append(windows.starts(step * -(-self.rows // self.per_step) + np.arange(len(own))))
+        return np.concatenate(starts)
 
 
 def prefetch(items: Iterable[Item], depth: int = 2) -> Iterator[Item]:

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 
 from mlinterf_ds.data.tokenizer import EOS
 from mlinterf_ds.errors import UserError
 from mlinterf_ds.sections import RowFormat
+
+FARTHEST_END = 1 << 16  # tokens from the middle of a text in which the end of a sentence is looked for
 
 
 class TokenSource(Protocol):
@@ -85,9 +87,36 @@ class Windows:
             if self._unchanged():  # else the files may have been altered, and put right again, during the read
                 return text, begins
 
+    def beside(self, taken: np.ndarray, draws: np.ndarray) -> np.ndarray:
+        """Returns the offsets of windows that have no token in common with those that start at `taken`.
 
-def split_windows(corpus: TokenSource, language: str, split: str, row_format: RowFormat, source: int) -> Windows:
-    """Returns a language's split as windows for rows of this format. `source` keys their order.
+        taken: (m,) offsets, m may be 0; draws: (n,) uniform numbers in [0, 1), which choose among all such windows -> (n,)
+        int64. Where the taken windows leave no room for another between them, it lies in the middle of the widest gap.
+        """
+        size = len(self.tokens)
+        if not len(taken):
+            return (draws * size).astype(np.int64)
+        first = np.unique(taken)
+        following = np.append(first[1:], first[0] + size)
+        free = np.maximum(
+            0, following - first - 2 * self.width + 1
+        )  # offsets that a window between two others may have
+        if not free.any():
+            widest = np.argmax(following - first)
+            return np.full(len(draws), (first[widest] + following[widest]) // 2 % size)
+        ends = np.cumsum(free)
+        index = (draws * ends[-1]).astype(np.int64)
+        gap = np.searchsorted(ends, index, side="right")
+        return (first[gap] + self.width + index - (ends[gap] - free[gap])) % size
+
+
+Half = Literal["first", "second"]
+
+
+def split_windows(
+    corpus: TokenSource, language: str, split: str, row_format: RowFormat, source: int, half: Half | None = None
+) -> Windows:
+    """Returns a language's split, or a half of it, as windows for rows of this format. `source` keys their order.
 
     Raises UserError if the split is empty.
     """
@@ -96,13 +125,18 @@ def split_windows(corpus: TokenSource, language: str, split: str, row_format: Ro
             f"language {language!r}: its {split!r} split is empty. Give it more text and prepare the corpus again, "
             "or take it out of `languages`."
         )
-    return Windows(
-        corpus.tokens(language, split),
-        row_format.length - 1,
-        source,
-        partial(corpus.starts_document, language, split) if row_format.boundaries == "document" else None,
-        partial(corpus.unchanged, language, split),
-    )
+    tokens, offset = corpus.tokens(language, split), 0
+    if half:
+        middle = len(tokens) // 2
+        ends = np.flatnonzero(np.asarray(tokens[middle : middle + FARTHEST_END]) == EOS)
+        middle += int(ends[0]) + 1 if len(ends) else 0
+        tokens, offset = (tokens[:middle], 0) if half == "first" else (tokens[middle:], middle)
+
+    def starts_document(offsets: np.ndarray) -> np.ndarray:
+        return corpus.starts_document(language, split, offsets + offset)
+
+    starts_segment = starts_document if row_format.boundaries == "document" else None
+    return Windows(tokens, row_format.length - 1, source, starts_segment, partial(corpus.unchanged, language, split))
 
 
 def mix(x: np.ndarray) -> np.ndarray:

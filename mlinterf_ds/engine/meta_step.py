@@ -64,6 +64,8 @@ class MetaStep:
         updates = [(phases.phi, phases.update_phi), (phases.theta, phases.update_theta)]
         if config.order == "theta_first":  # the order of the authors' released code
             updates.reverse()
+        elif config.order == "simultaneous":
+            updates = [(phases.phi, phases.update_both)]
         try:
             with phases.undone_on_overflow(updates[0][0]):
                 for _, update in updates:
@@ -94,23 +96,44 @@ class Phases:
 
     def update_phi(self) -> None:
         """phi_i <- AdamW(phi_i, h_i) (Algorithm 1, line 6)."""
+        self._update(self.phi, self._hypergradient().total, "meta/gradient_norm")
+
+    def update_theta(self) -> None:
+        """theta <- AdamW(theta, grad_theta L_i^train(theta, phi_i)), with the new phi_i (Algorithm 1, line 7; Eq. 5)."""
+        (gradient,) = self.train([self.theta])
+        self._update(self.theta, gradient, "gradient_norm")
+
+    def update_both(self) -> None:
+        """Both updates from gradients at the same theta and phi_i, which phase 1's passes computed.
+
+        With `meta.reuse` no row is wasted: theta steps along the mean of its gradients on the training and the validation
+        rows, phi_i along h_i plus its ordinary gradient.
+        """
+        h = self._hypergradient(keep_passes=True)
+        assert h.passes is not None
+        theta, phi = h.passes.descent, h.total
+        if self.config.reuse:
+            theta = [(first + second) / 2 for first, second in zip(theta, h.passes.value, strict=True)]
+            phi = [first + second for first, second in zip(phi, h.passes.own, strict=True)]
+        finite_norm(self.theta, theta, "gradient_norm")  # asked before either update, so that none has to be undone
+        self._update(self.phi, phi, "meta/gradient_norm")
+        self._update(self.theta, theta, "gradient_norm")
+
+    def _hypergradient(self, keep_passes: bool = False) -> Hypergradient:
+        """h_i, noted in the facts. A run's first step tries radii until one is near the target."""
         config, radius = self.config, self.meta.radius
         beta = self.rate if config.beta is None else config.beta
         for tries_left in reversed(range(SEARCH if self.engine.updates == 0 else 1)):
             h = hypergradient(
                 self.train, self.validation, self.theta, self.phi, lookahead=self._lookahead(), beta=beta,
                 radius=radius.radius, difference=config.difference, second_order=config.terms == "both",
+                keep_passes=keep_passes,
             )  # fmt: skip
             if not tries_left or radius.near(h.change):
                 break
             radius.update(h.change)
         self._note(h, beta)
-        self._update(self.phi, h.total, "meta/gradient_norm")
-
-    def update_theta(self) -> None:
-        """theta <- AdamW(theta, grad_theta L_i^train(theta, phi_i)), with the new phi_i (Algorithm 1, line 7; Eq. 5)."""
-        (gradient,) = self.train([self.theta])
-        self._update(self.theta, gradient, "gradient_norm")
+        return h
 
     def _update(self, space: Space, gradient: Vector, name: str) -> None:
         self.facts[name] = length = finite_norm(space, gradient, name)

@@ -13,6 +13,9 @@ A step of Algorithm 1 over language i changes its own parameters phi_i, then the
     d2 L_i^train / dphi_i dtheta . v  ~  [grad_phi_i L_i^train(theta + e v) - grad_phi_i L_i^train(theta - e v)] / 2e
                                                                                                                (Eq. 8)
 
+The step's order can be turned round (theta first, as in the authors' released code), or both updates start from the same
+point ("simultaneous": theta's gradient is then g, which phase 1 has already, and a pass is saved).
+
 Nothing here knows about ranks, dtypes or models: `engine/meta_step.py` takes the steps on the engine, and
 `tools/bench/double_backward.py` is the same in plain torch, with exact second derivatives.
 """
@@ -50,6 +53,15 @@ Gradients = Callable[[Sequence[Any]], list[Vector]]
 
 
 @dataclass(frozen=True)
+class Passes:
+    """Gradients that the passes of phase 1 compute on the way to h_i: an update that uses them costs no pass."""
+
+    descent: Vector  # g = grad_theta L_i^train(theta, phi_i)
+    own: Vector  # grad_phi_i L_i^train(theta, phi_i)
+    value: Vector  # grad_theta' L^val, the shared parameters' gradient on the validation rows
+
+
+@dataclass(frozen=True)
 class Hypergradient:
     """h_i, its terms (h_i = direct - beta * mixed), and the facts of the finite difference."""
 
@@ -59,6 +71,7 @@ class Hypergradient:
     direction: Vector | None  # v
     change: float  # |g+ - g-| / |g|: the relative change of phi_i's gradient over the difference
     descent_norm: float  # |g|
+    passes: Passes | None  # the passes' other gradients; None unless asked for
 
 
 def hypergradient(
@@ -72,26 +85,29 @@ def hypergradient(
     radius: float,
     difference: Difference = "central",
     second_order: bool = True,
+    keep_passes: bool = False,
 ) -> Hypergradient:
     """h_i, the gradient of the validation loss after the lookahead with respect to phi_i (Eq. 3, 4 and 8).
 
     radius: the displacement |e v| / |theta| of the finite difference. difference: `one_sided` saves a pass by reusing the
-    gradient at theta. second_order=False leaves the mixed term out. Raises FloatingPointError as soon as a pass is not
-    finite; the weights are then as before.
+    gradient at theta. second_order=False leaves the mixed term out. keep_passes: the result holds the other gradients of
+    the passes, which memory would otherwise be rid of. Raises FloatingPointError as soon as a pass is not finite; the weights
+    are then as before.
     """
     one_sided = second_order and difference == "one_sided"
-    descent, *phi_at_theta = train([theta, phi] if one_sided else [theta])
+    descent, *own = train([theta, phi] if one_sided or keep_passes else [theta])
     descent_norm = finite_norm(theta, descent, "descent")
     with theta.displaced(lookahead.step(descent), -beta):
         value, direct = validation([theta, phi])
     finite_norm(phi, direct, "validation")
+    passes = Passes(descent, own[0], value) if keep_passes else None
     if not second_order:
-        return Hypergradient(direct, direct, None, None, math.nan, descent_norm)
+        return Hypergradient(direct, direct, None, None, math.nan, descent_norm, passes)
     v = lookahead.pull_back(descent, value)
     del descent, value  # the passes that follow need their memory
-    mixed, change = mixed_product(train, theta, phi, v, radius, phi_at_theta[0] if one_sided else None)
+    mixed, change = mixed_product(train, theta, phi, v, radius, own[0] if one_sided else None)
     total = [first - beta * second for first, second in zip(direct, mixed, strict=True)]
-    return Hypergradient(total, direct, mixed, v, change, descent_norm)
+    return Hypergradient(total, direct, mixed, v, change, descent_norm, passes)
 
 
 def mixed_product(

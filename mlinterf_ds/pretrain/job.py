@@ -86,6 +86,7 @@ class PretrainingRun:
             temperature=data.temperature,
             mixed=data.mixed,
             only=data.only,
+            half="first" if is_meta(config.variant) and config.meta.text == "half" else None,
             row_format=row_format,
         )
         self.evaluation = {
@@ -108,6 +109,8 @@ class PretrainingRun:
             rows=self.meta_rows,
             seed=config.train.seed,
             languages_per_step=config.meta.languages_per_step,
+            text=config.meta.text,
+            training=self.stream if config.meta.text == "train" else None,
             row_format=row_format,
         )
 

@@ -178,8 +178,23 @@ def whole_step(settings: list[str]) -> dict[str, float]:
         if config.meta.order == "theta_first" and config.meta.lookahead == "adam":
             raise AssertionError("not compared: the lookahead's moments have moved")
 
+    def both() -> None:
+        h = exact_hypergradient(exact.train, exact.validation, exact.theta, exact.phi, lookahead=rule, beta=beta)
+        (descent,) = gradients_of(exact.train)([exact.theta])
+        if config.meta.reuse:
+            (own,) = gradients_of(exact.train)([exact.phi])
+            with exact.theta.displaced(rule.step(descent), -beta):
+                (value,) = gradients_of(exact.validation)([exact.theta])
+            descent, h = (
+                [(a + b) / 2 for a, b in zip(descent, value, strict=True)],
+                [a + b for a, b in zip(h, own, strict=True)],
+            )
+        updates[SHARED](descent)
+        updates[exact.language](h)
+
+    orders = {"phi_first": (phase_1, phase_2), "theta_first": (phase_2, phase_1), "simultaneous": (both,)}
     before = {name: value.clone() for name, value in flat_weights(engine).items()}
-    for phase in (phase_1, phase_2) if config.meta.order == "phi_first" else (phase_2, phase_1):
+    for phase in orders[config.meta.order]:
         phase()
     meta.step([batch], [held_out])
     after = flat_weights(engine)

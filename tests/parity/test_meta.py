@@ -50,6 +50,9 @@ def test_mixed_product(settings: list[str], lookahead: str, difference: str, lea
         ["variant=meta_ffn", "meta.beta=0.01"],
         ["variant=meta_attn", "model.dropout=0.1"],
         ["variant=meta_ffn", "meta.order=theta_first", "meta.beta=0.01"],
+        ["variant=meta_adpt", "meta.order=simultaneous"],
+        ["variant=meta_adpt", "meta.order=simultaneous", "meta.reuse=true"],
+        ["variant=meta_adpt", "meta.order=simultaneous", "meta.reuse=true", "meta.difference=one_sided"],
     ],
     ids=" ".join,
 )

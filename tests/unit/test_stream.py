@@ -17,6 +17,7 @@ from mlinterf_ds.data.batch import FIRST_ORDINARY, Batch
 from mlinterf_ds.data.evaluation import EvaluationSet, bits_per_character
 from mlinterf_ds.data.stream import BLOCK, Schedule, TrainStream, ValidationStream, prefetch
 from mlinterf_ds.data.tokenizer import BOS, EOS
+from mlinterf_ds.data.windows import Windows
 from mlinterf_ds.errors import UserError
 from mlinterf_ds.sections import RowFormat
 
@@ -296,6 +297,55 @@ def test_settings_are_refused_with_the_remedy(stream: Callable[..., object], cha
     with pytest.raises(UserError) as error:
         stream(**changes)
     assert all(word in str(error.value) for word in words), error.value
+
+
+@settings(deadline=None, max_examples=100)
+@given(size=st.integers(20, 400), taken=st.lists(st.integers(0, 399), max_size=12), seed=st.integers(0, 99))
+def test_windows_beside_others_have_no_token_in_common_with_them(size: int, taken: list[int], seed: int) -> None:
+    """The oracle tries every offset: those that overlap no taken window are drawn, and all of them."""
+    windows, width = Windows(np.arange(size), 10, 0), 10
+    starts = np.array([start % size for start in taken], dtype=np.int64)
+    covered = np.zeros(size, dtype=bool)
+    covered[(starts[:, None] + np.arange(width)) % size] = True
+    free = [start for start in range(size) if not covered[(start + np.arange(width)) % size].any()]
+    drawn = windows.beside(starts, (np.arange(20 * size) + 0.5) / (20 * size))
+    if free:
+        assert sorted(set(drawn.tolist())) == free
+        shares = np.bincount(drawn, minlength=size)[free]
+        assert shares.max() - shares.min() <= 1 + shares.mean() / 20, "all are equally likely"
+    else:
+        assert len(set(drawn.tolist())) == 1, "the middle of the widest gap"
+
+
+@pytest.mark.parametrize("step", [0, 5, 31])
+def test_validation_rows_of_the_training_text_are_not_the_steps_own(step: int) -> None:
+    stream = train(rows=6, languages=["en", "sw"])
+    rows = validation(text="train", training=stream, languages=["en", "sw"])
+    (language,) = stream.batch(step).step_languages
+    batch, read = rows.batch(step, language), original(stream.batch(step))
+    own = original(batch)[batch.languages.numpy() == language]
+    assert len(own) and not set(own[own != EOS].tolist()) & set(read[read != EOS].tolist())
+    assert not same(rows.batch(step, language), rows.batch(step + 1, language))
+    parts = [rows.batch(step, language, *part) for part in ((0, 4), (4, 10))]
+    assert same(joined(parts), batch), "slices join to the whole"
+
+
+def test_halves_share_no_token_and_end_with_a_sentence() -> None:
+    first = train(half="first", rows=40, languages=["en"])
+    second = validation(text="half", languages=["en"])
+    read = {int(t) for step in range(30) for t in np.unique(original(first.batch(step)))} - {EOS}
+    held = {int(t) for step in range(60) for t in np.unique(original(second.batch(step, 0)))} - {EOS}
+    assert max(read) < min(held) and read | held == set(CORPUS.tokens("en", "train").tolist()) - {EOS}
+    assert first.seen(3)["en"]["epochs"] == pytest.approx(3 * 40 * 15 / 455), (
+        "450 is inside a sentence, which ends at 455"
+    )
+
+
+def test_a_language_too_small_for_two_separate_rows_is_refused() -> None:
+    corpus = Corpus({"en": 900, "pt": 29})
+    stream = train(corpus=corpus, languages=["en", "pt"])
+    with pytest.raises(UserError, match=r"'pt'.*29 tokens.*two separate rows.*data.sequence_length = 16"):
+        validation(corpus=corpus, languages=["en", "pt"], text="train", training=stream)
 
 
 def evaluation(**changes: object) -> EvaluationSet:

@@ -179,7 +179,7 @@ def passes(config: RunConfig) -> dict[str, float]:
     "write"s of displaced weights.
 
     A plain step has one pass of each kind and displaces nothing. A meta step adds up its descent, its validation pass, the
-    passes of the finite difference, and phase 2.
+    passes of the finite difference, and phase 2 (none of its own where both updates start from one point).
     """
     plain = {"forward": 1.0, "shared": 1.0, "own": 1.0, "write": 0.0}
     if not is_meta(config.variant):
@@ -187,6 +187,8 @@ def passes(config: RunConfig) -> dict[str, float]:
     meta = config.meta
     sided = 0 if meta.terms == "direct" else 1 if meta.difference == "one_sided" else 2
     whole = {"forward": 3.0 + sided, "shared": 3.0, "own": 1.0 + sided + (sided == 1), "write": 2.0 + 2 * sided}
+    if meta.order == "simultaneous":  # phase 2 uses the descent's pass, which computes the module's gradient too
+        whole |= {"forward": 2.0 + sided, "shared": 2.0, "own": 2.0 + sided}
     between = plain | {"own": 0.0} if meta.between == "freeze" else plain
     return {key: (whole[key] + (meta.every - 1) * between[key]) / meta.every for key in whole}
 
