@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from scipy.special import softmax
 
-from mlinterf_ds.config import without_removed
+from mlinterf_ds.config import with_present_keys
 from mlinterf_ds.engine import checkpoint
 from mlinterf_ds.engine.precision import DTYPES, choose_precision
 from mlinterf_ds.errors import UserError, refusing
@@ -81,7 +81,7 @@ def main(arguments: Sequence[str], group: Group | None = None) -> int:
         from deepspeed.accelerator import get_accelerator
 
         path, saved = open_finetuned(options.checkpoint)
-        config = FinetuneConfig.model_validate(without_removed(saved["config"]))
+        config = FinetuneConfig.model_validate(with_present_keys(saved["config"]))
         pretrained = Pretrained(path, saved | {"config": saved["pretrained"]})
         ((language, file),) = texts.items()
         module = module_of(options.modules, config, pretrained, saved.get("trained_on", []), language)
