@@ -54,14 +54,14 @@ def run(job: AnalysisJob) -> dict[str, Any]:
     return {
         "analysis": "interference",
         "sign": "positive: joint training hurts",
-        "interval": "95%, bootstrap over rows and seeds, paired",
+        "interval": "95%, over seeds and test examples or rows of text, paired",
         "split": settings.split,
         "precision": job.precision,
         "data": results.data,
         "languages": list(results.languages),
         "comparisons": results.rows(),
         "rank correlation with distance": results.correlations(),
-        "notes": results.notes,
+        "notes": [*results.notes, *results.cautions()],
     }
 
 

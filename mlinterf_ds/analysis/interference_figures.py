@@ -55,12 +55,17 @@ def _write_table(output: Path, results: InterferenceResults) -> None:
     """interference.csv: the rows of the summary, with lists joined by "+"."""
     columns = ["metric", "language", "joint_with", "variant", "seeds", "rows"]
     columns += ["mono", "joint", "interference", "low", "high", "mono_epochs", "joint_epochs"]
+    floors = ["majority", "lexical"]
     table = []
     for row in results.rows():
         cells = [row["metric"], row["language"], "+".join(row["joint with"]), row["variant"]]
         cells += ["+".join(map(str, row["seeds"])), row["rows"], row["mono"], row["joint"], row["interference"]]
-        table.append([*cells, *row["interval"], *row["epochs"], *(row["distance"].get(n) for n in results.distances)])
-    write_csv(output / "interference.csv", [*columns, *(f"{name}_distance" for name in results.distances)], table)
+        distances = (row["distance"].get(name) for name in results.distances)
+        table.append(
+            [*cells, *row["interval"], *row["epochs"], *distances, *(row["floors"].get(name) for name in floors)]
+        )
+    columns += [f"{name}_distance" for name in results.distances] + floors
+    write_csv(output / "interference.csv", columns, table)
 
 
 def _draw_metric(output: Path, results: InterferenceResults, metric: str) -> None:
@@ -83,8 +88,9 @@ def _draw_metric(output: Path, results: InterferenceResults, metric: str) -> Non
     whiskers = "whiskers: lowest and highest seed" if any(len(c.seeds) > 1 for c in comparisons) else "one seed"
     title = "Bits per character of held-out text" if metric == BITS else f"{metric}, within-language"
     bars(levels, output / f"bars-{stem}.png", title=title, label=metric, caption=f"{basis}; {better}; {whiskers}")
+    sampled = "rows" if metric == BITS else "test examples"
     unit = UNITS.get(metric, f"{metric}, mono − joint")
-    caption = f"{basis}; 95% bootstrap intervals, paired; right of 0: joint training hurts"
+    caption = f"{basis}; 95% intervals over seeds and {sampled}, paired; right of 0: joint training hurts"
     intervals(gaps, output / f"differences-{stem}.png", title="Interference", label=unit, caption=caption)
     if matrices := results.pair_matrices(metric):
         caption = f"{basis}; positive: the partner hurts; grey: no such run"

@@ -7,21 +7,36 @@ import itertools
 import math
 import statistics
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from mlinterf_ds.results import paper
-from mlinterf_ds.results.findings import Finding, PerSeed, averaged, cells, compared, differences, finding, mean_scores
-from mlinterf_ds.results.records import Records
-from mlinterf_ds.results.statistics import combined, negligible, positive, student_effect
+from mlinterf_ds.results.findings import (
+    Finding,
+    Part,
+    PerSeed,
+    above_floor,
+    cells,
+    compared,
+    corrected,
+    difference,
+    finding,
+    judged,
+    measured,
+    unseen,
+)  # fmt: skip
+from mlinterf_ds.results.records import Records, TaskScore
+from mlinterf_ds.results.statistics import combined, negligible, paired, positive
 
 RIVALS = ("joint", "ffn", "attn", "adpt", "share_adpt")
 SETTINGS = (paper.WITHIN, paper.ZERO_SHOT)
 COLLAPSE = 0.5  # a variant that keeps less than this share of joint's gain over the floor has collapsed
+TIE = 0.05  # two distances that differ by less are alike: as much as another measure of them would shift
 
 
 def all_findings(records: Records) -> list[Finding]:
-    """Every claim, in the paper's order; those for which there are no records are undecided, and say so."""
-    return [
+    """Every claim, in the paper's order, corrected for their number; those without any records are not measured."""
+    claims = [
         mono_beats_joint(records),
         joint_beats_mono_low(records),
         *(beats_joint(records, variant, paper.WITHIN) for variant in ("ffn", "attn", "adpt")),
@@ -38,6 +53,7 @@ def all_findings(records: Records) -> list[Finding]:
         meta_beats(records, "meta_adpt-direct", "the second-order term helps"),
         meta_beats(records, "adpt-compute", "meta beats plain adapters of equal compute"),
     ]
+    return corrected(claims, records.confidence)
 
 
 # --- interference ------------------------------------------------------------------------------------------------------
@@ -47,17 +63,16 @@ def mono_beats_joint(records: Records) -> Finding:
     source = records.source
     for task, group in itertools.product(records.tasks, dict.fromkeys(records.targets.values())):
         mono, joint = (records.pick(row, paper.WITHIN, task, source, group) for row in ("mono", "joint"))
-        parts[f"{task} {source} in {group}"] = differences(mono, joint)
+        parts[f"{task} {source} in {group}"] = difference(mono, joint, "mono", "joint")
     claim = "a monolingual model beats the joint one within a language"
-    beside = mean_scores(records, ("mono", "joint"), paper.WITHIN)
-    return finding(records, "mono_beats_joint_within", claim, parts, beside=beside)
+    return finding(records, "mono_beats_joint_within", claim, parts)
 
 
 def joint_beats_mono_low(records: Records) -> Finding:
     parts = {}
     for task, code, group in records.groups("low"):
         joint, mono = (records.pick(row, paper.WITHIN, task, code, group) for row in ("low", "mono-low"))
-        parts[f"{task} {code} ({group})"] = differences(joint, mono)
+        parts[f"{task} {code} ({group})"] = difference(joint, mono, "joint", "mono")
     claim = "at low resource the joint model beats the monolingual one"
     return finding(records, "joint_beats_mono_at_low_resource", claim, parts)
 
@@ -65,16 +80,18 @@ def joint_beats_mono_low(records: Records) -> Finding:
 def distance_worsens(records: Records) -> Finding:
     """Interference is mono minus joint; the monolingual model of the source is the same, so joint scores compare."""
     known = {name: distance for name, distance in records.distances.items() if name in records.targets.values()}
-    near, far = "", ""
-    if len(set(known.values())) > 1:
+    near, far, tie = "", "", ""
+    if len(known) > 1:
         near, far = (extreme(known, key=known.__getitem__) for extreme in (min, max))
+        if known[far] - known[near] < TIE:
+            tie = f"the distances tie: {far} at {known[far]:.3f}, {near} at {known[near]:.3f}"
     parts = {}
-    for task in records.tasks:
-        close, distant = (records.pick("joint", paper.WITHIN, task, records.source, group) for group in (near, far))
-        parts[task] = differences(close, distant)
+    for task in records.tasks if near != far else ():
+        scores = [records.pick("joint", paper.WITHIN, task, records.source, group) for group in (near, far)]
+        parts[task] = difference(*scores, f"with {near}", f"with {far}")
     claim = f"a distant partner ({far or '?'}) hurts the source more than a close one ({near or '?'})"
     note = f"distances {records.distance}" if records.distance else ""
-    return finding(records, "distance_worsens_interference", claim, parts, note=note)
+    return finding(records, "distance_worsens_interference", claim, parts, note=note, tie=tie)
 
 
 def third_language(records: Records, setting: str) -> Finding:
@@ -82,7 +99,9 @@ def third_language(records: Records, setting: str) -> Finding:
     pairs, parts = records.targets, {}
     for task, code, group in records.groups("triple"):
         triple = records.pick("triple", setting, task, code, group)
-        parts[f"{task} {code}"] = differences(triple, records.pick("joint", setting, task, code, pairs.get(code, "")))
+        pair = records.pick("joint", setting, task, code, pairs.get(code, ""))
+        floor = unseen(records, setting, task, code)
+        parts[f"{task} {code}"] = difference(triple, pair, "three languages", "two", unseen=floor)
     if setting == paper.ZERO_SHOT:
         claim = "a similar third language helps zero-shot transfer"
         return finding(records, "third_language_helps_zero_shot", claim, parts)
@@ -96,7 +115,7 @@ def partner_size(records: Records) -> Finding:
     for task, code, group in records.groups("low"):
         full = records.pick("joint", paper.WITHIN, task, records.source, pairs.get(code, ""))
         low = records.pick("low", paper.WITHIN, task, records.source, group)
-        parts[f"{task}, partner {code}"] = differences(full, low)
+        parts[f"{task}, partner {code}"] = difference(full, low, "whole partner", "part of it")
     claim = f"how much text the partner has changes the source's scores by less than {records.margin:g} points"
     judge = functools.partial(negligible, margin=records.margin)
     return finding(records, "partner_size_matters_little", claim, parts, judge=judge)
@@ -104,59 +123,62 @@ def partner_size(records: Records) -> Finding:
 
 # --- the variants ------------------------------------------------------------------------------------------------------
 def beats_joint(records: Records, variant: str, setting: str) -> Finding:
-    parts = compared(records, variant, "joint", setting)
-    beside = mean_scores(records, (variant, "joint"), setting)
     name = f"{variant}_beats_joint_{setting.replace('-', '_')}"
-    return finding(records, name, f"{variant} beats joint, {setting}", parts, beside=beside)
+    return finding(records, name, f"{variant} beats joint, {setting}", compared(records, variant, "joint", setting))
 
 
 def collapses(records: Records, variant: str) -> Finding:
     """The floor is a model that never saw the language, or guessing where a study has none."""
-    parts: dict[str, PerSeed] = {}
+    parts: dict[str, Part] = {}
     untransferred: list[str] = []  # where joint training transfers nothing that could collapse
     for task, language, group in cells(records):
-        rows = [records.pick(row, paper.ZERO_SHOT, task, language, group) for row in ("joint", variant, "unseen")]
-        joint, ours, unseen = ({s.seed: s for s in scores} for scores in rows)
-        seeds = joint.keys() & ours.keys()
-        floor = {seed: unseen[seed].score if seed in unseen else joint[seed].majority for seed in seeds}
-        gain = {seed: joint[seed].score - floor[seed] for seed in seeds}
-        if gain and statistics.fmean(gain.values()) > records.margin:
-            parts[f"{task} {language}"] = {
-                seed: floor[seed] + COLLAPSE * gain[seed] - ours[seed].score for seed in seeds
-            }
-        elif gain:
+        joint, ours, floor = (
+            records.pick(row, paper.ZERO_SHOT, task, language, group) for row in ("joint", variant, "unseen")
+        )
+        terms = {"joint": (COLLAPSE, joint), variant: (-1.0, ours)}
+        guessing = {score.seed: (1 - COLLAPSE) * score.majority for score in joint}
+        part = Part(terms | {"never saw it": (1 - COLLAPSE, floor)}, floor) if floor else Part(terms, (), guessing)
+        if not part.per_seed:
+            continue
+        level = statistics.fmean([score.score for score in floor] or [score.majority for score in joint])
+        if above_floor(joint, level, records.confidence) > records.margin:
+            parts[f"{task} {language}"] = part
+        else:
             untransferred.append(f"{task} {language}")
     claim = f"{variant} collapses zero-shot: it keeps less than half of joint's gain over a model that never saw the language"
-    beside = mean_scores(records, ("joint", variant), paper.ZERO_SHOT)
     note = f"without {', '.join(untransferred)}, where joint transfers nothing" if untransferred else ""
-    return finding(records, f"{variant}_collapses_zero_shot", claim, parts, beside=beside, note=note)
+    cause = "at the floor: joint transfers nothing that could collapse" if untransferred and not parts else ""
+    return finding(records, f"{variant}_collapses_zero_shot", claim, parts, note=note, tie=cause)
 
 
 def meta_is_best(records: Records, setting: str) -> Finding:
     """Holds if meta_adpt beats every rival; the effect shown is the one over the closest."""
-    rivals = {row: averaged(compared(records, "meta_adpt", row, setting).values()) for row in RIVALS}
-    effects = {row: student_effect(list(part.values()), records.confidence) for row, part in rivals.items() if part}
     claim = f"meta_adpt is the best joint model, {setting}; the effect is over the closest rival"
     name = f"meta_adpt_best_{setting.replace('-', '_')}"
-    if not effects:
+    rivals = {row: finding(records, name, claim, compared(records, "meta_adpt", row, setting)) for row in RIVALS}
+    rivals = {row: of_rival for row, of_rival in rivals.items() if of_rival.effect.values}
+    if not rivals:
         return finding(records, name, claim, {})
-    closest = min(effects, key=lambda row: effects[row].mean)
-    note = f"closest rival: {closest}" + "; one seed gives no interval" * (not effects[closest].has_interval)
-    means = {row: effect.mean for row, effect in effects.items()}
-    verdict = combined([positive(effect) for effect in effects.values()])
-    beside = mean_scores(records, ("meta_adpt", *effects), setting)
-    return Finding(name, claim, "points", verdict, effects[closest], beside, means, note)
+    closest = min(rivals, key=lambda row: rivals[row].effect.mean)
+    beside = functools.reduce(lambda left, right: right | left, (of_rival.beside for of_rival in rivals.values()))
+    floored = [of_rival.reason for of_rival in rivals.values() if of_rival.reason.startswith("at the floor")]
+    result = replace(
+        rivals[closest], beside=beside, parts={row: of_rival.effect.mean for row, of_rival in rivals.items()},
+        note="; ".join(filter(None, [f"closest rival: {closest}", rivals[closest].note])),
+    )  # fmt: skip
+    judgement = combined([positive(of_rival.effect) for of_rival in rivals.values()])
+    return judged(result, judgement, records.confidence, floored[0] if floored else "")
 
 
 def meta_beats(records: Records, row: str, claim: str) -> Finding:
     """Against a control, over both settings together."""
-    parts: dict[str, PerSeed] = {}
-    beside: dict[str, float] = {}
+    parts: dict[str, Part] = {}
     for setting in SETTINGS:
-        parts |= {f"{setting} {key}": part for key, part in compared(records, "meta_adpt", row, setting).items()}
-        beside |= {f"{key} {setting}": mean for key, mean in mean_scores(records, ("meta_adpt", row), setting).items()}
+        for key, part in compared(records, "meta_adpt", row, setting).items():
+            terms = {f"{name} {setting}": term for name, term in part.terms.items()}
+            parts[f"{setting} {key}"] = replace(part, terms=terms)
     name = f"meta_adpt_beats_{row.replace('-', '_')}"
-    return finding(records, name, f"{claim}, both settings together", parts, beside=beside)
+    return finding(records, name, f"{claim}, both settings together", parts)
 
 
 def meta_converges(records: Records) -> Finding:
@@ -166,20 +188,26 @@ def meta_converges(records: Records) -> Finding:
             {m.seed: m.early_loss for m in records.models_of(group, row).values() if m.early_loss is not None}
             for row in ("adpt", "meta_adpt")
         )
-        parts[group] = {seed: plain[seed] - meta[seed] for seed in plain.keys() & meta.keys()}
+        parts[group] = {seed: ours - theirs for seed, (ours, theirs) in paired(plain, meta).items()}
     claim = (
         "meta adapters converge faster than plain ones: lower training loss from the warm-up to the middle of the run"
     )
-    return finding(records, "meta_adpt_converges_faster", claim, parts, unit="nats")
+    return measured(records, "meta_adpt_converges_faster", claim, parts, "nats")
 
 
 def tuning_beats_freezing(records: Records) -> Finding:
-    parts: dict[str, PerSeed] = {}
-    for frozen in (score for score in records.scores if score.control == "freeze"):
-        same = {name: getattr(frozen, name) for name in ("kind", "set", "variant", "task", "language", "train")}
-        part = differences(records.chosen(control="", **same), [frozen])
-        name = f"{frozen.variant} {frozen.task} {frozen.train}>{frozen.language} in {frozen.set}"
-        parts.setdefault(name, {}).update(part)
+    groups: dict[tuple[str, ...], list[TaskScore]] = {}
+    for score in records.scores:
+        if score.control == "freeze":
+            groups.setdefault(
+                (score.kind, score.set, score.variant, score.task, score.language, score.train), []
+            ).append(score)
+    parts = {}
+    for (kind, group, variant, task, language, train), frozen in groups.items():
+        tuned = records.chosen(
+            control="", kind=kind, set=group, variant=variant, task=task, language=language, train=train
+        )
+        parts[f"{variant} {task} {train}>{language} in {group}"] = difference(tuned, frozen, "tuned", "frozen")
     claim = "tuning all parameters beats freezing the language modules"
     return finding(records, "tuning_all_beats_freezing", claim, parts)
 
@@ -206,7 +234,7 @@ def causes(records: Records) -> list[Finding]:
         f"{masks} attention than in the feed-forward layers",
     )
     return [
-        finding(records, name, claim, _of_analyses(records, analysis, gap), unit=unit)
+        measured(records, name, claim, _of_analyses(records, analysis, gap), unit)
         for name, claim, analysis, gap, unit in (
             ("gradients_conflict_across_languages", gradients, "conflict", of_gradients, "cosine"),
             ("lower_layers_shared_more", layers, "prune", of_layers, pi),

@@ -1,23 +1,29 @@
 """The paper's claims as hypotheses: what a finding is, how it is made from a study's records, and how it is shown.
 
 An effect is a difference that the claim says is positive, one value a seed, averaged over the languages and tasks that both
-sides have, in points of a score unless stated otherwise. A claim holds if Student's interval over the paired seeds lies above
-0, fails if it lies below, and is undecided otherwise; with a single seed it is always undecided.
+sides have, in points of a score unless stated otherwise. A claim holds if the effect's interval, over paired seeds and over the
+test examples (`statistics.py`), lies above 0, and fails if it lies below, after a correction for the number of claims. Else it
+is undecided, and so with a single seed. Where no model scores better than guessing, there is nothing to compare: a part at the
+floor is left out, and a claim of which every part is at the floor is undecided.
 """
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
+
+import numpy as np
 
 from mlinterf_ds.results import paper
 from mlinterf_ds.results.records import Records, TaskScore
-from mlinterf_ds.results.statistics import Effect, Verdict, paired, positive, student_effect
+from mlinterf_ds.results.runs import read_counts
+from mlinterf_ds.results.statistics import Effect, Judgement, Verdict, adjusted, example_shares, positive
 
 PerSeed = dict[int, float]  # pretraining seed -> difference
+FLOORS = {"unseen": "never saw it"}  # the rows of the tables that are floors, beside guessing
 
 
 @dataclass(frozen=True)
@@ -27,11 +33,15 @@ class Finding:
     name: str
     claim: str
     unit: str
-    verdict: Verdict
+    verdict: Verdict  # after the correction for the number of claims
     effect: Effect
     beside: dict[str, float] = field(default_factory=dict)  # mean scores and floors to see the effect beside
     parts: dict[str, float] = field(default_factory=dict)  # the effect by task, language or rival
     note: str = ""
+    uncorrected: Verdict = "not measured"  # by the interval alone
+    p: float = 1.0  # of a claim that has an effect: the level from which on its interval decides
+    adjusted_p: float = 1.0  # corrected for the number of claims
+    reason: str = ""  # why it is undecided
 
     def row(self) -> dict[str, Any]:
         """As JSON, with None for what is unknown."""
@@ -40,11 +50,81 @@ class Finding:
         return asdict(self) | {"effect": known}
 
 
-# --- paired differences ------------------------------------------------------------------------------------------------
-def differences(left: Sequence[TaskScore], right: Sequence[TaskScore]) -> PerSeed:
-    """Left minus right at the seeds that both have."""
-    pairs = paired(*({score.seed: score.score for score in side} for side in (left, right)))
-    return {seed: a - b for seed, (a, b) in pairs.items()}
+# --- parts -------------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Part:
+    """One task and language of a claim: a weighted sum of rows' scores on one test set.
+
+    terms: name -> (weight, scores, one a seed). floors: scores of rows that never saw the language. constant: added for each seed.
+    """
+
+    terms: Mapping[str, tuple[float, Sequence[TaskScore]]]
+    unseen: Sequence[TaskScore] = ()
+    constant: PerSeed = field(default_factory=dict)
+
+    @property
+    def per_seed(self) -> PerSeed:
+        """The weighted sums at the seeds that all rows have."""
+        tables = [(weight, {score.seed: score.score for score in scores}) for weight, scores in self.terms.values()]
+        seeds = sorted(set.intersection(*(set(table) for _, table in tables))) if tables else []
+        return {
+            seed: sum(weight * table[seed] for weight, table in tables) + self.constant.get(seed, 0.0) for seed in seeds
+        }
+
+    @property
+    def scores(self) -> list[TaskScore]:
+        """The scores of all rows, at the seeds that all of them have."""
+        seeds = self.per_seed.keys()
+        return [score for _, scores in self.terms.values() for score in scores if score.seed in seeds]
+
+    @property
+    def test_set(self) -> tuple[str, str]:
+        return self.scores[0].task, self.scores[0].language
+
+    def shares(self, seeds: Sequence[int]) -> np.ndarray | None:
+        """(seeds, examples): what each example contributes to the sum; None where counts of the examples are not kept."""
+        tables = []
+        for weight, scores in self.terms.values():
+            counts = read_counts([score.counts for score in scores if score.seed in seeds])
+            if counts is None:
+                return None
+            tables.append(weight * example_shares(counts))
+        return np.sum(tables, axis=0) if len({table.shape for table in tables}) == 1 else None
+
+    @property
+    def floors(self) -> dict[str, float]:
+        """Mean scores without training on the language: guessing, looking words up, and a model that never saw it."""
+        scores = self.scores
+        floors = {"majority": statistics.fmean(score.majority for score in scores)}
+        if lexical := [score.lexical for score in scores if score.lexical is not None]:
+            floors["lexical"] = statistics.fmean(lexical)
+        if self.unseen:
+            floors[FLOORS["unseen"]] = statistics.fmean(score.score for score in self.unseen)
+        return floors
+
+    def at_floor(self, margin: float, confidence: float) -> bool:
+        """Whether no row is told apart from guessing, or from a model that never saw the language."""
+        floors = self.floors
+        floor = max(value for name, value in floors.items() if name != "lexical")
+        return all(above_floor(scores, floor, confidence) <= margin for _, scores in self.terms.values())
+
+
+def above_floor(scores: Sequence[TaskScore], floor: float, confidence: float) -> float:
+    """By how many points a row surely scores more than the floor: the lower end of its interval over the test examples."""
+    mean, counts = (
+        statistics.fmean(score.score for score in scores) - floor,
+        read_counts([score.counts for score in scores]),
+    )
+    if counts is None:
+        return mean
+    return mean - Effect.of([mean], [example_shares(counts)]).half(1 - confidence)
+
+
+def difference(
+    left: Sequence[TaskScore], right: Sequence[TaskScore], *names: str, unseen: Sequence[TaskScore] = ()
+) -> Part:
+    """Left minus right; `names` of both rows."""
+    return Part({names[0]: (1.0, left), names[1]: (-1.0, right)}, unseen)
 
 
 def averaged(parts: Iterable[PerSeed]) -> PerSeed:
@@ -59,62 +139,163 @@ def cells(records: Records) -> list[tuple[str, str, str]]:
     return [(task, language, group) for task in records.tasks for language, group in records.targets.items()]
 
 
-def compared(records: Records, left: str, right: str, setting: str) -> dict[str, PerSeed]:
-    """Task and language -> differences of two rows of the tables."""
-    return {
-        f"{cell[0]} {cell[1]}": differences(*(records.pick(row, setting, *cell) for row in (left, right)))
-        for cell in cells(records)
-    }
+def compared(records: Records, left: str, right: str, setting: str) -> dict[str, Part]:
+    """Task and language -> two rows of the tables."""
+    parts = {}
+    for cell in cells(records):
+        scores = [records.pick(row, setting, *cell) for row in (left, right)]
+        parts[f"{cell[0]} {cell[1]}"] = difference(*scores, left, right, unseen=unseen(records, setting, *cell))
+    return parts
 
 
+def unseen(records: Records, setting: str, task: str, language: str, group: str = "") -> list[TaskScore]:
+    """Zero-shot scores of a model that never saw the language; none within a language."""
+    return records.pick("unseen", setting, task, language, group) if setting == paper.ZERO_SHOT else []
+
+
+# --- judging -----------------------------------------------------------------------------------------------------------
 def finding(
-    records: Records, name: str, claim: str, parts: dict[str, PerSeed], *, unit: str = "points", note: str = "",
-    beside: dict[str, float] | None = None, judge: Callable[[Effect], Verdict] = positive,
+    records: Records, name: str, claim: str, parts: Mapping[str, Part], *, note: str = "",
+    judge: Callable[[Effect], Judgement] = positive, tie: str = "",
 ) -> Finding:  # fmt: skip
-    """Judges a claim by the mean of its parts; the note says if there are no records for it, or a single seed."""
-    effect = student_effect(list(averaged(parts.values()).values()), records.confidence)
-    if len(effect.values) < 2:
-        lack = "one seed gives no interval" if effect.values else "this study has no records for it"
-        note = f"{lack}; {note}" if note else lack
+    """Judges a claim by the mean of its parts, those at the floor left out. tie: why nothing can be decided, if so."""
+    known = {key: part for key, part in parts.items() if part.per_seed}
+    floored = [key for key, part in known.items() if part.at_floor(records.margin, records.confidence)]
+    told = {key: part for key, part in known.items() if key not in floored} or known
+    effect, unsampled = mean_effect(list(told.values()), records.confidence)
+    means = {key: statistics.fmean(part.per_seed.values()) for key, part in told.items()}
+    notes = [note, f"without {', '.join(floored)}: at the floor" if told is not known and floored else ""]
+    if unsampled:
+        notes.append(f"{unsampled} of {len(told)} test sets have no counts of their examples: seeds alone vary there")
+    cause = tie or ("at the floor: no row scores more than guessing" if known and told is known and floored else "")
+    beside = _beside(list(told.values()))
+    result = Finding(name, claim, "points", "not measured", effect, beside, means, "; ".join(filter(None, notes)))
+    return judged(result, judge(effect), records.confidence, cause)
+
+
+def mean_effect(parts: Sequence[Part], confidence: float) -> tuple[Effect, int]:
+    """The mean of the parts over their common seeds, and of how many the counts of each example are not known."""
+    per_seed = averaged(part.per_seed for part in parts)
+    tables: dict[tuple[str, str], list[np.ndarray]] = {}
+    for part in parts:
+        table = part.shares(list(per_seed))
+        if table is not None:
+            tables.setdefault(part.test_set, []).append(table / len(parts))
+    shares = [np.sum(of_test_set, axis=0) for of_test_set in tables.values()]
+    known = sum(map(len, tables.values()))
+    return Effect.of(list(per_seed.values()), shares, confidence), len(parts) - known
+
+
+def _beside(parts: Sequence[Part]) -> dict[str, float]:
+    """The mean score of each row over the parts that have it, and of the floors."""
+    columns: dict[str, list[float]] = {}
+    for part in parts:
+        rows = {name: statistics.fmean(s.score for s in scores) for name, (_, scores) in part.terms.items()}
+        for name, value in (rows | part.floors).items():
+            columns.setdefault(name, []).append(value)
+    floors = [*FLOORS.values(), "majority", "lexical"]
+    return {name: statistics.fmean(columns[name]) for name in sorted(columns, key=lambda name: name in floors)}
+
+
+def measured(records: Records, name: str, claim: str, parts: Mapping[str, PerSeed], unit: str) -> Finding:
+    """Judges a claim about what is not a score of a task: only the seeds vary."""
+    effect = Effect.of(list(averaged(parts.values()).values()), confidence=records.confidence)
     means = {key: statistics.fmean(part.values()) for key, part in parts.items() if part}
-    return Finding(name, claim, unit, judge(effect), effect, beside or {}, means, note)
+    result = Finding(name, claim, unit, "not measured", effect, {}, means)
+    return judged(result, positive(effect), records.confidence)
 
 
-def mean_scores(records: Records, rows: Sequence[str], setting: str) -> dict[str, float]:
-    """Mean scores of rows of the tables, and of the floors: guessing, and zero-shot a model that never saw the language.
+def judged(result: Finding, judgement: Judgement, confidence: float, cause: str = "") -> Finding:
+    """The finding with its verdict and, where it is undecided, the reason. cause: a reason that lies outside the effect."""
+    effect, alpha = result.effect, 1 - confidence
+    if not effect.values and cause:
+        return replace(result, verdict="undecided", uncorrected="undecided", reason=cause)
+    if not effect.values:
+        lack = "not measured: this study has no records for it"
+        return replace(result, reason=lack)
+    decided = judgement.p < alpha and len(effect.values) > 1 and not cause
+    verdict: Verdict = judgement.side if decided else "undecided"
+    reason = "" if decided else cause or inconclusive(judgement, alpha)
+    return replace(result, verdict=verdict, uncorrected=verdict, p=judgement.p, adjusted_p=judgement.p, reason=reason)
 
-    The means are over the tasks and targets that all rows have, so that they compare. Rows without any score are left out.
-    """
-    rows = [*rows, "unseen"] if setting == paper.ZERO_SHOT else rows
-    scores = [{row: records.pick(row, setting, *cell) for row in rows} for cell in cells(records)]
-    present = [row for row in rows if any(of_cell[row] for of_cell in scores)]
-    common = [of_cell for of_cell in scores if all(of_cell[row] for row in present)]
-    if not present or not common:
-        return {}
-    means = {
-        row: statistics.fmean(statistics.fmean(s.score for s in of_cell[row]) for of_cell in common) for row in present
-    }
-    return means | {"majority": statistics.fmean(of_cell[present[0]][0].majority for of_cell in common)}
+
+def inconclusive(judgement: Judgement, alpha: float) -> str:
+    """Why an interval decides nothing, and what would."""
+    effect, distance = judgement.effect, judgement.distance
+    if len(effect.values) < 2:
+        return "inconclusive: one seed gives no interval over seeds; run three or more"
+    if not effect.has_interval:
+        return "inconclusive: every seed gives the same difference, so that its spread is not known"
+    if distance < 1e-9:
+        return "inconclusive: a tie"
+    if seeds := effect.seeds_needed(distance, alpha):
+        return f"inconclusive: would need about {seeds} seeds, if the effect is as large as it seems"
+    times = max(2.0, (effect.half(alpha, len(effect.values) * 10**6) / distance) ** 2)
+    return f"inconclusive: the test sets are too small, about {times:,.0f} times as many examples would do, however many the seeds"
+
+
+def corrected(findings: Sequence[Finding], confidence: float) -> list[Finding]:
+    """The findings with their verdicts corrected for the number of claims that were measured."""
+    tested = [finding for finding in findings if finding.effect.has_interval and len(finding.effect.values) > 1]
+    of = {finding.name: p for finding, p in zip(tested, adjusted([f.p for f in tested]), strict=True)}
+    results = []
+    for row in findings:
+        row = replace(row, adjusted_p=of.get(row.name, row.p))
+        if row.verdict in ("holds", "fails") and row.adjusted_p >= 1 - confidence:
+            reason = f"inconclusive: {row.verdict} by itself (p {row.p:.2g}), but not among {len(tested)} claims"
+            row = replace(row, verdict="undecided", reason=reason)
+        results.append(row)
+    return results
 
 
 # --- as text -----------------------------------------------------------------------------------------------------------
 def markdown(findings: Sequence[Finding], confidence: float) -> str:
     """A table of all findings with the scores that they are to be seen beside."""
-    lines = [f"| claim | verdict | effect | {confidence:.0%} interval | d | seeds | beside |", "|---" * 7 + "|"]
+    head = [
+        "claim",
+        "verdict",
+        "uncorrected",
+        "effect",
+        f"{confidence:.0%} interval",
+        "d",
+        "seeds",
+        "p",
+        "adjusted p",
+        "beside",
+    ]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for row in findings:
         beside = ", ".join(f"{name} {value:.1f}" for name, value in row.beside.items())
-        notes = "; ".join(text for text in (beside, row.note) if text)
+        notes = "; ".join(dict.fromkeys(filter(None, [row.reason, beside, below_lexical(row), row.note])))
         numbers, seeds = " | ".join(interval(row)), len(row.effect.values)
-        lines.append(f"| {row.claim} | **{row.verdict}** | {numbers} | {seeds} | {notes} |")
-    return "\n".join([*lines, "", caution(len(findings), confidence)]) + "\n"
+        ps = " | ".join(p_values(row))
+        lines.append(f"| {row.claim} | **{row.verdict}** | {row.uncorrected} | {numbers} | {seeds} | {ps} | {notes} |")
+    return "\n".join([*lines, "", caution(findings, confidence)]) + "\n"
 
 
-def caution(count: int, confidence: float) -> str:
-    """What a reader of many intervals must know."""
+def below_lexical(finding: Finding) -> str:
+    """Says which rows score less than a dictionary of each word's commonest label; '' where none does or it is not known."""
+    floor = finding.beside.get("lexical")
+    rows = [name for name in finding.beside if name not in ("majority", "lexical")]
+    below = [name for name in rows if floor is not None and finding.beside[name] < floor]
+    return f"below the lexical baseline: {', '.join(below)}" if below else ""
+
+
+def caution(findings: Sequence[Finding], confidence: float) -> str:
+    """What a reader of many verdicts must know."""
+    count = sum(finding.effect.has_interval for finding in findings)
     return (
-        f"The intervals are not corrected for there being {count} of them: of effects that are zero, "
-        f"{1 - confidence:.0%} are still told apart from it."
+        f"Verdicts are corrected for there being {count} of them (Benjamini and Hochberg): of those that are decided, a share of "
+        f"at most {1 - confidence:.0%} is wrong on average. The intervals, and the uncorrected verdicts, are each by itself."
     )
+
+
+def p_values(finding: Finding) -> tuple[str, str]:
+    """p and adjusted p as text; empty where unknown."""
+    if not finding.effect.has_interval:
+        return "", ""
+    one, both = (f"{p:.3f}" if p >= 0.001 else "< 0.001" for p in (finding.p, finding.adjusted_p))
+    return one, both
 
 
 def interval(finding: Finding) -> tuple[str, str, str]:

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from mlinterf_ds.errors import UserError
-from mlinterf_ds.results.runs import FineTunedRun, PretrainedRun, Setup, by_setup
-from mlinterf_ds.results.statistics import Effect, bootstrap_effect, paired
+from mlinterf_ds.results.runs import FineTunedRun, PretrainedRun, Setup, by_setup, read_counts
+from mlinterf_ds.results.statistics import Effect, example_shares, paired
 from mlinterf_ds.tasks.metrics import rank_correlation
 
 BITS = "bits per character"  # the one metric that is better the lower it is
@@ -33,15 +33,28 @@ class Comparison:
     mono: tuple[float, ...]  # by seed
     joint: tuple[float, ...]
     effect: Effect
+    floors: dict[str, float] = field(default_factory=dict)  # "majority" and, if the task has it, "lexical"
 
     @classmethod
     def of(
-        cls, metric: str, language: str, setup: Setup, seeds: Sequence[int], mono: np.ndarray, joint: np.ndarray
-    ) -> Comparison:
-        """From two tables (seeds, rows) of the same seeds and rows."""
-        effect = bootstrap_effect(joint - mono if metric == BITS else mono - joint)
+        cls, metric: str, language: str, setup: Setup, seeds: Sequence[int], mono: np.ndarray, joint: np.ndarray,
+        shares: np.ndarray | None = None, floors: dict[str, float] | None = None,
+    ) -> Comparison:  # fmt: skip
+        """From two tables (seeds, rows) of the same seeds and rows.
+
+        shares: of a task (seeds, rows, examples), what each test example contributes to mono minus joint; None if not known.
+        """
+        differences = joint - mono if metric == BITS else mono - joint
+        values, tests = differences.mean(axis=1), []
+        if metric == BITS:
+            tests = [differences / differences.shape[1]]
+        elif len(seeds) == 1:  # one pretraining seed: what varies is fine-tuning
+            values, tests = differences[0], [] if shares is None else [shares[0]]
+        elif shares is not None:
+            tests = [shares.mean(axis=1)]
         means = tuple(mono.mean(axis=1).tolist()), tuple(joint.mean(axis=1).tolist())
-        return cls(metric, language, setup, tuple(seeds), mono.shape[1], *means, effect)
+        effect = Effect.of(values.tolist(), tests)
+        return cls(metric, language, setup, tuple(seeds), mono.shape[1], *means, effect, floors or {})
 
     @property
     def partners(self) -> tuple[str, ...]:
@@ -107,20 +120,30 @@ def compare_scores(
         for setup, seeds in groups.items():
             pairs = paired(alone, seeds)
             if len(setup.languages) > 1 and pairs:
-                scores = [(mono.scores[code], joint.scores[code]) for mono, joint in pairs.values()]
-                comparisons.append(Comparison.of(metric, code, setup, [*pairs], *_same_seeds(metric, code, scores)))
+                comparisons.append(_compared(metric, code, setup, pairs))
     return comparisons, of_larger
 
 
-def _same_seeds(
-    metric: str, language: str, scores: Sequence[tuple[dict[int, float], dict[int, float]]]
-) -> list[np.ndarray]:
-    """Mono and joint tables (pretraining seeds, fine-tuning seeds); a study tunes every model with a seed of its own."""
-    pairs = [list(paired(mono, joint).values()) for mono, joint in scores]
-    if not all(pairs):
-        raise UserError(f"{metric} in {language}: the fine-tunings have none of finetune.seeds in common")
-    count = min(map(len, pairs))
-    return [np.array([[scores[side] for scores in seeds[:count]] for seeds in pairs]) for side in (0, 1)]
+def _compared(
+    metric: str, code: str, setup: Setup, runs: Mapping[int, tuple[FineTunedRun, FineTunedRun]]
+) -> Comparison:
+    """Of the mono and joint fine-tunings of each pretraining seed; a study tunes every model with a seed of its own."""
+    common = [sorted(mono.scores[code].keys() & joint.scores[code].keys()) for mono, joint in runs.values()]
+    if not all(common):
+        raise UserError(f"{metric} in {code}: the fine-tunings have none of finetune.seeds in common")
+    count = min(map(len, common))  # of fine-tuning seeds, as many for each pretraining seed
+    tables, shares = [], []
+    for side in zip(*runs.values(), strict=True):
+        chosen = [(run, seed) for run, seeds in zip(side, common, strict=True) for seed in seeds[:count]]
+        tables.append(np.array([run.scores[code][seed] for run, seed in chosen]).reshape(len(runs), count))
+        counts = read_counts([run.counts_file(code, seed) for run, seed in chosen])
+        if counts is not None:
+            shares.append(example_shares(counts).reshape(len(runs), count, -1))
+    known = len(shares) == 2 and shares[0].shape == shares[1].shape
+    first = next(iter(runs.values()))[0]
+    floors = {"majority": first.majority[code]} | ({"lexical": first.lexical[code]} if code in first.lexical else {})
+    differences = shares[0] - shares[1] if known else None
+    return Comparison.of(metric, code, setup, [*runs], *tables, differences, floors)
 
 
 def transfer(runs: Sequence[FineTunedRun], languages: Sequence[str]) -> dict[str, dict[str, np.ndarray]]:
@@ -197,6 +220,8 @@ class InterferenceResults:
                 "joint": float(np.mean(comparison.joint)),
                 "interference": comparison.effect.mean,
                 "interval": [known(comparison.effect.low), known(comparison.effect.high)],
+                "test examples": comparison.effect.examples,
+                "floors": comparison.floors,
                 "epochs": [known(value) for value in self.epochs_of(comparison)],
                 "distance": {name: known(value) for name, value in self.partner_distances(comparison).items()},
             }
@@ -235,13 +260,35 @@ class InterferenceResults:
 
     def shown(self) -> str:
         """The comparisons as a table for the screen, and the notes."""
-        head = f"{'metric':<20}{'language':<10}{'joint model':<24}{'mono':>9}{'joint':>9}{'interference':>14}   95% interval"
-        lines = [head]
+        floors = ["majority", "lexical"] if any(comparison.floors for comparison in self.comparisons) else []
+        head = f"{'metric':<20}{'language':<10}{'joint model':<24}{'mono':>9}{'joint':>9}"
+        lines = [head + "".join(f"{name:>10}" for name in floors) + f"{'interference':>14}   95% interval"]
         for comparison in self.comparisons:
             name, effect = f"{comparison.setup.joined} ({comparison.setup.variant})", comparison.effect
             interval = f"   {effect.low:+.3f} to {effect.high:+.3f}" if effect.has_interval else ""
+            beside = (
+                f"{comparison.floors[floor]:>10.3f}" if floor in comparison.floors else " " * 10 for floor in floors
+            )
             lines.append(
                 f"{comparison.metric:<20}{comparison.language:<10}{name:<24}{np.mean(comparison.mono):>9.3f}"
-                f"{np.mean(comparison.joint):>9.3f}{effect.mean:>+14.3f}{interval}"
+                f"{np.mean(comparison.joint):>9.3f}{''.join(beside)}{effect.mean:>+14.3f}{interval}"
             )
-        return "\n".join([*lines, "positive: joint training hurts", *(f"note: {note}" for note in self.notes)])
+        notes = [*self.notes, *self.cautions()]
+        return "\n".join([*lines, "positive: joint training hurts", *(f"note: {note}" for note in notes)])
+
+    def cautions(self) -> list[str]:
+        """What is not to be read from the comparisons: scores below the lexical baseline, and intervals that lack a part."""
+        notes = []
+        for comparison in self.comparisons:
+            name = f"{comparison.metric}, {comparison.language} in {comparison.setup.joined}"
+            for side in ("mono", "joint"):
+                mean = float(np.mean(getattr(comparison, side)))
+                if mean < comparison.floors.get("lexical", -math.inf):
+                    notes.append(
+                        f"{name}: {side} {mean:.1f} is below the lexical baseline, {comparison.floors['lexical']:.1f}"
+                    )
+            if comparison.metric != BITS and not comparison.effect.examples:
+                notes.append(f"{name}: no counts of the test examples, so that the interval is over seeds alone")
+        if any(len(comparison.seeds) == 1 for comparison in self.comparisons):
+            notes.append("with one pretraining seed an interval says nothing of how much pretraining anew would change")
+        return notes

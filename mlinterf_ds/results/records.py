@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from pydantic import ConfigDict, TypeAdapter
 
 from mlinterf_ds.errors import refusing
@@ -47,6 +46,7 @@ class TaskScore(StudyModel):
     score: float
     majority: float  # what always guessing the most frequent class scores
     others: dict[str, float] = field(default_factory=dict)  # further metrics
+    lexical: float | None = None  # what each word's commonest label in the training data scores; None: no such baseline
     counts: str = ""  # file of (right, predicted, gold) for each example
 
     @property
@@ -202,9 +202,9 @@ def _task_scores(folder: Path, summary: dict[str, Any], facts: Mapping[str, Any]
     common = _common(facts, "kind", "control", "task", "train")
     for language, scores in run.scores.items():
         ((seed, score),) = scores.items()  # a study tunes each model with one seed
-        counts = folder / "counts" / f"seed{seed}" / f"{language}.csv"
+        counts = run.counts_file(language, seed)
         row = TaskScore(
-            **common, metric=run.metric, language=language, score=score, majority=run.majority[language],
+            **common, metric=run.metric, language=language, score=score, majority=run.majority[language], lexical=run.lexical.get(language),
             others=run.others[language], counts=str(counts) if counts.is_file() else "",
         )  # fmt: skip
         rows.append(row)
@@ -218,17 +218,3 @@ def _analysis(folder: Path, summary: dict[str, Any], facts: Mapping[str, Any]) -
             summary = summary | {"layers": list(csv.DictReader(file))}
     figures = [str(path) for path in sorted(folder.glob("*.png"))]
     return AnalysisSummary(**_common(facts), analysis=facts["analysis"], facts=summary, figures=figures)
-
-
-def read_counts(scores: Sequence[TaskScore]) -> np.ndarray | None:
-    """(seeds, examples, 3) counts of (right, predicted, gold) of one test set; None if a file is missing or sizes differ."""
-    tables = []
-    for score in scores:
-        if not Path(score.counts).is_file():
-            return None
-        with refusing(f"{score.counts}: damaged", "; remove its unit's folder and run the study again"):
-            table = np.loadtxt(score.counts, delimiter=",", skiprows=1, ndmin=2)
-            if table.shape[1] != 3:
-                raise ValueError(f"{table.shape[1]} columns, not 3")
-        tables.append(table)
-    return np.stack(tables) if tables and len({len(table) for table in tables}) == 1 else None

@@ -167,6 +167,9 @@ class FineTunedRun:
     tests: dict[str, str]  # tested language -> its test data
     scores: dict[str, dict[int, float]]  # tested language -> fine-tuning seed -> score in percent
     majority: dict[str, float]  # tested language -> what always guessing the most frequent class scores
+    lexical: dict[
+        str, float
+    ]  # tested language -> what each word's commonest label in training scores, if there is such
     others: dict[str, dict[str, float]]  # tested language -> further metrics, means over the fine-tuning seeds
 
     @classmethod
@@ -196,6 +199,11 @@ class FineTunedRun:
             tests={code: summary["data"][f"test {code}"] for code in tested},
             scores={code: dict(zip(map(int, seeds), scores, strict=True)) for code, scores in tested.items()},
             majority={code: summary["baseline"][code] for code in tested},
+            lexical={
+                code: floors["lexical"][metric]
+                for code, floors in summary.get("baselines", {}).items()
+                if code in tested and "lexical" in floors
+            },
             others={
                 code: {name: facts["mean"] for name, facts in summary["metrics"][code].items() if name != metric}
                 for code in tested
@@ -203,6 +211,10 @@ class FineTunedRun:
         )
         checked: FineTunedRun = TypeAdapter(cls).validate_json(json.dumps(run.__dict__), strict=True)
         return checked
+
+    def counts_file(self, language: str, seed: int) -> Path:
+        """Where the run keeps (right, predicted, gold) of each test example."""
+        return Path(self.folder) / "counts" / f"seed{seed}" / f"{language}.csv"
 
     @property
     def score_name(self) -> str:
@@ -213,6 +225,20 @@ class FineTunedRun:
     def within(self) -> list[str]:
         """The tested languages that were trained on."""
         return [code for code in self.scores if code in self.train]
+
+
+def read_counts(files: Sequence[str | Path]) -> np.ndarray | None:
+    """(files, examples, 3) counts of (right, predicted, gold) of one test set; None if a file is missing or sizes differ."""
+    tables = []
+    for file in files:
+        if not Path(file).is_file():
+            return None
+        with refusing(f"{file}: damaged", "; remove the folder of its fine-tuning and run it again"):
+            table = np.loadtxt(file, delimiter=",", skiprows=1, ndmin=2)
+            if table.shape[1] != 3:
+                raise ValueError(f"{table.shape[1]} columns, not 3")
+        tables.append(table)
+    return np.stack(tables) if tables and len({len(table) for table in tables}) == 1 else None
 
 
 # --- several runs ------------------------------------------------------------------------------------------------------

@@ -1,29 +1,33 @@
 """Effects with their intervals, and the one rule that judges them.
 
-An effect is the mean of paired differences. Its interval is one of two, because two kinds of differences are paired:
+An effect is a mean of paired differences between two models. Two things vary in it: training (over the pretraining seeds) and
+the sample of test examples (or rows of text), which all seeds share, so that the spread over seeds does not show it. The interval
+of confidence 1 - alpha reaches from the mean by the square root of the larger of
 
-- `student_effect` takes one difference a pretraining seed. The study's claims use it: a claim averages over languages and
-  tasks first, and only seeds are left to vary.
-- `bootstrap_effect` takes one difference for each pretraining seed and row of text (or fine-tuning seed). The interference
-  analysis uses it: it often has a single seed, of which the rows still say something.
+    t(alpha; S - 1)^2 A + t(alpha; n - 1)^2 (B - AB)      and      t(alpha; n - 1)^2 B
 
-`bootstrap_p` is the test behind the marks in the study's tables. F1 is no mean over examples, so neither interval fits there.
+with A the variance of the mean that the S seeds show, B the one that the n examples show, and AB what is in both because seeds
+and examples interact (a crossed analysis of variance). The first is Student's interval where one of the two is all (for sums:
+Graybill and Wang, 1980); the second holds where few seeds agree by chance. A score is a ratio of sums over the examples (an F1,
+or an accuracy), whose variance is that of its linearisation (Cochran, Sampling Techniques, section 2.11).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, TypeVar
 
 import numpy as np
-from scipy import stats
+from scipy import optimize, stats
 
 Left = TypeVar("Left")
 Right = TypeVar("Right")
-Verdict = Literal["holds", "fails", "undecided"]
-VERDICTS: tuple[Verdict, ...] = ("holds", "fails", "undecided")
+Verdict = Literal["holds", "fails", "undecided", "not measured"]
+VERDICTS: tuple[Verdict, ...] = ("holds", "fails", "undecided", "not measured")
+LEAST_P = 1e-12  # p-values are not told below this
+MOST_SEEDS = 1000  # beyond which `seeds_needed` gives up
 
 
 def paired(left: Mapping[int, Left], right: Mapping[int, Right]) -> dict[int, tuple[Left, Right]]:
@@ -39,6 +43,30 @@ class Effect:
     mean: float
     low: float
     high: float
+    of_seeds: float = 0.0  # A above; 0 with one seed
+    of_examples: float = 0.0  # B above; 0 where nothing was sampled or where it is not known
+    of_both: float = 0.0  # AB above
+    examples: int = 0  # test examples or rows of text; 0 where B is not known
+
+    @classmethod
+    def of(cls, values: Sequence[float], shares: Sequence[np.ndarray] = (), confidence: float = 0.95) -> Effect:
+        """The mean of one difference a seed. A single seed's interval is of its test examples alone.
+
+        shares: for each test set (seeds, examples): what each example contributes to each seed's difference, up to a constant.
+        """
+        count, mean = len(values), float(np.mean(values)) if len(values) else math.nan
+        tables = [table for table in shares if table.size and table.shape[1] > 1]
+        of_examples = sum(table.shape[1] * float(table.mean(axis=0).var(ddof=1)) for table in tables)
+        of_both = sum(table.shape[1] * _interaction(table) / count for table in tables)
+        examples = sum(table.shape[1] for table in tables)
+        of_seeds = _spread(values) ** 2 / max(1, count)
+        effect = cls(
+            tuple(values), mean, -math.inf, math.inf, of_seeds, of_examples, min(of_both, of_examples), examples
+        )
+        if not effect.values or not (examples or of_seeds):
+            return effect
+        half = effect.half(1 - confidence)
+        return replace(effect, low=mean - half, high=mean + half)
 
     @property
     def has_interval(self) -> bool:
@@ -50,6 +78,41 @@ class Effect:
         spread = _spread(self.values)
         return self.mean / spread if spread else math.nan
 
+    def half(self, alpha: float, seeds: int | None = None) -> float:
+        """Half the width of the interval of confidence 1 - alpha; `seeds`: as it would be with so many."""
+        count = seeds or len(self.values)
+        shrunk, own = len(self.values) / count, self.of_examples - self.of_both
+        of_seeds, of_examples = (
+            _quantile(alpha, count) ** 2 * self.of_seeds * shrunk,
+            _quantile(alpha, self.examples) ** 2,
+        )
+        return math.sqrt(max(of_seeds + of_examples * own, of_examples * (own + self.of_both * shrunk)))
+
+    def p(self, distance: float) -> float:
+        """The least alpha at which the interval reaches less far than `distance` from the mean; 1 without an interval."""
+        if not self.has_interval or distance <= 0:
+            return 1.0
+        if self.half(LEAST_P) < distance:
+            return LEAST_P
+        return float(optimize.brentq(lambda alpha: self.half(alpha) - distance, LEAST_P, 1.0))
+
+    def seeds_needed(self, distance: float, alpha: float) -> int | None:
+        """The number of seeds of this spread with which the interval would reach less far; None where none would do."""
+        return next((n for n in range(2, MOST_SEEDS + 1) if self.half(alpha, n) < distance), None)
+
+
+def _quantile(alpha: float, count: int) -> float:
+    """Student's two-sided quantile of a mean of `count` values; 0 for fewer than two."""
+    return float(stats.t.isf(alpha / 2, count - 1)) if count > 1 else 0.0
+
+
+def _interaction(table: np.ndarray) -> float:
+    """The variance of (seeds, examples) that neither the seed nor the example explains; 0 with one seed."""
+    if len(table) < 2:
+        return 0.0
+    rest = table - table.mean(axis=0) - table.mean(axis=1, keepdims=True) + table.mean()
+    return float((rest**2).sum()) / ((table.shape[0] - 1) * (table.shape[1] - 1))
+
 
 def _spread(values: Sequence[float]) -> float:
     """Standard deviation of a sample of two or more; 0 where it is round-off alone, or unknown."""
@@ -57,80 +120,57 @@ def _spread(values: Sequence[float]) -> float:
     return spread if spread and spread >= 1e-9 * abs(float(np.mean(values))) else 0.0
 
 
-def student_effect(values: Sequence[float], confidence: float = 0.95) -> Effect:
-    """The mean of one difference a seed with Student's interval."""
-    count, mean = len(values), float(np.mean(values)) if values else math.nan
-    if count < 2:
-        return Effect(tuple(values), mean, -math.inf, math.inf)
-    half = float(stats.t.ppf((1 + confidence) / 2, count - 1)) * _spread(values) / math.sqrt(count)
-    return Effect(tuple(values), mean, mean - half, mean + half)
-
-
-def bootstrap_effect(differences: np.ndarray, resamples: int = 2000, seed: int = 0) -> Effect:
-    """The mean of (seeds, rows) differences with its 95% percentile bootstrap interval (Efron, 1979).
-
-    Seeds and rows are both resampled; of a single seed, rows alone. Few seeds make the interval too narrow: with S seeds their
-    share of the variance is (S - 1) / S of the unbiased one, which is half of it for two.
-    """
-    seeds, rows = differences.shape
-    low, high = -math.inf, math.inf
-    if differences.size > 1:
-        draw = np.random.default_rng(seed)
-        means = np.empty(resamples)
-        chunk = max(1, (1 << 22) // rows)  # resamples at once: memory stays flat
-        for first in range(0, resamples, chunk):
-            count = min(chunk, resamples - first)
-            seed_counts = draw.multinomial(seeds, np.full(seeds, 1 / seeds), size=count)  # (count, seeds)
-            row_counts = draw.multinomial(rows, np.full(rows, 1 / rows), size=count)  # (count, rows)
-            sums = ((seed_counts @ differences) * row_counts).sum(axis=1)
-            means[first : first + count] = sums / (seeds * rows)
-        low, high = map(float, np.quantile(means, [0.025, 0.975]))
-    return Effect(tuple(differences.mean(axis=1).tolist()), float(differences.mean()), low, high)
-
-
 # --- verdicts ----------------------------------------------------------------------------------------------------------
-def positive(effect: Effect) -> Verdict:
-    """Judges "the effect is above 0": decided only where the interval leaves 0 out."""
-    if effect.low > 0:
-        return "holds"
-    return "fails" if effect.high < 0 else "undecided"
+@dataclass(frozen=True)
+class Judgement:
+    """What an effect says of a claim: the side on which its mean lies, and how far from the border between them."""
+
+    side: Verdict
+    distance: float
+    p: float
+    effect: Effect
 
 
-def negligible(effect: Effect, margin: float) -> Verdict:
-    """Judges "the effect lies within +-margin": holds if its interval does, fails if that lies wholly outside."""
-    if -margin < effect.low and effect.high < margin:
-        return "holds"
-    return "fails" if effect.low > margin or effect.high < -margin else "undecided"
+def positive(effect: Effect) -> Judgement:
+    """Judges "the effect is above 0"."""
+    distance = abs(effect.mean) if effect.values else 0.0
+    return Judgement("holds" if effect.mean > 0 else "fails", distance, effect.p(distance), effect)
 
 
-def combined(verdicts: Sequence[Verdict]) -> Verdict:
-    """Judges a claim that needs all its parts to hold."""
-    if "fails" in verdicts:
-        return "fails"
-    return "holds" if set(verdicts) == {"holds"} else "undecided"
+def negligible(effect: Effect, margin: float) -> Judgement:
+    """Judges "the effect lies within +-margin", by two one-sided tests (Schuirmann, 1987)."""
+    distance = abs(abs(effect.mean) - margin) if effect.values else 0.0
+    return Judgement("holds" if abs(effect.mean) < margin else "fails", distance, effect.p(distance), effect)
 
 
-# --- tables ------------------------------------------------------------------------------------------------------------
+def combined(judgements: Sequence[Judgement]) -> Judgement:
+    """Judges a claim that needs all its parts to hold: the weakest of those that hold, or the clearest of those that fail."""
+    failing = [judgement for judgement in judgements if judgement.side == "fails"]
+    if not failing:
+        return max(judgements, key=lambda judgement: judgement.p)
+    clearest = min(failing, key=lambda judgement: judgement.p)
+    return replace(clearest, p=min(1.0, clearest.p * len(judgements)))  # Bonferroni, because any of them may fail
+
+
+def adjusted(ps: Sequence[float]) -> list[float]:
+    """The p-values corrected for their number (Benjamini and Hochberg, 1995): what is called decided below a level q is wrong in
+    a share of at most q on average."""
+    return stats.false_discovery_control(ps).tolist() if len(ps) else []
+
+
+# --- scores ------------------------------------------------------------------------------------------------------------
 def f1(counts: np.ndarray) -> np.ndarray:
     """F1 in percent from (..., 3) sums of (right, predicted, gold); a share of right answers counts as (right, 1, 1)."""
     total = counts[..., 1] + counts[..., 2]
     return 200 * counts[..., 0] / np.where(total > 0, total, 1)
 
 
-def bootstrap_p(left: Sequence[np.ndarray], right: Sequence[np.ndarray], resamples: int = 1000, seed: int = 0) -> float:
-    """Two-sided p of "both score alike": paired bootstrap (Koehn, 2004) over examples and, within them, over seeds.
+def example_shares(counts: np.ndarray) -> np.ndarray:
+    """(..., examples): each example's share of the score, up to a constant, from its counts (..., examples, 3).
 
-    left, right: for each test set whose scores are averaged, (seeds, examples, 3) counts of (right, predicted, gold).
+    It is the first-order change of the score with the example's weight: (200 right - score (predicted + gold)) / total.
     """
-    draw = np.random.default_rng(seed)
-    total = np.zeros(resamples)
-    for pair in zip(left, right, strict=True):
-        seeds, examples = pair[0].shape[:2]
-        rows = draw.integers(examples, size=(resamples, examples)) + examples * np.arange(resamples)[:, None]
-        counts = np.bincount(rows.ravel(), minlength=rows.size).reshape(rows.shape).astype(float)  # of every example
-        drawn_seeds = draw.integers(seeds, size=(resamples, seeds))
-        scores = [f1(np.tensordot(counts, side, axes=(1, 1))) for side in pair]  # (resamples, seeds)
-        total += np.take_along_axis(scores[0] - scores[1], drawn_seeds, axis=1).mean(axis=1)
-    below = (np.sum(total <= 0) + 1) / (resamples + 1)
-    above = (np.sum(total >= 0) + 1) / (resamples + 1)
-    return float(min(1.0, 2 * min(below, above)))
+    sums = counts.sum(axis=-2)
+    total = np.maximum(sums[..., 1] + sums[..., 2], 1)[..., None]
+    score = f1(sums)[..., None]
+    return (200 * counts[..., 0] - score * (counts[..., 1] + counts[..., 2])) / total

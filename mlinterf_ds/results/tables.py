@@ -6,16 +6,14 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import replace
 
-import numpy as np
-
 from mlinterf_ds.results import paper
+from mlinterf_ds.results.findings import difference, mean_effect
 from mlinterf_ds.results.forms import Cell, Rows, Table
-from mlinterf_ds.results.records import Records, TaskScore, read_counts
-from mlinterf_ds.results.statistics import bootstrap_p
+from mlinterf_ds.results.records import Records, TaskScore
 from mlinterf_ds.tasks import TASKS
 
 NAMES = {
-    "mono": "Mono", "joint": "JointPair", "xlm": "XLM", "unseen": "never saw it", "majority": "majority",
+    "mono": "Mono", "joint": "JointPair", "xlm": "XLM", "unseen": "never saw it", "majority": "majority", "lexical": "lexical",
     "meta_adpt-direct": "meta adpt, direct term only", "adpt-compute": "adpt, compute-matched",
 }  # fmt: skip
 TITLES = {name: f"{name.upper()} ({task.metric.replace('f1', 'F1')})" for name, task in TASKS.items()}
@@ -48,16 +46,12 @@ def all_tables(records: Records) -> list[Table]:
 
 # --- cells -------------------------------------------------------------------------------------------------------------
 def significance(left: Sequence[Sequence[TaskScore]], right: Sequence[Sequence[TaskScore]]) -> str:
-    """† where two rows differ; '' also where common seeds or the counts of each example are missing."""
-    counts: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])
-    for pair in zip(left, right, strict=True):
-        seeds = set.intersection(*({score.seed for score in side} for side in pair))
-        tables = [read_counts([score for score in side if score.seed in seeds]) for side in pair]
-        if tables[0] is None or tables[1] is None or tables[0].shape != tables[1].shape:
-            return ""
-        counts[0].append(tables[0])
-        counts[1].append(tables[1])
-    return "†" if left and bootstrap_p(*counts) < SIGNIFICANT else ""
+    """† where two rows differ; '' also where two common seeds or the counts of each example are missing."""
+    parts = [difference(*pair, "left", "right") for pair in zip(left, right, strict=True)]
+    if not parts or not all(len(part.per_seed) > 1 for part in parts):
+        return ""
+    effect, unsampled = mean_effect(parts, 1 - SIGNIFICANT)
+    return "†" if not unsampled and effect.p(abs(effect.mean)) < SIGNIFICANT else ""
 
 
 def _cell(scores: Sequence[TaskScore], of_paper: float | None, rival: Sequence[TaskScore] | None = None) -> Cell:
@@ -68,12 +62,12 @@ def _cell(scores: Sequence[TaskScore], of_paper: float | None, rival: Sequence[T
 
 def marked(other: str) -> str:
     """The note on what bold type and † mean."""
-    return f"† differs from {other} (paired bootstrap over examples and seeds, p < {SIGNIFICANT:g}); bold: best"
+    return f"† differs from {other} (paired, over two or more seeds and the test examples, p < {SIGNIFICANT:g}); bold: best"
 
 
 def _with_best(rows: Rows) -> Rows:
     """Marks the best of each column. Floors don't compete, and where all are equal none is best."""
-    rivals = [cells for name, cells in rows if name not in (NAMES["majority"], NAMES["unseen"])]
+    rivals = [cells for name, cells in rows if name not in ("majority", "lexical", NAMES["unseen"])]
     for column in range(len(rows[0][1]) if rows else 0):
         means = [cells[column].mean for cells in rivals]
         known = [mean for mean in means if mean is not None]
@@ -140,7 +134,7 @@ def rows_of(records: Records, setting: str) -> list[str]:
     present = dict.fromkeys(score.variant + (f"-{score.control}" if score.control else "") for score in pairs)
     known = [row for row in paper.ROWS if row in present or row == "xlm" or (row == "mono" and setting == paper.WITHIN)]
     others = [row for row in present if row not in known and not row.endswith("freeze")]
-    return known + others + (["unseen"] if setting == paper.ZERO_SHOT else []) + ["majority"]
+    return known + others + (["unseen"] if setting == paper.ZERO_SHOT else []) + ["majority", "lexical"]
 
 
 def _average(records: Records, row: str, setting: str, task: str, metric: str, name: str, languages: list[str]) -> Cell:
@@ -148,14 +142,15 @@ def _average(records: Records, row: str, setting: str, task: str, metric: str, n
     targets = records.targets
     scores, joint = (
         [records.pick(which, setting, task, code, targets[code]) for code in languages]
-        for which in ("joint" if row == "majority" else row, "joint")
+        for which in ("joint" if row in ("majority", "lexical") else row, "joint")
     )
     of_paper = _of_paper((task, metric, setting, row), name, languages)
     if not all(scores):
         return Cell(paper=of_paper)
     main = metric == scores[0][0].metric
-    if row == "majority":
-        return Cell((statistics.fmean(of_language[0].majority for of_language in scores),) if main else ())
+    if row in ("majority", "lexical"):
+        floors = [getattr(of_language[0], row) for of_language in scores]
+        return Cell((statistics.fmean(floors),) if main and None not in floors else ())
     seeds = set.intersection(*({score.seed for score in of_language} for of_language in scores))
     values = [
         [score.score if main else score.others[metric] for score in of_language if score.seed in seeds]

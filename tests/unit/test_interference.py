@@ -21,41 +21,7 @@ from mlinterf_ds.plots.bars import Value
 from mlinterf_ds.pretrain.report import LossTable
 from mlinterf_ds.results.interference import BITS, Comparison, InterferenceResults, compare_scores, transfer
 from mlinterf_ds.results.runs import FineTunedRun, Setup, read_losses
-from mlinterf_ds.results.statistics import bootstrap_effect
 from tests.commands import table
-
-
-# --- intervals -------------------------------------------------------------------------------------------------------
-def test_bootstrap_interval_of_a_normal_sample_is_the_analytic_one() -> None:
-    draw = np.random.default_rng(1)
-    values = draw.normal(0.3, 2.0, size=(1, 400))
-    effect = bootstrap_effect(values, resamples=4000)
-    half = 1.96 * values.std() / math.sqrt(400)
-    assert effect.low == pytest.approx(values.mean() - half, abs=0.1 * half)
-    assert effect.high == pytest.approx(values.mean() + half, abs=0.1 * half)
-
-
-def test_bootstrap_interval_covers_the_truth_as_often_as_it_says() -> None:
-    draw = np.random.default_rng(2)
-    effects = [bootstrap_effect(draw.normal(1.0, 1.0, size=(1, 60)), resamples=300) for _ in range(300)]
-    share = sum(effect.low <= 1.0 <= effect.high for effect in effects) / len(effects)
-    assert 0.91 < share < 0.975  # three standard errors below and beyond 95%
-
-
-def test_bootstrap_interval_has_the_variance_of_seeds_and_of_rows() -> None:
-    """value = seed's effect + row's effect: the variance of the resampled mean is the sum of the two, in closed form."""
-    draw = np.random.default_rng(3)
-    seeds, rows = draw.normal(0, 1, 8), draw.normal(0, 3, 90)
-    effect = bootstrap_effect(seeds[:, None] + rows[None], resamples=6000)
-    expected = math.sqrt(seeds.var() / 8 + rows.var() / 90)
-    assert (effect.high - effect.low) / (2 * 1.96) == pytest.approx(expected, rel=0.06)
-
-
-def test_bootstrap_interval_without_a_spread_to_know() -> None:
-    assert not bootstrap_effect(np.array([[2.0]])).has_interval
-    effect = bootstrap_effect(np.full((2, 5), 0.5))
-    assert (effect.low, effect.high) == (0.5, 0.5)
-
 
 EN_SW = Setup(("en", "sw"), "joint")
 
@@ -67,7 +33,8 @@ def test_pairing_by_hand() -> None:
     assert (row.mono, row.joint, row.rows, row.partners) == ((2.0, 3.0), (2.5, 3.5), 3, ("sw",))
     # Each row is half a bit worse: unpaired, rows of 1 to 6 would hide it; paired, there is no doubt.
     assert (row.effect.mean, row.effect.low, row.effect.high) == (0.5, 0.5, 0.5)
-    assert Comparison.of("ner f1", "en", EN_SW, [0, 4], mono, joint).effect.mean == -0.5
+    task = Comparison.of("ner f1", "en", EN_SW, [0, 4], mono, joint)
+    assert task.effect.mean == -0.5 and not task.effect.has_interval, "seeds that agree, of unknown examples"
 
 
 # --- distances -------------------------------------------------------------------------------------------------------
@@ -191,7 +158,7 @@ def test_scores_are_paired_by_both_seeds(tmp_path: Path) -> None:
     (row,), larger = compare_scores(runs, ["en", "sw"], [f"{tmp_path}/runs/en-hi-sw-0"])
     assert (row.metric, row.language, row.partners, row.seeds, row.rows) == ("ner f1", "sw", ("en",), (1,), 2)
     assert (row.mono, row.joint) == ((61.0,), (59.0,)), "seed 1 alone has both"
-    assert (row.effect.mean, row.effect.low, row.effect.high) == (2.0, 1.0, 3.0)
+    assert (row.effect.mean, row.effect.values) == (2.0, (3.0, 1.0)), "one pretraining seed: fine-tuning varies"
     assert larger == {("ner f1", "sw"): (75.0,)}
 
 
@@ -204,10 +171,31 @@ def test_each_pretraining_seed_may_be_tuned_with_a_seed_of_its_own(tmp_path: Pat
     ]
     ((row,), _) = compare_scores(runs, ["sw"])
     assert (row.seeds, row.rows, row.mono, row.joint) == ((0, 1, 2), 1, (50.0, 53.0, 56.0), (49.0, 52.0, 55.0))
-    assert row.effect.mean == row.effect.low == row.effect.high == 1.0
+    assert row.effect.mean == 1.0 and not row.effect.has_interval
     other = tuned(tmp_path / "other", "en-sw", 0, "sw", {"sw": [49.0]}, seeds=[1])
     with pytest.raises(UserError, match=r"ner f1 in sw.*none of finetune\.seeds in common"):
         compare_scores([runs[0], other], ["sw"])
+
+
+def test_intervals_of_tasks_know_the_test_examples(tmp_path: Path) -> None:
+    """300 examples near chance, two seeds that differ by one example: the standard error is points, not a third of one."""
+    runs = []
+    for name, count in (("sw", 100), ("en-sw", 101)):
+        right = np.roll(np.arange(300) < count, 50 * (name == "sw"))
+        score, floors = 100 * float(right.mean()), {"majority": {"f1": 33.3}, "lexical": {"f1": 40.0}}
+        run = tuned(tmp_path, name, 0, "sw", {"sw": [score, score]}, baselines={"sw": floors}, baseline={"sw": 33.3})
+        for seed in (0, 1):
+            path = run.counts_file("sw", seed)
+            path.parent.mkdir(parents=True)
+            path.write_text("right,predicted,gold\n" + "".join(f"{value:d},1,1\n" for value in right))
+        runs.append(run)
+    ((row,), _) = compare_scores(runs, ["sw"])
+    assert row.effect.values == pytest.approx([-1 / 3] * 2) and row.effect.examples == 300
+    error = np.std((np.arange(300) < 101) * 1.0 - np.roll(np.arange(300) < 100, 50), ddof=1) * 100 / 300**0.5
+    assert row.effect.high - row.effect.mean == pytest.approx(1.968 * error, rel=1e-3) and error > 3
+    whole = results([row], ("en", "sw"), tuned=runs)
+    assert whole.rows()[0]["floors"] == {"majority": 33.3, "lexical": 40.0}
+    assert "33.300    40.000" in whole.shown() and "joint 33.7 is below the lexical baseline, 40.0" in whole.shown()
 
 
 def test_transfer_by_hand(tmp_path: Path) -> None:

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import math
+import re
 import statistics
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 from scipy import stats
 
 from mlinterf_ds.results.claims import all_findings
-from mlinterf_ds.results.findings import markdown, mean_scores
+from mlinterf_ds.results.findings import Finding, compared, finding, markdown
 from mlinterf_ds.results.records import Records
-from mlinterf_ds.results.statistics import bootstrap_p, combined, f1, negligible, positive, student_effect
-from tests.study_records import MAJORITY, planted
+from mlinterf_ds.results.statistics import Effect, adjusted, combined, example_shares, f1, negligible, positive
+from tests.study_records import LEXICAL, MAJORITY, planted
 
 UNASKED = {"meta_adpt_beats_meta_adpt_direct", "meta_adpt_beats_adpt_compute"}  # planted() has no controls
 
@@ -27,12 +29,16 @@ def test_the_papers_claims_hold_where_they_were_planted() -> None:
     verdict_of = verdicts(planted())
     # 70 zero-shot, 30 without the language: attn at 50 keeps exactly half, so does not collapse for sure; ffn does
     assert verdict_of.pop("attn_collapses_zero_shot") == "undecided"
-    assert {verdict_of.pop(name) for name in UNASKED} == {"undecided"}
+    assert {verdict_of.pop(name) for name in UNASKED} == {"not measured"}
     assert set(verdict_of.values()) == {"holds"}, {name for name, verdict in verdict_of.items() if verdict != "holds"}
 
 
+def by_name(records: Records) -> dict[str, Finding]:
+    return {finding.name: finding for finding in all_findings(records)}
+
+
 def test_planted_effects_are_measured() -> None:
-    of = {finding.name: finding for finding in all_findings(planted())}
+    of = by_name(planted())
     assert of["share_adpt_beats_joint_zero_shot"].effect.mean == pytest.approx(3.0, abs=0.05)
     assert of["meta_adpt_best_within"].effect.mean == pytest.approx(2.0, abs=0.05)
     assert of["meta_adpt_best_zero_shot"].effect.mean == pytest.approx(3.0, abs=0.05)
@@ -40,11 +46,11 @@ def test_planted_effects_are_measured() -> None:
     assert of["ffn_collapses_zero_shot"].effect.mean == pytest.approx(30 + 0.5 * 40 - 10, abs=0.05)
     assert of["distance_worsens_interference"].effect.mean == pytest.approx(4.0, abs=0.05)
     assert of["gradients_conflict_across_languages"].effect.mean == pytest.approx(0.32)
-    assert of["lower_layers_shared_more"].effect.mean == pytest.approx(0.3 + 0.02)
-    assert of["attention_shared_more"].effect.mean == pytest.approx(0.2)
-    assert of["meta_adpt_converges_faster"].effect.mean == pytest.approx(0.5)
+    assert of["lower_layers_shared_more"].effect.mean == pytest.approx(0.3 + 0.03)
+    assert of["attention_shared_more"].effect.mean == pytest.approx(0.2 - 0.01)
+    assert of["meta_adpt_converges_faster"].effect.mean == pytest.approx(0.5, abs=0.01)
     beside = of["ffn_collapses_zero_shot"].beside
-    assert beside["unseen"] == pytest.approx(30, abs=0.2) and beside["majority"] == 10
+    assert beside["never saw it"] == pytest.approx(30, abs=0.2) and beside["majority"] == 10
 
 
 def test_the_opposite_fails() -> None:
@@ -64,20 +70,29 @@ def test_the_opposite_fails() -> None:
 def test_nothing_collapses_where_joint_training_transfers_nothing() -> None:
     """Joint zero-shot at 30.5 is within the margin of the floor of 30: ffn, far below, has lost no transfer."""
     nothing = {"joint": (0.0, -39.5), "ffn": (0.0, -60.0), "attn": (0.0, -60.0)}
-    collapse = {finding.name: finding for finding in all_findings(planted(shifts=nothing))}["ffn_collapses_zero_shot"]
-    assert (collapse.verdict, collapse.parts) == ("undecided", {})
+    collapse = by_name(planted(shifts=nothing))["ffn_collapses_zero_shot"]
+    assert (collapse.verdict, collapse.parts) == ("undecided", {}) and collapse.reason.startswith("at the floor")
     assert "without pos syn-close, pos syn-far, where joint transfers nothing" in collapse.note
 
 
 def test_one_seed_decides_nothing_and_says_so() -> None:
-    for finding in all_findings(planted(seeds=1)):
-        assert finding.verdict == "undecided" and ("one seed" in finding.note or finding.name in UNASKED)
-        assert finding.effect.low == -math.inf or not finding.effect.values
+    for row in all_findings(planted(seeds=1)):
+        if row.name in UNASKED:
+            assert row.verdict == "not measured"
+        else:
+            assert row.verdict == "undecided" and "one seed" in row.reason and row.effect.low == -math.inf
 
 
 def test_an_empty_study_says_that_it_has_no_records() -> None:
-    for finding in all_findings(Records(source="syn")):
-        assert (finding.verdict, finding.effect.values) == ("undecided", ()) and "no records" in finding.note
+    for row in all_findings(Records(source="syn")):
+        assert (row.verdict, row.effect.values) == ("not measured", ()) and "no records" in row.reason
+
+
+def test_every_claim_about_scores_has_its_floors_beside_it() -> None:
+    scored = [row for row in all_findings(planted()) if row.unit == "points" and row.verdict != "not measured"]
+    assert len(scored) > 15 and all(row.beside["majority"] == MAJORITY for row in scored)
+    assert all(row.beside["lexical"] == LEXICAL for row in scored)
+    assert "below the lexical baseline: ffn, never saw it" in markdown(scored, 0.95)
 
 
 def test_the_report_of_findings_names_all_of_them() -> None:
@@ -85,26 +100,176 @@ def test_the_report_of_findings_names_all_of_them() -> None:
     findings = all_findings(records)
     text = markdown(findings, records.confidence)
     assert len(findings) >= 20 and all(finding.claim in text for finding in findings) and "95% interval" in text
-    assert f"not corrected for there being {len(findings)} of them" in text and "5% are still told apart" in text
+    assert f"corrected for there being {len(findings) - len(UNASKED)} of them" in text and "Benjamini" in text
+    assert "| verdict | uncorrected |" in text and "| p | adjusted p |" in text
 
 
 def test_controls_are_compared_by_their_own_rows() -> None:
     records = planted()
     ours = [s for s in records.scores if s.variant == "meta_adpt"]
     records.scores += [replace(s, control="direct", score=s.score - 1.5 - 0.1 * (s.seed % 2)) for s in ours]
-    of = {finding.name: finding for finding in all_findings(records)}
+    of = by_name(records)
     direct = of["meta_adpt_beats_meta_adpt_direct"]
     assert direct.verdict == "holds" and direct.effect.mean == pytest.approx(1.54)
     assert of["meta_adpt_best_within"].effect.mean == pytest.approx(2.0, abs=0.05)  # the control is no rival
 
 
+# --- real numbers ------------------------------------------------------------------------------------------------------
+def with_counts(records: Records, right: dict[tuple[str, int], np.ndarray], folder: Path) -> Records:
+    """The records with answers right or wrong: (variant or set, seed) -> (examples,)."""
+    scores = []
+    for s in records.scores:
+        answers = right.get((s.variant, s.seed), right.get((s.set, s.seed)))
+        if answers is not None:
+            path = folder / f"{s.set}-{s.variant}-{s.train}-{s.language}-{s.seed}.csv"
+            path.write_text("right,predicted,gold\n" + "".join(f"{answer:g},1,1\n" for answer in answers))
+            s = replace(s, counts=str(path), score=100 * float(answers.mean()), metric="accuracy", majority=100 / 3)
+        scores.append(s)
+    return replace(records, scores=scores)
+
+
+def test_one_example_of_300_at_chance_decides_nothing(tmp_path: Path) -> None:
+    """Two seeds with the same difference of one example, at the floor, between two partners that are as far apart."""
+    records = planted(seeds=2)
+    right = {(name, seed): np.arange(300) < 100 + (name == "close") for name in ("close", "far") for seed in (0, 1)}
+    records = with_counts(records, right, tmp_path)
+    row = by_name(records)["distance_worsens_interference"]
+    assert row.effect.values == pytest.approx([1 / 3, 1 / 3]) and row.effect.low < -0.2 < 0.8 < row.effect.high
+    assert row.verdict == "undecided" and row.reason == "at the floor: no row scores more than guessing"
+    assert row.beside["majority"] == pytest.approx(100 / 3)
+    records.distances = {"close": 0.53629, "far": 0.53633}
+    row = by_name(records)["distance_worsens_interference"]
+    assert row.verdict == "undecided" and row.reason == "the distances tie: far at 0.536, close at 0.536"
+
+
+def test_what_would_decide_is_said(tmp_path: Path) -> None:
+    """Two points of difference: of 100 seeds with a wide spread more would do; of 150 examples, only more examples."""
+    draw = np.random.default_rng(0)
+    wide = {
+        (v, seed): draw.random(2000) < p + 0.06 * draw.normal()
+        for seed in range(3)
+        for v, p in (("adpt", 0.8), ("joint", 0.75))
+    }
+    row = by_name(with_counts(planted(seeds=3), wide, tmp_path))["adpt_beats_joint_within"]
+    needed = re.fullmatch(r"inconclusive: would need about (\d+) seeds, .*", row.reason)
+    assert row.verdict == "undecided" and needed is not None
+    seeds, distance = int(needed[1]), abs(row.effect.mean)
+    assert row.effect.half(0.05, seeds) < distance <= row.effect.half(0.05, seeds - 1) and seeds > 3
+    few = {("joint", seed): np.arange(150) < 110 for seed in range(3)}
+    few |= {("adpt", seed): np.roll(np.arange(150) < 113 + seed % 2, 40) for seed in range(3)}
+    row = by_name(with_counts(planted(seeds=3), few, tmp_path))["adpt_beats_joint_within"]
+    assert "the test sets are too small" in row.reason
+
+
+def test_verdicts_are_corrected_for_their_number() -> None:
+    """Of 20 claims without an effect and one with a small one, that one is decided by itself but not among them."""
+    records = planted()
+    small = [s for s in records.scores if s.variant == "adpt"]
+    noise = np.random.default_rng(1).normal(0.0, 1.0, len(records.scores))
+    records.scores = [replace(s, score=60 + e + 1.4 * (s in small)) for s, e in zip(records.scores, noise, strict=True)]
+    rows = all_findings(records)
+    alone = [row for row in rows if row.uncorrected != row.verdict]
+    assert all(row.verdict == "undecided" and row.p < 0.05 <= row.adjusted_p for row in alone) and alone
+    assert all("but not among" in row.reason for row in alone)
+    ps = [row.p for row in rows if row.verdict != "not measured"]
+    ranked = sorted(ps)  # Benjamini and Hochberg by hand
+    by_hand = [min(p * len(ps) / rank for rank, p in enumerate(ranked, 1) if p >= own) for own in ps]
+    assert adjusted(ps) == pytest.approx([min(1.0, p) for p in by_hand])
+
+
+def test_scores_beside_a_claim_are_of_what_all_rows_have() -> None:
+    """A row that lacks a language must not look better or worse for it."""
+    records = planted(seeds=2)
+    records.scores = [s for s in records.scores if not (s.variant == "adpt" and s.set == "far")]
+    row = finding(records, "name", "claim", compared(records, "adpt", "joint", "within"))
+    by_hand = {
+        name: statistics.fmean(
+            s.score for s in records.scores if s.variant == name and s.train == s.language == "syn-close"
+        )
+        for name in ("adpt", "joint")
+    }
+    assert row.beside == pytest.approx(by_hand | {"majority": MAJORITY, "lexical": LEXICAL})
+
+
 # --- statistics --------------------------------------------------------------------------------------------------------
-def test_interval_is_students() -> None:
+def test_interval_is_students_where_only_seeds_vary() -> None:
     values = [1.0, 2.5, 0.5, 1.5, 2.0]
-    effect = student_effect(values, 0.9)
-    low, high = stats.ttest_1samp(values, 0).confidence_interval(0.9)
-    assert (effect.low, effect.high) == pytest.approx((low, high))
+    effect = Effect.of(values, confidence=0.9)
+    test = stats.ttest_1samp(values, 0)
+    assert (effect.low, effect.high) == pytest.approx(tuple(test.confidence_interval(0.9)))
+    assert effect.p(abs(effect.mean)) == pytest.approx(test.pvalue)
     assert effect.size == pytest.approx(np.mean(values) / np.std(values, ddof=1))
+
+
+def test_interval_is_students_where_only_examples_vary() -> None:
+    rows = np.random.default_rng(1).normal(0.3, 2.0, size=(1, 400))
+    for seeds in (1, 3):
+        effect = Effect.of([float(rows.mean())] * seeds, [np.repeat(rows, seeds, axis=0) / 400])
+        low, high = stats.ttest_1samp(rows[0], 0).confidence_interval(0.95)
+        assert (effect.low, effect.high) == pytest.approx((low, high))
+
+
+def test_both_variances_add_up() -> None:
+    """value = seed's effect + row's effect."""
+    draw = np.random.default_rng(3)
+    seeds, rows = draw.normal(0, 1, 8), draw.normal(0, 3, 90)
+    table = seeds[:, None] + rows[None]
+    effect = Effect.of(table.mean(axis=1).tolist(), [table / 90])
+    half = math.hypot(
+        stats.t.isf(0.025, 7) * seeds.std(ddof=1) / 8**0.5, stats.t.isf(0.025, 89) * rows.std(ddof=1) / 90**0.5
+    )
+    assert effect.high - effect.mean == pytest.approx(half)
+
+
+def test_nothing_is_known_without_a_spread() -> None:
+    for effect in (Effect.of([2.0]), Effect.of([1 / 3, 1 / 3]), Effect.of([])):
+        assert not effect.has_interval and effect.p(1.0) == 1.0
+    effect = Effect.of([0.5, 0.5], [np.full((2, 5), 0.1)])  # each example says the same: no doubt
+    assert (effect.low, effect.high) == (0.5, 0.5)
+
+
+def simulated(draw: np.random.Generator, seeds: int, examples: int, spread: float, shift: float) -> Effect:
+    """Accuracy of two models on examples of different difficulty, trained anew with each seed: the truth is known.
+
+    An answer is right where shift + difficulty + seed's luck + noise of the answer is above 0, all normal.
+    """
+    right, difficulty = [], draw.normal(0, 1, examples)
+    for model_shift in (shift, 0.0):
+        own = draw.normal(0, 0.5, examples)
+        level = (
+            model_shift + difficulty + own + draw.normal(0, spread, (seeds, 1)) + draw.normal(0, 0.7, (seeds, examples))
+        )
+        right.append((level > 0).astype(float))
+    counts = [np.stack([side, np.ones_like(side), np.ones_like(side)], axis=-1) for side in right]
+    left, other = (f1(side.sum(axis=1)) for side in counts)
+    return Effect.of((left - other).tolist(), [example_shares(counts[0]) - example_shares(counts[1])])
+
+
+@pytest.mark.parametrize(
+    "seeds, examples, spread", [(2, 100, 0.0), (3, 300, 0.1), (3, 60, 0.3), (5, 300, 0.3), (5, 1000, 0.05)]
+)
+def test_intervals_cover_the_truth_and_nothing_is_found_where_nothing_is(
+    seeds: int, examples: int, spread: float
+) -> None:
+    """Over 400 simulated studies, at 95%: no more than three standard errors beyond 5% miss the truth."""
+    draw, trials = np.random.default_rng(seeds * examples), 400
+    most = 0.05 + 3 * math.sqrt(0.05 * 0.95 / trials)
+    for shift in (0.0, 0.5):
+        scale = math.sqrt(1 + 0.25 + spread**2 + 0.49)
+        truth = 100 * (stats.norm.cdf(shift / scale) - 0.5)
+        effects = [simulated(draw, seeds, examples, spread, shift) for _ in range(trials)]
+        missed = sum(not effect.low <= truth <= effect.high for effect in effects) / trials
+        assert missed <= most, (shift, missed)
+        if not shift:  # p-values agree with the intervals
+            assert missed == sum(effect.p(abs(effect.mean)) < 0.05 for effect in effects) / trials
+
+
+def test_seeds_alone_are_wrong_where_the_test_set_is_small() -> None:
+    """The oracle sees the fault that it is there for: without the examples, a difference that is none is often found."""
+    draw, trials = np.random.default_rng(0), 200
+    effects = [simulated(draw, 5, 60, 0.0, 0.0) for _ in range(trials)]
+    alone = [Effect.of(effect.values) for effect in effects]
+    assert sum(effect.low > 0 or effect.high < 0 for effect in alone) / trials > 0.12
 
 
 @pytest.mark.parametrize(
@@ -118,50 +283,35 @@ def test_interval_is_students() -> None:
     ],
 )
 def test_verdicts(values: list[float], sign: str, equal: str) -> None:
-    effect = student_effect(values)
-    assert (positive(effect), negligible(effect, 1.0)) == (sign, equal)
+    effect = Effect.of(values)
+    judgements = positive(effect), negligible(effect, 1.0)
+    assert tuple(j.side if j.p < 0.05 else "undecided" for j in judgements) == (sign, equal)
+    inside = effect.has_interval and effect.low > -1 and effect.high < 1
+    assert (equal == "holds") == inside, "as two one-sided tests say"
 
 
 def test_a_claim_of_several_parts() -> None:
-    assert combined(["holds", "holds"]) == "holds" and combined(["holds", "undecided"]) == "undecided"
-    assert combined(["holds", "fails", "undecided"]) == "fails" and combined([]) == "undecided"
+    clear, weak, against = (
+        positive(Effect.of(values)) for values in ([3.0, 3.1, 2.9], [3.0, -3.0, 0.1], [-3.0, -3.1, -2.9])
+    )
+    assert combined([clear, clear]) == clear and combined([clear, weak]) == weak
+    assert combined([clear, against]).side == "fails" and combined([clear, against]).p == 2 * against.p
 
 
-def test_bootstrap_against_the_exact_sign_test() -> None:
-    """Answers right or wrong, one seed: the two systems differ on 20 of 200 examples."""
+def test_the_examples_shares_have_the_variance_of_the_score() -> None:
+    """F1 of 300 sentences against resampling them."""
     draw = np.random.default_rng(0)
-    right = (draw.random(200) < 0.7).astype(float)
-
-    def counts(values: np.ndarray) -> np.ndarray:
-        return np.stack([values, np.ones(200), np.ones(200)], axis=-1)[None]
-
-    wrong = np.flatnonzero(right == 0)
-    for better, worse in ((10, 10), (16, 4), (19, 1)):
-        other = right.copy()
-        other[wrong[:better]], other[np.flatnonzero(right)[:worse]] = 1, 0
-        exact = stats.binomtest(better, 20).pvalue
-        p = bootstrap_p([counts(other)], [counts(right)], resamples=2000)
-        # the bootstrap's normal limit; the exact test is more cautious in the tails
-        limit = 2 * stats.norm.sf(abs(better - worse) / math.sqrt(20 - (better - worse) ** 2 / 200))
-        assert p == pytest.approx(limit, abs=0.05) and abs(p - exact) < 0.2
-    assert bootstrap_p([counts(right)], [counts(right)]) == 1.0
+    gold = draw.poisson(2, 300)
+    predicted = draw.poisson(2, 300)
+    right = draw.binomial(np.minimum(gold, predicted), 0.7)
+    counts = np.stack([right, predicted, gold], axis=-1).astype(float)
+    shares = example_shares(counts)
+    assert shares.sum() == pytest.approx(0, abs=1e-9)
+    drawn = f1(counts[draw.integers(300, size=(3000, 300))].sum(axis=1))
+    assert math.sqrt(300) * shares.std(ddof=1) == pytest.approx(drawn.std(), rel=0.05)
+    assert not example_shares(np.zeros((4, 3))).any()
 
 
 def test_counts_give_f1() -> None:
     assert f1(np.array([3.0, 4.0, 5.0])) == pytest.approx(100 * 2 * (3 / 4) * (3 / 5) / (3 / 4 + 3 / 5))
     assert f1(np.zeros(3)) == 0
-
-
-def test_scores_beside_a_claim_are_of_what_all_rows_have() -> None:
-    """A row that lacks a language must not look better or worse for it."""
-    records = planted(seeds=1)
-    records.scores = [s for s in records.scores if not (s.variant == "adpt" and s.set == "far")]
-    means = mean_scores(records, ("adpt", "joint", "attn"), "within")
-    by_hand = {
-        row: statistics.fmean(
-            s.score for s in records.scores if s.variant == row and s.train == s.language == "syn-close"
-        )
-        for row in ("adpt", "joint", "attn")
-    }
-    assert means == pytest.approx(by_hand | {"majority": MAJORITY})
-    assert "ffn" not in mean_scores(records, ("joint",), "within")

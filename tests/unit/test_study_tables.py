@@ -16,7 +16,8 @@ from pydantic import TypeAdapter
 from mlinterf_ds.errors import UserError
 from mlinterf_ds.results import forms, paper
 from mlinterf_ds.results.forms import Cell, Table
-from mlinterf_ds.results.records import Records, read_counts
+from mlinterf_ds.results.records import Records
+from mlinterf_ds.results.runs import read_counts
 from mlinterf_ds.results.tables import all_tables
 from tests.study_records import planted
 
@@ -154,12 +155,15 @@ def test_significance_from_counts_of_examples(records: Records, tmp_path: Path) 
         np.savetxt(
             path, np.stack([right, np.ones(500), np.ones(500)], 1), delimiter=",", header="r,p,g", comments="", fmt="%g"
         )
-        with_counts.append(replace(s, counts=str(path)))
+        with_counts.append(replace(s, counts=str(path), score=100 * float(right.mean())))
     table = all_tables(replace(records, scores=with_counts))[1]
     found = {t.number: t for t in all_tables(replace(records, scores=with_counts))}
     third, size = rows(found[4]), rows(found[5])
     assert {line["mark"] for line in [*third.values(), *size.values()]} == {""}  # all joint: the same counts
-    better = [replace(s, counts=str(tmp_path / "attn.csv")) if s.kind in ("triple", "mono") else s for s in with_counts]
+    better = [
+        replace(s, counts=str(tmp_path / "attn.csv"), score=82.0) if s.kind in ("triple", "mono") else s
+        for s in with_counts
+    ]
     found = {t.number: t for t in all_tables(replace(records, scores=better))}
     third, size = rows(found[4]), rows(found[5])
     assert third["zero-shot", "JointTri", "POS syn-far"]["mark"] == "†"
@@ -195,8 +199,8 @@ def test_damaged_counts_are_named(records: Records, tmp_path: Path) -> None:
     for text in ("r,p,g\n1,x,1\n", "r,p\n1,1\n"):
         path.write_text(text)
         with pytest.raises(UserError, match=r"counts\.csv: damaged"):
-            read_counts([replace(records.scores[0], counts=str(path))])
-    assert read_counts([replace(records.scores[0], counts=str(tmp_path / "gone"))]) is None
+            read_counts([path])
+    assert read_counts([tmp_path / "gone"]) is None
 
 
 def test_records_survive_the_disk(records: Records, tmp_path: Path) -> None:
