@@ -78,15 +78,17 @@ def _write(job: AnalysisJob, similarity: Similarity, summary: Mapping[str, Any])
     write_csv(job.output / "similarity.csv", ["layer", "component", "left", "right", "cosine"], rows)
     error = "" if summary["costs"]["sketch"] == "exact" else f"; projected to {summary['costs']['sketch']} dimensions"
     caption = (
-        f"{job.model.path}, step {summary['step']}; {summary['sequences']} training sequences a gradient of "
-        f"{job.text.folder.name}, seed "
-        f"{summary['seed']}{error}\ndiagonal: two batches of one language"
+        f"{job.described}; {summary['sequences']} training sequences a gradient, seed {summary['seed']}{error}\n"
+        "diagonal: two batches of one language"
     )
     panels = {"whole model": similarity.matrix()} | {
         part: similarity.matrix(ALL, part) for part in similarity.components
     }
     title = "Similarity of the languages' gradients"
-    heatmaps(panels, codes, codes, job.output / "matrix.png", title=title, label="cosine", caption=caption)
+    heatmaps(
+        panels, codes, codes, job.output / "matrix.png", title=title, label="cosine", caption=caption, signed=True,
+        noise={name: similarity.noise(ALL if name == "whole model" else name) for name in panels},
+    )  # fmt: skip
     by_component(by_layer(similarity), job.output / "components.png", title=title, caption=caption.split("\n")[0])
 
 
@@ -115,7 +117,6 @@ def _draw_runs(job: AnalysisJob) -> dict[str, Any]:
     if job.first:
         rows = [(run, *pair, *point) for run, curves in runs.items() for pair, line in curves.items() for point in line]
         write_csv(job.output / "training.csv", ["run", "left", "right", "step", "cosine"], rows)
-        caption = "dashed: two batches of one language. " + ", ".join(map(str, job.config.conflict.runs))
-        title = "Gradient similarity during training"
+        title, caption = "Gradient similarity during training", "dashed: two batches of one language"
         training_curves(runs, job.output / "training.png", title=title, caption=caption)
     return summary

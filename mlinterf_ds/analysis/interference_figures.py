@@ -31,7 +31,7 @@ def draw(output: Path, results: InterferenceResults) -> None:
         draw_matrices(
             matrices, path=output / f"transfer-{metric.replace(' ', '-')}.png", title=f"Zero-shot transfer: {metric}",
             label=metric, caption=f"{results.data}\n{caption}", form=".1f", row_label="fine-tuned on",
-            column_label="tested on", middle=float(np.nanmean(np.stack(list(matrices.values())))),
+            column_label="tested on",
         )  # fmt: skip
     if results.distances and len(results.languages) > 1:
         caption = (
@@ -39,7 +39,7 @@ def draw(output: Path, results: InterferenceResults) -> None:
         )
         draw_matrices(
             results.distances, path=output / "distance.png", title="Distance between languages", label="distance",
-            caption=caption + results.data, middle=0.5,
+            caption=caption + results.data,
         )  # fmt: skip
     if results.mono or results.joint:
         _draw_curves(output, results)
@@ -96,7 +96,8 @@ def _draw_metric(output: Path, results: InterferenceResults, metric: str) -> Non
         caption = f"{basis}; positive: the partner hurts; grey: no such run"
         heatmaps(
             matrices, results.languages, results.languages, output / f"pairs-{stem}.png", title="Interference of pairs",
-            label=unit, caption=caption, form="+.2f", row_label="language", column_label="partner",
+            label=unit, caption=caption, form="+.2f", signed=True, noise=results.pair_matrices(metric, noise=True),
+            row_label="language", column_label="partner",
         )  # fmt: skip
 
 

@@ -18,6 +18,8 @@ from mlinterf_ds.pretrained import Pretrained
 from mlinterf_ds.runtime.parallel import Layout
 from mlinterf_ds.sections import TrainConfig
 
+MOST_NAMED = 8  # languages; of more, a caption says the number
+
 
 @dataclass(frozen=True)
 class AnalysisJob:
@@ -46,6 +48,14 @@ class AnalysisJob:
         """The checkpoint; only for an analysis that takes one."""
         assert self.pretrained is not None, "analyze.py refuses a missing checkpoint"
         return self.pretrained
+
+    @property
+    def described(self) -> str:
+        """The checkpoint and its corpus in words, for captions."""
+        saved, codes = self.model.saved, self.model.languages
+        languages = ", ".join(codes) if len(codes) <= MOST_NAMED else f"{len(codes)} languages"
+        step = int(saved["updates"]) + int(saved["skipped"])
+        return f"{saved['config']['variant']} on {languages}, step {step}, text of {self.text.folder.name}"
 
     @property
     def text(self) -> Corpus:

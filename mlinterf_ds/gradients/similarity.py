@@ -56,6 +56,14 @@ class Similarity:
         matrix[np.arange(count), np.arange(count)] = within
         return matrix
 
+    def noise(self, component: str = ALL) -> np.ndarray:
+        """(L, L): between two languages twice the standard error over their four pairs of batches; NaN within one."""
+        cosines, count = self.cosines(ALL, component), len(self.languages)
+        pairs_of_batches = cosines.reshape(count, DRAWS, count, DRAWS).transpose(0, 2, 1, 3).reshape(count, count, -1)
+        noise = 2 * pairs_of_batches.std(axis=-1, ddof=1) / DRAWS
+        noise[np.diag_indices(count)] = np.nan
+        return noise
+
     def corrected(self) -> np.ndarray:
         """(L, L): `matrix` divided by the geometric mean of both languages' ceilings: 1 if only sampling differs."""
         matrix = self.matrix()

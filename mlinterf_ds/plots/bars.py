@@ -11,9 +11,8 @@ from matplotlib.axes import Axes
 
 from mlinterf_ds.files import write_csv
 from mlinterf_ds.plots import style
-from mlinterf_ds.plots.style import DARK_GREY, OKABE_ITO
+from mlinterf_ds.plots.style import DARK_GREY
 
-COLOURS = [OKABE_ITO[index] for index in (0, 1, 6, 2, 3, 5)]
 HATCHES = ["", "////", "....", "xxxx", "\\\\\\\\"]  # tell bars apart in grey print
 MOST_ACROSS = 22  # how many bars a row has at most
 MOST_CATEGORIES = 40  # drawn; the CSV has all
@@ -47,14 +46,14 @@ def bars(values: Sequence[Value], path: Path, *, title: str, label: str, caption
 
 
 def _draw_row(axes: Axes, values: Sequence[Value], categories: list[str], series: list[str]) -> None:
-    width = 0.8 / len(series)
+    width, looks = 0.8 / len(series), style.model_looks(series)
     for number, name in enumerate(series):
         of_series = [value for value in values if value.series == name and value.category in categories]
         shift = (number - (len(series) - 1) / 2) * width
         positions = [categories.index(value.category) + shift for value in of_series]
         axes.bar(
             positions, [value.value for value in of_series], width * 0.94, label=name, linewidth=0, edgecolor="white",
-            color=COLOURS[number % len(COLOURS)], hatch=HATCHES[number % len(HATCHES)],
+            color=looks[name]["color"], hatch=HATCHES[number % len(HATCHES)],
         )  # fmt: skip
         for position, value in zip(positions, of_series, strict=True):
             top = value.value if math.isnan(value.high) else value.high
@@ -72,12 +71,12 @@ def intervals(values: Sequence[Value], path: Path, *, title: str, label: str, ca
     """A point and its interval on a line for each category, with zero marked."""
     categories, series, caption = _prepare(values, path, caption)
     figure = style.new_figure(6.4, max(2.4, 0.3 * len(categories) + 1.7))
-    axes = figure.add_subplot()
+    axes, looks = figure.add_subplot(), style.model_looks(series)
     for number, name in enumerate(series):
         of_series = [value for value in values if value.series == name and value.category in categories]
         shift = (number - (len(series) - 1) / 2) * 0.6 / len(series)
         positions = [-categories.index(value.category) - shift for value in of_series]
-        look = style.look(number, "none")
+        look = looks[name] | {"linestyle": "none"}
         axes.plot([value.value for value in of_series], positions, **look, markersize=5, label=name, zorder=3)
         for position, value in zip(positions, of_series, strict=True):
             if not math.isnan(value.low):

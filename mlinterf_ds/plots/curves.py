@@ -121,7 +121,7 @@ def seed_curves(curves: SeedCurves, path: Path, *, title: str, label: str, capti
     figure = style.new_figure(max(5.0, 2.5 * across) + 1.6, 2.3 * down + 1.3)
     grid = figure.subplots(down, across, squeeze=False, sharex=True)
     models = sorted({model for language in languages for model in curves[language]}, key=lambda m: (m != BASELINE, m))
-    looks = {model: style.look(number) for number, model in enumerate(models)}
+    looks = style.model_looks(models)
     if BASELINE in looks:
         looks[BASELINE] |= {"linestyle": (0, (5, 2)), "marker": ""}
     handles: dict[str, Any] = {}

@@ -1,7 +1,7 @@
 """Matrices as heat maps: a panel for each, one colour scale, and the numbers in the cells where they can be read.
 
-The colours are matplotlib's PuOr: the colour-blind can tell its ends apart, and in grey print it shows the distance from the
-middle, while the numbers in the cells show the side.
+Scores and distances are drawn from pale to dark (matplotlib's YlGnBu). What has a sign is drawn around zero (PuOr: the
+colour-blind can tell its ends apart, and the numbers in the cells show the side), and what lies within the noise is in brackets.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Colormap, Normalize
+from matplotlib.colors import Normalize
 
 from mlinterf_ds.files import write_csv
 from mlinterf_ds.plots import style
@@ -32,21 +32,26 @@ def heatmaps(
     label: str,
     caption: str = "",
     form: str = ".2f",
-    middle: float = 0.0,
+    signed: bool = False,
+    noise: Mapping[str, np.ndarray] | None = None,
     row_label: str = "",
     column_label: str = "",
 ) -> None:
     """Draws each (rows, columns) matrix as a panel under its name. Saves PNG, SVG and CSV.
 
-    NaN is grey. `label` names the colour scale, whose middle is `middle`; `form` formats the numbers in the cells.
+    NaN is grey. `label` names the colour scale; `form` formats the numbers in the cells. signed: zero is the middle of the
+    colours. noise: of each matrix, the differences from zero that are no more than noise; NaN where it is not known.
     """
     names = list(matrices)
     values = np.stack([np.asarray(matrices[name], dtype=float) for name in names])  # (panels, rows, columns)
     assert values.shape[1:] == (len(rows), len(columns)), (values.shape, len(rows), len(columns))
     cells = [[names[p], rows[r], columns[c], float(value)] for (p, r, c), value in np.ndenumerate(values)]
     write_csv(path.with_suffix(".csv"), ["panel", "row", "column", "value"], cells)
-    reach = float(np.nanmax(np.abs(values - middle))) if np.isfinite(values).any() else 1.0
-    scale = Normalize(middle - (reach or 1.0), middle + (reach or 1.0))
+    finite = values[np.isfinite(values)] if np.isfinite(values).any() else np.array([0.0, 1.0])
+    low, high = (-float(np.abs(finite).max()), float(np.abs(finite).max())) if signed else (finite.min(), finite.max())
+    scale = Normalize(low, high if high > low else low + 1.0)
+    colours = colormaps["PuOr" if signed else "YlGnBu"].with_extremes(bad="#D0D0D0")
+    levels = np.stack([noise[name] for name in names]) if noise else np.full(values.shape, np.nan)
     most = max(len(rows), len(columns))
     cell = (0.52 if most <= 8 else 0.38) if most <= READABLE else min(0.24, 9 / most)
     across = min(len(names), 3)
@@ -59,24 +64,27 @@ def heatmaps(
         if index >= len(names):
             axes.set_visible(False)
             continue
-        _panel(axes, values[index], rows, columns, scale, form)
+        _panel(axes, values[index], levels[index], rows, columns, ScalarMappable(scale, colours), form)
         axes.set_title(names[index], fontsize=9, fontfamily=style.families(names[index]))
         axes.set_xlabel(column_label, fontsize=8)
         axes.set_ylabel(row_label if index % across == 0 else "", fontsize=8)
-    bar = figure.colorbar(ScalarMappable(scale, _colours()), ax=list(grid.flat), shrink=0.8, aspect=30)
+    bar = figure.colorbar(ScalarMappable(scale, colours), ax=list(grid.flat), shrink=0.8, aspect=30)
     bar.set_label(label, fontsize=8)
     bar.ax.tick_params(labelsize=7)
+    if np.isfinite(levels).any():
+        level = float(np.nanmedian(levels))
+        for end in (-level, level):
+            bar.ax.axhline(end, color="black", linewidth=1, linestyle=style.DASHED)
+        caption += f"{'; ' * bool(caption)}in brackets: within the noise; dashed on the scale: its median, {level:{form.lstrip('+')}}"
     style.finish(figure, path, title, caption)
 
 
-def _colours() -> Colormap:
-    return colormaps["PuOr"].with_extremes(bad="#D0D0D0")
-
-
 def _panel(
-    axes: Axes, matrix: np.ndarray, rows: Sequence[str], columns: Sequence[str], scale: Normalize, form: str
-) -> None:
-    axes.imshow(np.ma.masked_invalid(matrix), cmap=_colours(), norm=scale, aspect="equal")
+    axes: Axes, matrix: np.ndarray, noise: np.ndarray, rows: Sequence[str], columns: Sequence[str], colours: ScalarMappable,
+    form: str,
+) -> None:  # fmt: skip
+    low, high = colours.get_clim()
+    axes.imshow(np.ma.masked_invalid(matrix), cmap=colours.cmap, vmin=low, vmax=high, aspect="equal")
     families = style.families("".join([*rows, *columns]))
     for axis, names, turn in ((axes.xaxis, columns, 90), (axes.yaxis, rows, 0)):
         every = -(-len(names) // MOST_NAMES)
@@ -89,6 +97,8 @@ def _panel(
         return
     for (row, column), value in np.ndenumerate(matrix):
         if np.isfinite(value):
-            strong = abs(scale(value) - 0.5) > 0.33  # the ends of the scale are dark
-            colour = "white" if strong else "black"
-            axes.text(column, row, format(value, form), ha="center", va="center", fontsize=7, color=colour)
+            light = np.dot(colours.to_rgba(value)[:3], (0.299, 0.587, 0.114))  # the luma of ITU-R BT.601
+            text = f"({value:{form}})" if abs(value) <= noise[row, column] else f"{value:{form}}"
+            axes.text(
+                column, row, text, ha="center", va="center", fontsize=7, color="black" if light > 0.5 else "white"
+            )

@@ -158,11 +158,14 @@ def layers_figure(
     ]
     write_csv(path.with_suffix(".csv"), ["component", "line", "layer", "mean", "p10", "p90"], rows)
     count = max(len(by_layer) for by_layer in matrices.values())
+    order = list(
+        dict.fromkeys(name for of_part in lines.values() for name in of_part)
+    )  # a line looks alike in all panels
     figure = style.new_figure(1.2 + len(lines) * max(2.6, 0.3 * count), 3.9)
     grid = figure.subplots(1, len(lines), sharey=True, squeeze=False)[0]
     for axes, (part, of_part) in zip(grid, lines.items(), strict=True):
-        for index, (name, line) in enumerate(of_part.items()):
-            _draw(axes, line, style.look(index, DASHED if line.within else "-"), name)
+        for name, line in of_part.items():
+            _draw(axes, line, style.look(order.index(name), DASHED if line.within else "-"), name)
         if not of_part:
             axes.text(0.5, 0.5, "one language, one seed", transform=axes.transAxes, ha="center", color=style.GREY)
         axes.axhline(0, color=DARK_GREY, linewidth=0.8)
@@ -207,8 +210,8 @@ def _extremes_panel(axes: Axes, code: str, groups: Sequence[tuple[str, np.ndarra
     axes.bar(positions, values[:, own], width=0.62, color="#B8B8B8", edgecolor=DARK_GREY, linewidth=0.6, label=code)
     others = [index for index in range(len(languages)) if index != own]
     if len(others) <= MOST_LINES:
-        for number, index in enumerate(others):
-            axes.plot(positions, values[:, index], **style.look(number, "none"), markersize=5, label=languages[index])
+        for index in others:  # a language looks alike in all panels
+            axes.plot(positions, values[:, index], **style.look(index, "none"), markersize=5, label=languages[index])
     else:
         low, median, high = np.percentile(values[:, others], [10, 50, 90], axis=1)
         axes.errorbar(

@@ -8,6 +8,8 @@ styles and markers tell lines apart in grey print as well. Dashes always mean a 
 from __future__ import annotations
 
 import functools
+import itertools
+import re
 import textwrap
 import warnings
 from collections.abc import Iterable, Sequence
@@ -26,6 +28,7 @@ OKABE_ITO = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "
 STYLES: list[Any] = ["-", (0, (1, 1.2)), (0, (5, 1.2, 1, 1.2))]
 DASHED: Any = (0, (5, 3))
 MARKERS = ["o", "s", "^", "D", "v", "P", "X", "<", ">", "p", "h"]
+MODELS = ["mono", "joint", "adpt", "ffn", "meta_adpt", "attn", "larger", "share_adpt", "meta_ffn", "meta_attn"]
 GREY, DARK_GREY = "#9A9A9A", "#606060"
 WIDE = 10.0  # ratio of largest to smallest value from which an axis is logarithmic
 
@@ -73,6 +76,26 @@ def look(index: int, linestyle: Any = None) -> Look:
         "linestyle": own if linestyle is None else linestyle,
         "marker": MARKERS[index % len(MARKERS)],
     }
+
+
+def model_looks(names: Iterable[str]) -> dict[str, Look]:
+    """Name of a model -> its look: a variant, with which the name begins, looks alike in every figure and panel.
+
+    Where two names begin with one variant, the first in order has its look.
+    """
+    looks: dict[str, Look] = {}
+    taken: set[int] = set()
+    waiting = []
+    for name in sorted(set(names)):
+        variant = re.split(r"[ ,(]", name)[0]
+        index = MODELS.index(variant) if variant in MODELS else -1
+        if index < 0 or index in taken:
+            waiting.append(name)
+        else:
+            looks[name] = look(index)
+            taken.add(index)
+    free = (index for index in itertools.count() if index not in taken)
+    return looks | {name: look(index) for name, index in zip(waiting, free, strict=False)}
 
 
 def scale(axes: Axes, values: Sequence[float]) -> None:

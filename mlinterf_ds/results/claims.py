@@ -63,7 +63,7 @@ def mono_beats_joint(records: Records) -> Finding:
     source = records.source
     for task, group in itertools.product(records.tasks, dict.fromkeys(records.targets.values())):
         mono, joint = (records.pick(row, paper.WITHIN, task, source, group) for row in ("mono", "joint"))
-        parts[f"{task} {source} in {group}"] = difference(mono, joint, "mono", "joint")
+        parts[f"{task} {source} in {group}"] = difference(mono, joint, ("mono", "joint"))
     claim = "a monolingual model beats the joint one within a language"
     return finding(records, "mono_beats_joint_within", claim, parts)
 
@@ -72,7 +72,7 @@ def joint_beats_mono_low(records: Records) -> Finding:
     parts = {}
     for task, code, group in records.groups("low"):
         joint, mono = (records.pick(row, paper.WITHIN, task, code, group) for row in ("low", "mono-low"))
-        parts[f"{task} {code} ({group})"] = difference(joint, mono, "joint", "mono")
+        parts[f"{task} {code} ({group})"] = difference(joint, mono, ("joint", "mono"))
     claim = "at low resource the joint model beats the monolingual one"
     return finding(records, "joint_beats_mono_at_low_resource", claim, parts)
 
@@ -87,11 +87,11 @@ def distance_worsens(records: Records) -> Finding:
             tie = f"the distances tie: {far} at {known[far]:.3f}, {near} at {known[near]:.3f}"
     parts = {}
     for task in records.tasks if near != far else ():
-        scores = [records.pick("joint", paper.WITHIN, task, records.source, group) for group in (near, far)]
-        parts[task] = difference(*scores, f"with {near}", f"with {far}")
+        close, distant = (records.pick("joint", paper.WITHIN, task, records.source, group) for group in (near, far))
+        parts[task] = difference(close, distant, (f"with {near}", f"with {far}"))
     claim = f"a distant partner ({far or '?'}) hurts the source more than a close one ({near or '?'})"
     note = f"distances {records.distance}" if records.distance else ""
-    return finding(records, "distance_worsens_interference", claim, parts, note=note, tie=tie)
+    return finding(records, "distance_worsens_interference", claim, parts, note=note, cause=tie)
 
 
 def third_language(records: Records, setting: str) -> Finding:
@@ -101,7 +101,7 @@ def third_language(records: Records, setting: str) -> Finding:
         triple = records.pick("triple", setting, task, code, group)
         pair = records.pick("joint", setting, task, code, pairs.get(code, ""))
         floor = unseen(records, setting, task, code)
-        parts[f"{task} {code}"] = difference(triple, pair, "three languages", "two", unseen=floor)
+        parts[f"{task} {code}"] = difference(triple, pair, ("three languages", "two"), floor)
     if setting == paper.ZERO_SHOT:
         claim = "a similar third language helps zero-shot transfer"
         return finding(records, "third_language_helps_zero_shot", claim, parts)
@@ -115,7 +115,7 @@ def partner_size(records: Records) -> Finding:
     for task, code, group in records.groups("low"):
         full = records.pick("joint", paper.WITHIN, task, records.source, pairs.get(code, ""))
         low = records.pick("low", paper.WITHIN, task, records.source, group)
-        parts[f"{task}, partner {code}"] = difference(full, low, "whole partner", "part of it")
+        parts[f"{task}, partner {code}"] = difference(full, low, ("whole partner", "part of it"))
     claim = f"how much text the partner has changes the source's scores by less than {records.margin:g} points"
     judge = functools.partial(negligible, margin=records.margin)
     return finding(records, "partner_size_matters_little", claim, parts, judge=judge)
@@ -148,7 +148,7 @@ def collapses(records: Records, variant: str) -> Finding:
     claim = f"{variant} collapses zero-shot: it keeps less than half of joint's gain over a model that never saw the language"
     note = f"without {', '.join(untransferred)}, where joint transfers nothing" if untransferred else ""
     cause = "at the floor: joint transfers nothing that could collapse" if untransferred and not parts else ""
-    return finding(records, f"{variant}_collapses_zero_shot", claim, parts, note=note, tie=cause)
+    return finding(records, f"{variant}_collapses_zero_shot", claim, parts, note=note, cause=cause)
 
 
 def meta_is_best(records: Records, setting: str) -> Finding:
@@ -207,7 +207,7 @@ def tuning_beats_freezing(records: Records) -> Finding:
         tuned = records.chosen(
             control="", kind=kind, set=group, variant=variant, task=task, language=language, train=train
         )
-        parts[f"{variant} {task} {train}>{language} in {group}"] = difference(tuned, frozen, "tuned", "frozen")
+        parts[f"{variant} {task} {train}>{language} in {group}"] = difference(tuned, frozen, ("tuned", "frozen"))
     claim = "tuning all parameters beats freezing the language modules"
     return finding(records, "tuning_all_beats_freezing", claim, parts)
 

@@ -121,7 +121,7 @@ def above_floor(scores: Sequence[TaskScore], floor: float, confidence: float) ->
 
 
 def difference(
-    left: Sequence[TaskScore], right: Sequence[TaskScore], *names: str, unseen: Sequence[TaskScore] = ()
+    left: Sequence[TaskScore], right: Sequence[TaskScore], names: tuple[str, str], unseen: Sequence[TaskScore] = ()
 ) -> Part:
     """Left minus right; `names` of both rows."""
     return Part({names[0]: (1.0, left), names[1]: (-1.0, right)}, unseen)
@@ -143,8 +143,8 @@ def compared(records: Records, left: str, right: str, setting: str) -> dict[str,
     """Task and language -> two rows of the tables."""
     parts = {}
     for cell in cells(records):
-        scores = [records.pick(row, setting, *cell) for row in (left, right)]
-        parts[f"{cell[0]} {cell[1]}"] = difference(*scores, left, right, unseen=unseen(records, setting, *cell))
+        ours, theirs = (records.pick(row, setting, *cell) for row in (left, right))
+        parts[f"{cell[0]} {cell[1]}"] = difference(ours, theirs, (left, right), unseen(records, setting, *cell))
     return parts
 
 
@@ -156,9 +156,9 @@ def unseen(records: Records, setting: str, task: str, language: str, group: str 
 # --- judging -----------------------------------------------------------------------------------------------------------
 def finding(
     records: Records, name: str, claim: str, parts: Mapping[str, Part], *, note: str = "",
-    judge: Callable[[Effect], Judgement] = positive, tie: str = "",
+    judge: Callable[[Effect], Judgement] = positive, cause: str = "",
 ) -> Finding:  # fmt: skip
-    """Judges a claim by the mean of its parts, those at the floor left out. tie: why nothing can be decided, if so."""
+    """Judges a claim by the mean of its parts, those at the floor left out. cause: why nothing can be decided, if so."""
     known = {key: part for key, part in parts.items() if part.per_seed}
     floored = [key for key, part in known.items() if part.at_floor(records.margin, records.confidence)]
     told = {key: part for key, part in known.items() if key not in floored} or known
@@ -167,7 +167,7 @@ def finding(
     notes = [note, f"without {', '.join(floored)}: at the floor" if told is not known and floored else ""]
     if unsampled:
         notes.append(f"{unsampled} of {len(told)} test sets have no counts of their examples: seeds alone vary there")
-    cause = tie or ("at the floor: no row scores more than guessing" if known and told is known and floored else "")
+    cause = cause or ("at the floor: no row scores more than guessing" if known and told is known and floored else "")
     beside = _beside(list(told.values()))
     result = Finding(name, claim, "points", "not measured", effect, beside, means, "; ".join(filter(None, notes)))
     return judged(result, judge(effect), records.confidence, cause)
@@ -176,11 +176,11 @@ def finding(
 def mean_effect(parts: Sequence[Part], confidence: float) -> tuple[Effect, int]:
     """The mean of the parts over their common seeds, and of how many the counts of each example are not known."""
     per_seed = averaged(part.per_seed for part in parts)
-    tables: dict[tuple[str, str], list[np.ndarray]] = {}
+    tables: dict[tuple[str, str, int], list[np.ndarray]] = {}  # of each test set: task, language and size
     for part in parts:
         table = part.shares(list(per_seed))
         if table is not None:
-            tables.setdefault(part.test_set, []).append(table / len(parts))
+            tables.setdefault((*part.test_set, table.shape[1]), []).append(table / len(parts))
     shares = [np.sum(of_test_set, axis=0) for of_test_set in tables.values()]
     known = sum(map(len, tables.values()))
     return Effect.of(list(per_seed.values()), shares, confidence), len(parts) - known
@@ -211,8 +211,7 @@ def judged(result: Finding, judgement: Judgement, confidence: float, cause: str 
     if not effect.values and cause:
         return replace(result, verdict="undecided", uncorrected="undecided", reason=cause)
     if not effect.values:
-        lack = "not measured: this study has no records for it"
-        return replace(result, reason=lack)
+        return replace(result, reason="not measured: this study has no records for it")
     decided = judgement.p < alpha and len(effect.values) > 1 and not cause
     verdict: Verdict = judgement.side if decided else "undecided"
     reason = "" if decided else cause or inconclusive(judgement, alpha)

@@ -86,8 +86,10 @@ def compare_bits(
             first, together = next(iter(pairs.values()))
             if unlike := first.settings_unlike(together):
                 notes.append(f"{name}: mono and joint differ in {', '.join(unlike)}")
-            tables = [np.stack([bits[run.folder][code] for run in side]) for side in zip(*pairs.values(), strict=True)]
-            comparisons.append(Comparison.of(BITS, code, setup, [*pairs], *tables))
+            alone_bits, joint_bits = (
+                np.stack([bits[run.folder][code] for run in side]) for side in zip(*pairs.values(), strict=True)
+            )
+            comparisons.append(Comparison.of(BITS, code, setup, [*pairs], alone_bits, joint_bits))
     return comparisons, notes
 
 
@@ -143,7 +145,7 @@ def _compared(
     first = next(iter(runs.values()))[0]
     floors = {"majority": first.majority[code]} | ({"lexical": first.lexical[code]} if code in first.lexical else {})
     differences = shares[0] - shares[1] if known else None
-    return Comparison.of(metric, code, setup, [*runs], *tables, differences, floors)
+    return Comparison.of(metric, code, setup, [*runs], tables[0], tables[1], differences, floors)
 
 
 def transfer(runs: Sequence[FineTunedRun], languages: Sequence[str]) -> dict[str, dict[str, np.ndarray]]:
@@ -228,15 +230,17 @@ class InterferenceResults:
             for comparison in self.comparisons
         ]
 
-    def pair_matrices(self, metric: str) -> dict[str, np.ndarray]:
-        """Variant -> (language, partner) interference in joint models of two; NaN where there is none."""
+    def pair_matrices(self, metric: str, noise: bool = False) -> dict[str, np.ndarray]:
+        """Variant -> (language, partner) interference in joint models of two, or half its interval; NaN where there is none."""
         matrices: dict[str, np.ndarray] = {}
         for comparison in self.comparisons:
             partners = comparison.partners
             if comparison.metric == metric and len(partners) == 1 and partners[0] in self.languages:
                 empty = np.full((len(self.languages),) * 2, math.nan)
                 cell = self.languages.index(comparison.language), self.languages.index(partners[0])
-                matrices.setdefault(comparison.setup.variant, empty)[cell] = comparison.effect.mean
+                effect = comparison.effect
+                half = effect.high - effect.mean if effect.has_interval else math.nan
+                matrices.setdefault(comparison.setup.variant, empty)[cell] = half if noise else effect.mean
         return matrices
 
     def correlations(self) -> dict[str, dict[str, Any]]:

@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -229,16 +229,20 @@ class FineTunedRun:
 
 def read_counts(files: Sequence[str | Path]) -> np.ndarray | None:
     """(files, examples, 3) counts of (right, predicted, gold) of one test set; None if a file is missing or sizes differ."""
-    tables = []
-    for file in files:
-        if not Path(file).is_file():
-            return None
-        with refusing(f"{file}: damaged", "; remove the folder of its fine-tuning and run it again"):
-            table = np.loadtxt(file, delimiter=",", skiprows=1, ndmin=2)
-            if table.shape[1] != 3:
-                raise ValueError(f"{table.shape[1]} columns, not 3")
-        tables.append(table)
+    paths = [Path(file) for file in files]
+    if not all(path.is_file() for path in paths):
+        return None
+    tables = [_counts_of(path, path.stat().st_mtime_ns) for path in paths]
     return np.stack(tables) if tables and len({len(table) for table in tables}) == 1 else None
+
+
+@lru_cache(maxsize=1024)  # a study's claims and tables share them
+def _counts_of(path: Path, _changed: int) -> np.ndarray:
+    with refusing(f"{path}: damaged", "; remove the folder of its fine-tuning and run it again"):
+        table = np.loadtxt(path, delimiter=",", skiprows=1, ndmin=2)
+        if table.shape[1] != 3:
+            raise ValueError(f"{table.shape[1]} columns, not 3")
+    return table
 
 
 # --- several runs ------------------------------------------------------------------------------------------------------

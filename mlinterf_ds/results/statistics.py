@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from typing import Literal, TypeVar
 
 import numpy as np
-from scipy import optimize, stats
+from scipy import optimize, special, stats
 
 Left = TypeVar("Left")
 Right = TypeVar("Right")
@@ -103,7 +103,7 @@ class Effect:
 
 def _quantile(alpha: float, count: int) -> float:
     """Student's two-sided quantile of a mean of `count` values; 0 for fewer than two."""
-    return float(stats.t.isf(alpha / 2, count - 1)) if count > 1 else 0.0
+    return -float(special.stdtrit(count - 1, alpha / 2)) if count > 1 else 0.0
 
 
 def _interaction(table: np.ndarray) -> float:

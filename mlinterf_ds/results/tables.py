@@ -16,7 +16,7 @@ NAMES = {
     "mono": "Mono", "joint": "JointPair", "xlm": "XLM", "unseen": "never saw it", "majority": "majority", "lexical": "lexical",
     "meta_adpt-direct": "meta adpt, direct term only", "adpt-compute": "adpt, compute-matched",
 }  # fmt: skip
-TITLES = {name: f"{name.upper()} ({task.metric.replace('f1', 'F1')})" for name, task in TASKS.items()}
+PAPERS_TASKS = ("ner", "pos", "qa", "nli")
 SIGNIFICANT = 0.05
 SYNTHETIC = "syn"  # the names of synthetic languages start so
 VOCABULARY = "one vocabulary for the study (the paper learns one for each model), so that perplexities compare"
@@ -29,7 +29,7 @@ DEPARTURES = [
 
 
 def all_tables(records: Records) -> list[Table]:
-    """Tables 1 to 7; those for which a study has nothing are left out."""
+    """Tables 1 to 7, and one for each task that the paper does not have; those for which a study has nothing are left out."""
     tables = [
         corpora(records),
         main_table(records, 2, "NER and POS", [("ner", "f1"), ("pos", "f1")]),
@@ -39,15 +39,26 @@ def all_tables(records: Records) -> list[Table]:
         main_table(records, 6, "NLI, zero-shot (accuracy)", [("nli", "accuracy")], [paper.ZERO_SHOT]),
         main_table(records, 7, "QA in full (F1 and EM)", [("qa", "f1"), ("qa", "em")]),
     ]
+    metrics = {score.task: score.metric for score in records.scores}
+    others = {task: title for task, title in titles(records).items() if task not in PAPERS_TASKS}
+    for number, (task, title) in enumerate(others.items(), len(tables) + 1):
+        tables.append(main_table(records, number, title, [(task, metrics[task])]))
     for table in tables:
         table.notes += records.departures
     return [table for table in tables if not table.empty]
 
 
+def titles(records: Records) -> dict[str, str]:
+    """Task -> its title, such as "NER (F1)", of every task that was scored: the paper's first, in its order."""
+    metrics = {score.task: score.metric for score in records.scores}
+    order = sorted(metrics, key=lambda task: (list(TASKS).index(task) if task in TASKS else len(TASKS), task))
+    return {task: f"{task.upper()} ({metrics[task].replace('f1', 'F1')})" for task in order}
+
+
 # --- cells -------------------------------------------------------------------------------------------------------------
 def significance(left: Sequence[Sequence[TaskScore]], right: Sequence[Sequence[TaskScore]]) -> str:
     """† where two rows differ; '' also where two common seeds or the counts of each example are missing."""
-    parts = [difference(*pair, "left", "right") for pair in zip(left, right, strict=True)]
+    parts = [difference(ours, theirs, ("ours", "theirs")) for ours, theirs in zip(left, right, strict=True)]
     if not parts or not all(len(part.per_seed) > 1 for part in parts):
         return ""
     effect, unsampled = mean_effect(parts, 1 - SIGNIFICANT)
@@ -80,7 +91,7 @@ def _with_best(rows: Rows) -> Rows:
 # --- table 1 -----------------------------------------------------------------------------------------------------------
 def corpora(records: Records) -> Table:
     """The training text of each language, and the tasks that have test data in it."""
-    tasks = [task for task in TITLES if task in records.tasks]
+    tasks = list(titles(records))
     tested = {(score.task, score.language) for score in records.scores}
     rows = []
     for name, facts in records.sizes.items():
@@ -202,7 +213,7 @@ def sizes(records: Records) -> Table:
     tested, targets = {task for task, _, _ in records.groups("low")}, records.targets
     columns = [
         (task, codes[1], name, low)
-        for task in TITLES
+        for task in titles(records)
         for name, codes in sets.items()
         if task in tested and codes[1] in targets
         for low in (False, True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import math
+import re
 import statistics
 from collections import Counter
 from collections.abc import Sequence
@@ -15,10 +16,11 @@ from markupsafe import Markup
 
 from mlinterf_ds.results import paper
 from mlinterf_ds.results.convergence import CONVERGENCE
-from mlinterf_ds.results.findings import Finding, caution, interval
+from mlinterf_ds.results.findings import Finding, below_lexical, caution, interval, p_values
 from mlinterf_ds.results.forms import Cell, Table
 from mlinterf_ds.results.records import Records, TaskScore, TrainedModel
-from mlinterf_ds.results.tables import NAMES, TITLES
+from mlinterf_ds.results.statistics import VERDICTS
+from mlinterf_ds.results.tables import NAMES, titles
 from mlinterf_ds.study.config import StudyConfig
 
 FIGURES = {
@@ -28,18 +30,30 @@ FIGURES = {
     "conflict": "Gradient conflict",
     "prune": "Language-specific parameters",
 }
+# What a figure shows, by how its file's name begins; the rest of the name says of what.
+CAPTIONS = {
+    "bars": "Scores of monolingual, joint and larger models", "differences": "Interference with its 95% intervals",
+    "pairs": "Interference of each language with each partner", "distance": "Distance between the languages",
+    "transfer": "Zero-shot transfer between languages", "validation": "Validation perplexity during pretraining",
+    "training": "Curves during training", "matrix": "Similarity of each two languages",
+    "components": "Similarity by layer and component", "layers": "Similarity of the masks by layer",
+    "extremes": "Parameters that a language's masks value most and least", CONVERGENCE: "Validation perplexity, plain and meta adapters",
+}  # fmt: skip
+ABOUT = ("made", "git_commit", "git_dirty")  # the facts at the head of the page; the others, versions, stand at its end
 LARGEST = 400_000  # bytes of a figure that the page still includes
 
 
 def render(
     config: StudyConfig, records: Records, tables: Sequence[Table], findings: Sequence[Finding], facts: dict[str, str]
 ) -> str:
-    """The page as HTML. facts: commit, versions and date, for the head of the page."""
+    """The page as HTML. facts: commit and date, for the head of the page, and versions of software, for its end."""
     environment = Environment(
         loader=PackageLoader("mlinterf_ds.study", "."), autoescape=True, undefined=StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
-    environment.filters |= {"sortable": sortable, "bar": bar, "interval": interval}
+    environment.filters |= {"sortable": sortable, "bar": bar, "interval": interval, "p_values": p_values}
+    environment.filters["short_paths"] = lambda text: re.sub(r"(?<![\w.])/(?:[^\s/:;,]+/)+", "…/", text)
+    environment.filters |= {"below_lexical": below_lexical, "css": lambda verdict: verdict.replace(" ", "-")}
     about = {
         "languages": ", ".join(config.languages),
         "variants": ", ".join([*(["mono"] if config.mono else []), *config.variants]),
@@ -47,9 +61,10 @@ def render(
         "tasks": ", ".join(task.task.upper() for task in config.tasks),
     }
     return environment.get_template("report.html.j2").render(
-        config=config, about=about | facts, records=records, tables=tables, findings=findings,
+        config=config, about=about | {name: text for name, text in facts.items() if name in ABOUT},
+        versions={name: text for name, text in facts.items() if name not in ABOUT}, records=records, tables=tables, findings=findings,
         counts=Counter(finding.verdict for finding in findings), states=Counter(row["state"] for row in records.status),
-        caution=caution(len(findings), records.confidence), figures=figures(records), languages=languages(records),
+        verdicts=VERDICTS, caution=caution(findings, records.confidence), figures=figures(records), languages=languages(records),
     )  # fmt: skip
 
 
@@ -73,7 +88,7 @@ def bar(finding: Finding) -> Markup:
     return Markup(
         '<svg class="bar {}" viewBox="0 0 120 16" role="img" aria-label="{}"><line class="zero" x1="60" x2="60" y1="1" y2="15"/>'
         '<line class="range" x1="{:.1f}" x2="{:.1f}" y1="8" y2="8"/><circle cx="{:.1f}" cy="8" r="3.5"/></svg>'
-    ).format(finding.verdict, label, low, high, x(effect.mean))
+    ).format(finding.verdict.replace(" ", "-"), label, low, high, x(effect.mean))
 
 
 def figures(records: Records) -> list[tuple[str, list[tuple[str, str]]]]:
@@ -85,7 +100,9 @@ def figures(records: Records) -> list[tuple[str, list[tuple[str, str]]]]:
     for analysis, heading in FIGURES.items():
         first_seed = {(a.set, a.variant): a for a in reversed(records.analyses) if a.analysis == analysis}
         shown = [
-            _figure(path, "" if made.set == "all" else f": {made.set}, {made.variant}, seed {made.seed}")
+            _figure(
+                path, "" if made.set == "all" else f": {made.variant} on {', '.join(made.languages)}, seed {made.seed}"
+            )
             for made in reversed(first_seed.values())
             for path in map(Path, made.figures)
             if path.is_file()
@@ -97,9 +114,11 @@ def figures(records: Records) -> list[tuple[str, list[tuple[str, str]]]]:
 
 def _figure(path: Path, model: str) -> tuple[str, str]:
     """The caption and the data URI of a figure of a model."""
-    caption, size = f"{path.stem.replace('-', ' ')}{model}", path.stat().st_size
+    kind, _, of_what = path.stem.partition("-")
+    words = CAPTIONS.get(kind, kind) + (f", {of_what.replace('-', ' ')}" if of_what else "")
+    caption, size = words + model, path.stat().st_size
     if size > LARGEST:
-        return f"{caption} ({size / 1000:.0f} kB, too large for this page: {path})", ""
+        return f"{caption} ({path.name} has {size / 1000:.0f} kB, too much for this page)", ""
     return caption, f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"
 
 
@@ -122,9 +141,12 @@ def languages(records: Records) -> list[LanguageView]:
     views = []
     for name in dict.fromkeys(trained + [score.language for score in records.scores]):
         tables = [("", ["perplexity", "bits per character"], _perplexity(records, name))]
-        tables += [(TITLES[task], ["score", "majority"], _scores(records, name, task)) for task in TITLES]
+        tables += [
+            (title, ["score", "majority", "lexical"], _scores(records, name, task))
+            for task, title in titles(records).items()
+        ]
         shown = [
-            (title, head, [(model, _means(pairs, (2, 3) if not title else (1, 1))) for model, pairs in groups.items()])
+            (title, head, [(model, _means(rows, (1, 1, 1) if title else (2, 3))) for model, rows in groups.items()])
             for title, head, groups in tables
             if groups
         ]
@@ -132,7 +154,7 @@ def languages(records: Records) -> list[LanguageView]:
     return views
 
 
-Groups = dict[str, list[tuple[float, float]]]  # a model -> the two numbers of each seed
+Groups = dict[str, list[tuple[float | None, ...]]]  # a model -> the numbers of each seed
 
 
 def _perplexity(records: Records, language: str) -> Groups:
@@ -150,7 +172,8 @@ def _scores(records: Records, language: str, task: str) -> Groups:
         if (score.language, score.task) == (language, task):
             setting = paper.WITHIN if score.within else f"from {score.train}"
             unseen = ", never saw it" if score.variant == "mono" and not score.within else ""
-            groups.setdefault(f"{_label(score)}{unseen} · {setting}", []).append((score.score, score.majority))
+            numbers = score.score, score.majority, score.lexical
+            groups.setdefault(f"{_label(score)}{unseen} · {setting}", []).append(numbers)
     return groups
 
 
@@ -159,11 +182,17 @@ def _label(row: TrainedModel | TaskScore) -> str:
     return f"{shown}{' ' + row.control if row.control else ''} ({row.set})"
 
 
-def _means(pairs: Sequence[tuple[float, float]], digits: tuple[int, int]) -> list[tuple[str, str]]:
-    """Means over the seeds with their standard deviations, and to sort by, of each column. digits: decimals shown."""
-    columns = []
-    for values, decimals in zip(zip(*pairs, strict=True), digits, strict=True):
-        mean = statistics.fmean(values)
+def _means(rows: Sequence[tuple[float | None, ...]], digits: tuple[int, ...]) -> list[tuple[str, str]]:
+    """Means over the seeds with their standard deviations, and to sort by, of each column. digits: decimals shown.
+
+    A score below the lexical baseline, the third column of three, is marked.
+    """
+    columns, means = [], []
+    for column, decimals in zip(zip(*rows, strict=True), digits, strict=True):
+        values = [value for value in column if value is not None]
+        means.append(statistics.fmean(values) if values else math.nan)
         spread = f" ± {statistics.stdev(values):.{decimals}f}" if len(set(values)) > 1 else ""
-        columns.append((f"{mean:.{decimals}f}{spread}", f"{mean:.6f}"))
+        columns.append((f"{means[-1]:.{decimals}f}{spread}" if values else "", f"{means[-1]:.6f}" if values else ""))
+    if len(means) == 3 and means[0] < means[2]:
+        columns[0] = f"{columns[0][0]}, below lexical", columns[0][1]
     return columns

@@ -8,12 +8,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 
 from mlinterf_ds.errors import UserError
 from mlinterf_ds.gradients.measure import read_curves
+from mlinterf_ds.plots.bars import Value, bars, intervals
+from mlinterf_ds.plots.curves import seed_curves
 from mlinterf_ds.plots.heatmaps import heatmaps
-from mlinterf_ds.plots.similarity import Curves, by_component, training_curves
+from mlinterf_ds.plots.similarity import Curves, by_component, layers_figure, training_curves
 
 
 def texts(figure: Figure) -> list[str]:
@@ -25,7 +28,7 @@ def test_a_heat_map_shows_its_numbers_and_writes_them(tmp_path: Path, drawn: lis
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         path = tmp_path / "m.png"
-        heatmaps(values, ["русский", "العربية"], ["a", "b"], path, title="t", label="cosine", caption="made by hand")
+        heatmaps(values, ["русский", "العربية"], ["a", "b"], path, title="t", label="cosine", signed=True)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["m.csv", "m.png", "m.svg"]
     assert texts(drawn[0])[:3] == ["0.80", "-0.25", "-0.25"] and texts(drawn[0]).count("0.50") == 4
     with path.with_suffix(".csv").open(encoding="utf-8") as file:
@@ -34,6 +37,44 @@ def test_a_heat_map_shows_its_numbers_and_writes_them(tmp_path: Path, drawn: lis
     low, high = drawn[0].axes[0].images[0].get_clim()
     assert (low, high) == (-0.8, 0.8), "symmetric: white is zero"
     assert drawn[0].axes[1].images[0].get_clim() == (low, high), "one scale for all panels"
+
+
+def test_colours_of_scores_and_of_signed_values(tmp_path: Path, drawn: list[Figure]) -> None:
+    scores = {"joint": np.array([[30.0, 60.0], [45.0, np.nan]])}
+    heatmaps(scores, ["a", "b"], ["a", "b"], tmp_path / "s.png", title="t", label="f1", form=".1f")
+    (image,) = drawn[0].axes[0].images
+    assert image.get_clim() == (30, 60) and image.get_cmap().name == "YlGnBu", "from pale to dark"
+    noise = {"joint": np.array([[0.1, np.nan], [0.3, 0.2]])}
+    values = {"joint": np.array([[0.05, 0.5], [-0.2, -0.4]])}
+    heatmaps(
+        values,
+        ["a", "b"],
+        ["a", "b"],
+        tmp_path / "p.png",
+        title="t",
+        label="bits",
+        form="+.2f",
+        signed=True,
+        noise=noise,
+    )
+    assert texts(drawn[1]) == ["(+0.05)", "+0.50", "(-0.20)", "-0.40"], "what is noise is in brackets"
+    marks = [float(line.get_ydata()[0]) for line in drawn[1].axes[1].lines if line.is_dashed()]
+    assert marks == [-0.2, 0.2], "the scale shows the median noise"
+
+
+def test_a_model_keeps_its_colour(tmp_path: Path, drawn: list[Figure]) -> None:
+    values = [Value("sw", "mono", 1.0), Value("sw", "adpt", 2.0)]
+    bars(values, tmp_path / "b.png", title="t", label="x")
+    intervals(values[1:], tmp_path / "i.png", title="t", label="x")
+    seed_curves({"sw": {"adpt with en": {0: [(1, 1.0), (2, 2.0)]}}}, tmp_path / "c.png", title="t", label="x")
+    colours = [to_rgba(drawn[0].axes[0].patches[1].get_facecolor())]
+    colours += [to_rgba(figure.axes[0].lines[0].get_color()) for figure in drawn[1:]]
+    assert len(set(colours)) == 1
+    matrices = {part: {0: np.ones((2, 2)), 1: np.ones((2, 2))} for part in ("attention", "ffn")}
+    matrices["ffn"] = {layer: np.where(np.eye(2), np.nan, m) for layer, m in matrices["ffn"].items()}  # no within there
+    layers_figure(matrices, ["a", "b"], tmp_path / "l.png", title="t", caption="")
+    panels = [{line.get_label(): line.get_color() for line in axes.lines} for axes in drawn[3].axes[:2]]
+    assert panels[0]["a–b"] == panels[1]["a–b"] and "a–a" not in panels[1]
 
 
 def test_many_languages_are_not_written_over_each_other(tmp_path: Path, drawn: list[Figure]) -> None:

@@ -39,7 +39,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     records.analyses[0] = replace(records.analyses[0], figures=[str(folder / "figure.png"), str(folder / "gone.png")])
     states = [
         ("pretrain.a", "finished", ""),
-        ("pretrain.b", "failed", "UserError: <b>bad & sad</b>"),
+        ("pretrain.b", "failed", "UserError: /home/me/data/en.txt: <b>bad & sad</b>"),
         ("finetune.b", "blocked", "needs"),
     ]
     records.status = [
@@ -47,7 +47,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for job, state, reason in states
     ]
     config = load_config(StudyConfig, ["study_cpu"])
-    html = render(config, records, all_tables(records), all_findings(records), {"git_commit": "abc"})
+    html = render(config, records, all_tables(records), all_findings(records), {"git_commit": "abc", "torch": "2"})
     (folder / "report.html").write_text(html, encoding="utf-8")
     return folder / "report.html"
 
@@ -64,8 +64,8 @@ def test_captions_say_whose_figure_it_is(tmp_path: Path) -> None:
     ]
     captions = {heading: [caption for caption, _ in shown] for heading, shown in figures(records)}
     assert captions == {
-        "Interference": ["bars ner f1"],
-        "Gradient conflict": ["bars ner f1: far, joint, seed 0"],
+        "Interference": ["Scores of monolingual, joint and larger models, ner f1"],
+        "Gradient conflict": ["Scores of monolingual, joint and larger models, ner f1: joint on syn, syn-far, seed 0"],
     }
 
 
@@ -76,10 +76,12 @@ def test_figures_of_the_first_seed_there_is(tmp_path: Path, monkeypatch: pytest.
     file.write_bytes(b"png")
     records.analyses = [replace(records.analyses[0], seed=seed, figures=[str(file)]) for seed in (3, 1)]
     ((_, shown),) = figures(records)
-    assert [caption for caption, image in shown if image] == ["bars: far, joint, seed 3"]
+    words = "Scores of monolingual, joint and larger models"
+    assert [caption for caption, image in shown if image] == [f"{words}: joint on syn, syn-far, seed 3"]
     monkeypatch.setattr("mlinterf_ds.study.page.LARGEST", 2)
     ((_, shown),) = figures(records)
-    assert shown == [(f"bars: far, joint, seed 3 (0 kB, too large for this page: {file})", "")]
+    ((caption, image),) = shown
+    assert not image and caption.endswith("seed 3 (bars.png has 0 kB, too much for this page)"), "no local path"
 
 
 def test_cells_of_text_are_sorted_too() -> None:
@@ -94,7 +96,7 @@ def test_convergence_is_drawn_over_the_seeds_of_both(tmp_path: Path) -> None:
     assert all(Path(path).stat().st_size > 5000 for path in drawn.figures)
     records.analyses = [drawn]
     ((heading, shown),) = figures(records)
-    assert "Convergence" in heading and [caption for caption, _ in shown] == ["convergence close", "convergence far"]
+    assert "Convergence" in heading and [caption.split(", ")[-1] for caption, _ in shown] == ["close", "far"]
     records.models = [m for m in records.models if m.variant != "meta_adpt"]
     assert draw(records, tmp_path) == []
 
@@ -130,8 +132,15 @@ def test_nothing_is_fetched(page: Path) -> None:
 def test_it_says_what_was_found_and_what_was_lost(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     assert text.count('class="claim"') == len(all_findings(planted(seeds=3)))
-    assert "&lt;b&gt;bad &amp; sad&lt;/b&gt;" in text and "<b>bad" not in text
+    assert "…/en.txt: &lt;b&gt;bad &amp; sad&lt;/b&gt;" in text and "/home/me" not in text and "<b>bad" not in text
     assert text.count("<figure>") == 1 and "1/3" in text
+    assert text.count('class="verdict not-measured"') == 2 and '<b class="not-measured">2</b>' in text
+    claims = text[text.index('id="findings"') : text.index('id="tables"')]
+    assert (
+        claims.count("majority 10.0, lexical 55.0") > 15 and "below the lexical baseline: ffn, never saw it" in claims
+    )
+    assert text.index("torch") > text.index('id="software"') > text.index('id="jobs"'), "versions stand at the end"
+    assert str(page.parent) not in text
     assert "syn-far" in text and text.count('<details class="card">') == 4  # three languages and the jobs
 
 
@@ -144,12 +153,18 @@ def test_in_a_browser(page: Path, tmp_path: Path) -> None:
         values = found.run(SORTED)
         assert len(values) > 5 and values == sorted(values, reverse=True)
         assert found.run("document.documentElement.scrollWidth") <= 500  # tables scroll in their frames, not the page
-        assert found.run("[...document.images].every((i) => i.naturalWidth > 0)")
-        grounds = []
+        assert found.run("[...document.querySelectorAll('figure img')].every((i) => i.naturalWidth > 0)")
+        small = found.run("document.querySelector('figure img').clientWidth")
+        found.run("document.querySelector('figure button').click()")
+        assert found.run("document.querySelector('dialog img').clientWidth") > 1.5 * small, "it enlarges"
+        found.run("document.querySelector('dialog').click()")
+        assert not found.run("document.querySelector('dialog').open")
+        grounds, figures_of = [], []
         for dark in (False, True):
             found.window(1200, 900, dark)
             found.picture(tmp_path / f"{'dark' if dark else 'light'}.png", whole=True)
             grounds.append(found.run("getComputedStyle(document.body).backgroundColor"))
-        assert grounds[0] != grounds[1]
+            figures_of.append(found.run("getComputedStyle(document.querySelector('figure img')).filter"))
+        assert grounds[0] != grounds[1] and figures_of[0] == "none" != figures_of[1]
         assert not found.errors
         assert {place for place in found.requests if not place.startswith("data:")} == {f"file://{page}"}

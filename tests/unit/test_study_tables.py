@@ -129,6 +129,18 @@ def test_the_best_is_bold_and_floors_are_not(tables: dict[int, Table]) -> None:
     assert len([key for key in best if key[::2] == ("zero-shot", "POS F1 syn-close")]) == 1
     text = forms.markdown(tables[2])
     assert "**76." in text and "| majority | 10.0 | 10.0 | 10.0 |" in text
+    assert "| lexical | 55.0 | 55.0 | 55.0 |" in text
+
+
+def test_a_task_that_the_paper_does_not_have_gets_a_table(records: Records) -> None:
+    topics = [replace(s, task="topic", metric="accuracy") for s in records.scores]
+    made = {table.number: table for table in all_tables(replace(records, scores=[*records.scores, *topics]))}
+    assert (
+        list(made) == [1, 2, 4, 5, 8] and made[8].title == "TOPIC (accuracy)" and made[1].head[-2:] == ["POS", "TOPIC"]
+    )
+    assert (
+        rows(made[8])["zero-shot", "+ ffn", "avg"]["mean"] == rows(made[2])["zero-shot", "+ ffn", "POS F1 avg"]["mean"]
+    )
 
 
 def test_tables_4_and_5(tables: dict[int, Table]) -> None:
@@ -168,7 +180,7 @@ def test_significance_from_counts_of_examples(records: Records, tmp_path: Path) 
     third, size = rows(found[4]), rows(found[5])
     assert third["zero-shot", "JointTri", "POS syn-far"]["mark"] == "†"
     assert size["on the partner", "JointPair", "POS syn-far (low)"]["mark"] == "†"
-    assert size["on the partner", "JointPair", "POS syn-far (low)"]["best"] == "1"
+    assert size["on the partner", "Mono", "POS syn-far (low)"]["best"] == "1"
     assert not size["on syn", "JointPair", "POS syn-far"]["mark"]
     marks = {key[1]: line["mark"] for key, line in rows(table).items() if key[::2] == ("zero-shot", "POS F1 avg")}
     assert (marks["+ attn"], marks["+ ffn"], marks["JointPair"]) == ("†", "", "")

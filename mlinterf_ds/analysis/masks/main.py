@@ -137,8 +137,8 @@ def draw_figures(job: AnalysisJob, masks: Masks, summary: dict[str, Any]) -> Non
     codes, output = list(masks.languages), job.output
     groups = ", ".join(f"{count} {kind}" for kind, count in summary["groups"].items())
     caption = (
-        f"{job.model.path}, step {summary['step']}, text of {job.text.folder.name}\n{groups}; lambda {summary['penalty']:g}, {summary['steps']} steps of "
-        f"{summary['rows']} rows, seeds {', '.join(map(str, masks.seeds))}"
+        f"{job.described}\n{groups}; lambda {summary['penalty']:g}, {summary['steps']} steps of {summary['rows']} rows, "
+        f"seeds {', '.join(map(str, masks.seeds))}"
     )
     by_layer = {part: {layer: masks.matrix(layer, part) for layer in masks.layers} for part in masks.components}
     note = f"{caption}\ndashed: two seeds of one language"
