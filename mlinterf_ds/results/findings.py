@@ -23,7 +23,7 @@ from mlinterf_ds.results.runs import read_counts
 from mlinterf_ds.results.statistics import Effect, Judgement, Verdict, adjusted, example_shares, positive
 
 PerSeed = dict[int, float]  # pretraining seed -> difference
-FLOORS = {"unseen": "never saw it"}  # the rows of the tables that are floors, beside guessing
+FLOORS = ("never saw it", "majority", "lexical")  # what scores are seen beside, each where a study has it
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ class Part:
         if lexical := [score.lexical for score in scores if score.lexical is not None]:
             floors["lexical"] = statistics.fmean(lexical)
         if self.unseen:
-            floors[FLOORS["unseen"]] = statistics.fmean(score.score for score in self.unseen)
+            floors[FLOORS[0]] = statistics.fmean(score.score for score in self.unseen)
         return floors
 
     def at_floor(self, margin: float, confidence: float) -> bool:
@@ -193,8 +193,7 @@ def _beside(parts: Sequence[Part]) -> dict[str, float]:
         rows = {name: statistics.fmean(s.score for s in scores) for name, (_, scores) in part.terms.items()}
         for name, value in (rows | part.floors).items():
             columns.setdefault(name, []).append(value)
-    floors = [*FLOORS.values(), "majority", "lexical"]
-    return {name: statistics.fmean(columns[name]) for name in sorted(columns, key=lambda name: name in floors)}
+    return {name: statistics.fmean(columns[name]) for name in sorted(columns, key=lambda name: name in FLOORS)}
 
 
 def measured(records: Records, name: str, claim: str, parts: Mapping[str, PerSeed], unit: str) -> Finding:

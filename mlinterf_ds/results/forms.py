@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 LATEX = str.maketrans(
     {char: f"\\{char}" for char in "&%_#{}$"}
     | {"\\": r"\textbackslash{}", "^": r"\textasciicircum{}", "~": r"\textasciitilde{}", "<": "$<$", ">": "$>$"}
-    | {"±": r"$\pm$", "†": r"$^\dagger$", "✓": r"$\checkmark$"}
+    | {"±": r"$\pm$", "†": r"$^\dagger$", "↓": r"$\downarrow$", "✓": r"$\checkmark$"}
 )
 
 

@@ -73,13 +73,31 @@ def _cell(scores: Sequence[TaskScore], of_paper: float | None, rival: Sequence[T
 
 def marked(other: str) -> str:
     """The note on what bold type and † mean."""
-    return f"† differs from {other} (paired, over two or more seeds and the test examples, p < {SIGNIFICANT:g}); bold: best"
+    return (
+        f"† differs from {other} (paired, over two or more seeds and the test examples, p < {SIGNIFICANT:g}); "
+        "↓ below the lexical baseline, which looks up each word's commonest label; bold: best"
+    )
+
+
+def _floors(scores: Sequence[Sequence[TaskScore]]) -> Rows:
+    """The rows of guessing and of looking words up, a column for each of these scores."""
+    floors = {name: [getattr(of[0], name) if of else None for of in scores] for name in ("majority", "lexical")}
+    return [(name, [Cell(() if value is None else (value,)) for value in values]) for name, values in floors.items()]
 
 
 def _with_best(rows: Rows) -> Rows:
-    """Marks the best of each column. Floors don't compete, and where all are equal none is best."""
+    """Marks the best of each column, and what is below the lexical baseline.
+
+    Floors don't compete, and where all are equal none is best.
+    """
+    lexical = next((cells for name, cells in rows if name == "lexical"), [])
     rivals = [cells for name, cells in rows if name not in ("majority", "lexical", NAMES["unseen"])]
     for column in range(len(rows[0][1]) if rows else 0):
+        floor = lexical[column].mean if lexical else None
+        for cells in rivals:
+            mean = cells[column].mean
+            if floor is not None and mean is not None and mean < floor:
+                cells[column] = replace(cells[column], mark=cells[column].mark + "↓")
         means = [cells[column].mean for cells in rivals]
         known = [mean for mean in means if mean is not None]
         for cells, mean in zip(rivals, means, strict=True):
@@ -193,16 +211,17 @@ def triples(records: Records) -> Table:
     ]
     table = Table(4, "A third, similar language", [f"{task.upper()} {code}" for task, code, _ in columns])
     for setting in (paper.WITHIN, paper.ZERO_SHOT):
-        pairs, threes = [], []
+        pairs, threes, scores = [], [], []
         for task, code, name in columns:
             pair = records.pick("joint", setting, task, code, targets[code])
             triple = records.pick("triple", setting, task, code, name)
             index = {"hi": 0, "te": 1}.get(code)
             known = paper.TRILINGUAL[task, setting]
             of_pair, of_triple = (None if index is None else known[kind][index] for kind in ("pair", "triple"))
+            scores.append(pair or triple)
             pairs.append(_cell(pair, of_pair))
             threes.append(_cell(triple, of_triple, pair))
-        table.blocks.append((setting, _with_best([("JointPair", pairs), ("JointTri", threes)])))
+        table.blocks.append((setting, _with_best([("JointPair", pairs), ("JointTri", threes), *_floors(scores)])))
     table.notes = [*DEPARTURES, marked("JointPair"), *(f"{name}: {', '.join(codes)}" for name, codes in sets.items())]
     return table
 
@@ -220,6 +239,8 @@ def sizes(records: Records) -> Table:
     ]
     table = Table(5, "Corpus size", [f"{task.upper()} {code}{' (low)' * low}" for task, code, _, low in columns])
     mono, joint, source = [], [], []
+    on_partner: list[Sequence[TaskScore]] = []
+    on_the_source: list[Sequence[TaskScore]] = []
     for task, code, name, low in columns:
         index = {"fr": 0, "ru": 2}.get(code)
         known = {} if index is None else paper.CORPUS_SIZE.get((task, "f1"), {})
@@ -227,13 +248,15 @@ def sizes(records: Records) -> Table:
         row, group = ("low", name) if low else ("joint", targets[code])
         alone = records.pick("mono-low" if low else "mono", paper.WITHIN, task, code)
         mono.append(_cell(alone, of_paper.get("mono")))
-        joint.append(_cell(records.pick(row, paper.WITHIN, task, code, group), of_paper.get("joint"), alone))
-        on_source = records.pick(row, paper.WITHIN, task, records.source, group)
-        source.append(_cell(on_source, of_paper.get("source")))
-    partner: Rows = [(NAMES["mono"], mono), (NAMES["joint"], joint)]
+        together = records.pick(row, paper.WITHIN, task, code, group)
+        joint.append(_cell(together, of_paper.get("joint"), alone))
+        on_partner.append(alone or together)
+        on_the_source.append(records.pick(row, paper.WITHIN, task, records.source, group))
+        source.append(_cell(on_the_source[-1], of_paper.get("source")))
+    partner: Rows = [(NAMES["mono"], mono), (NAMES["joint"], joint), *_floors(on_partner)]
     table.blocks = [
         ("on the partner", _with_best(partner)),
-        (f"on {records.source}", _with_best([(NAMES["joint"], source)])),
+        (f"on {records.source}", _with_best([(NAMES["joint"], source), *_floors(on_the_source)])),
     ]
     table.notes = [*DEPARTURES, marked(NAMES["mono"])]
     table.notes += [

@@ -148,11 +148,11 @@ def test_it_says_what_was_found_and_what_was_lost(page: Path) -> None:
 def test_in_a_browser(page: Path, tmp_path: Path) -> None:
     """Nothing is asked for but the page, nothing goes wrong, a head's click sorts its column, light differs from dark."""
     with browser(tmp_path / "profile") as found:
-        found.window(500, 900)
+        found.window(400, 900)
         found.open(f"file://{page}")
         values = found.run(SORTED)
         assert len(values) > 5 and values == sorted(values, reverse=True)
-        assert found.run("document.documentElement.scrollWidth") <= 500  # tables scroll in their frames, not the page
+        assert found.run("document.documentElement.scrollWidth") <= 400  # tables scroll in their frames, not the page
         assert found.run("[...document.querySelectorAll('figure img')].every((i) => i.naturalWidth > 0)")
         small = found.run("document.querySelector('figure img').clientWidth")
         found.run("document.querySelector('figure button').click()")

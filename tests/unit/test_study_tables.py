@@ -130,6 +130,10 @@ def test_the_best_is_bold_and_floors_are_not(tables: dict[int, Table]) -> None:
     text = forms.markdown(tables[2])
     assert "**76." in text and "| majority | 10.0 | 10.0 | 10.0 |" in text
     assert "| lexical | 55.0 | 55.0 | 55.0 |" in text
+    below = {key[1] for key, line in rows(tables[2]).items() if line["mark"] == "↓" and key[0] == "zero-shot"}
+    assert below == {"+ ffn", "+ attn"}, "a model that looks nothing up is worse than a dictionary"
+    for number in (4, 5):
+        assert {"majority", "lexical"} <= {row for _, row, _ in rows(tables[number])}
 
 
 def test_a_task_that_the_paper_does_not_have_gets_a_table(records: Records) -> None:
