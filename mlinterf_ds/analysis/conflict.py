@@ -47,7 +47,7 @@ def run(job: AnalysisJob) -> dict[str, Any]:
     summary = {
         "analysis": "conflict",
         "checkpoint": str(job.model.path),
-        "step": int(job.model.saved["updates"]) + int(job.model.saved["skipped"]),
+        "step": job.step,
         "languages": list(job.languages),
         "sequences": draws.rows,
         "seed": settings.seed,

@@ -80,6 +80,7 @@ def _draw_metric(output: Path, results: InterferenceResults, metric: str) -> Non
             levels.append(_level(category, "mono", comparison.mono))
             if of_larger := results.of_larger.get((metric, language)):
                 levels.append(_level(category, "larger", of_larger))
+            levels += [Value(category, name, floor) for name, floor in comparison.floors.items()]
         levels.append(_level(category, variant, comparison.joint))
         gaps.append(Value(category, variant, effect.mean, *(effect.low, effect.high) * effect.has_interval))
     levels.sort(key=lambda level: {"mono": 0, "larger": 2}.get(level.series, 1))

@@ -50,12 +50,16 @@ class AnalysisJob:
         return self.pretrained
 
     @property
+    def step(self) -> int:
+        """The checkpoint's step."""
+        return int(self.model.saved["updates"]) + int(self.model.saved["skipped"])
+
+    @property
     def described(self) -> str:
         """The checkpoint and its corpus in words, for captions."""
-        saved, codes = self.model.saved, self.model.languages
+        variant, codes = self.model.saved["config"]["variant"], self.model.languages
         languages = ", ".join(codes) if len(codes) <= MOST_NAMED else f"{len(codes)} languages"
-        step = int(saved["updates"]) + int(saved["skipped"])
-        return f"{saved['config']['variant']} on {languages}, step {step}, text of {self.text.folder.name}"
+        return f"{variant} on {languages}, step {self.step}, text of {self.text.folder.name}"
 
     @property
     def text(self) -> Corpus:

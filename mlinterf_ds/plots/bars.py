@@ -11,8 +11,9 @@ from matplotlib.axes import Axes
 
 from mlinterf_ds.files import write_csv
 from mlinterf_ds.plots import style
-from mlinterf_ds.plots.style import DARK_GREY
+from mlinterf_ds.plots.style import DARK_GREY, DASHED
 
+FLOORS = {"majority": DASHED, "lexical": (0, (1, 1.2))}  # series that are lines across their categories
 HATCHES = ["", "////", "....", "xxxx", "\\\\\\\\"]  # tell bars apart in grey print
 MOST_ACROSS = 22  # how many bars a row has at most
 MOST_CATEGORIES = 40  # drawn; the CSV has all
@@ -31,6 +32,7 @@ class Value(NamedTuple):
 def bars(values: Sequence[Value], path: Path, *, title: str, label: str, caption: str = "") -> None:
     """Groups of bars, one group a category and one colour a series, with their values above them."""
     categories, series, caption = _prepare(values, path, caption)
+    series = [name for name in series if name not in FLOORS]
     across = max(1, MOST_ACROSS // len(series))
     down = -(-len(categories) // across)
     across = -(-len(categories) // down)  # rows of about equal length
@@ -61,6 +63,13 @@ def _draw_row(axes: Axes, values: Sequence[Value], categories: list[str], series
                 axes.plot([position, position], [value.low, value.high], color="black", linewidth=1)
             text = f"{value.value:.2f}" if abs(value.value) < 10 else f"{value.value:.1f}"
             axes.annotate(text, (position, top), (0, 2), textcoords="offset points", ha="center", fontsize=6.5)
+    for value in (value for value in values if value.series in FLOORS and value.category in categories):
+        middle, labelled = categories.index(value.category), axes.get_legend_handles_labels()[1]
+        label = None if value.series in labelled else value.series
+        axes.plot(
+            [middle - 0.45, middle + 0.45], [value.value] * 2, color=DARK_GREY, linewidth=1.2, label=label,
+            linestyle=FLOORS[value.series],
+        )  # fmt: skip
     axes.set_xticks(range(len(categories)), [name.replace(" with ", "\nwith ") for name in categories], fontsize=8)
     axes.tick_params(axis="y", labelsize=8)
     axes.margins(y=0.15)

@@ -249,14 +249,10 @@ class InterferenceResults:
         Both directions of a pair count, though they share models: read rho as a description, not as a test.
         """
         table: dict[str, dict[str, Any]] = {}
-        of_bits = [comparison for comparison in self.comparisons if comparison.metric == BITS]
-        for variant, name in itertools.product(sorted({c.setup.variant for c in of_bits}), self.distances):
-            points = [
-                (comparison.effect.mean, self.partner_distances(comparison).get(name, math.nan))
-                for comparison in of_bits
-                if comparison.setup.variant == variant
-            ]
-            points = [point for point in points if math.isfinite(point[1])]
+        rows = [row for row in self.rows() if row["metric"] == BITS]
+        for variant, name in itertools.product(sorted({row["variant"] for row in rows}), self.distances):
+            points = [(row["interference"], row["distance"].get(name)) for row in rows if row["variant"] == variant]
+            points = [point for point in points if point[1] is not None]
             if len(points) >= MIN_PAIRS:
                 rho = float(rank_correlation(*zip(*points, strict=True)))
                 table.setdefault(variant, {})[name] = {"rho": known(rho), "pairs": len(points)}
