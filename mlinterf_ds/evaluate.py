@@ -11,9 +11,10 @@ from __future__ import annotations
 import argparse
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,8 +35,6 @@ from mlinterf_ds.sections import ParallelConfig
 from mlinterf_ds.tasks.files import read_text
 from mlinterf_ds.tasks.sources import parse
 from mlinterf_ds.tracking import Tracker, environment_facts
-
-Item = TypeVar("Item")
 
 BLANK = "<mask>"
 ROWS = 64  # evaluated at once
@@ -162,9 +161,9 @@ def score(model: Model, language: str, path: Path, sentences: int) -> dict[str, 
     number, text = model.index(language), Text(path, language, model.tokenizer)
     layout = model.layout
     rows = EvaluationSet(text, language, "test", languages=model.languages, row_format=model.row_format)
-    batches = rows.batches(ROWS, layout.data_rank, layout.data)
-    batches = _bar(batches, f"{language}: perplexity", -(-rows.rows // (ROWS * layout.data)), layout)
-    nll = weighted_loss(model.encoder, batches, model.device, layout)
+    bar = partial(tqdm, disable=None if layout.rank == 0 else True, leave=False)  # None: shown on a terminal only
+    batches, count = rows.batches(ROWS, layout.data_rank, layout.data), -(-rows.rows // (ROWS * layout.data))
+    nll = weighted_loss(model.encoder, bar(batches, f"{language}: perplexity", count), model.device, layout)
     scores = {
         "perplexity": math.exp(nll),
         "bits_per_character": rows.bits_per_character(nll),
@@ -173,7 +172,7 @@ def score(model: Model, language: str, path: Path, sentences: int) -> dict[str, 
     }
     if sentences:
         sums, part = np.zeros(2), text.encoded[:sentences][layout.data_rank :: layout.data]
-        for ids in _bar(part, f"{language}: pseudo-perplexity", len(part), layout):
+        for ids in bar(part, f"{language}: pseudo-perplexity"):
             for batch in one_at_a_time(ids[: model.length - 2], number):
                 sums += float(model.surprisals(batch).sum()), len(batch.tokens)
         nll, count = model.summed(sums.tolist())
@@ -184,11 +183,6 @@ def score(model: Model, language: str, path: Path, sentences: int) -> dict[str, 
             "pseudo_perplexity_sentences_cut": cut,
         }
     return scores
-
-
-def _bar(items: Iterable[Item], title: str, total: int, layout: Layout) -> Iterator[Item]:
-    """Yields the items under a progress bar, which rank 0 shows on a terminal."""
-    return iter(tqdm(items, title, total, disable=None if layout.rank == 0 else True, leave=False))
 
 
 def record(model: Model, texts: dict[str, str], results: dict[str, dict[str, float]]) -> None:

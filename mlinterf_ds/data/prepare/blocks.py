@@ -115,9 +115,7 @@ def count_words(task: BlockTask) -> tuple[Counter[str], int]:
     return Counter({words[i]: int(counts[i]) for i in np.flatnonzero(counts)}), int(chosen.sum())
 
 
-@lru_cache(maxsize=1)
-def _tokenizer(path: Path) -> Tokenizer:
-    return Tokenizer(path)
+_tokenizer = lru_cache(maxsize=1)(Tokenizer)
 
 
 def encode_block(task: BlockTask) -> dict[str, dict[str, int]]:

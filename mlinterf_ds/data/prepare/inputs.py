@@ -57,6 +57,10 @@ class Input:
     path: Path | None  # None: standard input or a dataset
     dataset: str = ""  # NAME[:CONFIG[:SPLIT[:COLUMN]]]
 
+    def identity(self) -> list[Any]:
+        """Returns what identifies an input before it is read: an interrupted run only goes on with the same inputs."""
+        return [self.name] if self.path is None else [str(self.path.resolve()), self.path.stat().st_size]
+
     def blocks(self) -> Iterator[RawBlock]:
         self.facts: dict[str, Any] = {"name": self.name}
         self.bytes_read = 0
@@ -69,7 +73,10 @@ class Input:
             raise UserError(f"{self.path}: cannot be read: {error.strerror}") from None
         with io.BufferedReader(raw, 1 << 20) as stored:
             try:
-                yield from _stream_blocks(self, _decompressed(stored))
+                opener = next(
+                    (_DECOMPRESSORS[magic] for magic in _DECOMPRESSORS if stored.peek(8).startswith(magic)), None
+                )
+                yield from _stream_blocks(self, io.BufferedReader(opener(stored), 1 << 20) if opener else stored)
             except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
                 raise UserError(f"{self.name}: the compressed file is damaged or cut short ({error})") from None
             while stored.read(1 << 20):  # bytes that a decompressor left over belong to the digest
@@ -121,14 +128,6 @@ class _Hashed(io.RawIOBase):
         self.digest.update(data)
         self._owner.bytes_read += len(data)
         return len(data)
-
-
-def _decompressed(stored: Any) -> io.BufferedReader:
-    start = stored.peek(8)
-    for magic, opener in _DECOMPRESSORS.items():
-        if start.startswith(magic):
-            return io.BufferedReader(opener(stored), 1 << 20)
-    return stored
 
 
 def _stream_blocks(text: Input, stream: io.BufferedReader) -> Iterator[RawBlock]:
@@ -253,8 +252,3 @@ def _dataset_texts(text: Input) -> Iterator[str]:
             f"{text.name}: the dataset cannot be loaded ({type(error).__name__}: {error}); check the name, that this "
             "machine is online, or download it elsewhere and give the files"
         ) from error
-
-
-def input_identity(text: Input) -> list[Any]:
-    """Returns what identifies an input before it is read: an interrupted run only goes on with the same inputs."""
-    return [text.name] if text.path is None else [str(text.path.resolve()), text.path.stat().st_size]

@@ -20,7 +20,7 @@ from mlinterf_ds.data.corpus import (
     unknown_share,
 )
 from mlinterf_ds.data.prepare import stages
-from mlinterf_ds.data.prepare.inputs import STANDARD_INPUT, STANDARD_INPUT_NAME, Input, find_inputs, input_identity
+from mlinterf_ds.data.prepare.inputs import STANDARD_INPUT, STANDARD_INPUT_NAME, Input, find_inputs
 from mlinterf_ds.data.prepare.vocabulary import learn
 from mlinterf_ds.data.prepare.workers import WorkerKilled, Workers
 from mlinterf_ds.data.tokenizer import Tokenizer
@@ -71,7 +71,7 @@ def prepare(
     _check_numbers(texts, vocabulary_size, temperature, limits, workers)
     old = None if extends is None else Corpus.open(extends)
     arguments = {
-        "sources": {code: [input_identity(text) for text in of_language] for code, of_language in texts.items()},
+        "sources": {code: [text.identity() for text in of_language] for code, of_language in texts.items()},
         "vocabulary": [vocabulary_size, temperature] if tokenizer is None else _entry(Tokenizer(tokenizer).path),
         **({} if old is None else {"extends": _entry(old.tokenizer.path)}),
         "limits": limits,

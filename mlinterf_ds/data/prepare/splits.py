@@ -1,7 +1,6 @@
 """Which sentences go to which split, by the rank of their hashes: the same at every block size and number of workers."""
 
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
 
 import numpy as np
 
@@ -10,23 +9,18 @@ HISTOGRAM_BITS = 12
 FEWEST_UNITS = 50
 
 
-class Cuts(NamedTuple):
-    """Where a language's sentences, sorted by their unit hashes, are cut into splits."""
-
-    hashes: tuple[int, ...]  # the last unit hash of each split, in SPLIT_ORDER; larger ones are left out
-    sentences: dict[str, int]  # by split
-    left_out: int  # sentences beyond the limit
-
-
 def held_out(sentences: int) -> int:
     """Returns how many of a language's sentences valid, test and meta get each: 2%, at most 10,000, and at least 50 (or a
     tenth of all, if that is less)."""
     return min(10_000, max(sentences // 50, min(50, sentences // 10)))
 
 
-def find_cuts(histogram: np.ndarray, units: Callable[[], Iterable[np.ndarray]], limit: int | None) -> Cuts:
+def find_cuts(
+    histogram: np.ndarray, units: Callable[[], Iterable[np.ndarray]], limit: int | None
+) -> tuple[tuple[int, ...], list[int]]:
     """Cuts the kept sentences, sorted by their unit hashes, into valid, test, meta and train (at most `limit` sentences).
 
+    Returns the last unit hash of each split, and how many sentences each split has and how many are left out.
     A unit (a document, or a sentence that stands alone) is never torn apart: a split ends with the unit that fills it.
     `histogram` (2^HISTOGRAM_BITS,) counts sentences by the leading bits of their unit hash; `units()` yields the hashes in
     parts, anew at every call.
@@ -44,7 +38,7 @@ def find_cuts(histogram: np.ndarray, units: Callable[[], Iterable[np.ndarray]], 
     counts = np.zeros(len(SPLIT_ORDER) + 1, dtype=np.int64)
     for part in units():
         counts += np.bincount(np.searchsorted(edges, part, side="left"), minlength=len(counts))
-    return Cuts(tuple(cuts), dict(zip(SPLIT_ORDER, counts.tolist(), strict=False)), int(counts[-1]))
+    return tuple(cuts), counts.tolist()
 
 
 def _cut_at(rank: int, histogram: np.ndarray, units: Callable[[], Iterable[np.ndarray]]) -> tuple[int, int]:

@@ -122,12 +122,15 @@ def deduplicate_and_split(language: Language, workers: Workers, show: bool) -> N
             f"documents, at least {FEWEST_UNITS} are needed to split off meta, valid and test (lines dropped: {reasons}); "
             "give more text"
         )
-    blocks = range(len(language.blocks))
-    cuts = find_cuts(histogram, lambda: (kept_units(language.folder, block) for block in blocks), language.limit)
-    language.cuts, language.sentences = cuts.hashes, cuts.sentences
-    if cuts.left_out:
-        add_dropped(language.dropped, "over the limit", cuts.left_out, [])
-    if empty := [split for split, count in cuts.sentences.items() if not count]:
+    language.cuts, (*counts, left_out) = find_cuts(
+        histogram,
+        lambda: (kept_units(language.folder, number) for number in range(len(language.blocks))),
+        language.limit,
+    )
+    language.sentences = dict(zip(SPLIT_ORDER, counts, strict=True))
+    if left_out:
+        add_dropped(language.dropped, "over the limit", left_out, [])
+    if empty := [split for split, count in language.sentences.items() if not count]:
         raise UserError(
             f"{language.code}: its documents are so unequal that nothing is left for {', '.join(empty)}; give more "
             "documents, or plain text, which is split by line"
