@@ -162,8 +162,11 @@ def score(model: Model, language: str, path: Path, sentences: int) -> dict[str, 
     layout = model.layout
     rows = EvaluationSet(text, language, "test", languages=model.languages, row_format=model.row_format)
     bar = partial(tqdm, disable=None if layout.rank == 0 else True, leave=False)  # None: shown on a terminal only
-    batches, count = rows.batches(ROWS, layout.data_rank, layout.data), -(-rows.rows // (ROWS * layout.data))
-    nll = weighted_loss(model.encoder, bar(batches, f"{language}: perplexity", count), model.device, layout)
+    batches, number_of_batches = (
+        rows.batches(ROWS, layout.data_rank, layout.data),
+        -(-rows.rows // (ROWS * layout.data)),
+    )
+    nll = weighted_loss(model.encoder, bar(batches, f"{language}: perplexity", number_of_batches), model.device, layout)
     scores = {
         "perplexity": math.exp(nll),
         "bits_per_character": rows.bits_per_character(nll),

@@ -76,7 +76,8 @@ class Input:
                 opener = next(
                     (_DECOMPRESSORS[magic] for magic in _DECOMPRESSORS if stored.peek(8).startswith(magic)), None
                 )
-                yield from _stream_blocks(self, io.BufferedReader(opener(stored), 1 << 20) if opener else stored)
+                stream: Any = io.BufferedReader(opener(stored), 1 << 20) if opener else stored
+                yield from _stream_blocks(self, stream)
             except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
                 raise UserError(f"{self.name}: the compressed file is damaged or cut short ({error})") from None
             while stored.read(1 << 20):  # bytes that a decompressor left over belong to the digest
