@@ -82,7 +82,7 @@ def main(arguments: Sequence[str], group: Group | None = None) -> int:
 
         path, saved = open_finetuned(options.checkpoint)
         config = FinetuneConfig.model_validate(with_present_keys(saved["config"]))
-        pretrained = Pretrained(path, saved | {"config": saved["pretrained"]})
+        pretrained = Pretrained(path, saved | {"config": with_present_keys(saved["pretrained"])})
         ((language, file),) = texts.items()
         module = module_of(options.modules, config, pretrained, saved.get("trained_on", []), language)
         task, labels = TASKS[config.task].configured(unlabelled=True), saved["labels"]

@@ -152,7 +152,11 @@ class Search:
         now = json.loads(json.dumps(self._identity()))
         with refusing(f"{path}: not what a fine-tuning writes", "; choose another output"):
             saved = json.loads(text)
-            before = {key: value for key, value in saved["identity"].items() if key not in REMOVED}
+            defaults = FinetuneConfig.model_validate(
+                {"checkpoint": "-"}
+            ).model_dump()  # of keys that the job did not have
+            kept = {key: value for key, value in saved["identity"].items() if key not in REMOVED}
+            before = decisive(FinetuneConfig, defaults) | kept
             run_id = saved["run_id"]
         if changed := differences(now, before):
             raise UserError(

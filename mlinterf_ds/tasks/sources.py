@@ -115,13 +115,13 @@ def _check_labels(task: Task, sets: Sets, split: str, language: str, source: str
     use = "they are predicted and not scored" if split == "test" else "they are left out"
     if unfit and task.unfound_answers == "error":
         raise UserError(
-            f"--{split} {language}={source}: question {unfit[0][0]!r}: {unfit[0][1]}; of {len(examples)} questions "
-            f"{len(unfit)} have such answers; finetune.unfound_answers=skip leaves them out"
+            f"--{split} {language}={source}: question {unfit[0][0]!r}: {unfit[0][1]}; {len(unfit)} of {len(examples)} "
+            "questions cannot be used: finetune.unfound_answers=skip leaves them out"
         )
     if unfit:
         names = ", ".join(name for name, _ in unfit[:NAMED]) + (", ..." if len(unfit) > NAMED else "")
         sets.notes.append(
-            f"{split} {language}: {len(unfit)} of {len(examples)} answers cannot be used: {use} (questions {names}; "
+            f"{split} {language}: {len(unfit)} of {len(examples)} questions cannot be used: {use} ({names}; "
             f"the first: {unfit[0][1]})"
         )
     if split != "test":

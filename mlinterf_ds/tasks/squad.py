@@ -34,7 +34,7 @@ class Question:
     context: str
     answers: tuple[tuple[str, int], ...]
     impossible: bool = False  # the file says `is_impossible`: "no answer" is the right answer
-    problem: str = ""  # why none of the file's answers can be used
+    problem: str = ""  # why the question or none of its answers can be used
     moved: bool = False  # an answer is not at its place letter by letter, and was found as the model reads it
     lost: int = 0  # answers that were not found, beside others that were
 
@@ -92,10 +92,8 @@ def _questions(path: Path, text: str, tree: dict[str, Any], answered: bool) -> I
                         (typed(answer["text"], str, "text"), typed(answer["answer_start"], int, "answer_start"))
                         for answer in (typed(fields["answers"], list, "answers") if answered else [])
                     ]
-                if not normalise(context) or not normalise(asked):
-                    raise bad(
-                        path, line, f"question {name!r}: its {'question' if normalise(context) else 'context'} is empty"
-                    )
+                if not normalise(context):
+                    raise bad(path, line, f"question {name!r}: its context is empty")
                 if answered and not impossible and not answers:
                     message = 'it has no answers; write "is_impossible": true if that is meant'
                     raise bad(path, line, f"question {name!r}: {message}")
@@ -104,6 +102,8 @@ def _questions(path: Path, text: str, tree: dict[str, Any], answered: bool) -> I
 
 def _located(question: Question) -> Question:
     """The question with its answers as the context spells them, without those that are not found there."""
+    if not normalise(question.question):
+        return replace(question, answers=(), impossible=False, problem="its question has no visible character")
     usable, problems, moved = [], [], False
     for answer, start in question.answers:
         if answer and not normalise(answer):

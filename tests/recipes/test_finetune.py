@@ -272,6 +272,7 @@ def test_source_routing_needs_one_source(ground: Path) -> None:
         (["checkpoint=x", "finetune.seeds=1,1"], "named twice"),
         (["checkpoint=x", "resume=auto"], "output=FOLDER"),
         (["checkpoint=x", "finetune.batch="], "at least 1 item"),
+        (["checkpoint=x", "finetune.labels=PERSON"], "finetune.labels=PERSON: expected OLD=NEW"),
         (["checkpoint=x", "finetune.freeze=all"], "'none', 'language' or 'shared'"),
     ],
 )
@@ -280,12 +281,15 @@ def test_refused_settings(settings: list[str], words: str) -> None:
         load_config(FinetuneConfig, [], settings)
 
 
-def test_lists_and_help() -> None:
+def test_lists_and_help(tmp_path: Path) -> None:
     config = load_config(
         FinetuneConfig, [], ["checkpoint=x", "finetune.batch=8,16", "finetune.lr=1e-3", "finetune.seeds=0,1,2"]
     )
     assert (config.finetune.batch, config.finetune.lr, config.finetune.seeds) == ([8, 16], [1e-3], [0, 1, 2])
     assert "finetune.route=target" in describe(FinetuneConfig)
+    (tmp_path / "recipe.toml").write_text('checkpoint = "x"\n[finetune.labels]\nPERSON = "PER"\n')
+    for recipes, settings in (([tmp_path / "recipe.toml"], []), ([], ["checkpoint=x", "finetune.labels=PERSON=PER"])):
+        assert load_config(FinetuneConfig, recipes, settings).finetune.labels == {"PERSON": "PER"}
     assert Point(1, 8, 1e-3, 2e-3).name == "seed1-batch8-lr0.001-head0.002"
 
 

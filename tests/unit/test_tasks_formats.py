@@ -60,6 +60,7 @@ def gold(task: str, example: Any) -> Any:
         ("ner", "f.conllup", "# global.columns = ID FORM NER MISC\n1\tKido\tB-PER\t_\n2\thi\tO\t_\n"),
         ("ner", "f.conllup", "# global.columns = FORM NER\nKido\tB-PER\nhi\tO\n"),
         ("ner", "f", "Kido\tB-PER\n\tO\n"),  # an empty word, as GermEval has some
+        ("ner", "f", "en:Kido\tB-PER\nen:\tO\n"),
         ("pos", "f.conllu", CONLLU),
         ("pos", "f.conll", CONLLU),
         ("pos", "f.txt", "# sent_id = 1\nfois NOUN\n# SYM\n"),
@@ -256,7 +257,6 @@ def test_new_text_needs_no_answers(task: str, text: str, written: str | None, tm
         ("qa", "{", ["line 1", "not JSON"]),
         ("qa", '{"data": 3}', ["SQuAD"]),
         ("qa", squad("\u200b ", ANN), ["'a'", "its context is empty"]),
-        ("qa", squad("Ann ran.", asked("a", ("Ann", 0)) | {"question": "\u200b"}), ["'a'", "its question is empty"]),
         ("qa", squad("Ann ran.", asked("a")), ["no answers", "is_impossible"]),
         ("qa", '{"data": []}', ["no questions"]),
         ("qa", squad("Ann ran.", ANN, {"id": "é"}), ["line 19: data[0].paragraphs[0].qas[1], id 'é'"]),
@@ -321,10 +321,11 @@ def test_answers_are_found_as_the_model_reads_them(answer: str, start: int, word
 
 
 def test_answers_that_are_not_found_are_counted_by_id_or_refused(tmp_path: Path) -> None:
-    path = put(tmp_path, "f.json", squad("Ann ran.", ANN, asked("q7", ("Bob", 0))))
+    blank = asked("q8", is_impossible=True) | {"question": "\u200b"}
+    path = put(tmp_path, "f.json", squad("Ann ran.", ANN, asked("q7", ("Bob", 0)), blank))
     read = sets(f"en={path}", f"en={path}", f"en={path}", "qa")
-    assert [len(read.examples[split]["en"]) for split in ("train", "dev", "test")] == [1, 1, 2]
-    note = "train en: 1 of 2 answers cannot be used: they are left out (questions q7; the first: answer 'Bob'"
+    assert [len(read.examples[split]["en"]) for split in ("train", "dev", "test")] == [1, 1, 3]
+    note = "train en: 2 of 3 questions cannot be used: they are left out (q7, q8; the first: answer 'Bob'"
     assert any(text.startswith(note) for text in read.notes), read.notes
     with pytest.raises(UserError, match=r"--train en=.*f.json: question 'q7': answer 'Bob' .* does not occur"):
         sets(f"en={path}", f"en={path}", f"en={path}", "qa", unfound_answers="error")
