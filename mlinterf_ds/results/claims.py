@@ -159,15 +159,16 @@ def meta_is_best(records: Records, setting: str) -> Finding:
     rivals = {row: of_rival for row, of_rival in rivals.items() if of_rival.effect.values}
     if not rivals:
         return finding(records, name, claim, {})
-    closest = min(rivals, key=lambda row: rivals[row].effect.mean)
+    floored = {row for row, of_rival in rivals.items() if of_rival.reason.startswith("at the floor")}
+    told = {row: of_rival for row, of_rival in rivals.items() if row not in floored} or rivals
+    closest = min(told, key=lambda row: told[row].effect.mean)
     beside = functools.reduce(lambda left, right: right | left, (of_rival.beside for of_rival in rivals.values()))
-    floored = [of_rival.reason for of_rival in rivals.values() if of_rival.reason.startswith("at the floor")]
     result = replace(
-        rivals[closest], beside=beside, parts={row: of_rival.effect.mean for row, of_rival in rivals.items()},
-        note="; ".join(filter(None, [f"closest rival: {closest}", rivals[closest].note])),
+        told[closest], beside=beside, parts={row: of_rival.effect.mean for row, of_rival in rivals.items()},
+        note="; ".join(filter(None, [f"closest rival: {closest}", told[closest].note])),
     )  # fmt: skip
-    judgement = combined([positive(of_rival.effect) for of_rival in rivals.values()])
-    return judged(result, judgement, records.confidence, floored[0] if floored else "")
+    judgement = combined([positive(of_rival.effect) for of_rival in told.values()])
+    return judged(result, judgement, records.confidence, told[closest].reason if told is rivals and floored else "")
 
 
 def meta_beats(records: Records, row: str, claim: str) -> Finding:

@@ -67,6 +67,15 @@ def test_the_opposite_fails() -> None:
     assert "partner_size_matters_little" in fails
 
 
+def test_a_model_at_the_floor_still_loses_to_one_above_it() -> None:
+    """meta_adpt and ffn guess zero-shot, joint does not: that ffn is no worse than meta_adpt tells nothing."""
+    best = by_name(planted(shifts={"meta_adpt": (0.0, -40.0)}))["meta_adpt_best_zero_shot"]
+    assert best.verdict == "fails" and not best.reason
+    floor = dict.fromkeys(("joint", "ffn", "attn", "adpt", "share_adpt", "meta_adpt"), (0.0, -40.0))
+    best = by_name(planted(shifts=floor))["meta_adpt_best_zero_shot"]
+    assert best.verdict == "undecided" and best.reason.startswith("at the floor")
+
+
 def test_nothing_collapses_where_joint_training_transfers_nothing() -> None:
     """Joint zero-shot at 30.5 is within the margin of the floor of 30: ffn, far below, has lost no transfer."""
     nothing = {"joint": (0.0, -39.5), "ffn": (0.0, -60.0), "attn": (0.0, -60.0)}
