@@ -12,9 +12,9 @@ from mlinterf_ds.data.prepare.vocabulary import MOST_CHARACTERS, _characters, sa
 from mlinterf_ds.data.tokenizer import UNK, normalise
 
 
-@pytest.mark.parametrize("size, unknown", [(4000, 0.02), (8000, 0.01), (32_000, 0.01)])
+@pytest.mark.parametrize("size, unknown", [(4000, 0.02), (8000, 0.0005), (32_000, 0.0005)])
 def test_every_language_is_cut_as_finely_as_sentencepiece_cuts_it(shared_data: Path, size: int, unknown: float) -> None:
-    """Pieces a character on unseen sentences, within 5% for each language."""
+    """Within 5% for each language on unseen sentences; `unknown` bounds the share of characters that no piece covers."""
     paths = sorted((shared_data / "text").glob("*.txt"))
     if not paths:
         pytest.skip("no texts")
@@ -57,4 +57,6 @@ def test_every_language_is_cut_as_finely_as_sentencepiece_cuts_it(shared_data: P
             [piece for line in lines[-200:] for piece in model.encode(line)] for model in (ours, theirs)
         )
         assert len(pieces) < 1.05 * len(expected), code
-        assert pieces.count(UNK) <= unknown * len(pieces), code
+        characters = Counter("".join(seen[code]).replace(" ", ""))
+        lacking = sum(count for character, count in characters.items() if ours.piece_to_id(character) == UNK)
+        assert lacking <= unknown * characters.total(), code
