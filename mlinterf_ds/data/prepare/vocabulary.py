@@ -26,9 +26,9 @@ from mlinterf_ds.files import write_bytes
 # running text. SentencePiece needs about 65 bytes a character, so that 32,000 pieces are learned in 200 MB.
 CHARACTERS_PER_PIECE, FEWEST_CHARACTERS = 75, 500_000
 SAMPLE_RATIO = 20
-# So much of each language's text consists of characters that are in the vocabulary (XLM-R: of all text); less, in turn, where
-# these would take more than MOST_CHARACTERS of the pieces.
-COVERAGE, MOST_CHARACTERS = (0.9995, 0.999, 0.998, 0.995, 0.99, 0.98, 0.95), 0.75
+# So much of each language's text consists of characters that are in the vocabulary: the first share whose characters take no
+# more than that part of the pieces. (XLM-R has 0.9995 of all text.)
+COVERAGE = {0.99995: 0.25} | dict.fromkeys((0.9995, 0.999, 0.998, 0.995, 0.99, 0.98, 0.95), 0.75)
 LONGEST_UNIT = 32  # characters: longer runs without a space, such as sentences of Thai, are cut; a piece has 16 at most
 
 
@@ -83,7 +83,7 @@ def sampled_units(
     the `distinct_characters` each language gets. What a language leaves goes to the others.
     Words are cut at characters that are too rare for the vocabulary; each other character is a unit too.
     """
-    covered, others = _characters(words, int(MOST_CHARACTERS * size))
+    covered, others = _characters(words, size)
     rare = re.compile(f"[{re.escape(''.join(sorted(others)))}]") if others else None
     total: Counter[str] = Counter()
     units = [_units(counts) for counts in words]
@@ -111,8 +111,8 @@ def _units(words: Mapping[str, int]) -> Counter[str]:
     return units
 
 
-def _characters(words: Sequence[Mapping[str, int]], room: int) -> tuple[set[str], set[str]]:
-    """Returns the commonest characters of each language (COVERAGE of its text, or less if they have no `room`), and the others."""
+def _characters(words: Sequence[Mapping[str, int]], size: int) -> tuple[set[str], set[str]]:
+    """Returns the commonest characters of each language (see COVERAGE), and the others."""
     ranked = []
     for counts in words:
         names, values, totals = [*counts], [*counts.values()], np.zeros(sys.maxunicode + 1)
@@ -122,9 +122,9 @@ def _characters(words: Sequence[Mapping[str, int]], room: int) -> tuple[set[str]
             totals += np.bincount(np.frombuffer("".join(part).encode("utf-32-le"), "<u4"), weights, len(totals))
         order = np.argsort(-totals, kind="stable")[: np.count_nonzero(totals)]
         ranked.append((order, np.cumsum(totals[order]) / totals.sum()))
-    for coverage in COVERAGE:
+    for coverage, part_of_pieces in COVERAGE.items():
         codes = {code for order, share in ranked for code in order[: np.searchsorted(share, coverage) + 1].tolist()}
-        if len(codes) <= room:
+        if len(codes) <= part_of_pieces * size:
             break
     others = {code for order, _ in ranked for code in order.tolist()} - codes
     return set(map(chr, codes)), set(map(chr, others))
