@@ -14,13 +14,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from mlinterf_ds.errors import UserError, refusing
 
 DEEPEST = 8  # parts of a key; no section lies deeper
 
-# Marks of a field (`json_schema_extra`). A key without one decides the data, the model or the mathematics of a step.
+# Marks of a key. A key without one decides the data, the model or the mathematics of a step.
 RESUMABLE: dict[str, Any] = {"mark": "resumable"}  # a resumed run may change it
 ADDRESS: dict[str, Any] = {"mark": "address"}  # the key gives a location or a name; a resumed run may change it too
 
@@ -34,6 +34,11 @@ REMOVED = {
 
 # What a key that is newer than a checkpoint was in effect before it existed, where that is not the default of today.
 EARLIER = {"data.boundaries": "none", "data.positions": "row", "meta.text": "held_out"}
+
+
+def key(default: Any, meaning: str = "", mark: dict[str, Any] | None = None, **limits: Any) -> Any:
+    """A key of a section, or a whole section: its default, what `--help` says of it, its mark, pydantic's limits."""
+    return Field(default, description=meaning, json_schema_extra=mark, **limits)
 
 
 class Section(BaseModel):

@@ -70,7 +70,7 @@ def main(arguments: Sequence[str], group: Group | None = None) -> int:
     texts = parse(options.text, "text") if options.text else {}
     if options.out and not options.out.parent.is_dir():
         raise UserError(f"--out {options.out}: there is no folder {options.out.parent}")
-    with in_group(group, ParallelConfig(tensor=options.tensor)) as layout:  # type: ignore[call-arg]
+    with in_group(group, ParallelConfig(tensor=options.tensor)) as layout:
         model = Model(options.checkpoint, layout, options.precision)
         if options.fill:
             results: Any = fill(model, options.fill, options.language, options.top)

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from mlinterf_ds.config import RESUMABLE, Section
+from mlinterf_ds.config import RESUMABLE, Section, key
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 Variant = Literal["mono", "joint", "ffn", "attn", "adpt", "share_adpt", "meta_adpt", "meta_ffn", "meta_attn"]
@@ -105,22 +105,22 @@ class RowFormat:
 class ModelConfig(Section):
     """Shape of the encoder (pre-norm Transformer; paper section 3.2 and appendix B)."""
 
-    layers: int = Field(2, ge=1, description="Transformer layers")
-    heads: int = Field(4, ge=1, description="attention heads")
-    width: int = Field(128, ge=8, description="hidden size")
-    head_width: int | None = Field(None, ge=1, description="width of one attention head; default width / heads")
-    ffn: int = Field(512, ge=8, description="inner width of the feed-forward layer")
-    adapter: int | None = Field(None, ge=1, description="adapter bottleneck; default width / 4 (appendix B)")
-    adapter_activation: Literal["gelu", "relu", "tanh", "silu"] = Field(
-        "gelu", description="adapter non-linearity; relu (the paper's example) makes finite differences unreliable"
+    layers: int = key(2, "Transformer layers", ge=1)
+    heads: int = key(4, "attention heads", ge=1)
+    width: int = key(128, "hidden size", ge=8)
+    head_width: int | None = key(None, "width of one attention head; default width / heads", ge=1)
+    ffn: int = key(512, "inner width of the feed-forward layer", ge=8)
+    adapter: int | None = key(None, "adapter bottleneck; default width / 4 (appendix B)", ge=1)
+    adapter_activation: Literal["gelu", "relu", "tanh", "silu"] = key(
+        "gelu", "adapter non-linearity; relu (the paper's example) makes finite differences unreliable"
     )
-    dropout: float = Field(0.1, ge=0, lt=1, description="dropout on embeddings and residual branches")
-    attention_dropout: float = Field(0.1, ge=0, lt=1, description="dropout on attention probabilities")
-    language_embeddings: bool = Field(False, description="add a learned embedding of the row's language")
-    output_bias: Literal["frequency", "zero"] = Field(
-        "frequency", description="bias of the output layer at the start: the corpus's log frequencies, or 0 as in XLM"
+    dropout: float = key(0.1, "dropout on embeddings and residual branches", ge=0, lt=1)
+    attention_dropout: float = key(0.1, "dropout on attention probabilities", ge=0, lt=1)
+    language_embeddings: bool = key(False, "add a learned embedding of the row's language")
+    output_bias: Literal["frequency", "zero"] = key(
+        "frequency", "bias of the output layer at the start: the corpus's log frequencies, or 0 as in XLM"
     )
-    recompute: bool = Field(False, description="recompute activations in the backward pass (less memory, more time)")
+    recompute: bool = key(False, "recompute activations in the backward pass (less memory, more time)")
 
     @model_validator(mode="after")
     def _head_width_divides(self) -> ModelConfig:
@@ -145,96 +145,73 @@ class ModelConfig(Section):
 class PrecisionSection(Section):
     """Arithmetic of a recipe that has no other training keys."""
 
-    precision: Precision = Field(
-        "auto", description="arithmetic; auto: fp16 on CUDA, bf16 on a CPU with bf16 arithmetic, else fp32"
-    )
+    precision: Precision = key("auto", "arithmetic; auto: fp16 on CUDA, bf16 on a CPU with bf16 arithmetic, else fp32")
 
 
 class TrainConfig(Section):
     """Optimisation with AdamW and the schedules of XLM."""
 
-    steps: int = Field(600, ge=1, json_schema_extra=RESUMABLE, description="optimizer steps")
-    batch: int = Field(32, ge=1, description="rows of a global batch, over all ranks and micro-batches")
-    micro_batch: int | None = Field(
-        None, ge=1, json_schema_extra=RESUMABLE, description="rows a rank handles at once; default: all its rows"
+    steps: int = key(600, "optimizer steps", RESUMABLE, ge=1)
+    batch: int = key(32, "rows of a global batch, over all ranks and micro-batches", ge=1)
+    micro_batch: int | None = key(None, "rows a rank handles at once; default: all its rows", RESUMABLE, ge=1)
+    seed: int = key(0, "seed of initialisation, data order, masks and dropout", ge=0)
+    precision: Precision = key(
+        "auto", "arithmetic; auto: fp16 on CUDA, bf16 on a CPU with bf16 arithmetic, else fp32", RESUMABLE
     )
-    seed: int = Field(0, ge=0, description="seed of initialisation, data order, masks and dropout")
-    precision: Precision = Field(
-        "auto",
-        json_schema_extra=RESUMABLE,
-        description="arithmetic; auto: fp16 on CUDA, bf16 on a CPU with bf16 arithmetic, else fp32",
+    max_hours: float | None = key(None, "hours after which the run saves and stops; it can be resumed", RESUMABLE, gt=0)
+    lr: float = key(1e-3, "peak learning rate", gt=0)
+    schedule: Literal["inverse_sqrt", "constant"] = key(
+        "inverse_sqrt", "rate after the warm-up: lr * sqrt(warmup / step), or lr"
     )
-    max_hours: float | None = Field(
-        None,
-        gt=0,
-        json_schema_extra=RESUMABLE,
-        description="hours after which the run saves and stops; it can be resumed",
+    warmup: int = key(100, "steps of linear warm-up from 1e-7", ge=0)
+    beta1: float = key(0.9, "Adam's first decay rate", ge=0, lt=1)
+    beta2: float = key(0.98, "Adam's second decay rate", ge=0, lt=1)
+    eps: float = key(1e-6, "Adam's epsilon", gt=0)
+    weight_decay: float = key(0.01, "decoupled weight decay (AdamW)", ge=0)
+    clip: float = key(5.0, "clip the global gradient norm; 0 switches it off", ge=0)
+    freeze: Literal["none", "shared"] = key(
+        "none", "shared: train only the language modules (and the rows of new pieces) of the model that init= names"
     )
-    lr: float = Field(1e-3, gt=0, description="peak learning rate")
-    schedule: Literal["inverse_sqrt", "constant"] = Field(
-        "inverse_sqrt", description="rate after the warm-up: lr * sqrt(warmup / step), or lr"
+    spike: float | None = key(
+        10.0, "skip a step whose loss lies this many standard deviations above its mean; none: never", RESUMABLE, gt=0
     )
-    warmup: int = Field(100, ge=0, description="steps of linear warm-up from 1e-7")
-    beta1: float = Field(0.9, ge=0, lt=1, description="Adam's first decay rate")
-    beta2: float = Field(0.98, ge=0, lt=1, description="Adam's second decay rate")
-    eps: float = Field(1e-6, gt=0, description="Adam's epsilon")
-    weight_decay: float = Field(0.01, ge=0, description="decoupled weight decay (AdamW)")
-    clip: float = Field(5.0, ge=0, description="clip the global gradient norm; 0 switches it off")
-    freeze: Literal["none", "shared"] = Field(
-        "none",
-        description="shared: train only the language modules (and the rows of new pieces) of the model that init= names",
-    )
-    spike: float | None = Field(
-        10.0,
-        gt=0,
-        json_schema_extra=RESUMABLE,
-        description="skip a step whose loss lies this many standard deviations above its mean; none: never",
-    )
-    epoch_steps: int = Field(100, ge=1, description="steps between evaluations (the paper's epoch: 10000)")
-    save_steps: int | None = Field(
-        None, ge=1, json_schema_extra=RESUMABLE, description="steps between checkpoints; default: every epoch"
-    )
-    keep: int = Field(
-        2, ge=1, json_schema_extra=RESUMABLE, description="number of newest checkpoints kept, beside the best"
-    )
+    epoch_steps: int = key(100, "steps between evaluations (the paper's epoch: 10000)", ge=1)
+    save_steps: int | None = key(None, "steps between checkpoints; default: every epoch", RESUMABLE, ge=1)
+    keep: int = key(2, "number of newest checkpoints kept, beside the best", RESUMABLE, ge=1)
 
 
 class MetaConfig(Section):
     """The meta step of the meta_* variants (paper section 4, Algorithm 1, appendix B)."""
 
-    beta: float | None = Field(
-        None, gt=0, description="step of the lookahead (Eq. 3); default: the current learning rate"
-    )
-    lookahead: Literal["sgd", "adam"] = Field(
-        "sgd", description="rule of the lookahead: the paper's, or Adam's own step"
-    )
-    order: Literal["phi_first", "theta_first", "simultaneous"] = Field(
+    beta: float | None = key(None, "step of the lookahead (Eq. 3); default: the current learning rate", gt=0)
+    lookahead: Literal["sgd", "adam"] = key("sgd", "rule of the lookahead: the paper's, or Adam's own step")
+    order: Literal["phi_first", "theta_first", "simultaneous"] = key(
         "phi_first",
-        description="Algorithm 1's order, that of the authors' released code, or both updates from one point (a pass less)",
+        "Algorithm 1's order, that of the authors' released code, or both updates from one point (a pass less)",
     )
-    reuse: bool = Field(
+    reuse: bool = key(
         False,
-        description="every row trains both: theta's gradient on the validation rows and phi's ordinary one join the step "
+        "every row trains both: theta's gradient on the validation rows and phi's ordinary one join the step "
         "(a departure from Algorithm 1; needs order=simultaneous)",
     )
-    text: MetaText = Field(
+    text: MetaText = key(
         "train",
-        description="rows of the validation loss: training text that the step does not read; half: the training text's "
+        "rows of the validation loss: training text that the step does not read; half: the training text's "
         "second half, of which training proper reads the first; held_out: the corpus's meta split",
     )
-    terms: Literal["both", "direct"] = Field("both", description="direct: leave the second-order term out (a control)")
-    difference: Literal["central", "one_sided"] = Field("central", description="kind of finite difference in Eq. 8")
-    radius: Literal["auto"] | Annotated[float, Field(gt=0, le=0.5)] = Field(
-        "auto", description="displacement |e v| / |theta| of Eq. 8: a number, or auto: adapted while training"
+    terms: Literal["both", "direct"] = key("both", "direct: leave the second-order term out (a control)")
+    difference: Literal["central", "one_sided"] = key("central", "kind of finite difference in Eq. 8")
+    radius: Literal["auto"] | Annotated[float, Field(gt=0, le=0.5)] = key(
+        "auto", "displacement |e v| / |theta| of Eq. 8: a number, or auto: adapted while training"
     )
-    check_every: int = Field(100, ge=0, description="steps between self-checks of the finite difference; 0: off")
-    batch: int | None = Field(None, ge=1, description="global rows of the validation loss; default train.batch")
-    languages_per_step: int | None = Field(
-        None, ge=2, description="languages drawn for the validation loss of a step, weighted without bias; default: all"
+    check_every: int = key(100, "steps between self-checks of the finite difference; 0: off", ge=0)
+    batch: int | None = key(None, "global rows of the validation loss; default train.batch", ge=1)
+    languages_per_step: int | None = key(
+        None, "languages drawn for the validation loss of a step, weighted without bias; default: all", ge=2
     )
-    every: int = Field(1, ge=1, description="k: only every k-th step is a meta step")
-    between: Literal["freeze", "plain"] = Field(
-        "freeze", description="what the language modules do in the steps between: stay, or train plainly"
+    every: int = key(1, "k: only every k-th step is a meta step", ge=1)
+    between: Literal["freeze", "plain"] = key(
+        "freeze", "what the language modules do in the steps between: stay, or train plainly"
     )
 
     @model_validator(mode="after")
@@ -247,15 +224,13 @@ class MetaConfig(Section):
 class ConflictSection(Section):
     """How the conflict between languages' gradients is measured (paper, section 3.1)."""
 
-    sequences: int | None = Field(
-        None,
-        ge=1,
-        description="rows of each gradient; default 4096 as in the paper, 64 on a CPU; fewer where the text is short",
+    sequences: int | None = key(
+        None, "rows of each gradient; default 4096 as in the paper, 64 on a CPU; fewer where the text is short", ge=1
     )
-    micro_batch: int = Field(32, ge=1, description="rows a rank handles at once")
-    sketch: Literal["auto", "exact"] | Annotated[int, Field(ge=16)] = Field(
+    micro_batch: int = key(32, "rows a rank handles at once", ge=1)
+    sketch: Literal["auto", "exact"] | Annotated[int, Field(ge=16)] = key(
         "auto",
-        description="dimension of each component's random projection (standard error (1-cos^2)/sqrt(dimension)), or "
+        "dimension of each component's random projection (standard error (1-cos^2)/sqrt(dimension)), or "
         "exact: whole gradients are kept; auto: exact up to 4 languages, 4096 above",
     )
 
@@ -263,14 +238,14 @@ class ConflictSection(Section):
 class ParallelConfig(Section):
     """Process layout: tensor-parallel groups of neighbours, data parallel across them."""
 
-    tensor: int = Field(1, ge=1, description="ranks that share one copy of the model (megatron tensor parallel)")
-    timeout: float = Field(10.0, gt=0, description="minutes a rank waits for another before it declares the job lost")
+    tensor: int = key(1, "ranks that share one copy of the model (megatron tensor parallel)", ge=1)
+    timeout: float = key(10.0, "minutes a rank waits for another before it declares the job lost", gt=0)
 
 
 class TrackingConfig(Section):
     """Recording in MLflow, at the address in MLflow's own MLFLOW_TRACKING_URI (default: sqlite:///mlflow.db)."""
 
-    enabled: bool = Field(True, description="record the run in MLflow")
-    experiment: str = Field("mlinterf_ds", min_length=1, description="MLflow experiment name")
-    parent: str | None = Field(None, description="MLflow run that a pretraining run is nested under")
-    tags: dict[str, str] = Field({}, description="further tags of the run: --set tracking.tags.KEY=VALUE")
+    enabled: bool = key(True, "record the run in MLflow")
+    experiment: str = key("mlinterf_ds", "MLflow experiment name", min_length=1)
+    parent: str | None = key(None, "MLflow run that a pretraining run is nested under")
+    tags: dict[str, str] = key({}, "further tags of the run: --set tracking.tags.KEY=VALUE")

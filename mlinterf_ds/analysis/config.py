@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from mlinterf_ds.config import ADDRESS, Section
+from mlinterf_ds.config import ADDRESS, Section, key
 from mlinterf_ds.sections import (
     EACH_ONCE,
     ConflictSection,
@@ -28,71 +28,55 @@ NEEDS_CHECKPOINT = ("conflict", "prune")
 class ConflictAnalysis(ConflictSection):
     """Gradient conflict on a checkpoint."""
 
-    seed: int = Field(0, ge=0, description="seed of the batches and of the projection")
-    runs: Names = Field([], description="instead: draw figure 3 from conflict.csv of these runs' output folders")
+    seed: int = key(0, "seed of the batches and of the projection", ge=0)
+    runs: Names = key([], "instead: draw figure 3 from conflict.csv of these runs' output folders")
 
 
 class PruneSection(Section):
     """Language-specific parameters: masks learned by Eq. 1 of the paper on the frozen model, a set for each language."""
 
-    groups: Groups = Field(
+    groups: Groups = key(
         ["heads", "neurons"],
-        description="what is masked, several: attention heads, feed-forward neurons, rows of the layers' matrices",
+        "what is masked, several: attention heads, feed-forward neurons, rows of the layers' matrices",
     )
-    penalty: float = Field(
-        0.5, ge=0, description="lambda of Eq. 1: what all gated parameters cost together, in nats of the loss"
+    penalty: float = key(0.5, "lambda of Eq. 1: what all gated parameters cost together, in nats of the loss", ge=0)
+    steps: int = key(400, "steps of learning a language's masks", ge=1)
+    lr: float = key(0.1, "Adam's rate for the masks, falling linearly to 0", gt=0)
+    rows: int = key(32, "sequences of a step, over all ranks; each has gates of its own", ge=1)
+    micro_batch: int | None = key(None, "rows a rank handles at once; default: all its rows", ge=1)
+    seeds: Seeds = key(
+        [0, 1], "masks are learned once for each (text and gates drawn anew): the within-language control"
     )
-    steps: int = Field(400, ge=1, description="steps of learning a language's masks")
-    lr: float = Field(0.1, gt=0, description="Adam's rate for the masks, falling linearly to 0")
-    rows: int = Field(32, ge=1, description="sequences of a step, over all ranks; each has gates of its own")
-    micro_batch: int | None = Field(None, ge=1, description="rows a rank handles at once; default: all its rows")
-    seeds: Seeds = Field(
-        [0, 1], description="masks are learned once for each (text and gates drawn anew): the within-language control"
-    )
-    sequences: int = Field(256, ge=1, description="rows of the validation split on which pruned models are scored")
+    sequences: int = key(256, "rows of the validation split on which pruned models are scored", ge=1)
 
 
 class InterferenceSection(Section):
     """Mono against joint models, and the distance of the languages."""
 
-    mono: Names = Field(
-        [], description="output folders of runs on one language: FOLDER or LANG=FOLDER, comma-separated"
-    )
-    joint: Names = Field(
-        [], description="output folders of runs on several languages; train.seed pairs them with mono's"
-    )
-    larger: Names = Field([], description="output folders of larger models, shown beside (figure 1)")
-    tasks: Names = Field([], description="output folders of fine-tunings of these models")
-    split: Literal["valid", "test"] = Field("test", description="held-out text that is scored")
-    rows: int | None = Field(None, ge=1, description="rows of it a language; default: all")
-    typology: str | None = Field(None, description="CSV or TSV of languages' features: a third distance")
+    mono: Names = key([], "output folders of runs on one language: FOLDER or LANG=FOLDER, comma-separated")
+    joint: Names = key([], "output folders of runs on several languages; train.seed pairs them with mono's")
+    larger: Names = key([], "output folders of larger models, shown beside (figure 1)")
+    tasks: Names = key([], "output folders of fine-tunings of these models")
+    split: Literal["valid", "test"] = key("test", "held-out text that is scored")
+    rows: int | None = key(None, "rows of it a language; default: all", ge=1)
+    typology: str | None = key(None, "CSV or TSV of languages' features: a third distance")
 
 
 class AnalyzeConfig(Section):
     """Everything an analysis depends on."""
 
-    name: str = Field(
-        "analyze", min_length=1, json_schema_extra=ADDRESS, description="names the run in the default output folder"
-    )
-    checkpoint: str = Field(
-        "",
-        json_schema_extra=ADDRESS,
-        description="pretraining run's output folder (its best checkpoint) or a checkpoint",
-    )
-    analysis: Literal["conflict", "prune", "interference"] = Field("conflict", description="what is measured")
-    output: str | None = Field(
-        None, json_schema_extra=ADDRESS, description="folder of figures, CSV and summary; default runs/<name>-<time>"
-    )
-    corpus: str | None = Field(
-        None, json_schema_extra=ADDRESS, description="prepared corpus; default: the one the checkpoint was trained on"
-    )
-    languages: Languages | None = Field(None, description="comma-separated codes; default: the checkpoint's")
-    conflict: ConflictAnalysis = ConflictAnalysis()  # type: ignore[call-arg]
-    prune: PruneSection = PruneSection()  # type: ignore[call-arg]
-    interference: InterferenceSection = InterferenceSection()  # type: ignore[call-arg]
-    train: PrecisionSection = PrecisionSection()  # type: ignore[call-arg]
-    parallel: ParallelConfig = ParallelConfig()  # type: ignore[call-arg]
-    tracking: TrackingConfig = Field(TrackingConfig(), json_schema_extra=ADDRESS)  # type: ignore[call-arg]
+    name: str = key("analyze", "names the run in the default output folder", ADDRESS, min_length=1)
+    checkpoint: str = key("", "pretraining run's output folder (its best checkpoint) or a checkpoint", ADDRESS)
+    analysis: Literal["conflict", "prune", "interference"] = key("conflict", "what is measured")
+    output: str | None = key(None, "folder of figures, CSV and summary; default runs/<name>-<time>", ADDRESS)
+    corpus: str | None = key(None, "prepared corpus; default: the one the checkpoint was trained on", ADDRESS)
+    languages: Languages | None = key(None, "comma-separated codes; default: the checkpoint's")
+    conflict: ConflictAnalysis = ConflictAnalysis()
+    prune: PruneSection = PruneSection()
+    interference: InterferenceSection = InterferenceSection()
+    train: PrecisionSection = PrecisionSection()
+    parallel: ParallelConfig = ParallelConfig()
+    tracking: TrackingConfig = key(TrackingConfig(), mark=ADDRESS)
 
     @model_validator(mode="after")
     def _consistent(self) -> AnalyzeConfig:

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from mlinterf_ds.config import ADDRESS, RESUMABLE, Section
+from mlinterf_ds.config import ADDRESS, RESUMABLE, Section, key
 from mlinterf_ds.errors import UserError
 from mlinterf_ds.sections import (
     EACH_ONCE,
@@ -40,65 +40,54 @@ Renamings = Annotated[dict[str, str], BeforeValidator(_renamings)]
 class FinetuneSection(Section):
     """How the pretrained model is fine-tuned. Several values of batch, lr or head_lr are a grid (paper, appendix A)."""
 
-    epochs: int = Field(5, ge=1, description="passes over the training set, with a checkpoint after each")
-    batch: Batches = Field([16], description="rows of a step, over all ranks; of several the dev set chooses")
-    lr: Rates = Field([5e-4], description="peak learning rate of the encoder; of several the dev set chooses")
-    head_lr: Rates | None = Field(
-        None, description="peak learning rate of the classifier; of several the dev set chooses; default: the encoder's"
+    epochs: int = key(5, "passes over the training set, with a checkpoint after each", ge=1)
+    batch: Batches = key([16], "rows of a step, over all ranks; of several the dev set chooses")
+    lr: Rates = key([5e-4], "peak learning rate of the encoder; of several the dev set chooses")
+    head_lr: Rates | None = key(
+        None, "peak learning rate of the classifier; of several the dev set chooses; default: the encoder's"
     )
-    seeds: Seeds = Field(
-        [0], description="one fine-tuning for each (order, dropout, classifier); the grid is searched with the first"
+    seeds: Seeds = key(
+        [0], "one fine-tuning for each (order, dropout, classifier); the grid is searched with the first"
     )
-    warmup: float = Field(0.1, ge=0, lt=1, description="share of the steps in which the rate rises linearly")
-    schedule: Literal["linear", "constant"] = Field(
-        "linear", description="rate after the warm-up: falling linearly to 0, or constant"
+    warmup: float = key(0.1, "share of the steps in which the rate rises linearly", ge=0, lt=1)
+    schedule: Literal["linear", "constant"] = key(
+        "linear", "rate after the warm-up: falling linearly to 0, or constant"
     )
-    weight_decay: float = Field(0.01, ge=0, description="decoupled weight decay (AdamW)")
-    clip: float = Field(1.0, ge=0, description="clip the global gradient norm; 0 switches it off")
-    dropout: float | None = Field(None, ge=0, lt=1, description="dropout everywhere; default: as in pretraining")
-    micro_batch: int | None = Field(
-        None, ge=1, json_schema_extra=RESUMABLE, description="rows a rank handles at once; default: all its rows"
+    weight_decay: float = key(0.01, "decoupled weight decay (AdamW)", ge=0)
+    clip: float = key(1.0, "clip the global gradient norm; 0 switches it off", ge=0)
+    dropout: float | None = key(None, "dropout everywhere; default: as in pretraining", ge=0, lt=1)
+    micro_batch: int | None = key(None, "rows a rank handles at once; default: all its rows", RESUMABLE, ge=1)
+    freeze: Literal["none", "language", "shared"] = key(
+        "none", "what stays as pretrained: nothing (as in the paper), the language modules, or all but those"
     )
-    freeze: Literal["none", "language", "shared"] = Field(
-        "none",
-        description="what stays as pretrained: nothing (as in the paper), the language modules, or all but those",
-    )
-    route: Literal["target", "source"] = Field(
+    route: Literal["target", "source"] = key(
         "target",
-        description="modules that read a test: those of the test's language (as in the paper), or of the training language",
+        "modules that read a test: those of the test's language (as in the paper), or of the training language",
     )
-    unseen: str | None = Field(
+    unseen: str | None = key(
         None,
+        "language whose modules read languages that the model does not know; default: such languages are refused",
         pattern=LANGUAGE_PATTERN,
-        description="language whose modules read languages that the model does not know; default: such languages are refused",
     )
-    max_length: int | None = Field(None, ge=16, description="pieces in a row; default: as in pretraining")
-    stride: int | None = Field(
-        None, ge=1, description="pieces that a window moves on (QA) or looks back (tags); default half a row"
+    max_length: int | None = key(None, "pieces in a row; default: as in pretraining", ge=16)
+    stride: int | None = key(None, "pieces that a window moves on (QA) or looks back (tags); default half a row", ge=1)
+    max_question: int | None = key(None, "pieces kept of a question; default a quarter of a row", ge=1)
+    max_answer: int = key(30, "largest number of pieces in an answer", ge=1)
+    labels: Renamings = key(
+        {}, "OLD=NEW,...: labels of the files (types of entities) that are renamed, such as PERSON=PER; O: no entity"
     )
-    max_question: int | None = Field(None, ge=1, description="pieces kept of a question; default a quarter of a row")
-    max_answer: int = Field(30, ge=1, description="largest number of pieces in an answer")
-    labels: Renamings = Field(
-        {},
-        description="OLD=NEW,...: labels of the files (types of entities) that are renamed, such as PERSON=PER; O: no entity",
-    )
-    unknown_labels: Literal["error", "miss", "ignore"] = Field(
+    unknown_labels: Literal["error", "miss", "ignore"] = key(
         "error",
-        description="tags of a dev or test file that training never had: refused, counted as missed, or their words not scored",
+        "tags of a dev or test file that training never had: refused, counted as missed, or their words not scored",
     )
-    unfound_answers: Literal["skip", "error"] = Field(
-        "skip", description="QA: answers that their context does not hold: left out and counted, or refused"
+    unfound_answers: Literal["skip", "error"] = key(
+        "skip", "QA: answers that their context does not hold: left out and counted, or refused"
     )
-    limit: int | None = Field(None, ge=1, description="number of examples read of each file; default: all")
-    synthetic_train: int = Field(1000, ge=2, description="training examples of LANG=synthetic")
-    synthetic_eval: int = Field(500, ge=1, description="dev and test examples of LANG=synthetic")
+    limit: int | None = key(None, "number of examples read of each file; default: all", ge=1)
+    synthetic_train: int = key(1000, "training examples of LANG=synthetic", ge=2)
+    synthetic_eval: int = key(500, "dev and test examples of LANG=synthetic", ge=1)
 
-    keep: int = Field(
-        1,
-        ge=1,
-        json_schema_extra=RESUMABLE,
-        description="number of newest checkpoints kept of each fine-tuning, beside the best",
-    )
+    keep: int = key(1, "number of newest checkpoints kept of each fine-tuning, beside the best", RESUMABLE, ge=1)
 
     def limits(self, positions: int) -> Limits:
         """How long rows may be in a model that reads `positions` pieces at once. UserError if max_length is more."""
@@ -116,27 +105,17 @@ class FinetuneSection(Section):
 class FinetuneConfig(Section):
     """Everything a fine-tuning job depends on, its data apart (`--train`, `--dev`, `--test`)."""
 
-    name: str = Field(
-        "finetune", min_length=1, json_schema_extra=ADDRESS, description="names the run in the default output folder"
+    name: str = key("finetune", "names the run in the default output folder", ADDRESS, min_length=1)
+    checkpoint: str = key("", "pretraining run's output folder (its best checkpoint) or a checkpoint", ADDRESS)
+    task: TaskName = key("ner", "the task to learn")
+    output: str | None = key(
+        None, "folder of checkpoints, predictions and summary; default runs/<name>-<time>", ADDRESS
     )
-    checkpoint: str = Field(
-        "",
-        json_schema_extra=ADDRESS,
-        description="pretraining run's output folder (its best checkpoint) or a checkpoint",
-    )
-    task: TaskName = Field("ner", description="the task to learn")
-    output: str | None = Field(
-        None,
-        json_schema_extra=ADDRESS,
-        description="folder of checkpoints, predictions and summary; default runs/<name>-<time>",
-    )
-    resume: Literal["", "auto"] = Field(
-        "", json_schema_extra=ADDRESS, description="auto: continue the fine-tuning job in output"
-    )
-    finetune: FinetuneSection = FinetuneSection()  # type: ignore[call-arg]
-    train: PrecisionSection = Field(PrecisionSection(), json_schema_extra=RESUMABLE)  # type: ignore[call-arg]
-    parallel: ParallelConfig = Field(ParallelConfig(), json_schema_extra=RESUMABLE)  # type: ignore[call-arg]
-    tracking: TrackingConfig = Field(TrackingConfig(), json_schema_extra=ADDRESS)  # type: ignore[call-arg]
+    resume: Literal["", "auto"] = key("", "auto: continue the fine-tuning job in output", ADDRESS)
+    finetune: FinetuneSection = FinetuneSection()
+    train: PrecisionSection = key(PrecisionSection(), mark=RESUMABLE)
+    parallel: ParallelConfig = key(ParallelConfig(), mark=RESUMABLE)
+    tracking: TrackingConfig = key(TrackingConfig(), mark=ADDRESS)
 
     @model_validator(mode="after")
     def _consistent(self) -> FinetuneConfig:

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import model_validator
 
-from mlinterf_ds.config import ADDRESS, RESUMABLE, Section, load_config, parser
+from mlinterf_ds.config import ADDRESS, RESUMABLE, Section, key, load_config, parser
 from mlinterf_ds.sections import (
     ROUTED,
     Boundaries,
@@ -32,29 +32,26 @@ from mlinterf_ds.sections import (
 class DataConfig(Section):
     """The rows of a step: their length, masks and languages."""
 
-    sequence_length: int = Field(128, ge=8, description="tokens in a row, packed without padding")
-    mask: float = Field(0.15, gt=0, lt=1, description="share of tokens predicted (80/10/10 masked/random/kept)")
-    temperature: float = Field(
-        1.4286, gt=0, description="T of P_i = (n_i / sum n)^(1/T), n_i in sentences; 1 is proportional"
+    sequence_length: int = key(128, "tokens in a row, packed without padding", ge=8)
+    mask: float = key(0.15, "share of tokens predicted (80/10/10 masked/random/kept)", gt=0, lt=1)
+    temperature: float = key(1.4286, "T of P_i = (n_i / sum n)^(1/T), n_i in sentences; 1 is proportional", gt=0)
+    only: Languages | None = key(
+        None, "languages to train on, of all in languages; the others keep the modules of init="
     )
-    only: Languages | None = Field(
-        None, description="languages to train on, of all in languages; the others keep the modules of init="
+    mixed: bool = key(False, "mix languages by row inside a step; default: one language a step")
+    synthetic_sentences: int = key(20000, "sentences of each language of corpus=synthetic", ge=200)
+    synthetic_limit: Counts = key(
+        {}, "LANG=N, ...: training sentences kept of a language of corpus=synthetic, to make it low-resource"
     )
-    mixed: bool = Field(False, description="mix languages by row inside a step; default: one language a step")
-    synthetic_sentences: int = Field(20000, ge=200, description="sentences of each language of corpus=synthetic")
-    synthetic_limit: Counts = Field(
-        {},
-        description="LANG=N, ...: training sentences kept of a language of corpus=synthetic, to make it low-resource",
-    )
-    boundaries: Boundaries = Field(
+    boundaries: Boundaries = key(
         "document",
-        description="tokens of a row see those of their document (a line that stands alone is one), of their sentence, or "
+        "tokens of a row see those of their document (a line that stands alone is one), of their sentence, or "
         "all (none)",
     )
-    positions: Positions = Field(
-        "boundary", description="where a token's position is counted from: its boundary, or the beginning of the row"
+    positions: Positions = key(
+        "boundary", "where a token's position is counted from: its boundary, or the beginning of the row"
     )
-    eval_rows: int = Field(256, ge=1, description="rows of the validation split that are scored, of each language")
+    eval_rows: int = key(256, "rows of the validation split that are scored, of each language", ge=1)
 
     @property
     def row_format(self) -> RowFormat:
@@ -65,52 +62,34 @@ class DataConfig(Section):
 class ConflictConfig(ConflictSection):
     """Gradient conflict measured during pretraining (paper, figure 3); training is the same with and without it."""
 
-    every: int = Field(0, ge=0, description="steps between measurements; 0: off")
+    every: int = key(0, "steps between measurements; 0: off", ge=0)
 
 
 class RunConfig(Section):
     """Everything a pretraining run depends on."""
 
-    name: str = Field(
-        "pretrain",
-        min_length=1,
-        json_schema_extra=ADDRESS,
-        description="names the run in MLflow and in the default output folder",
+    name: str = key("pretrain", "names the run in MLflow and in the default output folder", ADDRESS, min_length=1)
+    corpus: str = key("synthetic", "folder made by tools/prepare_corpus.py, or 'synthetic'", ADDRESS)
+    languages: Languages | None = key(None, "comma-separated codes; default: all the corpus has")
+    variant: Variant = key("adpt", "which module is language-specific (paper, table 2)")
+    output: str | None = key(None, "folder of checkpoints and summary; default runs/<name>-<time>", ADDRESS)
+    resume: str = key("", "checkpoint folder to continue from; auto: the newest checkpoint in output", ADDRESS)
+    restarts: int = key(
+        0, "times that a run goes on by itself after a fault, from its newest checkpoint", RESUMABLE, ge=0
     )
-    corpus: str = Field(
-        "synthetic", json_schema_extra=ADDRESS, description="folder made by tools/prepare_corpus.py, or 'synthetic'"
+    treatment: Literal["none", "pcgrad"] = key(
+        "none", "pcgrad: project conflicting languages' gradients (joint training, data.mixed=true)"
     )
-    languages: Languages | None = Field(None, description="comma-separated codes; default: all the corpus has")
-    variant: Variant = Field("adpt", description="which module is language-specific (paper, table 2)")
-    output: str | None = Field(
-        None, json_schema_extra=ADDRESS, description="folder of checkpoints and summary; default runs/<name>-<time>"
+    init: str | None = key(
+        None, "start from the weights of a checkpoint or a transformers folder; language modules are added", RESUMABLE
     )
-    resume: str = Field(
-        "",
-        json_schema_extra=ADDRESS,
-        description="checkpoint folder to continue from; auto: the newest checkpoint in output",
-    )
-    restarts: int = Field(
-        0,
-        ge=0,
-        json_schema_extra=RESUMABLE,
-        description="times that a run goes on by itself after a fault, from its newest checkpoint",
-    )
-    treatment: Literal["none", "pcgrad"] = Field(
-        "none", description="pcgrad: project conflicting languages' gradients (joint training, data.mixed=true)"
-    )
-    init: str | None = Field(
-        None,
-        json_schema_extra=RESUMABLE,
-        description="start from the weights of a checkpoint or a transformers folder; language modules are added",
-    )
-    model: ModelConfig = ModelConfig()  # type: ignore[call-arg]
-    data: DataConfig = DataConfig()  # type: ignore[call-arg]
-    train: TrainConfig = TrainConfig()  # type: ignore[call-arg]
-    meta: MetaConfig = MetaConfig()  # type: ignore[call-arg]
-    conflict: ConflictConfig = Field(ConflictConfig(), json_schema_extra=RESUMABLE)  # type: ignore[call-arg]
-    parallel: ParallelConfig = Field(ParallelConfig(), json_schema_extra=RESUMABLE)  # type: ignore[call-arg]
-    tracking: TrackingConfig = Field(TrackingConfig(), json_schema_extra=ADDRESS)  # type: ignore[call-arg]
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    train: TrainConfig = TrainConfig()
+    meta: MetaConfig = MetaConfig()
+    conflict: ConflictConfig = key(ConflictConfig(), mark=RESUMABLE)
+    parallel: ParallelConfig = key(ParallelConfig(), mark=RESUMABLE)
+    tracking: TrackingConfig = key(TrackingConfig(), mark=ADDRESS)
 
     @property
     def routing(self) -> str:
@@ -125,9 +104,9 @@ class RunConfig(Section):
         if self.variant == "mono" and len(languages) > 1:
             raise ValueError(f"variant=mono takes one language, languages has {len(languages)}: use variant=joint")
         tensor = self.parallel.tensor
-        for key, value in (("model.heads", self.model.heads), ("model.ffn", self.model.ffn)):
+        for name, value in (("model.heads", self.model.heads), ("model.ffn", self.model.ffn)):
             if value % tensor:
-                raise ValueError(f"{key}={value} is not divisible by parallel.tensor={tensor}: change one of them")
+                raise ValueError(f"{name}={value} is not divisible by parallel.tensor={tensor}: change one of them")
         if has_adapters(self.variant) and self.model.adapter_width % tensor:
             raise ValueError(
                 f"adapter bottleneck {self.model.adapter_width} is not divisible by parallel.tensor={tensor}: "

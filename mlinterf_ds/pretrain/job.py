@@ -95,6 +95,7 @@ class PretrainingRun:
             )
             for language in self.languages
         }
+        self.unigrams = {language: rows.unigram_perplexity() for language, rows in self.evaluation.items()}
         self.validation: ValidationStream | None = None
         if not is_meta(config.variant):
             return
@@ -188,7 +189,7 @@ class PretrainingRun:
 
     def _refuse_other_settings(self, path: Path, saved: dict[str, Any]) -> None:
         """UserError where a key that decides the data, the model or a step is not as it was in the checkpoint."""
-        defaults = flat(RunConfig().model_dump())  # type: ignore[call-arg]  # of keys that are newer than the checkpoint
+        defaults = flat(RunConfig().model_dump())  # of keys that are newer than the checkpoint
         before = decisive(RunConfig, defaults | flat(with_present_keys(saved["config"])))
         now = decisive(RunConfig, self.config.model_dump())
         now["languages"], before["languages"] = list(self.languages), saved["languages"]
@@ -216,7 +217,8 @@ class PretrainingRun:
             "old_pieces": self.old_pieces,
         }
         files = {"tokenizer.model": self.corpus.folder / "tokenizer.model"}
-        self.records.flush()
+        if self.records.losses:
+            self.records.losses.file.flush()  # a resumed run goes on from this checkpoint
         self.saved_step = self.engine.step
         path = checkpoint.save(self.session.output, self.engine, state, files, self.config.train.keep)
         if best and self.first:
@@ -332,10 +334,7 @@ class PretrainingRun:
             self.history[language].append((step, math.exp(min(loss, 80.0))))
             metrics[f"valid/perplexity/{language}"] = self.history[language][-1][1]
             metrics[f"valid/bits_per_character/{language}"] = rows.bits_per_character(loss)
-        self.records.evaluated(metrics, self.history, self._unigram_perplexity(), step)
-
-    def _unigram_perplexity(self) -> dict[str, float]:
-        return {language: rows.unigram_perplexity() for language, rows in self.evaluation.items()}
+        self.records.evaluated(metrics, self.history, self.unigrams, step)
 
     def _mean_loss(self) -> float:
         """The mean over the languages of this step's validation loss, in nats; infinite if the step was not evaluated."""
@@ -359,7 +358,7 @@ class PretrainingRun:
             "valid_bits_per_character": {
                 language: rows.bits_per_character(losses[language]) for language, rows in self.evaluation.items()
             },
-            "unigram_perplexity": self._unigram_perplexity(),
+            "unigram_perplexity": self.unigrams,
             "history": self.history,
             "finished": not stopped,
             "stopped_by": stopped,

@@ -39,9 +39,7 @@ def run(config: RunConfig, deepspeed_json: dict[str, Any], group: Group | None =
 
     with session(config.name, config.output, config.parallel, refuse, group) as here:
         precision, reason = choose_precision(config.train.precision, deepspeed_json)
-        rows_per_rank(
-            config.train, here.layout.data
-        )  # a batch that does not divide is refused before anything is built
+        rows_per_rank(config.train, here.layout.data)  # refuses a batch that does not divide, before anything is built
         data = config.data
         corpus = open_corpus(config.corpus, config.languages, data.synthetic_sentences, data.synthetic_limit)
         with hushed(here.log):
@@ -57,7 +55,7 @@ def run(config: RunConfig, deepspeed_json: dict[str, Any], group: Group | None =
                 error.add_note(remedy)
             raise
         finally:
-            training.records.close("FAILED")  # unless it was closed before
+            training.records.tracker.close("FAILED")  # unless it was closed before
 
 
 def _checkpoints(output: Path) -> bool:

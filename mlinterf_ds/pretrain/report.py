@@ -8,7 +8,6 @@ languages that training had seen after the step.
 from __future__ import annotations
 
 import csv
-import io
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from mlinterf_ds.data.corpus import Corpus
-from mlinterf_ds.files import replacing, write_json
+from mlinterf_ds.files import write_csv, write_json
 from mlinterf_ds.plots.curves import perplexity_curves
 from mlinterf_ds.pretrain.config import RunConfig
-from mlinterf_ds.tracking import Status, Tracker, environment_facts
+from mlinterf_ds.tracking import Tracker, environment_facts
 
 if TYPE_CHECKING:  # the session needs megatron, the columns of train.csv do not
     from mlinterf_ds.runtime.session import Session
@@ -80,11 +79,6 @@ class Records:
         perplexity_curves(history, path, title=f"{self.config.name}: {self.config.variant}", baselines=baselines)
         self.tracker.artifact(path)
 
-    def flush(self) -> None:
-        """Put train.csv on the disk, before a checkpoint that a resumed run goes on from."""
-        if self.losses:
-            self.losses.flush()
-
     def finish(self, summary: dict[str, Any], seen: Mapping[str, Mapping[str, float]], figures: list[Path]) -> None:
         """Write summary.json, send what the run made, print its table, and close; `seen`: language -> epochs of its text."""
         if not self.session.first:
@@ -93,7 +87,7 @@ class Records:
         write_json(output / "summary.json", summary)
         self.tracker.artifact(output / "summary.json")
         if self.losses:
-            self.losses.close()
+            self.losses.file.close()
             self.tracker.artifact(output / "train.csv")
         for path in figures:
             self.tracker.artifact(path)
@@ -101,11 +95,7 @@ class Records:
         browse = self.tracker.browse() if self.config.tracking.enabled else ""
         show(summary, seen, output, browse)
         stopped = summary["stopped_by"]
-        self.close("KILLED" if stopped and not stopped.startswith("train.") else "FINISHED")
-
-    def close(self, status: Status) -> None:
-        """End the MLflow run; a second call does nothing."""
-        self.tracker.close(status)
+        self.tracker.close("KILLED" if stopped and not stopped.startswith("train.") else "FINISHED")
 
 
 def description(summary: Mapping[str, Any]) -> str:
@@ -137,37 +127,24 @@ def show(summary: Mapping[str, Any], seen: Mapping[str, Mapping[str, float]], ou
 
 
 class LossTable:
-    """Appends to train.csv, on one rank only. Rows reach the disk at `flush`, which a run calls before each checkpoint."""
+    """Appends to train.csv, on one rank only. Rows reach the disk at `file.flush`, which a run calls before each checkpoint."""
 
     def __init__(self, path: Path, step: int):
         """Opens the table at `step`. A resumed run repeats later steps, so their rows go, and so does a row cut short by a kill."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as target:
-            text = io.TextIOWrapper(target, encoding="utf-8", newline="", write_through=True)
-            table = csv.writer(text, lineterminator="\n")
-            table.writerow(COLUMNS)
-            if path.is_file() and step:
-                with path.open(newline="", encoding="utf-8", errors="replace") as file:
-                    table.writerows(row for row in csv.reader(file) if _is_whole(row) and int(row[0]) <= step)
-            text.detach()
-        self._file = path.open("a", newline="", encoding="utf-8")
-        self._table = csv.writer(self._file, lineterminator="\n")
+        earlier: list[list[str]] = []
+        if path.is_file() and step:
+            with path.open(newline="", encoding="utf-8", errors="replace") as file:
+                whole = (
+                    r for r in csv.reader(file) if len(r) == len(COLUMNS) and r[0].isdecimal() and r[4].isdecimal()
+                )
+                earlier = [row for row in whole if int(row[0]) <= step]
+        write_csv(path, COLUMNS, earlier)
+        self.file = path.open("a", newline="", encoding="utf-8")
+        self._table = csv.writer(self.file, lineterminator="\n")
 
     def add(self, step: int, losses: dict[str, float], lr: float, tokens: int) -> None:
         """Adds the rows of a step from its losses by language."""
         self._table.writerows([step, language, f"{loss:.6g}", f"{lr:.6g}", tokens] for language, loss in losses.items())
-
-    def flush(self) -> None:
-        """Writes all added rows to the file, so that they survive a kill."""
-        self._file.flush()
-
-    def close(self) -> None:
-        """Flushes and closes the file."""
-        self._file.close()
-
-
-def _is_whole(row: list[str]) -> bool:
-    return len(row) == len(COLUMNS) and row[0].isdecimal() and row[4].isdecimal()
 
 
 def why_risen(language: str, config: RunConfig) -> str:

@@ -70,7 +70,7 @@ def stale_locks() -> list[Path]:
 
     A lock is stale when no running process has the file open (torch keeps it open while it builds). Needs /proc.
     """
-    root = os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "torch_extensions"
+    root = os.environ.get("TORCH_EXTENSIONS_DIR") or os.path.expanduser("~/.cache/torch_extensions")  # ~: no home
     locks = [path.resolve() for path in Path(root).glob("**/lock") if path.is_file()]
     if not locks or not Path("/proc/self/fd").is_dir():
         return []
@@ -143,12 +143,6 @@ def _first_failure(error: Exception, log: Path) -> str:
         return first
 
 
-def forget(log: Path) -> None:
-    """Remove the `failed` file of an earlier attempt, which lies beside the rank's log."""
-    with writing(log.parent.parent):
-        log.with_name("failed").unlink(missing_ok=True)
-
-
 def main(run: Callable[[Sequence[str]], int], arguments: Sequence[str] | None = None) -> None:
     """Run a launcher's function on the command line's arguments, and exit with its status.
 
@@ -157,14 +151,12 @@ def main(run: Callable[[Sequence[str]], int], arguments: Sequence[str] | None = 
     """
     faulthandler.enable()
     show_any_text()
-    rank = os.environ.get("RANK", "0")
     try:
         adopt()
-        rank = os.environ.get("RANK", "0")
         status = run(sys.argv[1:] if arguments is None else arguments)
         sys.stdout.flush()
     except UserError as error:
-        if rank != "0":
+        if os.environ.get("RANK", "0") != "0":
             time.sleep(3)  # all ranks find most mistakes at once: rank 0 prints it, and the launcher ends the others
         print(f"\nerror: {error}", file=sys.stderr, flush=True)
         status = 2
@@ -172,13 +164,12 @@ def main(run: Callable[[Sequence[str]], int], arguments: Sequence[str] | None = 
         print("\ninterrupted", file=sys.stderr, flush=True)
         status = 130
     except Exception as error:  # a bug of this package: the trace for the report, the reason last for the user
-        if isinstance(error, PeerFailed):
-            reason = str(error)
-        else:
+        reason = str(error)
+        if not isinstance(error, PeerFailed):
             traceback.print_exc()
             reason = f"{type(error).__name__}: {error}"
         hints = "".join(f"; {note}" for note in getattr(error, "__notes__", []))
-        print(f"\nerror: rank {rank} failed: {reason}{hints}", file=sys.stderr, flush=True)
+        print(f"\nerror: rank {os.environ.get('RANK', 0)} failed: {reason}{hints}", file=sys.stderr, flush=True)
         status = 1
     if status:
         sys.stdout.flush()

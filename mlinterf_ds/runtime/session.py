@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mlinterf_ds.ranks import agreed, from_first
-from mlinterf_ds.runtime.output import forget, hushed, noted, quiet, remove_stale_locks
+from mlinterf_ds.runtime.output import hushed, noted, quiet, remove_stale_locks, writing
 from mlinterf_ds.runtime.parallel import Group, Layout
 from mlinterf_ds.sections import ParallelConfig
 
@@ -62,11 +62,16 @@ def session(
     refuse: raises UserError where the folder holds something that the run would spoil. group: a process group joined before the
     run and kept after it; without it the run has a group of its own.
     """
+
+    def prepare() -> None:
+        with writing(folder):
+            log.with_name("failed").unlink(missing_ok=True)  # of an earlier attempt
+        refuse(folder)
+
     with in_group(group, parallel) as layout:
         folder = Path(output or from_first(f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}"))
         log = folder / "log" / f"rank-{layout.rank}.log"
-        agreed(lambda: forget(log))
-        agreed(lambda: refuse(folder))
+        agreed(prepare)
         quiet(log)
         with noted(log):
             yield Session(layout, folder, log)

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from mlinterf_ds.config import Section
+from mlinterf_ds.config import Section, key
 from mlinterf_ds.sections import LANGUAGE_PATTERN, Languages, Seeds, TrackingConfig, Variant, comma_list
 from mlinterf_ds.tasks import TaskName
 
@@ -18,34 +18,28 @@ SYNTHETIC = "synthetic"
 class CorpusSection(Section):
     """The text of every model: one corpus, so that all models share a vocabulary and their perplexities can be compared."""
 
-    folder: str = Field(
-        SYNTHETIC, description="folder written by tools/prepare_corpus.py; or 'synthetic', which the study prepares"
+    folder: str = key(SYNTHETIC, "folder written by tools/prepare_corpus.py; or 'synthetic', which the study prepares")
+    text: dict[Language, str] = key(
+        {}, "LANG = FILE of text, from which the study prepares the corpus in its own folder"
     )
-    text: dict[Language, str] = Field(
-        {}, description="LANG = FILE of text, from which the study prepares the corpus in its own folder"
-    )
-    sentences: int = Field(4000, ge=200, description="sentences of each synthetic language")
-    vocabulary: int = Field(2000, ge=50, description="pieces of the vocabulary, if the study prepares the corpus")
+    sentences: int = key(4000, "sentences of each synthetic language", ge=200)
+    vocabulary: int = key(2000, "pieces of the vocabulary, if the study prepares the corpus", ge=50)
 
 
 class SetSection(Section):
     """A set of languages, on which one model of each variant is trained. The first is the source of zero-shot transfer."""
 
-    name: str = Field("", pattern=r"^[a-z0-9][a-z0-9_.-]*$", description="names the set in jobs and tables")
-    kind: Literal["pair", "low", "triple", "many"] = Field(
+    name: str = key("", "names the set in jobs and tables", pattern=r"^[a-z0-9][a-z0-9_.-]*$")
+    kind: Literal["pair", "low", "triple", "many"] = key(
         "pair",
-        description="pair: tables 2, 3, 6, 7; low: a pair with a subsampled language (table 5); triple: a pair and a "
+        "pair: tables 2, 3, 6, 7; low: a pair with a subsampled language (table 5); triple: a pair and a "
         "third language (table 4); many: the row that the paper calls XLM",
     )
-    languages: Languages = Field([], description="comma-separated codes")
-    limits: dict[Language, Annotated[int, Field(ge=1)]] = Field(
-        {}, description="LANG = training sentences that are kept of it"
-    )
-    variants: Variants | None = Field(None, description="default: the study's for pair, joint for low, triple and many")
-    settings: list[str] = Field([], description="further settings of pretraining, such as a larger model.width")
-    distance: float | None = Field(
-        None, ge=0, description="distance of the first two languages; default: planted or measured"
-    )
+    languages: Languages = key([], "comma-separated codes")
+    limits: dict[Language, Annotated[int, Field(ge=1)]] = key({}, "LANG = training sentences that are kept of it")
+    variants: Variants | None = key(None, "default: the study's for pair, joint for low, triple and many")
+    settings: list[str] = key([], "further settings of pretraining, such as a larger model.width")
+    distance: float | None = key(None, "distance of the first two languages; default: planted or measured", ge=0)
 
     @model_validator(mode="after")
     def _consistent(self) -> SetSection:
@@ -66,71 +60,63 @@ class SetSection(Section):
 class TaskSection(Section):
     """A downstream task, on which every model is fine-tuned."""
 
-    task: TaskName = Field("ner", description="name of the task")
-    recipes: list[str] = Field([], description="fine-tuning recipes")
-    settings: list[str] = Field([], description="further settings of fine-tuning")
-    within: bool = Field(True, description="also fine-tune on each target language (the paper does not for nli)")
-    train: dict[Language, str] = Field({}, description="LANG = FILE of training examples; default: synthetic")
-    dev: dict[Language, str] = Field(
-        {}, description="LANG = FILE of examples for model selection, or split: a share of train; default: synthetic"
+    task: TaskName = key("ner", "name of the task")
+    recipes: list[str] = key([], "fine-tuning recipes")
+    settings: list[str] = key([], "further settings of fine-tuning")
+    within: bool = key(True, "also fine-tune on each target language (the paper does not for nli)")
+    train: dict[Language, str] = key({}, "LANG = FILE of training examples; default: synthetic")
+    dev: dict[Language, str] = key(
+        {}, "LANG = FILE of examples for model selection, or split: a share of train; default: synthetic"
     )
-    test: dict[Language, str] = Field(
-        {}, description="LANG = FILE of test examples, or split: a share of train; default: synthetic"
-    )
+    test: dict[Language, str] = key({}, "LANG = FILE of test examples, or split: a share of train; default: synthetic")
 
 
 class AnalysisSection(Section):
     """An analysis of the pretrained models (`launch/analyze.py`)."""
 
-    analysis: Literal["conflict", "prune", "interference"] = Field(
-        "conflict", description="name of the analysis; interference runs once, on all monolingual and joint models"
+    analysis: Literal["conflict", "prune", "interference"] = key(
+        "conflict", "name of the analysis; interference runs once, on all monolingual and joint models"
     )
-    settings: list[str] = Field([], description="further settings of the analysis")
-    variants: Variants = Field(["joint"], description="variants of the pair sets that are analysed")
+    settings: list[str] = key([], "further settings of the analysis")
+    variants: Variants = key(["joint"], "variants of the pair sets that are analysed")
 
 
 class ControlsSection(Section):
     """Control models and fine-tunings, which a gain of the meta step is compared with."""
 
-    direct: bool = Field(False, description="also train each meta_* model without the second-order term")
-    compute: float | None = Field(
-        None, gt=1, description="also train the plain variant of each meta_* model, with this many times the steps"
+    direct: bool = key(False, "also train each meta_* model without the second-order term")
+    compute: float | None = key(
+        None, "also train the plain variant of each meta_* model, with this many times the steps", gt=1
     )
-    freeze: list[TaskName] = Field(
-        [], description="tasks on which variants with language modules are also fine-tuned with these frozen"
+    freeze: list[TaskName] = key(
+        [], "tasks on which variants with language modules are also fine-tuned with these frozen"
     )
 
 
 class StudyConfig(Section):
     """Everything that a study depends on."""
 
-    name: str = Field(
-        "study", pattern=r"^[A-Za-z0-9][\w.-]*$", description="name of the study in MLflow and of its folder"
+    name: str = key("study", "name of the study in MLflow and of its folder", pattern=r"^[A-Za-z0-9][\w.-]*$")
+    output: str | None = key(None, "folder of the jobs, tables and report; default runs/<name>")
+    seeds: Seeds = key([0], "seeds of both pretraining and fine-tuning; the variants are compared seed by seed")
+    variants: Variants = key(["joint", "ffn", "attn", "adpt", "share_adpt", "meta_adpt"], "variants of the pair sets")
+    mono: bool = key(True, "also train a monolingual model of each language of a pair or low set")
+    recipes: list[str] = key(["tiny"], "pretraining recipes of all models")
+    settings: list[str] = key([], "further settings of pretraining")
+    sets: list[SetSection] = key([], "[[sets]] of languages")
+    tasks: list[TaskSection] = key([], "[[tasks]] that every model is fine-tuned on")
+    analyses: list[AnalysisSection] = key([], "[[analyses]] of the models of the pair sets")
+    ranks: int = key(1, "processes of a job", ge=1)
+    parallel: int | None = key(None, "jobs that run at once; default: cores / ranks", ge=1)
+    margin: float = key(1.0, "points within which two scores count as the same", gt=0)
+    confidence: float = key(0.95, "of every interval and verdict", gt=0.5, lt=1)
+    departures: list[str] = key(
+        [], "departures from the paper's protocol, a sentence each; they become notes under every table"
     )
-    output: str | None = Field(None, description="folder of the jobs, tables and report; default runs/<name>")
-    seeds: Seeds = Field(
-        [0], description="seeds of both pretraining and fine-tuning; the variants are compared seed by seed"
-    )
-    variants: Variants = Field(
-        ["joint", "ffn", "attn", "adpt", "share_adpt", "meta_adpt"], description="variants of the pair sets"
-    )
-    mono: bool = Field(True, description="also train a monolingual model of each language of a pair or low set")
-    recipes: list[str] = Field(["tiny"], description="pretraining recipes of all models")
-    settings: list[str] = Field([], description="further settings of pretraining")
-    sets: list[SetSection] = Field([], description="[[sets]] of languages")
-    tasks: list[TaskSection] = Field([], description="[[tasks]] that every model is fine-tuned on")
-    analyses: list[AnalysisSection] = Field([], description="[[analyses]] of the models of the pair sets")
-    ranks: int = Field(1, ge=1, description="processes of a job")
-    parallel: int | None = Field(None, ge=1, description="jobs that run at once; default: cores / ranks")
-    margin: float = Field(1.0, gt=0, description="points within which two scores count as the same")
-    confidence: float = Field(0.95, gt=0.5, lt=1, description="of every interval and verdict")
-    departures: list[str] = Field(
-        [], description="departures from the paper's protocol, a sentence each; they become notes under every table"
-    )
-    sbatch: list[str] = Field([], description="options of sbatch for --executor slurm, such as --partition=gpu")
-    corpus: CorpusSection = CorpusSection()  # type: ignore[call-arg]
-    controls: ControlsSection = ControlsSection()  # type: ignore[call-arg]
-    tracking: TrackingConfig = TrackingConfig()  # type: ignore[call-arg]
+    sbatch: list[str] = key([], "options of sbatch for --executor slurm, such as --partition=gpu")
+    corpus: CorpusSection = CorpusSection()
+    controls: ControlsSection = ControlsSection()
+    tracking: TrackingConfig = TrackingConfig()
 
     @model_validator(mode="after")
     def _consistent(self) -> StudyConfig:
@@ -138,9 +124,9 @@ class StudyConfig(Section):
             raise ValueError("sets is empty: a study needs [[sets]] of languages; see launch/recipes/study_cpu.toml")
         named: dict[str, list[str]] = {"sets": [s.name for s in self.sets], "tasks": [t.task for t in self.tasks]}
         named["analyses"] = [section.analysis for section in self.analyses]
-        for key, names in named.items():
+        for section, names in named.items():
             if twice := sorted({name for name in names if list(names).count(name) > 1}):
-                raise ValueError(f"{key}: {', '.join(map(repr, twice))} is there twice")
+                raise ValueError(f"{section}: {', '.join(map(repr, twice))} is there twice")
         if sources := {group.languages[0] for group in self.sets} - {self.source}:
             raise ValueError(
                 f"sets: all must start with the same source language of transfer, but start with {self.source} and "

@@ -27,7 +27,7 @@ from mlinterf_ds.study.folders import Outcome, last_known, read_outcome, try_loc
 from mlinterf_ds.study.jobs import Job
 from mlinterf_ds.study.launch import write_job
 from mlinterf_ds.tracking import Tracker
-from mlinterf_ds.tracking.unsent import send_rest
+from mlinterf_ds.tracking.__main__ import send_rest
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -35,7 +35,7 @@ def work(folder: Path) -> int:
     started, busy = float(os.environ.get(STARTED, time.time())), 0.0
     with wait_for_lock(folder, rank):
         units = finished_units(folder)  # only now: another process may have worked on the job until the lock was free
-        with own_group(ParallelConfig(tensor=job["tensor"])) as group:  # type: ignore[call-arg]
+        with own_group(ParallelConfig(tensor=job["tensor"])) as group:
             for unit in job["units"]:
                 name, begin = unit["name"], time.time()
                 if is_complete(folder / name):

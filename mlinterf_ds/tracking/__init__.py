@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import getpass
 import logging
 import math
 import os
@@ -36,6 +35,7 @@ from mlinterf_ds.tracking.facts import (
     scrub,
     tidy_tags,
     tracking_uri,
+    user_name,
 )
 from mlinterf_ds.tracking.spool import SPOOL, Record, Sender, SpoolWriter
 from mlinterf_ds.tracking.store import PENDING, set_client_defaults
@@ -50,7 +50,6 @@ INTERVAL = 2.0  # seconds between two looks at the spool
 LONGEST_PAUSE = 30.0  # seconds between two attempts while the server is away
 CLOSING_TIMEOUT = 30.0  # seconds that a finished job waits for the server
 KILLED_TIMEOUT = 10.0  # seconds that a dying job waits for the server: schedulers kill soon after they ask
-MAX_STEP = 2**63 - 1
 
 
 class Tracker:
@@ -104,7 +103,11 @@ class Tracker:
         except OSError as error:
             log.warning("MLflow tracking is off: %s cannot be written (%s)", folder / SPOOL, first_line(error))
             return cls.off()
-        source = {"mlflow.user": _user(), "mlflow.source.name": Path(sys.argv[0]).name, "mlflow.source.type": "LOCAL"}
+        source = {
+            "mlflow.user": user_name(),
+            "mlflow.source.name": Path(sys.argv[0]).name,
+            "mlflow.source.type": "LOCAL",
+        }
         if "git_commit" in tags:
             source["mlflow.source.git.commit"] = tags["git_commit"]
         start = {
@@ -149,9 +152,6 @@ class Tracker:
         if self._closed:
             return
         try:
-            step = int(step)
-            if not 0 <= step <= MAX_STEP:
-                raise ValueError(f"step {step} is outside 0 ... 2**63 - 1")
             values = {clean_name(name): float(value) for name, value in metrics.items()}
             values = {name: value if math.isfinite(value) else math.nan for name, value in values.items()}
             if self._resumed_id is not None:  # a resumed run repeats the steps since its checkpoint
@@ -277,13 +277,6 @@ def _status_of(error: BaseException | None) -> Status:
         return "FINISHED"
     by_signal = isinstance(error, SystemExit) and isinstance(error.code, int) and error.code > 128
     return "KILLED" if by_signal or isinstance(error, KeyboardInterrupt) else "FAILED"
-
-
-def _user() -> str:
-    try:
-        return getpass.getuser()
-    except (OSError, KeyError, ImportError):  # a container's user without a name
-        return str(os.getuid())
 
 
 def _key_of(folder: Path, run_id: str | None) -> str:

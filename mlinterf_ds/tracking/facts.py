@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import getpass
 import importlib.metadata
 import itertools
 import json
@@ -94,11 +96,17 @@ def environment_facts() -> dict[str, str]:
     """Versions of Python and packages (from their metadata, without importing them), host name, and the checkout's commit."""
     facts = {"python": platform.python_version(), "host": platform.node(), "platform": platform.platform()}
     for package in ("mlinterf_ds", "torch", "deepspeed", "megatron-core", "mlflow", "numpy", "sentencepiece"):
-        try:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             facts[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     return facts | _git_facts(Path(__file__).resolve().parents[2])
+
+
+def user_name() -> str:
+    """The user's name; in a container where nobody gave the user one, its number."""
+    try:
+        return getpass.getuser()
+    except (OSError, KeyError, ImportError):
+        return str(os.getuid())
 
 
 def _git_facts(checkout: Path) -> dict[str, str]:

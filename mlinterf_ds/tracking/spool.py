@@ -175,27 +175,19 @@ class Sender:
         if not records:
             return
         first, key = records[0], records[0]["run"]
-        if "start" in first:
-            return self._open(first)
         run_id = self.runs.get(key)
-        if run_id is None or run_id in self.store.deleted:
-            return None  # its `start` was lost with a damaged line, or somebody deleted the run
-        if "metrics" in first:
-            self.store.log_metrics(run_id, records)
+        if "start" in first:
+            self.runs[key] = self.store.open_run(key, run_id, first["t"], first["start"])
+        elif run_id is None or run_id in self.store.deleted:
+            return  # its `start` was lost with a damaged line, or somebody deleted the run
+        elif "metrics" in first:
+            self.store.log(run_id, records)
         elif "tags" in first:
-            self.store.log_tags(run_id, first["tags"])
+            self.store.log(run_id, tags=first["tags"])
         elif "artifact" in first:
             self._send_artifact(first)
         elif "end" in first:
-            self.store.end_run(run_id, first["end"], first["t"])
-        return None
-
-    def _open(self, record: Record) -> None:
-        key = record["run"]
-        run_id, parameters, tags = self.store.open_run(key, self.runs.get(key), record["t"], record["start"])
-        self.runs[key] = run_id
-        self.store.log_parameters(run_id, parameters)
-        self.store.log_tags(run_id, tags)
+            self.store.client.set_terminated(run_id, first["end"], first["t"])
 
     def _send_artifact(self, record: Record) -> None:
         path, run_id = self.folder / record["artifact"], self.runs.get(record["run"])

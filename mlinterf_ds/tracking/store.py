@@ -6,12 +6,14 @@ MLflow is imported by the first use, which takes seconds: no method belongs in t
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import tempfile
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from mlinterf_ds.tracking.facts import first_line, scrub
@@ -39,12 +41,12 @@ def set_client_defaults() -> None:
 
     Variables that the user has set keep their values.
     """
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    os.environ.setdefault("MLFLOW_ARTIFACT_UPLOAD_DOWNLOAD_TIMEOUT", "300")
-    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
-    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    defaults = {
+        "HTTP_REQUEST_TIMEOUT": "20", "HTTP_REQUEST_MAX_RETRIES": "0", "ARTIFACT_UPLOAD_DOWNLOAD_TIMEOUT": "300",
+        "LOGGING_LEVEL": "WARNING", "SUPPRESS_PRINTING_URL_TO_STDOUT": "true", "DISABLE_TELEMETRY": "true",
+    }  # fmt: skip
+    for name, value in defaults.items():
+        os.environ.setdefault(f"MLFLOW_{name}", value)
 
 
 def error_code(error: Exception) -> str:
@@ -77,24 +79,19 @@ class Store:
         self.uri, self.folder, self.warn = uri, folder, warn  # folder: the job's, which also gets the client's log
         self.experiment_id: str | None = None
         self.deleted: set[str] = set()  # ids of runs that somebody deleted in MLflow: nothing more is sent to them
-        self._opened: MlflowClient | None = None
 
-    @property
+    @functools.cached_property
     def client(self) -> MlflowClient:
         """MLflow's client, made on first use; what it logs goes to `mlflow-client.log` in the job's folder."""
-        if self._opened is None:
-            warnings.filterwarnings("ignore", module=r"(mlflow|alembic|sqlalchemy)\b")
-            from mlflow import MlflowClient
+        warnings.filterwarnings("ignore", module=r"(mlflow|alembic|sqlalchemy)\b")
+        from mlflow import MlflowClient
 
-            _redirect_logs(self.folder / CLIENT_LOG)
-            create_database(self.uri)
-            self._opened = MlflowClient(tracking_uri=self.uri)
-        return self._opened
+        _redirect_logs(self.folder / CLIENT_LOG)
+        create_database(self.uri)
+        return MlflowClient(tracking_uri=self.uri)
 
-    def open_run(
-        self, key: str, known_id: str | None, at: int, start: Mapping[str, Any]
-    ) -> tuple[str, dict[str, str], dict[str, str]]:
-        """Creates a run, or attaches to the one that exists: its id, and the parameters and tags still to be logged.
+    def open_run(self, key: str, known_id: str | None, at: int, start: Mapping[str, Any]) -> str:
+        """Creates a run, or attaches to the one that exists, and logs its parameters and tags; returns its id.
 
         known_id: MLflow's id where the spool has it; at: the start, in milliseconds; start: the spool's `start` record.
         """
@@ -105,40 +102,34 @@ class Store:
             if parent := self._parent(start.get("parent_id")):
                 tags["mlflow.parentRunId"] = parent
             run = self.client.create_run(self.experiment_id, at, tags | {KEY_TAG: key}, start["name"])
-            return run.info.run_id, parameters, {}
-        self.client.update_run(run.info.run_id, status="RUNNING")
-        logged = run.data.params
-        # MLflow writes a parameter once; tags hold the values that a resumed run changed.
-        tags |= {f"resumed.{k}"[:250]: v for k, v in parameters.items() if logged.get(k, v) != v}
-        return run.info.run_id, {k: v for k, v in parameters.items() if k not in logged}, tags
+            self.log(run.info.run_id, parameters=parameters)
+        else:
+            self.client.update_run(run.info.run_id, status="RUNNING")
+            logged = run.data.params
+            # MLflow writes a parameter once; tags hold the values that a resumed run changed.
+            tags |= {f"resumed.{k}"[:250]: v for k, v in parameters.items() if logged.get(k, v) != v}
+            self.log(run.info.run_id, parameters={k: v for k, v in parameters.items() if k not in logged}, tags=tags)
+        return str(run.info.run_id)
 
-    def log_metrics(self, run_id: str, records: Sequence[Mapping[str, Any]]) -> None:
-        """Logs the values of several `metrics` records."""
-        from mlflow.entities import Metric
+    def log(
+        self,
+        run_id: str,
+        records: Sequence[Mapping[str, Any]] = (),
+        parameters: Mapping[str, str] = MappingProxyType({}),
+        tags: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
+        """Logs the values of `metrics` records, parameters that the run does not have yet, and tags, which are replaced."""
+        from mlflow.entities import Metric, Param, RunTag
 
         points = [Metric(name, value, r["t"], r["step"]) for r in records for name, value in r["metrics"].items()]
         self._log(run_id, "metrics", points, METRICS_PER_REQUEST)
-
-    def log_parameters(self, run_id: str, parameters: Mapping[str, str]) -> None:
-        """Logs parameters that the run does not have yet."""
-        from mlflow.entities import Param
-
         self._log(run_id, "params", [Param(k, v) for k, v in parameters.items()], VALUES_PER_REQUEST)
-
-    def log_tags(self, run_id: str, tags: Mapping[str, str]) -> None:
-        """Sets tags; a later value replaces an earlier one."""
-        from mlflow.entities import RunTag
-
         self._log(run_id, "tags", [RunTag(k, v) for k, v in tags.items()], VALUES_PER_REQUEST)
 
     def log_artifact(self, run_id: str, path: Path, folder: str | None) -> None:
         """Uploads a file, or a folder with all it holds."""
         upload = self.client.log_artifacts if path.is_dir() else self.client.log_artifact
         upload(run_id, str(path), folder)
-
-    def end_run(self, run_id: str, status: str, at: int) -> None:
-        """Marks the run FINISHED, FAILED or KILLED at a time in milliseconds."""
-        self.client.set_terminated(run_id, status, at)
 
     def _log(self, run_id: str, kind: str, values: list[Any], size: int) -> None:
         """Logs values of one kind, `size` a request. Values that MLflow refuses are singled out and left out."""

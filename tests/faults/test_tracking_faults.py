@@ -19,8 +19,8 @@ from typing import Any
 import pytest
 
 from mlinterf_ds.tracking import Tracker
+from mlinterf_ds.tracking.__main__ import main, send_rest
 from mlinterf_ds.tracking.spool import SPOOL
-from mlinterf_ds.tracking.unsent import main, send_rest
 from tests import mlflow_server as mlflow
 from tests.commands import wait_until
 from tests.mlflow_server import empty_store, free_port, mlflow_server, runs_of

@@ -16,9 +16,9 @@ import pytest
 
 from mlinterf_ds import tracking
 from mlinterf_ds.tracking import Tracker, environment_facts
+from mlinterf_ds.tracking.__main__ import main
 from mlinterf_ds.tracking.facts import clean_name, flatten, is_secret, scrub, tracking_uri
 from mlinterf_ds.tracking.spool import SENT, SPOOL, SpoolWriter, read_spool
-from mlinterf_ds.tracking.unsent import main
 from tests.commands import wait_until
 from tests.mlflow_server import empty_store, points, runs_of
 

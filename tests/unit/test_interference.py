@@ -302,18 +302,18 @@ def test_a_resumed_run_has_every_step_once(tmp_path: Path) -> None:
     first = LossTable(path, 0)
     for step in range(1, 8):
         first.add(step, {"en": step / 8} if step % 2 else {"en": step / 8, "sw": 0.5}, 1e-3, 100 * step)
-    first.flush()
+    first.file.flush()
     with path.open("a") as file:
         file.write("8,en,0.1")  # killed in the middle of a line
     again = LossTable(path, 5)
     again.add(6, {"sw": 0.25}, 1e-3, 600)
-    again.close()
+    again.file.close()
     assert read_losses(path) == {
         "en": [(1, 0.125), (2, 0.25), (3, 0.375), (4, 0.5), (5, 0.625)],
         "sw": [(2, 0.5), (4, 0.5), (6, 0.25)],
     }
     assert table(path)[-1] == {"step": "6", "language": "sw", "loss": "0.25", "lr": "0.001", "tokens": "600"}
-    LossTable(path, 0).close()  # a run that starts again
+    LossTable(path, 0).file.close()  # a run that starts again
     assert path.read_text() == "step,language,loss,lr,tokens\n"
 
 
