@@ -42,8 +42,10 @@ def has_adapters(variant: str) -> bool:
 
 
 def comma_list(value: Any) -> Any:
-    """The parts of a comma-separated string ('a, b' as ['a', 'b']); any other value is returned unchanged."""
-    return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+    """The parts of a comma-separated string ('a, b' as ['a', 'b']); a list of one number; a list or None unchanged."""
+    if isinstance(value, str):
+        return [part.strip() for part in value.split(",") if part.strip()]
+    return value if isinstance(value, list | tuple | dict) or value is None else [value]
 
 
 def _each_once(values: list[Any]) -> list[Any]:
@@ -71,14 +73,7 @@ Counts = Annotated[
 ]
 
 
-def listed(value: Any) -> Any:
-    """A list of one value, or of a comma-separated string's parts; a list is returned unchanged."""
-    if isinstance(value, str):
-        return comma_list(value)
-    return value if isinstance(value, list | tuple) or value is None else [value]
-
-
-Seeds = Annotated[list[Annotated[int, Field(ge=0)]], BeforeValidator(listed), Field(min_length=1), EACH_ONCE]
+Seeds = Annotated[list[Annotated[int, Field(ge=0)]], BeforeValidator(comma_list), Field(min_length=1), EACH_ONCE]
 
 
 @dataclass(frozen=True)
@@ -143,21 +138,20 @@ class ModelConfig(Section):
 
 
 class PrecisionSection(Section):
-    """Arithmetic of a recipe that has no other training keys."""
+    """Arithmetic, which a recipe without other training keys has too."""
 
-    precision: Precision = key("auto", "arithmetic; auto: fp16 on CUDA, bf16 on a CPU with bf16 arithmetic, else fp32")
+    precision: Precision = key(
+        "auto", "arithmetic; auto: fp16 on CUDA, bf16 on a CPU with bf16 arithmetic, else fp32", RESUMABLE
+    )
 
 
-class TrainConfig(Section):
+class TrainConfig(PrecisionSection):
     """Optimisation with AdamW and the schedules of XLM."""
 
     steps: int = key(600, "optimizer steps", RESUMABLE, ge=1)
     batch: int = key(32, "rows of a global batch, over all ranks and micro-batches", ge=1)
     micro_batch: int | None = key(None, "rows a rank handles at once; default: all its rows", RESUMABLE, ge=1)
     seed: int = key(0, "seed of initialisation, data order, masks and dropout", ge=0)
-    precision: Precision = key(
-        "auto", "arithmetic; auto: fp16 on CUDA, bf16 on a CPU with bf16 arithmetic, else fp32", RESUMABLE
-    )
     max_hours: float | None = key(None, "hours after which the run saves and stops; it can be resumed", RESUMABLE, gt=0)
     lr: float = key(1e-3, "peak learning rate", gt=0)
     schedule: Literal["inverse_sqrt", "constant"] = key(

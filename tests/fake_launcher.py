@@ -24,7 +24,7 @@ def number(*of: object) -> float:
     return int(hashlib.sha256(repr(of).encode()).hexdigest()[:6], 16) % 10000 / 100
 
 
-def command(folder: Path, ranks: int) -> list[str]:
+def command(folder: Path, ranks: int, port: str) -> list[str]:
     return [sys.executable, str(Path(__file__).resolve()), str(folder)]
 
 

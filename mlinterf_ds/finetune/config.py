@@ -16,12 +16,11 @@ from mlinterf_ds.sections import (
     Seeds,
     TrackingConfig,
     comma_list,
-    listed,
 )
 from mlinterf_ds.tasks import Limits, TaskName
 
-Rates = Annotated[list[Annotated[float, Field(gt=0)]], BeforeValidator(listed), Field(min_length=1), EACH_ONCE]
-Batches = Annotated[list[Annotated[int, Field(ge=1)]], BeforeValidator(listed), Field(min_length=1), EACH_ONCE]
+Rates = Annotated[list[Annotated[float, Field(gt=0)]], BeforeValidator(comma_list), Field(min_length=1), EACH_ONCE]
+Batches = Annotated[list[Annotated[int, Field(ge=1)]], BeforeValidator(comma_list), Field(min_length=1), EACH_ONCE]
 
 
 def _renamings(value: Any) -> Any:

@@ -98,47 +98,41 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> RunConfig:
-        languages = self.languages or []
-        if self.languages is not None and not languages:
-            raise ValueError("languages is empty: name at least one, or leave it out for all the corpus has")
-        if self.variant == "mono" and len(languages) > 1:
-            raise ValueError(f"variant=mono takes one language, languages has {len(languages)}: use variant=joint")
-        tensor = self.parallel.tensor
-        for name, value in (("model.heads", self.model.heads), ("model.ffn", self.model.ffn)):
-            if value % tensor:
-                raise ValueError(f"{name}={value} is not divisible by parallel.tensor={tensor}: change one of them")
-        if has_adapters(self.variant) and self.model.adapter_width % tensor:
-            raise ValueError(
-                f"adapter bottleneck {self.model.adapter_width} is not divisible by parallel.tensor={tensor}: "
-                "set model.adapter to a multiple of it"
-            )
-        if self.train.freeze == "shared" and (self.variant not in ROUTED or not (self.init or self.resume)):
-            raise ValueError(
-                f"train.freeze=shared trains language modules alone on a model that init= names (now {self.init}): set it, "
-                f"and variant={', '.join(ROUTED[:-1])} or {ROUTED[-1]} (now {self.variant})"
-            )
-        if is_meta(self.variant):
-            if len(languages) == 1:
-                raise ValueError(
-                    f"variant={self.variant} needs two languages or more, languages has one: use variant=mono"
-                )
-            if self.data.mixed:
-                raise ValueError(
-                    f"variant={self.variant} trains one language a step (Algorithm 1): set data.mixed=false"
-                )
-        if self.treatment == "pcgrad" and not (self.data.mixed and self.variant in ("joint", "share_adpt")):
-            raise ValueError(
-                f"treatment=pcgrad compares languages inside a step: set data.mixed=true (now {self.data.mixed}) and "
-                f"variant=joint or share_adpt (now {self.variant})"
-            )
-        if self.resume == "auto" and not self.output:
-            raise ValueError("resume=auto needs to know where: --set output=FOLDER")
-        if self.restarts and not self.output:
-            raise ValueError(
-                f"restarts={self.restarts} needs output=FOLDER: where the checkpoints to go on from will be"
-            )
-        if self.resume and self.resume != "auto" and self.init:
-            raise ValueError("resume and init exclude each other: resume continues a run, init starts a new one")
+        languages, tensor = self.languages or [], self.parallel.tensor
+        freezes_init = self.train.freeze == "shared" and self.variant in ROUTED and (self.init or self.resume)
+        projects_mixed = self.data.mixed and self.variant in ("joint", "share_adpt")
+        refusals = {
+            "languages is empty: name at least one, or leave it out for all the corpus has":
+                self.languages is not None and not languages,
+            f"variant=mono takes one language, languages has {len(languages)}: use variant=joint":
+                self.variant == "mono" and len(languages) > 1,
+            f"model.heads={self.model.heads} is not divisible by parallel.tensor={tensor}: change one of them":
+                self.model.heads % tensor,
+            f"model.ffn={self.model.ffn} is not divisible by parallel.tensor={tensor}: change one of them":
+                self.model.ffn % tensor,
+            f"adapter bottleneck {self.model.adapter_width} is not divisible by parallel.tensor={tensor}: "
+            "set model.adapter to a multiple of it":
+                has_adapters(self.variant) and self.model.adapter_width % tensor,
+            f"train.freeze=shared trains language modules alone on a model that init= names (now {self.init}): set it, "
+            f"and variant={', '.join(ROUTED[:-1])} or {ROUTED[-1]} (now {self.variant})":
+                self.train.freeze == "shared" and not freezes_init,
+            f"variant={self.variant} needs two languages or more, languages has one: use variant=mono":
+                is_meta(self.variant) and len(languages) == 1,
+            f"variant={self.variant} trains one language a step (Algorithm 1): set data.mixed=false":
+                is_meta(self.variant) and self.data.mixed,
+            f"treatment=pcgrad compares languages inside a step: set data.mixed=true (now {self.data.mixed}) and "
+            f"variant=joint or share_adpt (now {self.variant})":
+                self.treatment == "pcgrad" and not projects_mixed,
+            "resume=auto needs to know where: --set output=FOLDER":
+                self.resume == "auto" and not self.output,
+            f"restarts={self.restarts} needs output=FOLDER: where the checkpoints to go on from will be":
+                self.restarts and not self.output,
+            "resume and init exclude each other: resume continues a run, init starts a new one":
+                self.resume not in ("", "auto") and self.init,
+        }  # fmt: skip
+        for message, refused in refusals.items():
+            if refused:
+                raise ValueError(message)
         return self
 
 

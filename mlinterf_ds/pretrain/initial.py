@@ -59,17 +59,14 @@ def _check_vocabulary(path: Path, old: list[str], tokenizer: Tokenizer) -> None:
     new = tokenizer.pieces
     if old == new[: len(old)]:
         return
+    differences = [number for number, (there, here) in enumerate(zip(old, new, strict=False)) if there != here]
     differ = f"{len(old)} pieces there, {len(new)} here"
-    for number, (there, here) in enumerate(zip(old, new, strict=False)):
-        if there != here:
-            differ = f"piece {number} is {there!r} there, {here!r} here"
-            break
-    known = next((path / name for name in ("tokenizer.model", "sentencepiece.model") if (path / name).is_file()), None)
-    remedy = (
-        f"prepare the corpus with --tokenizer {known} (or --extend its corpus)"
-        if known
-        else "start from a model with this vocabulary"
-    )
+    if differences:
+        differ = f"piece {differences[0]} is {old[differences[0]]!r} there, {new[differences[0]]!r} here"
+    remedy = "start from a model with this vocabulary"
+    for name in ("sentencepiece.model", "tokenizer.model"):
+        if (path / name).is_file():
+            remedy = f"prepare the corpus with --tokenizer {path / name} (or --extend its corpus)"
     raise UserError(f"{path}: its vocabulary is not that of {tokenizer.path} ({differ}); {remedy}")
 
 

@@ -48,9 +48,8 @@ class PretrainingRun:
         self.layout, self.first = session.layout, session.first
         self.languages = tuple(config.languages or corpus.languages)
         if config.variant == "mono" and len(self.languages) > 1:
-            raise UserError(
-                f"variant=mono takes one language, the corpus has {', '.join(self.languages)}: --set languages=..."
-            )
+            known = ", ".join(self.languages)
+            raise UserError(f"variant=mono takes one language, the corpus has {known}: --set languages=...")
         self._open_streams()
         model = self._build_model()
         copies = [self.layout.tensor if partition_dim(p) is not None else 1 for p in model.parameters()]
@@ -60,7 +59,7 @@ class PretrainingRun:
         # (step, validation perplexity) of each language
         self.history: dict[str, list[tuple[int, float]]] = {language: [] for language in self.languages}
         self.best = math.inf  # mean validation loss of the best checkpoint, in nats
-        self.seconds = 0.0  # seconds of training, those before a resume included
+        self.seconds = 0.0  # of training, those before a resume included
         self.warned_of_spike = False
         self.saved_step = -1  # of the newest checkpoint that this process wrote
         self.run_id: str | None = None  # MLflow's, of a run that is resumed
@@ -89,12 +88,8 @@ class PretrainingRun:
             half="first" if is_meta(config.variant) and config.meta.text == "half" else None,
             row_format=row_format,
         )
-        self.evaluation = {
-            language: EvaluationSet(
-                self.corpus, language, "valid", languages=self.languages, max_rows=data.eval_rows, row_format=row_format
-            )
-            for language in self.languages
-        }
+        rows: dict[str, Any] = {"languages": self.languages, "max_rows": data.eval_rows, "row_format": row_format}
+        self.evaluation = {code: EvaluationSet(self.corpus, code, "valid", **rows) for code in self.languages}
         self.unigrams = {language: rows.unigram_perplexity() for language, rows in self.evaluation.items()}
         self.validation: ValidationStream | None = None
         if not is_meta(config.variant):
@@ -152,12 +147,11 @@ class PretrainingRun:
 
     def greeting(self, reason: str) -> str:
         """Describes the run in words, for the screen; `reason`: why it has this precision."""
-        about = (
+        return (
             f"{self.config.variant} on {', '.join(self.languages)}: {self.parameters / 1e6:.1f}M parameters, "
             f"{self.layout.data} x {self.layout.tensor} ranks (data x tensor), ZeRO {self.engine.stage}, "
-            f"{self.precision} ({reason}); output {self.session.output}"
-        )
-        return f"{about}\n{self.start}" if self.start else about
+            f"{self.precision} ({reason}); output {self.session.output}\n{self.start}"
+        ).rstrip()
 
     # -- checkpoints -------------------------------------------------------------------------------------------------
 
@@ -318,8 +312,7 @@ class PretrainingRun:
         metrics["speed/mfu"] = rate / self.config.data.sequence_length * self.row_flops / self.peak
         metrics["memory/peak_gib"] = peak_memory(self.engine.device) / 2**30
         for language, seen in self.stream.seen(step).items():
-            metrics[f"seen/tokens/{language}"] = seen["tokens"]
-            metrics[f"seen/epochs/{language}"] = seen["epochs"]
+            metrics |= {f"seen/{name}/{language}": seen[name] for name in ("tokens", "epochs")}
         self.records.tracker.log(metrics, step)
 
     # -- evaluation --------------------------------------------------------------------------------------------------
@@ -331,8 +324,9 @@ class PretrainingRun:
         for language, rows in self.evaluation.items():
             at_once = max(1, min(self.engine.micro, 64))
             loss = self.engine.evaluate(rows.batches(at_once, self.layout.data_rank, self.layout.data))
-            self.history[language].append((step, math.exp(min(loss, 80.0))))
-            metrics[f"valid/perplexity/{language}"] = self.history[language][-1][1]
+            perplexity = math.exp(min(loss, 80.0))
+            self.history[language].append((step, perplexity))
+            metrics[f"valid/perplexity/{language}"] = perplexity
             metrics[f"valid/bits_per_character/{language}"] = rows.bits_per_character(loss)
         self.records.evaluated(metrics, self.history, self.unigrams, step)
 

@@ -22,9 +22,8 @@ def adopt() -> None:
     if "OMPI_COMM_WORLD_RANK" in variables:
         for name, suffix in (("RANK", "RANK"), ("WORLD_SIZE", "SIZE"), ("LOCAL_RANK", "LOCAL_RANK")):
             variables[name] = variables[f"OMPI_COMM_WORLD_{suffix}"]
-    elif (
-        "SLURM_STEP_NUM_TASKS" in variables and "SLURM_PROCID" in variables
-    ):  # a batch script has Slurm's variables too, but is no task of srun
+    # A batch script has Slurm's variables too, but is no task of srun.
+    elif "SLURM_STEP_NUM_TASKS" in variables and "SLURM_PROCID" in variables:
         variables["RANK"], variables["WORLD_SIZE"] = variables["SLURM_PROCID"], variables["SLURM_STEP_NUM_TASKS"]
         variables["LOCAL_RANK"] = variables["SLURM_LOCALID"]
         if "MASTER_ADDR" not in variables and local_world() != int(variables["WORLD_SIZE"]):

@@ -123,9 +123,8 @@ class StudyConfig(Section):
         if not self.sets:
             raise ValueError("sets is empty: a study needs [[sets]] of languages; see launch/recipes/study_cpu.toml")
         named: dict[str, list[str]] = {"sets": [s.name for s in self.sets], "tasks": [t.task for t in self.tasks]}
-        named["analyses"] = [section.analysis for section in self.analyses]
-        for section, names in named.items():
-            if twice := sorted({name for name in names if list(names).count(name) > 1}):
+        for section, names in (named | {"analyses": [a.analysis for a in self.analyses]}).items():
+            if twice := sorted({name for name in names if names.count(name) > 1}):
                 raise ValueError(f"{section}: {', '.join(map(repr, twice))} is there twice")
         if sources := {group.languages[0] for group in self.sets} - {self.source}:
             raise ValueError(

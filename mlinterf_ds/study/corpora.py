@@ -32,11 +32,8 @@ class Corpora:
                 f"corpus.folder={self.section.folder}: a prepared corpus can't be subsampled for sets with limits: give "
                 "corpus.text, from which the study prepares what it needs"
             )
-        files = {
-            code: file_hash(f"corpus.text: {code}", self.section.text[code])
-            for code in self.languages
-            if self.section.text
-        }
+        texts = {code: path for code, path in self.section.text.items() if code in self.languages}
+        files = {code: file_hash(f"corpus.text: {code}", path) for code, path in texts.items()}
         facts = json.dumps([self.section.model_dump() | {"text": files}, self.languages], sort_keys=True)
         self.root = (output / "corpora" / hashlib.sha256(facts.encode()).hexdigest()[:10]).resolve()
 
@@ -48,9 +45,7 @@ class Corpora:
     def of(self, limits: Mapping[str, int]) -> tuple[str, str]:
         """The folder of the corpus with these limits, and its manifest's hash, '' before the corpus is prepared."""
         folder = self._folder(limits)
-        if not (folder / MANIFEST).is_file():
-            return str(folder), ""
-        return str(folder), Corpus.open(folder).manifest_hash
+        return str(folder), Corpus.open(folder).manifest_hash if (folder / MANIFEST).is_file() else ""
 
     def make(self) -> None:
         """Prepare the corpora that are missing. UserError for text that can't be used."""
@@ -60,13 +55,12 @@ class Corpora:
         sources: dict[str, list[str | Path]] = {code: [Path(self._text(code)).resolve()] for code in self.languages}
         for limits in [{}, *filter(None, self.limits)]:
             folder = self._folder(limits)
-            if (folder / MANIFEST).is_file():
-                continue
-            vocabulary: dict[str, Any] = {"tokenizer": self._folder({}) / "tokenizer.model"}
-            if not limits:
-                vocabulary = {"vocabulary_size": self.section.vocabulary}
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            prepare(sources, folder, limits=limits, progress=False, **vocabulary)
+            if not (folder / MANIFEST).is_file():
+                vocabulary: dict[str, Any] = {"vocabulary_size": self.section.vocabulary}
+                if limits:
+                    vocabulary = {"tokenizer": self._folder({}) / "tokenizer.model"}
+                folder.parent.mkdir(parents=True, exist_ok=True)
+                prepare(sources, folder, limits=limits, progress=False, **vocabulary)
 
     def adopt(self) -> bool:
         """If the present text was never prepared, use the corpora that were prepared last; whether there are such."""

@@ -43,20 +43,16 @@ class Calibration:
                     analyses[unit.facts["analysis"]].append(facts["seconds"])
                 else:
                     factors[_kind(unit)].append(facts["seconds"] / _work(unit))
-        costs = cls(measured=len(startups))
-        costs.startup = median(startups) if startups else costs.startup
+        costs = cls(median(startups or [cls.startup]), measured=len(startups))
         costs.factor |= {name: median(values) for name, values in factors.items()}
         costs.analysis |= {name: median(values) for name, values in analyses.items()}
         return costs
 
     def seconds(self, job: Job) -> float:
         """The seconds of one job, on cores of its own."""
-        return self.startup + sum(self._unit(job, unit) for unit in job.units)
-
-    def _unit(self, job: Job, unit: Unit) -> float:
         if job.kind == "analyze":
-            return self.analysis.get(unit.facts["analysis"], 60.0)
-        return _work(unit) * self.factor.get(_kind(unit), 1.0)
+            return self.startup + sum(self.analysis.get(unit.facts["analysis"], 60.0) for unit in job.units)
+        return self.startup + sum(_work(unit) * self.factor.get(_kind(unit), 1.0) for unit in job.units)
 
 
 def _work(unit: Unit) -> float:
@@ -80,22 +76,17 @@ def show(jobs: Sequence[Job], output: Path, slots: int, by_job: bool = False) ->
     left = [job for job in jobs if not is_finished(job, output)]
     lines = [f"{'':<10}{'launches':>9}{'units':>7}{'finished':>10}{'left, core-minutes':>20}"]
     for kind in ("pretrain", "finetune", "analyze"):
-        of_kind = [job for job in jobs if job.kind == kind]
-        left_of_kind = [job for job in of_kind if job in left]
-        seconds = sum(costs.seconds(job) for job in left_of_kind)
-        units = sum(len(job.units) for job in of_kind)
-        finished = len(of_kind) - len(left_of_kind)
-        lines.append(f"{kind:<10}{len(of_kind):>9}{units:>7}{finished:>10}{seconds / 60:>20.1f}")
+        units_of_kind = [len(job.units) for job in jobs if job.kind == kind]
+        seconds = [costs.seconds(job) for job in left if job.kind == kind]
+        launches, finished = len(units_of_kind), len(units_of_kind) - len(seconds)
+        lines.append(f"{kind:<10}{launches:>9}{sum(units_of_kind):>7}{finished:>10}{sum(seconds) / 60:>20.1f}")
     total = sum(costs.seconds(job) for job in left)
     source = f"{costs.measured} finished jobs" if costs.measured else "default figures: no job has finished yet"
     lines.append(
         f"{len(jobs)} launches, {len(left)} to do, about {total / 60 / slots:.0f} minutes with {slots} at once (by {source})"
     )
-    if by_job:
-        done = {job.name for job in jobs} - {job.name for job in left}
-        for job in jobs:
-            names = job.needs[0].name if len(job.needs) == 1 else f"{len(job.needs)} jobs"
-            needs = f"  after {names}" if job.needs else ""
-            state = "finished" if job.name in done else f"{costs.seconds(job):.0f} s"
-            lines.append(f"  {job.name:<48}{len(job.units):>3} units  {state:>9}{needs}")
+    for job in jobs if by_job else ():
+        names = job.needs[0].name if len(job.needs) == 1 else f"{len(job.needs)} jobs"
+        state = f"{costs.seconds(job):.0f} s" if job in left else "finished"
+        lines.append(f"  {job.name:<48}{len(job.units):>3} units  {state:>9}{f'  after {names}' if job.needs else ''}")
     return "\n".join(lines)

@@ -93,10 +93,9 @@ def last_known(job: Job, output: Path) -> Job:
 def read_record(folder: Path) -> dict[str, Any]:
     """The job's done.json; without units if it is missing or damaged."""
     try:
-        record: dict[str, Any] = read_json(folder / DONE)
+        return dict(read_json(folder / DONE))
     except (OSError, ValueError):
         return {"units": {}}
-    return record
 
 
 def finished_units(folder: Path) -> dict[str, Any]:

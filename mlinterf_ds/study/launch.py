@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import socket
 import sys
 from pathlib import Path
 
@@ -36,27 +35,21 @@ def write_job(job: Job, config: StudyConfig, output: Path, deepspeed_config: str
     units = []
     for unit in job.units:
         words = [word.replace("{output}", str(output)) for word in unit.arguments]
-        facts = unit.facts
-        tags = {"study": config.name, "set": job.model.set, "pair": "-".join(job.model.languages)}
-        tags |= {"seed": str(job.model.seed), "variant": job.model.variant}
-        tags |= {name: facts[name] for name in ("control", "task", "train", "analysis") if facts.get(name)}
-        tagged = [f"tracking.tags.{name}={value}" for name, value in tags.items()]
+        tags = {"study": config.name, "pair": "-".join(job.model.languages)} | unit.facts
+        names = ("study", "set", "pair", "seed", "variant", "control", "task", "train", "analysis")
+        tagged = [f"tracking.tags.{name}={tags[name]}" for name in names if tags.get(name, "") != ""]
         words += [word for setting in (*settings, *tagged, *checkpoints) for word in ("--set", setting)]
         units.append({"name": unit.name, "arguments": ["--deepspeed_config", deepspeed_config, *words]})
     write_json(folder / "job.json", {"name": job.name, "kind": job.kind, "tensor": 1, "units": units})
     return folder
 
 
-def launch_command(folder: Path, ranks: int) -> list[str]:
-    """The command that starts a job's ranks with DeepSpeed's launcher, on a free port."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+def launch_command(folder: Path, ranks: int, port: str) -> list[str]:
+    """The command that starts a job's ranks with DeepSpeed's launcher, which meet at a free port."""
     deepspeed = shutil.which("deepspeed", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}")
     if deepspeed is None:
         raise UserError(
             f"no deepspeed beside {sys.executable} or on PATH: install the package's requirements, or activate the "
             "environment that has them"
         )
-    start = [deepspeed, "--num_gpus", str(ranks), "--master_port", str(port)]
-    return [*start, str(SCRIPT), "--job", str(folder)]
+    return [deepspeed, "--num_gpus", str(ranks), "--master_port", port, str(SCRIPT), "--job", str(folder)]

@@ -28,6 +28,7 @@ from mlinterf_ds.study.jobs import Job
 from mlinterf_ds.study.launch import write_job
 from mlinterf_ds.tracking import Tracker
 from mlinterf_ds.tracking.__main__ import send_rest
+from mlinterf_ds.tracking.facts import first_line
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -77,10 +78,7 @@ class Study:
             raise UserError(f"--deepspeed_config {given}: no such file; the shipped ones are in ds_configs/")
         self.deepspeed_config = str(path.resolve())
         self.corpora = Corpora(config, self.output)
-        self.jobs = self._expand()
-
-    def _expand(self) -> list[Job]:
-        return plan.expand(self.config, self.corpora, self.deepspeed_config)
+        self.jobs = plan.expand(config, self.corpora, self.deepspeed_config)
 
     def show(self, by_job: bool = False) -> str:
         """The jobs and their estimated cost as text."""
@@ -114,7 +112,8 @@ class Study:
             if not free:
                 raise UserError(f"another study works on {self.output}: wait for it, or name another folder by output=")
             self.corpora.make()
-            self.jobs = self._expand()  # again, because the hash of a corpus is known only now
+            # again, because the hash of a corpus is known only now
+            self.jobs = plan.expand(self.config, self.corpora, self.deepspeed_config)
             print(self.show(), flush=True)
             with mlflow_run.start(self.config, self.output) as tracker:
                 yield tracker
@@ -129,7 +128,7 @@ class Study:
         Jobs and text that this version would make anew are taken as an earlier version left them, and the tables say so.
         """
         text_is_old = self.corpora.adopt()
-        current = self._expand()
+        current = plan.expand(self.config, self.corpora, self.deepspeed_config)
         self.jobs = [last_known(job, self.output) for job in current]
         notes = []
         old = sum(job != now for job, now in zip(self.jobs, current, strict=True))
@@ -142,26 +141,28 @@ class Study:
             with mlflow_run.start(self.config, self.output) if tracked else Tracker.off() as tracker:
                 return self._conclude([], tracker, notes)
 
-    def _conclude(self, outcomes: Sequence[Outcome], tracker: Tracker, notes: Sequence[str]) -> int:
-        """Report, and register the best model; 1 if a job failed. notes: for under every table."""
-        if run_id := mlflow_run.server_id(tracker):
-            folders = [self.output / job.folder / unit.name for job in self.jobs for unit in job.units]
-            send_rest(folders, lambda message: print(f"warning: {message}", flush=True))
-        records, findings = report.write(
-            self.config, self.corpora, self.output, self.jobs, self._all_outcomes(outcomes), notes
-        )
-        mlflow_run.record(tracker, self.output, findings, self.jobs)
-        failed = report.announce(records, findings, self.output)
-        if run_id:
-            mlflow_run.try_to_register(records, self.config.name, self.output, run_id)
-        if failed:
-            tracker.close("FAILED")
-        return failed
+    def _conclude(self, ran: Sequence[Outcome], tracker: Tracker, notes: Sequence[str]) -> int:
+        """Report, and register the best model; 1 if a job failed.
 
-    def _all_outcomes(self, ran: Sequence[Outcome]) -> list[Outcome]:
-        """The outcome of every job: known for those that this process ran, else read from the job's folder."""
+        ran: the outcomes of the jobs that this process ran; those of others are read from their folders. notes: for under
+        every table.
+        """
         outcomes = {outcome.job.name: outcome for outcome in ran}
         for job in self.jobs:
             if job.name not in outcomes:
                 outcomes[job.name] = read_outcome(job, self.output, outcomes)
-        return [outcomes[job.name] for job in self.jobs]
+        in_order = [outcomes[job.name] for job in self.jobs]
+        if run_id := mlflow_run.server_id(tracker):
+            folders = [self.output / job.folder / unit.name for job in self.jobs for unit in job.units]
+            send_rest(folders, lambda message: print(f"warning: {message}", flush=True))
+        records, findings = report.write(self.config, self.corpora, self.output, self.jobs, in_order, notes)
+        mlflow_run.record(tracker, self.output, findings, self.jobs)
+        failed = report.announce(records, findings, self.output)
+        if run_id:
+            try:
+                print(mlflow_run.register(records, self.config.name, self.output, run_id), flush=True)
+            except Exception as error:  # MLflow raises many kinds; the registry is a convenience
+                print(f"warning: no model was registered: {first_line(error)}", flush=True)
+        if failed:
+            tracker.close("FAILED")
+        return failed

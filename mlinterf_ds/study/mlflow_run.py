@@ -17,7 +17,6 @@ from mlinterf_ds.study.config import StudyConfig
 from mlinterf_ds.study.folders import is_finished
 from mlinterf_ds.study.jobs import Job
 from mlinterf_ds.tracking import PENDING, Tracker, environment_facts
-from mlinterf_ds.tracking.facts import first_line
 
 FILE = "study.json"  # the study's configuration and its run's id
 PATIENCE = 120.0  # seconds to wait for the run's id, which the jobs are started with
@@ -90,14 +89,6 @@ def best(records: Records) -> TrainedModel | None:
     return max(models, key=worth, default=None)
 
 
-def try_to_register(records: Records, name: str, output: Path, run_id: str) -> None:
-    """Register the best model and print what was done. The registry is a convenience: its failure is only a warning."""
-    try:
-        print(register(records, name, output, run_id), flush=True)
-    except Exception as error:  # MLflow and its servers raise many kinds
-        print(f"warning: no model was registered: {first_line(error)}", flush=True)
-
-
 def register(records: Records, name: str, output: Path, run_id: str) -> str:
     """Export the best model to `<output>/best_model` and register it under `name`; a sentence that says what was done."""
     import mlflow
@@ -119,16 +110,13 @@ def register(records: Records, name: str, output: Path, run_id: str) -> str:
     shutil.rmtree(folder, ignore_errors=True)
     export(chosen.folder, folder)
     inputs = Schema([ColSpec("string", "text"), ColSpec("string", "language")])
-    options: dict[str, Any] = {
-        "loader_module": "mlinterf_ds.export.pyfunc",
-        "data_path": str(folder),
-        "pip_requirements": REQUIREMENTS,
-        "signature": ModelSignature(inputs=inputs, outputs=Schema([ColSpec("string")])),
-        "registered_model_name": name,
-    }
     with warnings.catch_warnings(), mlflow.start_run(run_id=run_id):
         warnings.filterwarnings("ignore", message=".*input example.*")  # with one MLflow would run the model here
-        mlflow.pyfunc.log_model(name="best_model", **options)
+        mlflow.pyfunc.log_model(
+            name="best_model", loader_module="mlinterf_ds.export.pyfunc", data_path=str(folder),
+            pip_requirements=REQUIREMENTS, registered_model_name=name,
+            signature=ModelSignature(inputs=inputs, outputs=Schema([ColSpec("string")])),
+        )  # fmt: skip
     newest = str(max(int(version.version) for version in client.search_model_versions(f"name='{name}'")))
     client.update_model_version(name, newest, description=(folder / "README.md").read_text("utf-8"))
     facts = {"job": label, "variant": chosen.variant, "languages": ",".join(chosen.languages), "seed": str(chosen.seed)}

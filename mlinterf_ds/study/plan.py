@@ -78,6 +78,6 @@ def _multilingual(config: StudyConfig, group: SetSection, seed: int) -> Iterator
             if config.controls.direct:
                 yield Model(*common, variant, seed, (*settings, "meta.terms=direct"), limits, "direct")
             if config.controls.compute:
-                steps = load_run([*config.recipes], [*config.settings, *settings]).train.steps
+                steps = load_run(config.recipes, [*config.settings, *settings]).train.steps
                 longer = (*settings, f"train.steps={round(steps * config.controls.compute)}")
                 yield Model(*common, architecture(variant), seed, longer, limits, "compute")

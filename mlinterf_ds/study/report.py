@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mlinterf_ds.data.corpus import Corpus
-from mlinterf_ds.files import write_bytes, write_json
+from mlinterf_ds.files import write_json, write_text
 from mlinterf_ds.results.findings import Finding
 from mlinterf_ds.results.records import Records
 from mlinterf_ds.results.statistics import VERDICTS
@@ -32,30 +32,6 @@ def write(
     from mlinterf_ds.study import page
 
     output.mkdir(parents=True, exist_ok=True)
-    records = gather(config, corpora, output, jobs, outcomes, notes)
-    records.analyses += convergence.draw(records, output / "figures")
-    records.save(output / "records.json")
-    made, tested = tables.all_tables(records), claims.all_findings(records)
-    (output / "tables").mkdir(exist_ok=True)
-    for table in made:
-        for ending, form in (("md", forms.markdown), ("csv", forms.comma_separated), ("tex", forms.latex)):
-            write_bytes(output / "tables" / f"{table.name}.{ending}", form(table).encode())
-    write_json(output / "findings.json", [finding.row() for finding in tested])
-    write_bytes(output / "findings.md", findings.markdown(tested, records.confidence).encode())
-    facts = environment_facts() | {"made": time.strftime("%Y-%m-%d %H:%M")}
-    write_bytes(output / "report.html", page.render(config, records, made, tested, facts).encode())
-    return records, tested
-
-
-def gather(
-    config: StudyConfig,
-    corpora: Corpora,
-    output: Path,
-    jobs: Sequence[Job],
-    outcomes: Sequence[Outcome],
-    notes: Sequence[str],
-) -> Records:
-    """The records of all that has finished."""
     records = Records(source=config.source, margin=config.margin, confidence=config.confidence)
     records.departures = [*notes, *config.departures]
     records.status = [outcome.row() for outcome in outcomes]
@@ -64,7 +40,17 @@ def gather(
     for job in jobs:
         for unit in job.units:
             records.add(job.kind, output / job.folder / unit.name, unit.facts)
-    return records
+    records.analyses += convergence.draw(records, output / "figures")
+    records.save(output / "records.json")
+    made, tested = tables.all_tables(records), claims.all_findings(records)
+    for table in made:
+        for ending, form in (("md", forms.markdown), ("csv", forms.comma_separated), ("tex", forms.latex)):
+            write_text(output / "tables" / f"{table.name}.{ending}", form(table))
+    write_json(output / "findings.json", [finding.row() for finding in tested])
+    write_text(output / "findings.md", findings.markdown(tested, records.confidence))
+    facts = environment_facts() | {"made": time.strftime("%Y-%m-%d %H:%M")}
+    write_text(output / "report.html", page.render(config, records, made, tested, facts))
+    return records, tested
 
 
 def training_sizes(config: StudyConfig, corpora: Corpora) -> dict[str, dict[str, int]]:
@@ -72,13 +58,10 @@ def training_sizes(config: StudyConfig, corpora: Corpora) -> dict[str, dict[str,
     sizes: dict[str, dict[str, int]] = {}
     for limits in [{}, *filter(None, corpora.limits)]:
         folder, manifest_hash = corpora.of(limits)
-        if not manifest_hash:
-            continue
-        corpus = Corpus.open(folder)
-        for code in limits or config.languages:
-            tokens = len(corpus.tokens(code, "train"))
-            name = f"{code}@{limits[code]}" if limits else code
-            sizes.setdefault(name, {"sentences": corpus.sentences(code, "train"), "tokens": tokens})
+        for code in (limits or config.languages) if manifest_hash else ():
+            corpus, name = Corpus.open(folder), f"{code}@{limits[code]}" if limits else code
+            facts = {"sentences": corpus.sentences(code, "train"), "tokens": len(corpus.tokens(code, "train"))}
+            sizes.setdefault(name, facts)
     return sizes
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mlinterf_ds.runtime.restarts import free_port
 from mlinterf_ds.runtime.signals import Signals
 from mlinterf_ds.study import launch
 from mlinterf_ds.study.config import StudyConfig
@@ -53,7 +54,8 @@ def run(jobs: Sequence[Job], config: StudyConfig, output: Path, write: Callable[
         while True:
             for slot in workplaces:
                 if slot.process is None and (job := _next(jobs, outcomes)):
-                    _start(slot, job, launch.launch_command(write(job), config.ranks), output, config.ranks)
+                    command = launch.launch_command(write(job), config.ranks, str(free_port()))
+                    _start(slot, job, command, output, config.ranks)
                     outcomes[job.name].state = "running"
             if not any(slot.process for slot in workplaces):
                 break
@@ -116,18 +118,11 @@ def _announce(outcome: Outcome, outcomes: dict[str, Outcome]) -> None:
 
 def _stop(slots: Sequence[Slot]) -> None:
     """Ask all running jobs to save and end, and end those that do not within the grace time."""
-    running = [slot for slot in slots if slot.process]
-    for slot in running:
-        _signal(slot, signal.SIGTERM)
-    deadline = time.monotonic() + GRACE
-    while time.monotonic() < deadline and any(slot.process and slot.process.poll() is None for slot in running):
-        time.sleep(POLL)
-    for slot in running:
-        _signal(slot, signal.SIGKILL)
-
-
-def _signal(slot: Slot, number: int) -> None:
-    """Send a signal to a job's whole process group: the launcher and its ranks."""
-    assert slot.process
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(slot.process.pid, number)
+    processes = [slot.process for slot in slots if slot.process]
+    for number, grace in ((signal.SIGTERM, GRACE), (signal.SIGKILL, 0)):
+        for process in processes:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, number)  # the launcher and its ranks
+        deadline = time.monotonic() + grace
+        while time.monotonic() < deadline and any(process.poll() is None for process in processes):
+            time.sleep(POLL)

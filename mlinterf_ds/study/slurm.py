@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import getpass
 import shlex
 import subprocess
 import sys
@@ -15,8 +14,10 @@ from mlinterf_ds.study.folders import is_finished
 from mlinterf_ds.study.jobs import Job
 from mlinterf_ds.study.launch import SCRIPT, launch_command
 from mlinterf_ds.study.worker import STARTED
+from mlinterf_ds.tracking.facts import user_name
 
 ID_FILE = "slurm.id"  # holds the id of the batch job last submitted from its folder
+PORT = "$((20000 + SLURM_JOB_ID % 20000))"  # where a batch job's ranks meet, as the shell computes it
 
 
 def submit(
@@ -37,20 +38,14 @@ def submit(
             continue
         after = [ids[need.name] for need in job.needs if need.name in ids]
         dependency = f"afterok:{':'.join(after)}" if after else ""
-        ids[job.name] = _sbatch(job.name, _command(write(job), config.ranks), config, output / job.folder, dependency)
+        command = shlex.join(launch_command(write(job), config.ranks, PORT)).replace(shlex.quote(PORT), PORT)
+        ids[job.name] = _sbatch(job.name, command, config, output / job.folder, dependency)
     report_id = _submitted_id(output)
     if ids and {*ids.values(), report_id} <= queued:
         return ids | {"report": report_id}
     report = [sys.executable, str(SCRIPT), *own_arguments, "--report"]
     dependency = f"afterany:{':'.join(ids.values())}" if ids else ""
     return ids | {"report": _sbatch("report", shlex.join(report), config, output, dependency)}
-
-
-def _command(folder: Path, ranks: int) -> str:
-    """The shell command of a job; its port follows from the batch job's id, since a port that is free here may not be there."""
-    words = launch_command(folder, ranks)
-    port = words[words.index("--master_port") + 1]
-    return shlex.join(words).replace(f"--master_port {port}", "--master_port $((20000 + SLURM_JOB_ID % 20000))")
 
 
 def _sbatch(name: str, command: str, config: StudyConfig, folder: Path, dependency: str) -> str:
@@ -66,15 +61,8 @@ def _sbatch(name: str, command: str, config: StudyConfig, folder: Path, dependen
     )
     words = ["sbatch", "--parsable", "--kill-on-invalid-dep=yes"]
     words += [f"--dependency={dependency}"] * bool(dependency)
-    try:
-        done = subprocess.run([*words, str(script)], capture_output=True, encoding="utf-8", errors="replace")
-    except FileNotFoundError:
-        raise UserError(
-            "--executor slurm: no sbatch on PATH; run on a host of the cluster, or with --executor local"
-        ) from None
-    if done.returncode:
-        raise UserError(f"sbatch refused {script}: {done.stderr.strip()}; see the recipe's sbatch options")
-    job_id = done.stdout.strip().partition(";")[0]  # a federated cluster's name may follow
+    printed = _run([*words, str(script)], "see the recipe's sbatch options")
+    job_id = printed.strip().partition(";")[0]  # a federated cluster's name may follow
     (folder / ID_FILE).write_text(job_id, "utf-8")
     return job_id
 
@@ -86,13 +74,18 @@ def _submitted_id(folder: Path) -> str:
 
 def _queued() -> set[str]:
     """The ids of this user's batch jobs that wait or run."""
-    words = ["squeue", "--noheader", "--format=%A", f"--user={getpass.getuser()}"]
+    words = ["squeue", "--noheader", "--format=%A", f"--user={user_name()}"]
+    return set(_run(words, "without it jobs that are still queued would be submitted again").split())
+
+
+def _run(words: Sequence[str], remark: str) -> str:
+    """What a command of Slurm prints. UserError, which ends in `remark`, if there is no such command or it fails."""
     try:
         done = subprocess.run(words, capture_output=True, encoding="utf-8", errors="replace")
     except FileNotFoundError:
-        raise UserError("--executor slurm: no squeue on PATH, which lists the jobs that are still queued") from None
-    if done.returncode:
         raise UserError(
-            f"squeue: {done.stderr.strip()}; without it jobs that are still queued would be submitted again"
-        )
-    return set(done.stdout.split())
+            f"--executor slurm: no {words[0]} on PATH; run on a host of the cluster, or with --executor local"
+        ) from None
+    if done.returncode:
+        raise UserError(f"{shlex.join(words)}: {done.stderr.strip()}; {remark}")
+    return done.stdout

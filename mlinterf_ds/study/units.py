@@ -64,12 +64,8 @@ def finetunings(config: StudyConfig, model: Model, pretrained: RunConfig) -> Ite
             settings = [*task.settings, f"task={task.task}", f"finetune.seeds={model.seed}"]
             settings += [f"finetune.unseen={language}"] * (model.kind == "mono")
             yield _finetuning(task, language, data, settings, model, "", pretrained)
-            if (
-                is_routed(model.variant)
-                and model.kind == "pair"
-                and not model.control
-                and task.task in config.controls.freeze
-            ):
+            frozen = is_routed(model.variant) and task.task in config.controls.freeze
+            if frozen and model.kind == "pair" and not model.control:
                 yield _finetuning(task, language, data, [*settings, FROZEN], model, "freeze", pretrained)
 
 
@@ -180,20 +176,17 @@ def comparisons(config: StudyConfig, jobs: Sequence[Job]) -> Iterator[Unit]:
     was measured while the joint models of the first seed were trained.
     """
     settings_of: dict[str, list[str]] = {section.analysis: section.settings for section in config.analyses}
+    pretrained = {
+        kind: [j for j in jobs if j.kind == "pretrain" and j.model.kind == kind] for kind in ("mono", "pair", "many")
+    }
     if "interference" in settings_of:
-        pretrained = [job for job in jobs if job.kind == "pretrain"]
-        inputs = {
-            "mono": [job for job in pretrained if job.model.kind == "mono"],
-            "joint": [job for job in pretrained if job.model.kind == "pair"],
-            "larger": [job for job in pretrained if job.model.kind == "many"],
-            "tasks": [job for job in jobs if job.kind == "finetune" and job.model.kind in ("mono", "pair", "many")],
-        }
+        tasks = [job for job in jobs if job.kind == "finetune" and job.model.kind in pretrained]
+        inputs = {"mono": pretrained["mono"], "joint": pretrained["pair"], "larger": pretrained["many"], "tasks": tasks}
         folders = [f"interference.{key}={_folders(chosen)}" for key, chosen in inputs.items()]
         with _blaming("[[analyses]] interference: settings", settings_of["interference"]):
             yield _comparison(config, "interference", [*settings_of["interference"], "analysis=interference", *folders])
     if "conflict" in settings_of:
-        joint = [job for job in jobs if job.kind == "pretrain" and job.model.kind == "pair"]
-        first = [job for job in joint if job.model.seed == config.seeds[0]]
+        first = [job for job in pretrained["pair"] if job.model.seed == config.seeds[0]]
         if measured := [job for job in first if job.units[0].facts["conflict_every"]]:
             settings = ["analysis=conflict", f"conflict.runs={_folders(measured)}"]
             yield _comparison(config, "conflict-training", settings)

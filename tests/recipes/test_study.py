@@ -61,7 +61,7 @@ def test_the_killed_model_is_as_if_it_had_not_been(folder: Path, tmp_path: Path)
     facts = json.loads((job / "job.json").read_text())
     facts["units"][0]["arguments"] += ["--set", "tracking.enabled=false"]
     (tmp_path / "job.json").write_text(json.dumps(facts))
-    words = launch_command(tmp_path, 1)
+    words = launch_command(tmp_path, 1, "29500")
     done = subprocess.run(words, cwd=folder, env=environment(folder), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout[-2000:]
     found = json.loads((tmp_path / unit / "summary.json").read_text())

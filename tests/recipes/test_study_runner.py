@@ -155,7 +155,7 @@ def test_threads_are_shared_out_to_ranks(tmp_path: Path, monkeypatch: pytest.Mon
 def test_without_the_launcher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch.shutil, "which", lambda *_, **__: None)
     with pytest.raises(UserError, match="no deepspeed beside"):
-        launch.launch_command(tmp_path, 1)
+        launch.launch_command(tmp_path, 1, "29500")
 
 
 def test_two_studies_don_t_share_a_folder(tmp_path: Path) -> None:
