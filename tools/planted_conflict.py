@@ -33,7 +33,7 @@ def train_and_measure(
     from mlinterf_ds.gradients.similarity import spread
     from mlinterf_ds.model.encoder import Encoder
     from mlinterf_ds.pretrain.config import load_run
-    from mlinterf_ds.runtime import parallel
+    from mlinterf_ds.runtime.parallel import Layout
 
     settings = ["variant=joint", f"train.seed={seed}", f"conflict.sequences={options.rows}", *options.set]
     config = load_run(["tiny"], settings)
@@ -41,7 +41,7 @@ def train_and_measure(
     model = Encoder(
         config.model, variant="joint", languages=pair, vocabulary=corpus.vocabulary_size, positions=length, seed=seed
     )
-    engine = Engine(model, train, read_json(ROOT / "ds_configs" / "zero0.json"), "fp32", parallel.current(1))
+    engine = Engine(model, train, read_json(ROOT / "ds_configs" / "zero0.json"), "fp32", Layout(0, 1, 1))
     stream = TrainStream(corpus, pair, rows=train.batch, row_format=config.data.row_format, seed=seed)
     draws = Draws(
         corpus, pair, pair, config=config.conflict, row_format=config.data.row_format, seed=seed, engine=engine

@@ -53,11 +53,6 @@ class Layout:
         return self.rank % self.tensor
 
 
-def current(tensor: int) -> Layout:
-    """The position of this rank, which has joined the job's group, in groups of this tensor-parallel size."""
-    return Layout(dist.get_rank(), dist.get_world_size(), tensor)
-
-
 class Group:
     """All ranks of the job; this process joins them here, and `leave`s. A process without a launcher is a job of one rank.
 

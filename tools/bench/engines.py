@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 ROOT = Path(__file__).resolve().parents[2]
 CODES = [f"l{number}" for number in range(100)]  # language codes
@@ -59,7 +60,7 @@ def build(options: argparse.Namespace, languages: Sequence[str], recipe: str, se
     from mlinterf_ds.engine.precision import read_json
     from mlinterf_ds.model.encoder import Encoder
     from mlinterf_ds.pretrain.config import load_run
-    from mlinterf_ds.runtime import parallel
+    from mlinterf_ds.runtime.parallel import Layout
 
     config = load_run([recipe], [*options.set, *settings])
     corpus = RandomCorpus(languages, options.vocabulary)
@@ -67,7 +68,7 @@ def build(options: argparse.Namespace, languages: Sequence[str], recipe: str, se
     model = Encoder(
         config.model, variant=config.routing, languages=languages, vocabulary=options.vocabulary, positions=length
     )
-    layout = parallel.current(1)
+    layout = Layout(dist.get_rank(), dist.get_world_size(), 1)
     engine = Engine(model, config.train, read_json(ROOT / "ds_configs" / f"{ds}.json"), options.precision, layout)
     stream = TrainStream(corpus, languages, rows=config.train.batch, row_format=config.data.row_format, seed=0)
     held_out = None
