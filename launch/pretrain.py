@@ -4,6 +4,7 @@ import os
 import sys
 from collections.abc import Sequence
 
+from mlinterf_ds.errors import resumption
 from mlinterf_ds.pretrain.config import read_arguments
 from mlinterf_ds.runtime.output import main
 from mlinterf_ds.runtime.restarts import ATTEMPT, Supervisor
@@ -13,7 +14,7 @@ def pretrain(arguments: Sequence[str]) -> int:
     """Train; with `restarts=N` this process supervises, and the same command in a child process trains."""
     config, _ = read_arguments(arguments)
     if config.restarts and ATTEMPT not in os.environ:
-        remedy = f"go on with --set output={config.output} --set resume=auto"
+        remedy = resumption(config.output)
         supervisor = Supervisor(config.restarts, config.parallel.timeout, remedy)
         return supervisor.run([sys.executable, "-u", sys.argv[0], *arguments])
     from mlinterf_ds.pretrain.main import main as train  # it imports torch, DeepSpeed and megatron

@@ -17,6 +17,7 @@ from typing import Any, Literal, Self, TypeVar, get_args
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from mlinterf_ds.errors import UserError, refusing
+from mlinterf_ds.files import decoded
 
 DEEPEST = 8  # parts of a key; no section lies deeper
 
@@ -90,7 +91,7 @@ def load_config(kind: type[Kind], recipes: Sequence[str | Path] = (), overrides:
     for recipe in recipes:
         _merge(merged, _read_recipe(Path(recipe)), origin, str(recipe))
     for override in overrides:
-        _merge(merged, _read_override(override), origin, f"--set {override}")
+        _merge(merged, _read_override(override, kind), origin, f"--set {override}")
     for key, reason in REMOVED.items():
         if key in origin:
             raise UserError(f"{key} ({origin[key]}) is no longer a key: {reason}")
@@ -109,21 +110,33 @@ def _read_recipe(path: Path) -> dict[str, Any]:
         known = ", ".join(sorted(file.stem for file in shipped.parent.glob("*.toml")))
         raise UserError(f"--recipe {path}: no such file; give a TOML file or one of the shipped recipes: {known}")
     with refusing(f"{path}: not a TOML file"):
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(decoded(path.read_bytes()))
 
 
-def _read_override(override: str) -> dict[str, Any]:
-    """`train.steps=7` as {'train': {'steps': '7'}}; the values none and null are None."""
+def _read_override(override: str, kind: type[Section]) -> dict[str, Any]:
+    """`train.steps=7` as {'train': {'steps': '7'}}; the values none and null of a key that may be unset are None."""
     key, equals, value = override.partition("=")
     if not equals or not key:
         raise UserError(f"--set {override}: expected section.key=value, e.g. --set train.steps=1000")
     parts = key.strip().split(".")
     if len(parts) > DEEPEST:
         raise UserError(f"--set {override}: unknown key; --help lists every key")
-    tree: Any = None if value.lower() in ("none", "null") else value
+    tree: Any = None if value.lower() in ("none", "null") and _may_be_none(kind, parts) else value
     for part in reversed(parts):
         tree = {part: tree}
     return tree
+
+
+def _may_be_none(kind: type[Section], parts: Sequence[str]) -> bool:
+    """Whether a dotted key can be None; text such as `tracking.tags.note` is the word none."""
+    for part in parts:
+        field = kind.model_fields.get(part)
+        if field is None:
+            return True  # refused later
+        if not isinstance(field.default, Section):
+            return not {type(None), "none"}.isdisjoint(get_args(field.annotation))
+        kind = type(field.default)
+    return True
 
 
 def _merge(into: dict[str, Any], new: dict[str, Any], origin: dict[str, str], source: str, prefix: str = "") -> None:

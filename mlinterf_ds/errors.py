@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import sys
+import shlex
 from collections.abc import Iterator
 
 # The errors that reading a malformed file can raise: a missing key, a wrong type, bytes that are no
@@ -26,6 +27,16 @@ def show_any_text() -> None:
     """Has standard output show a question mark for a character that its encoding lacks, instead of ending the program."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")
+
+
+def setting(key: str, value: object) -> str:
+    """`--set key=value` as a user can paste it into a shell, for messages."""
+    return f"--set {shlex.quote(f'{key}={value}')}"
+
+
+def resumption(output: object) -> str:
+    """How to go on with the run of an output folder, for messages."""
+    return f"go on with {setting('output', output)} --set resume=auto"
 
 
 @contextlib.contextmanager

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from mlinterf_ds.engine.space import FlatSpace
 from mlinterf_ds.engine.weights import CheckpointReader, Weights
-from mlinterf_ds.errors import UserError, refusing
+from mlinterf_ds.errors import UserError, refusing, resumption, setting
 from mlinterf_ds.files import PARTIAL, check_files, flushed_facts, write_bytes
 from mlinterf_ds.ranks import agreed
 
@@ -88,7 +88,7 @@ def save(run: Path, engine: Engine, state: Mapping[str, Any], files: Mapping[str
             shutil.rmtree(partial, ignore_errors=True)
         raise UserError(
             f"could not save {target}: {error}; earlier checkpoints are untouched: free some space, then "
-            f"continue with --set output={run} --set resume=auto"
+            f"{resumption(run)}"
         ) from None
     return target
 
@@ -182,7 +182,7 @@ def verify(path: Path) -> dict[str, Any]:
 def _fallback(path: Path) -> str:
     """The remedy for a damaged checkpoint: to use the checkpoint before it, if there is one."""
     earlier = [other for other in _all(path.parent.parent) if other.name < path.name]
-    return f"; the one before it is {earlier[-1]}: --set resume={earlier[-1]}" if earlier else ""
+    return f"; the one before it is {earlier[-1]}: {setting('resume', earlier[-1])}" if earlier else ""
 
 
 def load(

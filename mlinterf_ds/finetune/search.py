@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any, Literal
 
 from mlinterf_ds.config import REMOVED, decisive, differences
-from mlinterf_ds.errors import UserError, refusing
+from mlinterf_ds.errors import UserError, refusing, resumption
 from mlinterf_ds.files import sha256, write_json, write_text
 from mlinterf_ds.finetune.config import FinetuneConfig
 from mlinterf_ds.finetune.report import show, summarise, table
@@ -42,7 +42,7 @@ class Search:
         except Stopped as reason:
             status = "KILLED"
             if self.job.first:
-                print(f"stopped by {reason}; go on with --set output={self.output} --set resume=auto", flush=True)
+                print(f"stopped by {reason}; {resumption(self.output)}", flush=True)
         finally:
             if status != "FINISHED":
                 self.tracker.close(status)

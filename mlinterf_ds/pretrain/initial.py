@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -66,7 +67,7 @@ def _check_vocabulary(path: Path, old: list[str], tokenizer: Tokenizer) -> None:
     remedy = "start from a model with this vocabulary"
     for name in ("sentencepiece.model", "tokenizer.model"):
         if (path / name).is_file():
-            remedy = f"prepare the corpus with --tokenizer {path / name} (or --extend its corpus)"
+            remedy = f"prepare the corpus with --tokenizer {shlex.quote(str(path / name))} (or --extend its corpus)"
     raise UserError(f"{path}: its vocabulary is not that of {tokenizer.path} ({differ}); {remedy}")
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from mlinterf_ds.data.corpus import open_corpus
 from mlinterf_ds.engine.precision import choose_precision, read_json, rows_per_rank
-from mlinterf_ds.errors import UserError
+from mlinterf_ds.errors import UserError, resumption
 from mlinterf_ds.pretrain.config import RunConfig, read_arguments
 from mlinterf_ds.pretrain.job import PretrainingRun
 from mlinterf_ds.runtime.output import hushed
@@ -46,7 +46,7 @@ def run(config: RunConfig, deepspeed_json: dict[str, Any], group: Group | None =
             training = PretrainingRun(config, deepspeed_json, precision, here, corpus)
         if here.first:
             print(training.greeting(reason), flush=True)
-        remedy = f"go on with --set output={here.output} --set resume=auto"
+        remedy = resumption(here.output)
         try:
             with Signals(remedy) as signals:
                 return training.train(signals)

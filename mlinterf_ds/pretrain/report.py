@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from mlinterf_ds.data.corpus import Corpus
+from mlinterf_ds.errors import resumption
 from mlinterf_ds.files import write_csv, write_json
 from mlinterf_ds.plots.curves import perplexity_curves
 from mlinterf_ds.pretrain.config import RunConfig
@@ -121,7 +122,7 @@ def show(summary: Mapping[str, Any], seen: Mapping[str, Mapping[str, float]], ou
         f"MFU {100 * summary['mfu']:.2g}%; {output}/summary.json, perplexity.png, checkpoints/"
     )
     if summary["stopped_by"]:
-        print(f"stopped by {summary['stopped_by']}; go on with --set output={output} --set resume=auto")
+        print(f"stopped by {summary['stopped_by']}; {resumption(output)}")
     if browse:
         print(f"browse: {browse}", flush=True)
 

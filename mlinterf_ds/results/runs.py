@@ -20,7 +20,7 @@ from pydantic import TypeAdapter
 from mlinterf_ds.data.corpus import Corpus, synthetic_folder
 from mlinterf_ds.data.stream import TrainStream
 from mlinterf_ds.engine import checkpoint
-from mlinterf_ds.errors import UserError, refusing
+from mlinterf_ds.errors import UserError, refusing, resumption
 from mlinterf_ds.files import read_csv, read_json
 from mlinterf_ds.pretrain.report import COLUMNS
 from mlinterf_ds.pretrained import Pretrained
@@ -91,7 +91,7 @@ class PretrainedRun:
         with refusing(f"{folder}/summary.json: not what a pretraining run writes"):
             summary = finished_summary(Path(folder))
         if summary is None and not Path(folder).name.startswith("step-"):
-            raise UserError(f"{folder}: the run has not finished: go on with --set output={folder} --set resume=auto")
+            raise UserError(f"{folder}: the run has not finished: {resumption(folder)}")
         return run
 
     @property

@@ -2,41 +2,90 @@
 
 from __future__ import annotations
 
+import datetime
+import getpass
 import os
 import stat
 import subprocess
+import sys
 import tempfile
+import threading
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mlinterf_ds.errors import UserError
 
+if TYPE_CHECKING:
+    import torch.distributed as dist
+
 # Set by whoever starts ranks and knows better than `rendezvous` where they meet.
 ADDRESS = "MLINTERF_DS_RENDEZVOUS"
+REMARK = 15.0  # seconds that rank 0 waits in silence for the others
+
+
+def find_home() -> None:
+    """Sets HOME and USER where the system knows neither a home nor a name of this user, as in some containers.
+
+    Packages ask for both and end with an error where there are none.
+    """
+    try:
+        Path.home()
+    except RuntimeError:
+        os.environ["HOME"] = str(_private_folder())
+    try:
+        getpass.getuser()
+    except (OSError, KeyError, ImportError):
+        os.environ["USER"] = str(os.getuid())
 
 
 def adopt() -> None:
     """Give ranks that plain `srun` or `mpirun` started the variables of torch's launchers (RANK, WORLD_SIZE, ...)."""
     variables = os.environ
     if "RANK" in variables:
-        return
+        return _check_ranks()
     if "OMPI_COMM_WORLD_RANK" in variables:
         for name, suffix in (("RANK", "RANK"), ("WORLD_SIZE", "SIZE"), ("LOCAL_RANK", "LOCAL_RANK")):
             variables[name] = variables[f"OMPI_COMM_WORLD_{suffix}"]
-    # A batch script has Slurm's variables too, but is no task of srun.
-    elif "SLURM_STEP_NUM_TASKS" in variables and "SLURM_PROCID" in variables:
+    elif _is_slurm_task():
         variables["RANK"], variables["WORLD_SIZE"] = variables["SLURM_PROCID"], variables["SLURM_STEP_NUM_TASKS"]
         variables["LOCAL_RANK"] = variables["SLURM_LOCALID"]
         if "MASTER_ADDR" not in variables and local_world() != int(variables["WORLD_SIZE"]):
             variables["MASTER_ADDR"] = _first_slurm_host()
         variables.setdefault("MASTER_PORT", str(20000 + int(variables["SLURM_JOB_ID"]) % 20000))
     else:
+        if variables.get("WORLD_SIZE", "1") != "1":
+            raise UserError(
+                f"WORLD_SIZE={variables['WORLD_SIZE']} is set, but RANK is not, so that this process cannot tell which rank it "
+                "is: start the ranks with deepspeed or torchrun, or `unset WORLD_SIZE` for one process"
+            )
         return
+    _check_ranks()
     variables.setdefault("MASTER_PORT", "29500")
     if "MASTER_ADDR" not in variables and local_world() != int(variables["WORLD_SIZE"]):
         raise UserError(
             f"{variables['WORLD_SIZE']} ranks on several hosts do not know where to meet: export MASTER_ADDR=<first host> "
             "to all of them (mpirun -x MASTER_ADDR=...), or start with launch/cluster/pretrain.mpirun"
         )
+
+
+def _check_ranks() -> None:
+    """UserError unless RANK is a number below WORLD_SIZE."""
+    rank, world = os.environ["RANK"], os.environ.get("WORLD_SIZE", "1")
+    if not (rank.isdecimal() and world.isdecimal() and int(rank) < int(world)):
+        shown = f"WORLD_SIZE={world}" if "WORLD_SIZE" in os.environ else "WORLD_SIZE is not set"
+        raise UserError(
+            f"RANK={rank} and {shown}: expected ranks from 0 to WORLD_SIZE - 1; start the ranks with deepspeed or torchrun, or "
+            "`unset RANK WORLD_SIZE` for one process"
+        )
+
+
+def _is_slurm_task() -> bool:
+    """Whether srun started this process as a task.
+
+    A batch script has Slurm's variables too, but no number of tasks; an interactive shell has all of them, and a terminal.
+    """
+    names = ("SLURM_JOB_ID", "SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "SLURM_LOCALID")
+    return all(os.environ.get(name, "").isdecimal() for name in names) and "SLURM_PTY_PORT" not in os.environ
 
 
 def _first_slurm_host() -> str:
@@ -89,6 +138,37 @@ def rendezvous() -> str:
     if os.environ.get("WORLD_SIZE", "1") == "1":
         name += f"-{os.getpid()}"
     return f"file://{_private_folder()}/{name}"
+
+
+def meet(address: str, rank: int, world: int, patience: datetime.timedelta) -> dist.Store:
+    """Returns the ranks' common store once all have joined: on slow storage some start minutes later than others.
+
+    Rank 0 says on the screen whom it waits for, after REMARK seconds. Raises UserError after `patience`.
+    """
+    import torch.distributed as dist  # no other part of torch or DeepSpeed is needed by a rank's supervisor
+
+    about = f"rank {rank} waits for the others of {world} ranks, a number that comes from "
+    if "SLURM_STEP_NUM_TASKS" in os.environ:
+        about += "srun (SLURM_STEP_NUM_TASKS): each task must start this command. For one process in an interactive step, start it "
+        about += "with `env -u SLURM_STEP_NUM_TASKS -u RANK -u WORLD_SIZE`"
+    else:
+        about += "the launcher (WORLD_SIZE): start one process for each rank; for one process `unset RANK WORLD_SIZE`"
+    remark = threading.Timer(REMARK, lambda: print(f"\n{about}", file=sys.stderr, flush=True))
+    remark.daemon = True
+    if rank == 0:
+        remark.start()
+    try:
+        store: dist.Store = next(iter(dist.rendezvous(address, rank, world, timeout=patience)))[0]
+        store.set(f"arrived/{rank}", "")
+        store.wait([f"arrived/{other}" for other in range(world)], patience)
+    except RuntimeError as error:  # DistStoreError, DistNetworkError
+        minutes = patience.total_seconds() / 60
+        raise UserError(
+            f"not all ranks have come within {minutes:g} minutes; {about} ({str(error).splitlines()[0]})"
+        ) from None
+    finally:
+        remark.cancel()
+    return store
 
 
 def _private_folder() -> Path:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from mlinterf_ds.errors import UserError, show_any_text
-from mlinterf_ds.runtime.launchers import adopt
+from mlinterf_ds.runtime.launchers import adopt, find_home
 
 NOISY = ("DeepSpeed", "megatron", "mlflow", "alembic", "torch", "matplotlib")
 
@@ -70,7 +70,7 @@ def stale_locks() -> list[Path]:
 
     A lock is stale when no running process has the file open (torch keeps it open while it builds). Needs /proc.
     """
-    root = os.environ.get("TORCH_EXTENSIONS_DIR") or os.path.expanduser("~/.cache/torch_extensions")  # ~: no home
+    root = os.environ.get("TORCH_EXTENSIONS_DIR") or os.path.expanduser("~/.cache/torch_extensions")
     locks = [path.resolve() for path in Path(root).glob("**/lock") if path.is_file()]
     if not locks or not Path("/proc/self/fd").is_dir():
         return []
@@ -152,6 +152,7 @@ def main(run: Callable[[Sequence[str]], int], arguments: Sequence[str] | None = 
     faulthandler.enable()
     show_any_text()
     try:
+        find_home()
         adopt()
         status = run(sys.argv[1:] if arguments is None else arguments)
         sys.stdout.flush()

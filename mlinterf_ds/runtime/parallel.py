@@ -19,7 +19,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from mlinterf_ds.errors import UserError
-from mlinterf_ds.runtime.launchers import local_world, rendezvous
+from mlinterf_ds.runtime.launchers import local_world, meet, rendezvous
 
 ARRIVAL = datetime.timedelta(minutes=10)  # that the first rank waits for the last to start
 
@@ -70,7 +70,7 @@ class Group:
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # ranks of one host need not listen to others
         accelerator = get_accelerator()
         backend = "gloo" if accelerator.device_name() == "cpu" else accelerator.communication_backend_name()
-        store = _meet(address or rendezvous(), self.rank, self.world)
+        store = dist.PrefixStore("group", meet(address or rendezvous(), self.rank, self.world, ARRIVAL))
         limit = datetime.timedelta(minutes=timeout)
         dist.init_process_group(backend, store=store, timeout=limit, rank=self.rank, world_size=self.world)
         self._timeout = timeout  # megatron's groups have their own timeout, 30 minutes by default
@@ -127,14 +127,6 @@ def _prepare_device() -> None:
         accelerator.set_device(local_rank)
     # DeepSpeed compiles this op at start-up, for inference alone, behind a lock file that a killed rank leaves for ever.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-
-
-def _meet(address: str, rank: int, world: int) -> dist.Store:
-    """Returns the ranks' common store once all have joined: on slow storage some start minutes later than others."""
-    store, _, _ = next(iter(dist.rendezvous(address, rank, world, timeout=ARRIVAL)))
-    store.set(f"arrived/{rank}", "")
-    store.wait([f"arrived/{other}" for other in range(world)], ARRIVAL)
-    return dist.PrefixStore("group", store)
 
 
 class ModelParallelUnit:

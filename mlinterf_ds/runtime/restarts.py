@@ -22,7 +22,8 @@ from types import FrameType
 from typing import Any
 
 from mlinterf_ds.errors import UserError
-from mlinterf_ds.runtime.launchers import ADDRESS, rendezvous
+from mlinterf_ds.runtime.launchers import ADDRESS, meet, rendezvous
+from mlinterf_ds.runtime.signals import ending_signals
 
 ATTEMPT = "MLINTERF_DS_ATTEMPT"  # set in the ranks, not in their supervisors
 POLL = 0.3  # seconds
@@ -34,19 +35,16 @@ class Supervisor:
 
     def __init__(self, restarts: int, timeout: float, remedy: str):
         """restarts: attempts after the first. timeout: minutes to wait for other ranks. remedy: what a user does after them."""
-        import torch.distributed as dist  # no other part of torch or DeepSpeed is needed to supervise
-
         self.restarts, self.patience, self.remedy = restarts, 60 * timeout, remedy  # patience in seconds
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.address = address = rendezvous()
-        limit = datetime.timedelta(seconds=self.patience)
-        self.store: Any = next(iter(dist.rendezvous(address, self.rank, self.world, timeout=limit)))[0]
+        self.store = meet(address, self.rank, self.world, datetime.timedelta(seconds=self.patience))
         self.child: Any = None  # a subprocess.Popen once started
         self.alive = self.ending = 0.0  # monotonic times: when the store last answered; when an end began (0: not yet)
 
     def run(self, line: Sequence[str]) -> int:
         """Run the command `line` as this rank until an attempt ends well or none is left; the last exit code."""
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in ending_signals():
             signal.signal(number, self._forward)
         self.alive = time.monotonic()
         threading.Thread(target=self._watch, daemon=True).start()

@@ -1,4 +1,4 @@
-"""Ends a run on SIGTERM or SIGINT: any rank may receive the signal, and all ranks agree to stop."""
+"""Ends a run on SIGTERM, SIGHUP or SIGINT: any rank may receive the signal, and all ranks agree to stop."""
 
 from __future__ import annotations
 
@@ -18,6 +18,9 @@ if TYPE_CHECKING:  # a study waits for signals without torch
 class Signals:
     """A context in which SIGTERM and SIGINT ask for a checkpoint and a clean end; a second SIGINT interrupts as usual.
 
+    SIGHUP, which a terminal sends when it is closed, counts as SIGTERM, unless `nohup` has it ignored. Whatever would go to the
+    closed terminal is dropped then, because writing to it would be an error.
+
     When a rank is lost, launchers send SIGTERM to the others, and SIGKILL 30 seconds later. A rank that is already failing
     must still print its reason, so it goes on catching SIGTERM after the context (unless it fails with a user's mistake,
     which all ranks find). A rank that waits for the lost one inside a collective runs no Python signal handler: a thread
@@ -30,7 +33,8 @@ class Signals:
         self._left = threading.Event()
 
     def __enter__(self) -> Signals:
-        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+        self._before = {number: signal.signal(number, self._note) for number in ending_signals()}
+        self._terminals = [stream for stream in (1, 2) if os.isatty(stream)]
         if self.remedy:
             reading, self._writing = os.pipe()
             os.set_blocking(self._writing, False)
@@ -45,13 +49,13 @@ class Signals:
             os.close(self._writing)  # ends the thread
         failing = self.remedy and kind and not issubclass(kind, UserError)
         for number, handler in self._before.items():
-            if not (failing and number == signal.SIGTERM):
+            if number == signal.SIGINT or not failing:
                 signal.signal(number, handler)
 
     def _watch(self, reading: int) -> None:
         with open(reading, "rb", buffering=0) as signals:
             while number := signals.read(1):
-                if number[0] == signal.SIGTERM and not self._left.wait(self.grace):
+                if number[0] != signal.SIGINT and not self._left.wait(self.grace):
                     rank = os.environ.get("RANK", "0")
                     message = f"rank {rank}, told to end, still saves, or waits for a rank that was lost; {self.remedy}"
                     print(f"\n{message}", file=sys.stderr, flush=True)
@@ -61,6 +65,16 @@ class Signals:
         if self.received and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.received = signal.Signals(number).name
+        if number == signal.SIGHUP:
+            with open(os.devnull, "wb") as nowhere:
+                for stream in self._terminals:
+                    os.dup2(nowhere.fileno(), stream)
+
+
+def ending_signals() -> list[signal.Signals]:
+    """The signals that ask a process to end; `nohup` has SIGHUP ignored, and so it stays."""
+    hang_up = [signal.SIGHUP] if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN else []
+    return [signal.SIGTERM, signal.SIGINT, *hang_up]
 
 
 def stop_reason(signals: Signals, device: torch.device, limit: str = "", reached: bool = False) -> str:

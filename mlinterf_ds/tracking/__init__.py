@@ -33,6 +33,7 @@ from mlinterf_ds.tracking.facts import (
     first_line,
     flatten,
     scrub,
+    sqlite_uri,
     tidy_tags,
     tracking_uri,
     user_name,
@@ -62,7 +63,7 @@ class Tracker:
         self._warned: set[str] = set()
         self._trouble = ""  # why the last sending failed
         self._pid = os.getpid()
-        self._previous_handler: Any = None
+        self._handled: list[signal.Signals] = []  # signals that end the job by an exception
         if folder is not None:
             folder = folder.absolute()  # the process may change its directory
             self._spool = SpoolWriter(folder, key)
@@ -138,7 +139,7 @@ class Tracker:
             return ""
         uri = tracking_uri()
         if not uri.startswith(("http://", "https://")):
-            here = f"sqlite:///{Path.cwd()}/"
+            here = f"{sqlite_uri(Path.cwd())}/"
             shown = "sqlite:///" + uri.removeprefix(here) if uri.startswith(here) else scrub(uri)
             return f"mlflow ui --backend-store-uri {shlex.quote(shown)}"
         server, run = scrub(uri).rstrip("/"), self._sender.runs.get(self._key)
@@ -205,10 +206,12 @@ class Tracker:
     # --- how jobs end ------------------------------------------------------------------------------------------
 
     def __enter__(self) -> Self:
-        # Python ends at once on SIGTERM by default; an exception instead lets `__exit__` mark the run.
+        # Python ends at once on these signals by default; an exception instead lets `__exit__` mark the run.
         in_main = threading.current_thread() is threading.main_thread()
-        if self._folder is not None and in_main and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
-            self._previous_handler = signal.signal(signal.SIGTERM, _exit_on_signal)
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            if self._folder is not None and in_main and signal.getsignal(number) is signal.SIG_DFL:
+                signal.signal(number, _exit_on_signal)
+                self._handled.append(number)
         return self
 
     def __exit__(
@@ -219,9 +222,9 @@ class Tracker:
             if error is not None and status != "FINISHED":
                 self.tag({"failure": first_line(error)})
             self.close(status, timeout=KILLED_TIMEOUT if status == "KILLED" else CLOSING_TIMEOUT)
-        if self._previous_handler is not None:
-            signal.signal(signal.SIGTERM, self._previous_handler)
-            self._previous_handler = None
+        for number in self._handled:
+            signal.signal(number, signal.SIG_DFL)
+        self._handled = []
 
     def _at_exit(self) -> None:
         if not self._closed and os.getpid() == self._pid:

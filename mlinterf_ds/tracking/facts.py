@@ -12,6 +12,7 @@ import platform
 import posixpath
 import re
 import subprocess
+import urllib.parse
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ MAX_NAME = 250
 SECRET_WORDS = {"password", "passwd", "passphrase", "secret", "secrets", "token", "credential", "credentials", "apikey"}
 SECRET_KEYS = {"api", "access", "private", "secret", "encryption", "auth"}  # followed by the word "key"
 HIDDEN = "***"
+
 
 _URI_USER = re.compile(r"(?<=://)[^/\s?#]+@")
 _URI_QUERY = re.compile(
@@ -134,5 +136,16 @@ def tracking_uri() -> str:
     """MLflow's address: MLFLOW_TRACKING_URI, else an SQLite file in the working directory. SQLite paths are absolute."""
     uri = os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
     if uri.startswith("sqlite:///") and not uri.startswith("sqlite:////"):
-        return f"sqlite:///{Path.cwd() / uri.removeprefix('sqlite:///')}"
+        return sqlite_uri(Path.cwd()) + "/" + uri.removeprefix("sqlite:///")
     return uri
+
+
+def sqlite_uri(path: Path) -> str:
+    """The address of an SQLite file, in which SQLAlchemy takes %xx for a character and ? for the end of the path."""
+    return f"sqlite:///{str(path).replace('%', '%25').replace('?', '%3F')}"
+
+
+def sqlite_path(uri: str) -> Path | None:
+    """The file of an SQLite address, as SQLAlchemy reads it; None for any other address."""
+    rest = uri.removeprefix("sqlite:///")
+    return None if rest == uri else Path(urllib.parse.unquote(rest.partition("?")[0]))

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from mlinterf_ds.tracking.facts import first_line, scrub
+from mlinterf_ds.tracking.facts import clean_name, first_line, scrub, sqlite_path, sqlite_uri
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -60,14 +60,15 @@ def create_database(uri: str) -> None:
     MLflow creates its tables by migrations that are not transactions: a second job that opens a half-made store, or a kill
     in the middle of a migration, would leave a store that nobody can open.
     """
-    path = Path(uri.removeprefix("sqlite:///").partition("?")[0])
-    if not uri.startswith("sqlite:///") or path.exists():
+    path = sqlite_path(uri)
+    if path is None or path.exists():
         return
     from mlflow import MlflowClient
 
+    path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as folder:
         complete = Path(folder) / path.name
-        MlflowClient(f"sqlite:///{complete}").search_experiments(max_results=1)
+        MlflowClient(sqlite_uri(complete)).search_experiments(max_results=1)
         with contextlib.suppress(FileExistsError):  # another job was faster; its store is complete too
             os.link(complete, path)
 
@@ -154,8 +155,10 @@ class Store:
     def _experiment(self, name: str) -> str:
         experiment = self.client.get_experiment_by_name(name)
         if experiment is None:
+            # MLflow would take %xx in the name of its artifacts' folder for a character.
+            folder = (Path.cwd() / "mlruns" / clean_name(name)).as_uri() if "%" in str(Path.cwd()) else None
             # Two jobs may start at once: the slower one fails here, and its next attempt finds the experiment.
-            return str(self.client.create_experiment(name, tags=EXPERIMENT_TAGS))
+            return str(self.client.create_experiment(name, folder if sqlite_path(self.uri) else None, EXPERIMENT_TAGS))
         experiment_id = str(experiment.experiment_id)
         if experiment.lifecycle_stage == "deleted":
             raise NotYet(f"MLflow's experiment {name!r} is deleted: `mlflow experiments restore -x {experiment_id}`")

@@ -7,7 +7,6 @@ import os
 import socket
 import urllib.error
 import urllib.request
-from pathlib import Path
 
 from tools.doctor.check import Check
 
@@ -52,7 +51,7 @@ def rendezvous(address: str, port: int) -> Check:
 
 def mlflow_server() -> list[Check]:
     """Checks that MLflow's server answers, or that its file can be written."""
-    from mlinterf_ds.tracking.facts import first_line, scrub, tracking_uri
+    from mlinterf_ds.tracking.facts import first_line, scrub, sqlite_path, tracking_uri
 
     uri = tracking_uri()
     shown = scrub(uri)
@@ -65,9 +64,10 @@ def mlflow_server() -> list[Check]:
                 "start it, or correct MLFLOW_TRACKING_URI; until then runs go on and keep their records to send later"
             )
             return [Check("mlflow", "WARN", f"{shown}: {first_line(error)}", remedy)]
-    if uri.startswith("sqlite:///"):
-        path = Path(uri.removeprefix("sqlite:///"))
-        if not os.access(path if path.exists() else path.parent, os.W_OK):
+    if path := sqlite_path(uri):
+        while not path.exists():
+            path = path.parent  # MLflow makes the missing folders
+        if not os.access(path, os.W_OK):
             remedy = "set MLFLOW_TRACKING_URI to a file that you may write"
             return [Check("mlflow", "FAIL", f"{shown} cannot be written", remedy)]
     return [Check("mlflow", "OK", shown)]
