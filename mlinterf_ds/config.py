@@ -191,18 +191,23 @@ def fields(kind: type[Section], prefix: str = "") -> list[tuple[str, Any, str]]:
     return rows
 
 
-def describe(kind: type[Section]) -> str:
-    """The keys as `--help` shows them, a line for each."""
-    rows = fields(kind)
+def describe(kind: type[Section], values: Section | None = None) -> str:
+    """The keys as `--help` shows them, a line for each, with their defaults or these values."""
+    given = flat(values.model_dump()) if values else {}
+    rows = [(name, given.get(name, default), meaning) for name, default, meaning in fields(kind)]
     width = max(len(f"{key}={default}") for key, default, _ in rows)
     return "\n".join(f"  {f'{key}={default}':<{width}}  {meaning}" for key, default, meaning in rows)
 
 
-def parser(description: str, kind: type[Section]) -> argparse.ArgumentParser:
-    """The arguments that every launcher takes; its `--help` lists every key of the configuration."""
+def parser(description: str, kind: type[Section], recipe: str = "") -> argparse.ArgumentParser:
+    """The arguments that every launcher takes; its `--help` lists every key of the configuration.
+
+    recipe: the one that a start without `--recipe` uses.
+    """
+    values, source = (load_config(kind, [recipe]), f" (of the recipe {recipe})") if recipe else (None, "")
     arguments = argparse.ArgumentParser(
         description=description,
-        epilog=f"keys for --set and recipes, with their defaults:\n{describe(kind)}",
+        epilog=f"keys for --set and recipes, with the values of a start without --recipe{source}:\n{describe(kind, values)}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )

@@ -51,6 +51,11 @@ class Pretrained:
         return architecture(self.saved["config"]["variant"])
 
     @property
+    def run_variant(self) -> str:
+        """The variant of the run, which also says how its language-specific modules were trained."""
+        return str(self.saved["config"]["variant"])
+
+    @property
     def positions(self) -> int:
         """The longest row, in pieces."""
         return int(self.saved["config"]["data"]["sequence_length"])

@@ -48,7 +48,7 @@ def run(config: AnalyzeConfig, deepspeed_json: dict[str, Any], group: Group | No
         corpus, languages = material(config, pretrained)
         tracker = Tracker.off()
         if here.first:
-            model = f" of {pretrained.path} ({pretrained.variant})" if pretrained else ""
+            model = f" of {pretrained.path} ({pretrained.run_variant})" if pretrained else ""
             print(f"{config.analysis}{model}, {precision} ({reason}); output {here.output}", flush=True)
             tracker = open_tracker(config, pretrained, here.output)
         with tracker:

@@ -140,5 +140,5 @@ def _greeting(job: FinetuneJob, precision: str, output: Path) -> str:
         f"{split} {', '.join(f'{language} {len(examples)}' for language, examples in job.sets.examples[split].items())}"
         for split in SPLITS
     ]
-    lines = [f"{job.task.name} from {job.pretrained.path} ({job.pretrained.variant}), {precision}; output {output}"]
+    lines = [f"{job.task.name} from {job.pretrained.path} ({job.pretrained.run_variant}), {precision}; output {output}"]
     return "\n".join([*lines, "examples: " + "; ".join(counts), *(f"note: {note}" for note in job.sets.notes)])

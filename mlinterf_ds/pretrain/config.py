@@ -28,6 +28,8 @@ from mlinterf_ds.sections import (
     is_meta,
 )
 
+BARE = "tiny"  # the recipe of a start that names none
+
 
 class DataConfig(Section):
     """The rows of a step: their length, masks and languages."""
@@ -138,8 +140,8 @@ class RunConfig(Section):
 
 def read_arguments(arguments: Sequence[str]) -> tuple[RunConfig, str]:
     """The configuration that the pretraining launcher's arguments ask for, and the path of DeepSpeed's JSON file."""
-    options = parser("Pretrain a multilingual masked language model.", RunConfig).parse_args(arguments)
-    return load_run(options.recipe or ["tiny"], options.set), options.deepspeed_config
+    options = parser("Pretrain a multilingual masked language model.", RunConfig, BARE).parse_args(arguments)
+    return load_run(options.recipe or [BARE], options.set), options.deepspeed_config
 
 
 def load_run(recipes: Sequence[str | Path] = (), overrides: Sequence[str] = ()) -> RunConfig:

@@ -105,11 +105,14 @@ def description(summary: Mapping[str, Any]) -> str:
     names = ("valid_perplexity", "unigram_perplexity", "valid_bits_per_character")
     rows = [[code, *(f"{summary[name][code]:.2f}" for name in names)] for code in summary["languages"]]
     lines = [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)]
-    return f"{summary['variant']}, {summary['steps']} steps\n\n" + "\n".join(lines)
+    return f"Pretraining: {summary['variant']}, {summary['steps']} steps\n\n" + "\n".join(lines)
 
 
 def show(summary: Mapping[str, Any], seen: Mapping[str, Mapping[str, float]], output: Path, browse: str) -> None:
     """Print a row for each language, what the run took, and how to go on or look."""
+    measured = max((points[-1][0] for points in summary["history"].values() if points), default=summary["steps"])
+    if measured != summary["steps"]:
+        print(f"\nvalidation was last measured at step {measured} of these {summary['steps']}:", end="")
     print(f"\n{'language':<14}{'valid perplexity':>18}{'unigram':>10}{'bits/character':>16}{'epochs':>9}")
     for language in summary["languages"]:
         print(

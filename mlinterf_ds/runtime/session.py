@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from mlinterf_ds.errors import UserError
 from mlinterf_ds.ranks import agreed, from_first
 from mlinterf_ds.runtime.output import hushed, noted, quiet, remove_stale_locks, writing
 from mlinterf_ds.runtime.parallel import Group, Layout
@@ -70,8 +72,13 @@ def session(
 
     with in_group(group, parallel) as layout:
         folder = Path(output or from_first(f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}"))
-        log = folder / "log" / f"rank-{layout.rank}.log"
+        log, is_new = folder / "log" / f"rank-{layout.rank}.log", not folder.exists()
         agreed(prepare)
         quiet(log)
-        with noted(log):
-            yield Session(layout, folder, log)
+        try:
+            with noted(log):
+                yield Session(layout, folder, log)
+        except UserError:
+            if layout.rank == 0 and is_new and os.listdir(folder) == [log.parent.name]:
+                shutil.rmtree(folder)  # the run was refused before it wrote anything
+            raise

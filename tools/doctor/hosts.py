@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -38,13 +39,29 @@ def check_hosts(options: argparse.Namespace) -> list[Check]:
     checks += agreement(checks)
     if options.master_addr and len(hosts) > 1:
         checks += reachable(hosts, options)
+    return checks + starters(options.hostfile, len(hosts))
+
+
+def starters(hostfile: Path, count: int) -> list[Check]:
+    """Checks of what `deepspeed --hostfile` needs on this machine: a file that DeepSpeed reads, and pdsh for several hosts."""
+    checks = []
+    if hostfile.read_bytes()[:1] > b"\x7f":
+        remedy = f"DeepSpeed would take it for a part of the first host's name: save {hostfile} as UTF-8 without it"
+        checks.append(Check("hostfile", "FAIL", "begins with a byte-order mark", remedy, "this machine"))
+    if count > 1:
+        pdsh = shutil.which("pdsh")
+        remedy = "`deepspeed --hostfile` starts the hosts with it: apt install pdsh (dnf install pdsh), or use mpirun or Slurm"
+        status = "OK" if pdsh else "WARN"
+        checks.append(Check("pdsh", status, pdsh or "not installed", "" if pdsh else remedy, "this machine"))
     return checks
 
 
 def read_hostfile(path: Path) -> list[str]:
     """The hosts of a DeepSpeed hostfile, whose lines are `host slots=N`."""
     try:
-        lines = [line.partition("#")[0].split() for line in path.read_text(encoding="utf-8").splitlines()]
+        data = path.read_bytes()
+        text = data.decode(json.detect_encoding(data)).removeprefix("\ufeff")
+        lines = [line.partition("#")[0].split() for line in text.splitlines()]
     except OSError as error:
         sys.exit(f"error: --hostfile {path}: {error.strerror}; launch/cluster/hostfile is an example")
     except UnicodeDecodeError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -30,9 +31,19 @@ def accelerator() -> list[Check]:
         checks = [Check("accelerator", "WARN", "cpu, although nvidia-smi is installed", remedy)]
     else:
         checks = [Check("accelerator", "OK", f"{count} x {kind}", alike=True)]
+    if unusable := unlaunchable(os.environ.get("CUDA_VISIBLE_DEVICES")):
+        checks.append(unusable)
     precisions = f"{', '.join([*fast, 'fp32'])}; train.precision=auto takes {choice}"
     slow = "" if fast else "without 16-bit arithmetic steps take about twice as long: use a device that has it"
     return [*checks, Check("precision", "OK" if fast else "WARN", precisions, slow)]
+
+
+def unlaunchable(devices: str | None) -> Check | None:
+    """A warning for a CUDA_VISIBLE_DEVICES that DeepSpeed's launcher cannot read: -1, or names of GPUs (GPU-uuid, MIG-uuid)."""
+    if not devices or all(word.strip().isdecimal() for word in devices.split(",")):
+        return None
+    remedy = "`deepspeed launch/...` takes numbers only: add --num_gpus N, use torchrun or plain python, or unset it"
+    return Check("visible devices", "WARN", f"CUDA_VISIBLE_DEVICES={devices}", remedy)
 
 
 def space(folder: Path, name: str, fail: float, warn: float, remedy: str) -> Check:

@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from mlinterf_ds.runtime.launchers import find_home
 from tools.doctor import hosts, machine, network, software
 from tools.doctor.check import Check
 
@@ -85,6 +86,7 @@ def arguments(words: Sequence[str]) -> argparse.Namespace:
 
 def main(words: Sequence[str]) -> int:
     """Prints the checks that the command line asks for; returns the exit code."""
+    find_home()
     options = arguments(words)
     if options.hostfile:
         checks = hosts.check_hosts(options)

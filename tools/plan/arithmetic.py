@@ -262,6 +262,11 @@ DEVICES = {
     "v100": Device(32e9, 125e12, 150e9, 12.5e9),
     "l40": Device(48e9, 181e12, 32e9, 12.5e9),
     "a10": Device(24e9, 125e12, 32e9, 6e9),
+    "rtx6000-ada": Device(48e9, 364e12, 32e9, 3e9),
+    "a6000": Device(48e9, 155e12, 56e9, 3e9),
+    "rtx5090": Device(32e9, 209e12, 64e9, 1.2e9),  # workstations: ten gigabits a second from a host
+    "rtx4090": Device(24e9, 165e12, 32e9, 1.2e9),
+    "rtx3090": Device(24e9, 71e12, 32e9, 1.2e9),
 }
 USABLE = 0.9  # share of the memory; the rest goes to the driver, the libraries and fragmentation
 

@@ -15,9 +15,10 @@ import argparse
 import itertools
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from mlinterf_ds.data.corpus import Corpus
 from mlinterf_ds.errors import UserError
 from mlinterf_ds.pretrain.config import RunConfig, load_run
 from tools.plan import arithmetic
@@ -47,7 +48,7 @@ class Plan:
 def make(options: argparse.Namespace, config: RunConfig, ranks: int, tensor: int, stage: int, languages: int) -> Plan:
     """Plans the run at this layout, with the configuration's micro-batch or else the largest one that fits."""
     layout = arithmetic.PlannedLayout(ranks, tensor, stage, options.precision)
-    device = arithmetic.DEVICES[options.gpu]
+    device = device_of(options)
     count = arithmetic.parameters(config, languages, options.vocabulary, tensor)
     rows = max(1, config.train.batch // layout.data)
     sizes = [size for size in range(rows, 0, -1) if rows % size == 0]
@@ -69,6 +70,12 @@ def make(options: argparse.Namespace, config: RunConfig, ranks: int, tensor: int
         )
     days = sum(seconds.values()) * config.train.steps / 86400
     return Plan(layout, size, memory, seconds, sent, days, fits)
+
+
+def device_of(options: argparse.Namespace) -> arithmetic.Device:
+    """The GPU, with its share of the host's network where `--network` gives its speed."""
+    device = arithmetic.DEVICES[options.gpu]
+    return replace(device, far=options.network * 1e9 / 8 / options.gpus) if options.network else device
 
 
 def layouts(options: argparse.Namespace, config: RunConfig, ranks: int, languages: int) -> list[Plan]:
@@ -96,9 +103,14 @@ def show(options: argparse.Namespace, config: RunConfig, plans: list[Plan]) -> N
     """Prints all layouts, then the memory, traffic and time of the fastest one that fits."""
     count = arithmetic.parameters(config, options.languages, options.vocabulary, 1)
     ranks = options.nodes * options.gpus
+    own = (
+        f"{count.own / 1e6:,.2f}M for each of {count.languages} languages"
+        if count.languages
+        else "none of one language"
+    )
     print(
-        f"{config.name}, {config.variant}: {count.total / 1e6:,.0f}M parameters ({count.shared / 1e6:,.0f}M shared, "
-        f"{count.own / 1e6:,.2f}M for each of {count.languages} languages), {options.vocabulary:,} pieces\n"
+        f"{config.name}, {config.variant}, {options.languages} languages: {count.total / 1e6:,.0f}M parameters "
+        f"({count.shared / 1e6:,.0f}M shared, {own}), {options.vocabulary:,} pieces\n"
         f"{ranks} x {options.gpu}, {options.precision}, {config.train.batch} rows of {config.data.sequence_length} tokens, "
         f"{config.train.steps:,} steps; MFU {options.mfu:.0%} assumed\n"
     )
@@ -151,8 +163,13 @@ def arguments(words: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--nodes", type=int, default=1, help="number of nodes (default 1)")
     parser.add_argument("--gpus", type=int, default=8, help="GPUs of a node (default 8)")
     parser.add_argument("--gpu", choices=sorted(arithmetic.DEVICES), default="h100", help="model of GPU (default h100)")
-    parser.add_argument("--languages", type=int, default=2, help="number of languages (default 2)")
-    parser.add_argument("--vocabulary", type=int, default=32000, help="pieces of the vocabulary (default 32000)")
+    parser.add_argument("--languages", type=int, help="number of languages (default: the corpus's, or else 2)")
+    parser.add_argument(
+        "--vocabulary", type=int, help="pieces of the vocabulary (default: the corpus's, or else 32000)"
+    )
+    parser.add_argument(
+        "--network", type=float, metavar="GBIT/S", help="speed of a host's network (default: usual for the GPU)"
+    )
     parser.add_argument("--mfu", type=float, default=0.4, help="share of the peak that products reach (default 0.4)")
     parser.add_argument(
         "--figures", type=Path, metavar="STEM", help="draw STEM-gpus and STEM-languages (png, svg, csv)"
@@ -160,17 +177,39 @@ def arguments(words: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--json", type=Path, help="write the plan of every layout to this file")
     options = parser.parse_args(words)
     for name in ("nodes", "gpus", "languages", "vocabulary"):
-        if getattr(options, name) < 1:
-            raise UserError(f"--{name} {getattr(options, name)}: expected 1 or more")
+        if (given := getattr(options, name)) is not None and given < 1:
+            raise UserError(f"--{name} {given}: expected 1 or more")
+    if options.network is not None and not options.network > 0:
+        raise UserError(f"--network {options.network}: expected gigabits a second, e.g. 10")
     if not 0 < options.mfu <= 1:
         raise UserError(f"--mfu {options.mfu}: expected a share between 0 and 1, e.g. 0.4")
     return options
+
+
+def count_corpus(options: argparse.Namespace, config: RunConfig) -> None:
+    """Sets the number of languages and pieces: those given, else those of `corpus=` and `languages=`, else 2 and 32,000.
+
+    Raises UserError for a folder that is no corpus, and for numbers that are not the corpus's.
+    """
+    counts = {"languages": len(config.languages or []), "vocabulary": 0}
+    if config.corpus != "synthetic":
+        corpus = Corpus.open(config.corpus, config.languages)
+        counts = {"languages": len(config.languages or corpus.languages), "vocabulary": corpus.vocabulary_size}
+    for name, usual in (("languages", 2), ("vocabulary", 32000)):
+        given = getattr(options, name)
+        if given and counts[name] and given != counts[name]:
+            source = "languages=" if config.corpus == "synthetic" else f"corpus={config.corpus}"
+            raise UserError(
+                f"--{name} {given}: {source} has {counts[name]}; leave --{name} out, or plan without {source}"
+            )
+        setattr(options, name, given or counts[name] or usual)
 
 
 def main(words: Sequence[str]) -> int:
     """Plans the run that the command line describes; returns the exit code."""
     options = arguments(words)
     config = load_run(options.recipe or ["tiny"], options.set)
+    count_corpus(options, config)
     options.precision = {"auto": "fp16"}.get(config.train.precision, config.train.precision)  # auto on GPUs
     ranks = options.nodes * options.gpus
     plans = layouts(options, config, ranks, options.languages)
