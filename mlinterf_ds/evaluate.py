@@ -27,14 +27,14 @@ from mlinterf_ds.data.tokenizer import BOS, EOS, MANY_UNKNOWN, MASK, UNK, Tokeni
 from mlinterf_ds.engine.engine import weighted_loss
 from mlinterf_ds.engine.precision import DTYPES, choose_precision
 from mlinterf_ds.errors import UserError
-from mlinterf_ds.files import write_json
+from mlinterf_ds.files import sha256, write_json
 from mlinterf_ds.pretrained import Pretrained
 from mlinterf_ds.runtime.parallel import Group, Layout
 from mlinterf_ds.runtime.session import in_group
 from mlinterf_ds.sections import ParallelConfig
 from mlinterf_ds.tasks.files import read_text
 from mlinterf_ds.tasks.sources import parse
-from mlinterf_ds.tracking import Tracker, environment_facts
+from mlinterf_ds.tracking import Tracker, dataset, environment_facts
 
 BLANK = "<mask>"
 ROWS = 64  # evaluated at once
@@ -192,12 +192,14 @@ def record(model: Model, texts: dict[str, str], results: dict[str, dict[str, flo
     """Log the scores to MLflow, in a run nested under the pretraining run, where that was tracked."""
     tracker = Tracker.start(
         enabled=True,
-        experiment=model.saved["config"]["tracking"]["experiment"],
+        experiment=f"{model.saved['config']['tracking']['experiment']}-analyses",
         name="evaluate",
         folder=Path(f"runs/evaluate-{time.strftime('%Y%m%d-%H%M%S')}"),
         parameters={"checkpoint": str(model.path), "text": texts},
         tags=environment_facts() | {"variant": model.saved["config"]["variant"]},
         parent_id=model.saved.get("run_id"),
+        about=f"Evaluation of {model.path} on {', '.join(texts)}",
+        datasets=[dataset(Path(path), sha256(Path(path)), "evaluation") for path in texts.values()],
     )
     for language, scores in results.items():
         tracker.log({f"evaluate/{name}/{language}": value for name, value in scores.items()}, 0)

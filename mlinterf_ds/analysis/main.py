@@ -25,7 +25,7 @@ from mlinterf_ds.pretrained import Pretrained
 from mlinterf_ds.ranks import from_first
 from mlinterf_ds.runtime.parallel import Group
 from mlinterf_ds.runtime.session import session
-from mlinterf_ds.tracking import Tracker, environment_facts
+from mlinterf_ds.tracking import Tracker, dataset, environment_facts
 
 
 def main(arguments: Sequence[str], group: Group | None = None) -> int:
@@ -50,7 +50,7 @@ def run(config: AnalyzeConfig, deepspeed_json: dict[str, Any], group: Group | No
         if here.first:
             model = f" of {pretrained.path} ({pretrained.run_variant})" if pretrained else ""
             print(f"{config.analysis}{model}, {precision} ({reason}); output {here.output}", flush=True)
-            tracker = open_tracker(config, pretrained, here.output)
+            tracker = open_tracker(config, pretrained, corpus, here.output)
         with tracker:
             job = AnalysisJob(
                 config=config,
@@ -111,16 +111,19 @@ def check_vocabulary(corpus: Path, pretrained: Pretrained) -> None:
         )
 
 
-def open_tracker(config: AnalyzeConfig, pretrained: Pretrained | None, output: Path) -> Tracker:
+def open_tracker(config: AnalyzeConfig, pretrained: Pretrained | None, corpus: Corpus | None, output: Path) -> Tracker:
     """The analysis's run, nested under the pretraining run; rank 0 only."""
     tracker = Tracker.start(
         enabled=config.tracking.enabled,
-        experiment=config.tracking.experiment,
+        experiment=f"{config.tracking.experiment}-analyses",
         name=output.name,
         folder=output,
         parameters=config.model_dump(),
         tags=environment_facts() | {"analysis": config.analysis} | config.tracking.tags,
         parent_id=(pretrained and pretrained.saved.get("run_id")) or config.tracking.parent,
+        about=f"Analysis {config.analysis}"
+        + (f" of {pretrained.path} ({pretrained.run_variant})" if pretrained else ""),
+        datasets=[dataset(corpus.folder, corpus.manifest_hash, "analysis")] if corpus else [],
     )
     output.mkdir(parents=True, exist_ok=True)
     write_json(output / "analysis.json", {"config": config.model_dump(), "run_id": tracker.run_id})

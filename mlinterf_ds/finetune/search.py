@@ -202,6 +202,7 @@ class Search:
             tags=self._tags(),
             run_id=run_id,
             parent_id=job.pretrained.saved.get("run_id") or job.config.tracking.parent,
+            about=f"Fine-tuning of {job.pretrained.path} ({job.pretrained.run_variant}) on {job.task.name}",
         )
         record = {"identity": self._identity(), "run_id": self.tracker.run_id, "config": job.config.model_dump()}
         write_json(self.output / "job.json", record)

@@ -308,9 +308,9 @@ class PretrainingRun:
         if not self.first:
             return
         metrics = {f"train/{name}": value for name, value in facts.items()}
-        metrics["speed/tokens_per_second"] = rate
-        metrics["speed/mfu"] = rate / self.config.data.sequence_length * self.row_flops / self.peak
-        metrics["memory/peak_gib"] = peak_memory(self.engine.device) / 2**30
+        metrics["system/tokens_per_second"] = rate
+        metrics["system/mfu"] = rate / self.config.data.sequence_length * self.row_flops / self.peak
+        metrics["system/peak_gib"] = peak_memory(self.engine.device) / 2**30
         for language, seen in self.stream.seen(step).items():
             metrics |= {f"seen/{name}/{language}": seen[name] for name in ("tokens", "epochs")}
         self.records.tracker.log(metrics, step)
@@ -328,6 +328,7 @@ class PretrainingRun:
             self.history[language].append((step, perplexity))
             metrics[f"valid/perplexity/{language}"] = perplexity
             metrics[f"valid/bits_per_character/{language}"] = rows.bits_per_character(loss)
+        metrics["perplexity"] = math.exp(self._mean_loss())  # the first chart: names without a slash come first
         self.records.evaluated(metrics, self.history, self.unigrams, step)
 
     def _mean_loss(self) -> float:

@@ -19,7 +19,7 @@ from mlinterf_ds.errors import resumption
 from mlinterf_ds.files import write_csv, write_json
 from mlinterf_ds.plots.curves import perplexity_curves
 from mlinterf_ds.pretrain.config import RunConfig
-from mlinterf_ds.tracking import Tracker, environment_facts
+from mlinterf_ds.tracking import Tracker, dataset, environment_facts
 
 if TYPE_CHECKING:  # the session needs megatron, the columns of train.csv do not
     from mlinterf_ds.runtime.session import Session
@@ -53,6 +53,8 @@ class Records:
             tags=environment_facts() | {"corpus manifest": corpus.manifest_hash} | own | config.tracking.tags,
             run_id=run_id,
             parent_id=config.tracking.parent,
+            about=f"Pretraining: {config.variant} on {', '.join(languages)}, {config.train.steps} steps",
+            datasets=[dataset(corpus.folder, corpus.manifest_hash, "training")],
         )
         self.losses = LossTable(output / "train.csv", step)
         self.tracker.artifact(output / "config.json")

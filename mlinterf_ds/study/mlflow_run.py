@@ -39,6 +39,7 @@ def start(config: StudyConfig, output: Path) -> Tracker:
         parameters=config.model_dump(exclude={"tracking"}),
         tags=environment_facts() | {"study": config.name, "kind": "study"} | config.tracking.tags,
         run_id=run_id,
+        about=f"Study {config.name}: {len(config.sets)} sets of languages, variants {', '.join(config.variants)}",
     )
     deadline = time.monotonic() + PATIENCE
     while (tracker.run_id or "").startswith(PENDING) and time.monotonic() < deadline:

@@ -22,13 +22,14 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Literal, Self
 
 from mlinterf_ds.tracking.facts import (
     clean_name,
+    dataset,
     environment_facts,
     first_line,
     flatten,
@@ -40,13 +41,16 @@ from mlinterf_ds.tracking.facts import (
 )
 from mlinterf_ds.tracking.spool import SPOOL, Record, Sender, SpoolWriter
 from mlinterf_ds.tracking.store import PENDING, set_client_defaults
+from mlinterf_ds.tracking.system import SAMPLED, SystemMetrics
 
-__all__ = ["PENDING", "Tracker", "environment_facts", "scrub"]
+__all__ = ["PENDING", "Tracker", "dataset", "environment_facts", "scrub"]
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 
 log = logging.getLogger(__name__)
 
+NOTE = "mlflow.note.content"  # tag that MLflow's browser shows as the run's description
+LOCAL_UI = "http://127.0.0.1:5000"  # where `mlflow ui` listens
 INTERVAL = 2.0  # seconds between two looks at the spool
 LONGEST_PAUSE = 30.0  # seconds between two attempts while the server is away
 CLOSING_TIMEOUT = 30.0  # seconds that a finished job waits for the server
@@ -89,10 +93,13 @@ class Tracker:
         tags: dict[str, str],
         run_id: str | None = None,
         parent_id: str | None = None,
+        about: str = "",
+        datasets: Sequence[Mapping[str, str]] = (),
     ) -> Tracker:
         """Opens a run, or attaches to the run that a resumed job had (`run_id`: a tracker's own, `pending-...` too).
 
         `parameters` may be nested; credentials in them and in `tags` are hidden. `parent_id` nests the run under another.
+        about: what the run is, in Markdown, until `describe` says more. datasets: what it reads (`dataset`).
         Returns at once: the run itself is created in the background, as soon as the server answers.
         """
         if not enabled:
@@ -115,7 +122,8 @@ class Tracker:
             "experiment": experiment[:500],
             "name": scrub(name),
             "parameters": flatten(parameters),
-            "tags": tidy_tags(source | tags),
+            "tags": tidy_tags(source | tags | ({NOTE: about} if about and not run_id else {})),
+            "datasets": [{key: scrub(value) for key, value in dataset.items()} for dataset in datasets],
             "run_id": run_id,
             "parent_id": parent_id,
             "uri": scrub(tracking_uri()),
@@ -137,16 +145,14 @@ class Tracker:
         """How to look at the run: the command that opens MLflow's browser on a local store, or the server's address."""
         if self._folder is None:
             return ""
-        uri = tracking_uri()
+        run, experiment, uri = self._sender.runs.get(self._key), self._sender.store.experiment_id, tracking_uri()
+        # MLflow's browser opens the half it showed last, models or generated text; the query asks for models.
+        page = f"/#/experiments/{experiment}/runs/{run}?workflowType=machine_learning" if run and experiment else ""
         if not uri.startswith(("http://", "https://")):
             here = f"{sqlite_uri(Path.cwd())}/"
             shown = "sqlite:///" + uri.removeprefix(here) if uri.startswith(here) else scrub(uri)
-            return f"mlflow ui --backend-store-uri {shlex.quote(shown)}"
-        server, run = scrub(uri).rstrip("/"), self._sender.runs.get(self._key)
-        experiment = self._sender.store.experiment_id
-        # MLflow's browser opens the half it showed last, models or generated text; the query asks for models.
-        page = f"/#/experiments/{experiment}/runs/{run}?workflowType=machine_learning"
-        return server + page if run and experiment else server
+            return f"mlflow ui --backend-store-uri {shlex.quote(shown)}" + (f"  # {LOCAL_UI}{page}" if page else "")
+        return scrub(uri).rstrip("/") + page
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """Records values at a step. NaN stays NaN; infinities become NaN, because MLflow would draw them as 1.8e308."""
@@ -169,7 +175,7 @@ class Tracker:
 
     def describe(self, text: str) -> None:
         """Sets the Markdown text that MLflow's browser shows with the run; it replaces an earlier text."""
-        self.tag({"mlflow.note.content": text})
+        self.tag({NOTE: text})
 
     def artifact(self, path: Path, folder: str | None = None) -> None:
         """Adds a file or a folder to the run, under `folder`; the file must exist until `close`."""
@@ -247,7 +253,8 @@ class Tracker:
 
     def _work(self) -> None:
         """Sends the spool every INTERVAL seconds, and less often while that fails, until the tracker is closed."""
-        failures, pause = 0, 0.0
+        failures, pause, sampled = 0, 0.0, time.monotonic()
+        system: SystemMetrics | None = None
         while True:
             self._wake.wait(pause)
             self._wake.clear()
@@ -257,6 +264,10 @@ class Tracker:
                 failures, pause, self._trouble = 0, INTERVAL, ""
                 if closing:
                     break
+                if time.monotonic() >= sampled + SAMPLED:
+                    sampled, system = time.monotonic(), system or SystemMetrics()
+                    if values := system.sample():
+                        self._write({"step": system.samples, "metrics": values})
             except Exception as error:  # MLflow and networks raise many classes; the sending is tried again
                 failures, self._trouble = failures + 1, first_line(error)
                 pause = 0.5 if closing else min(2.0 ** (failures - 1), LONGEST_PAUSE)

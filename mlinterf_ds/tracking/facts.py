@@ -94,6 +94,11 @@ def tidy_tags(tags: Mapping[str, str]) -> dict[str, str]:
     return {clean_name(k): HIDDEN if is_secret(k) else scrub(str(v))[:MAX_TAG] for k, v in tags.items()}
 
 
+def dataset(path: Path, digest: str, context: str) -> dict[str, str]:
+    """A data set for `Tracker.start`: a file or folder, the hash of its contents, and what the run does with it."""
+    return {"name": path.name, "digest": digest, "source": str(path), "context": context}
+
+
 def environment_facts() -> dict[str, str]:
     """Versions of Python and packages (from their metadata, without importing them), host name, and the checkout's commit."""
     facts = {"python": platform.python_version(), "host": platform.node(), "platform": platform.platform()}

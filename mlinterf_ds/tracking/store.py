@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
 import logging
 import os
 import tempfile
@@ -110,7 +111,21 @@ class Store:
             # MLflow writes a parameter once; tags hold the values that a resumed run changed.
             tags |= {f"resumed.{k}"[:250]: v for k, v in parameters.items() if logged.get(k, v) != v}
             self.log(run.info.run_id, parameters={k: v for k, v in parameters.items() if k not in logged}, tags=tags)
+        if datasets := start.get("datasets"):  # spools of earlier versions have none
+            self._log_datasets(run.info.run_id, datasets)
         return str(run.info.run_id)
+
+    def _log_datasets(self, run_id: str, datasets: Sequence[Mapping[str, str]]) -> None:
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        inputs = [
+            DatasetInput(
+                Dataset(one["name"][:500], one["digest"][:36], "local", json.dumps({"uri": one["source"]})),
+                [InputTag("mlflow.data.context", one["context"])],
+            )
+            for one in datasets
+        ]
+        self.client.log_inputs(run_id, inputs)
 
     def log(
         self,
@@ -164,8 +179,11 @@ class Store:
             raise NotYet(f"MLflow's experiment {name!r} is deleted: `mlflow experiments restore -x {experiment_id}`")
         return experiment_id
 
-    def _run_with_key(self, key: str) -> Run | None:
-        runs = self.client.search_runs([self.experiment_id or "0"], f"tags.`{KEY_TAG}` = '{key}'", max_results=1)
+    def _run_with_key(self, key: str, anywhere: bool = False) -> Run | None:
+        experiments = [self.experiment_id or "0"]
+        if anywhere:
+            experiments = [experiment.experiment_id for experiment in self.client.search_experiments()]
+        runs = self.client.search_runs(experiments, f"tags.`{KEY_TAG}` = '{key}'", max_results=1)
         return runs[0] if runs else None
 
     def _existing_run(self, key: str, known_id: str | None, resumed_id: str | None) -> Run | None:
@@ -187,7 +205,7 @@ class Store:
     def _parent(self, parent_id: str | None) -> str | None:
         if not parent_id or not parent_id.startswith(PENDING):
             return parent_id
-        parent = self._run_with_key(parent_id.removeprefix(PENDING))
+        parent = self._run_with_key(parent_id.removeprefix(PENDING), anywhere=True)
         if parent is None:
             raise NotYet(f"the parent run ({parent_id}) has not been sent yet")
         return str(parent.info.run_id)

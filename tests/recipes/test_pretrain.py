@@ -59,7 +59,7 @@ def test_mlflow_has_one_finished_run_with_curves(folder: Path, default) -> None:
     language = json.loads((folder / "runs/default/summary.json").read_text())["languages"][0]
     points = client.get_metric_history(found.info.run_id, f"valid/perplexity/{language}")
     assert sorted({point.step for point in points}) == [0, 3, 6]
-    assert {"train/loss", "train/lr", "speed/tokens_per_second"} <= found.data.metrics.keys()
+    assert {"train/loss", "train/lr", "perplexity", "system/tokens_per_second"} <= found.data.metrics.keys()
     names = {artifact.path for artifact in client.list_artifacts(found.info.run_id)}
     assert {"config.json", "perplexity.png", "tokenizer.model", "summary.json"} <= names
 
