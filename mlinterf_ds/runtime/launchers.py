@@ -69,12 +69,11 @@ def adopt() -> None:
 
 
 def _check_ranks() -> None:
-    """UserError unless RANK is a number below WORLD_SIZE."""
-    rank, world = os.environ["RANK"], os.environ.get("WORLD_SIZE", "1")
-    if not (rank.isdecimal() and world.isdecimal() and int(rank) < int(world)):
-        shown = f"WORLD_SIZE={world}" if "WORLD_SIZE" in os.environ else "WORLD_SIZE is not set"
+    """UserError unless RANK is a number below WORLD_SIZE, where that is set."""
+    rank, world = os.environ["RANK"], os.environ.get("WORLD_SIZE")
+    if world is not None and not (rank.isdecimal() and world.isdecimal() and int(rank) < int(world)):
         raise UserError(
-            f"RANK={rank} and {shown}: expected ranks from 0 to WORLD_SIZE - 1; start the ranks with deepspeed or torchrun, or "
+            f"RANK={rank} and WORLD_SIZE={world}: expected ranks from 0 to WORLD_SIZE - 1; start the ranks with deepspeed or torchrun, or "
             "`unset RANK WORLD_SIZE` for one process"
         )
 

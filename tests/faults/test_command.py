@@ -1,9 +1,11 @@
 """What every launcher shares: stale build locks, signals, how errors end."""
 
 import os
+import pty
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 from pathlib import Path
 
@@ -36,6 +38,31 @@ def test_signals_ask_and_the_second_interrupt_interrupts() -> None:
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_a_closed_terminal_ends_a_run_as_sigterm_does() -> None:
+    """A rank on a terminal of its own, which is closed: it still prints and goes on to its end."""
+    code = (
+        "import os, sys, time; from mlinterf_ds.runtime.signals import Signals\n"
+        "with Signals() as signals:\n"
+        "    print('ready', flush=True)\n"
+        "    while not signals.received: time.sleep(0.05)\n"
+        "    print('saving', flush=True); open(sys.argv[1], 'w').write(signals.received)\n"
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "received"
+        process, terminal = pty.fork()
+        if process == 0:
+            os.execv(sys.executable, [sys.executable, "-c", code, str(path)])
+        assert b"ready" in os.read(terminal, 100)
+        os.close(terminal)
+        assert os.waitpid(process, 0)[1] == 0 and path.read_text() == "SIGHUP"
+
+
+def test_nohup_is_respected() -> None:
+    code = "from mlinterf_ds.runtime.signals import ending_signals; print(*map(int, ending_signals()))"
+    done = subprocess.run(["nohup", sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.split() == [str(int(signal.SIGTERM)), str(int(signal.SIGINT))]
 
 
 ENDING = """

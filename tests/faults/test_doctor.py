@@ -3,6 +3,7 @@
 import importlib.metadata
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -124,7 +125,7 @@ def test_every_host_of_a_hostfile_and_what_differs_between_them(monkeypatch, tmp
     assert main(["--hostfile", str(hostfile)]) == 1
     printed = capsys.readouterr().out
     assert "Connection refused -- `ssh gone` must work without a password" in printed
-    assert "2.13.0 on good; 2.12.0 on old" in printed and "4 checks: 2 failed, 0 warnings" in printed
+    assert "2.13.0 on good; 2.12.0 on old" in printed and re.search("5 checks: 2 failed, [01] warnings", printed)
     hostfile.write_text("good slots=2\ngood2\n")
     with pytest.raises(SystemExit, match="line 2: expected `host slots=N`"):
         main(["--hostfile", str(hostfile)])

@@ -10,7 +10,7 @@ from mlinterf_ds.config import REMOVED, decisive, describe, differences, fields,
 from mlinterf_ds.engine.optimizer import LossScale
 from mlinterf_ds.engine.precision import choose_precision, read_json, resolve
 from mlinterf_ds.errors import UserError
-from mlinterf_ds.pretrain.config import RunConfig, load_run
+from mlinterf_ds.pretrain.config import RunConfig, load_run, read_arguments
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = [
@@ -69,6 +69,28 @@ def test_refusals_name_key_value_and_remedy(settings: list[str], words: list[str
         load_run([], settings)
     for word in words:
         assert word in str(caught.value)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-le"])
+def test_recipes_as_editors_save_them(encoding: str, tmp_path: Path) -> None:
+    (tmp_path / "own.toml").write_text('name = "größer"\n', encoding=encoding)
+    assert load_run([tmp_path / "own.toml"]).name == "größer"
+
+
+def test_none_is_a_word_where_a_key_holds_text() -> None:
+    words = ["tracking.tags.note=none", "name=null", "train.spike=none", "treatment=None", "model.adapter=none"]
+    config = load_run([], words)
+    assert (config.tracking.tags, config.name) == ({"note": "none"}, "null")
+    assert (config.train.spike, config.treatment, config.model.adapter) == (None, "none", None)
+
+
+def test_help_shows_what_a_bare_start_has(capsys) -> None:
+    with pytest.raises(SystemExit):
+        read_arguments(["--help"])
+    shown, bare = capsys.readouterr().out, read_arguments([])[0]
+    for section, keys in bare.model_dump().items():
+        for name, value in keys.items() if isinstance(keys, dict) else ():
+            assert f"  {section}.{name}={value} " in shown
 
 
 def test_limits_by_language() -> None:

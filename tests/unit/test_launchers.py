@@ -1,6 +1,8 @@
 """Which rank we are, and where ranks meet, as each launcher says it."""
 
+import datetime
 import os
+from pathlib import Path
 
 import pytest
 
@@ -50,6 +52,47 @@ def test_slurm(monkeypatch, node: str, local: int) -> None:
     launchers.adopt()
     wanted = {"RANK": "5", "WORLD_SIZE": "7", "LOCAL_RANK": "2", "MASTER_ADDR": "node1", "MASTER_PORT": "20047"}
     assert ranks() == wanted and launchers.local_world() == local and launchers.rendezvous() == "env://"
+
+
+@pytest.mark.parametrize("left_over", [{"SLURM_JOB_ID": None}, {"SLURM_PTY_PORT": "4711"}, {"SLURM_LOCALID": None}])
+def test_what_an_interactive_step_leaves_is_no_task_of_srun(left_over: dict[str, str | None]) -> None:
+    os.environ |= {name: value for name, value in (SLURM | left_over).items() if value}
+    launchers.adopt()
+    assert ranks() == {}
+
+
+@pytest.mark.parametrize(
+    "variables, words",
+    [
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2 is set, but RANK is not.*unset WORLD_SIZE"),
+        ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK=2 and WORLD_SIZE=2: expected ranks from 0"),
+        ({"RANK": "x", "WORLD_SIZE": "2"}, "RANK=x"),
+    ],
+)
+def test_ranks_that_cannot_be(variables: dict[str, str], words: str) -> None:
+    os.environ |= variables
+    with pytest.raises(UserError, match=words):
+        launchers.adopt()
+
+
+def test_rank_0_says_whom_it_waits_for_and_gives_up_with_a_sentence(tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(launchers, "REMARK", 0.1)
+    os.environ |= SLURM
+    with pytest.raises(UserError, match="not all ranks have come within .* env -u SLURM_STEP_NUM_TASKS"):
+        launchers.meet(f"file://{tmp_path}/meeting", 0, 4, datetime.timedelta(seconds=1))
+    assert "rank 0 waits for the others of 4 ranks" in capsys.readouterr().err
+
+
+def test_a_user_without_home_and_name_gets_both(tmp_path: Path, monkeypatch) -> None:
+    def nobody(*_: object) -> str:
+        raise KeyError("uid not found")
+
+    for name in ("HOME", "USER", "LOGNAME", "LNAME", "USERNAME"):
+        os.environ.pop(name, None)
+    monkeypatch.setattr("pwd.getpwuid", nobody)
+    monkeypatch.setattr(launchers.tempfile, "gettempdir", lambda: str(tmp_path))
+    launchers.find_home()
+    assert Path(os.environ["HOME"]).is_dir() and os.environ["USER"] == str(os.getuid())
 
 
 def test_slurm_without_its_own_command_says_what_to_export() -> None:

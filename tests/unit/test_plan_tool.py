@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from mlinterf_ds.data.corpus import Corpus
+from mlinterf_ds.data.prepare.synthetic import prepare_synthetic
 from mlinterf_ds.errors import UserError
-from tools.plan.main import main
+from tools.plan.main import arguments, device_of, main
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "plan.py"
 
@@ -54,6 +56,24 @@ def test_tables_figures_and_numbers_agree(tmp_path: Path, capsys) -> None:
 def test_mistakes(words: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
         main(words)
+
+
+def test_a_corpus_is_counted(tmp_path: Path, capsys) -> None:
+    prepare_synthetic(["syn", "syn-mid", "syn-far"], 300, folder=tmp_path / "corpus")
+    pieces = f"{Corpus.open(tmp_path / 'corpus').vocabulary_size:,} pieces"
+    main(["--set", f"corpus={tmp_path}/corpus", "--set", "variant=joint", "--gpu", "rtx4090"])
+    printed = capsys.readouterr().out
+    assert "joint, 3 languages" in printed and "none of one language" in printed and pieces in printed
+    with pytest.raises(UserError, match="--languages 7: corpus=.* has 3"):
+        main(["--set", f"corpus={tmp_path}/corpus", "--languages", "7"])
+    with pytest.raises(UserError, match="not a prepared corpus"):
+        main(["--set", "corpus=nowhere"])
+
+
+def test_a_slower_network_takes_longer() -> None:
+    words = ["--recipe", "base", "--nodes", "4", "--gpu", "rtx3090"]
+    slow, fast = (device_of(arguments([*words, "--network", speed])).far for speed in ("10", "100"))
+    assert (slow, fast) == (10e9 / 8 / 8, 100e9 / 8 / 8)
 
 
 def test_the_command() -> None:

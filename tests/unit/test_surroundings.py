@@ -1,0 +1,54 @@
+"""Odd folders and machines: addresses of databases, commands that can be pasted, device lists, byte-order marks."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+import pytest
+from sqlalchemy.engine import make_url
+
+from mlinterf_ds.errors import resumption, setting
+from mlinterf_ds.tracking import facts
+from mlinterf_ds.tracking.store import create_database
+from tools.doctor.hosts import read_hostfile, starters
+from tools.doctor.machine import unlaunchable
+
+
+@pytest.mark.parametrize("name", ["plain", "a%20b", "%41", "what?", "a b#;&", "größer", "50%"])
+def test_the_default_store_lies_in_the_working_directory(name: str, tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path / name)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    uri = facts.tracking_uri()
+    assert make_url(uri).database == str(tmp_path / name / "mlflow.db")
+    assert facts.sqlite_path(uri) == tmp_path / name / "mlflow.db"
+
+
+def test_the_stores_folder_is_made(tmp_path: Path) -> None:
+    path = tmp_path / "new%20?" / "folder" / "mlflow.db"
+    create_database(facts.sqlite_uri(path))
+    assert path.is_file() and [file.name for file in path.parent.iterdir()] == ["mlflow.db"]
+
+
+def test_hints_can_be_pasted() -> None:
+    assert shlex.split(setting("resume", "my runs/it's")) == ["--set", "resume=my runs/it's"]
+    assert shlex.split(resumption("a b"))[-4:] == ["--set", "output=a b", "--set", "resume=auto"]
+    assert resumption("runs/en") == "go on with --set output=runs/en --set resume=auto"
+
+
+@pytest.mark.parametrize("devices, bad", [(None, False), ("", False), ("0,1", False), ("-1", True), ("GPU-8f3", True)])
+def test_device_lists_that_deepspeeds_launcher_cannot_read(devices: str | None, bad: bool) -> None:
+    check = unlaunchable(devices)
+    assert bool(check) == bad and (check is None or (check.status == "WARN" and "--num_gpus" in check.remedy))
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_hostfiles_as_editors_save_them(encoding: str, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    path = tmp_path / "hostfile"
+    path.write_text("node-1 slots=8\nnode-2 slots=8\n", encoding=encoding)
+    assert read_hostfile(path) == ["node-1", "node-2"]
+    checks = {check.name: check for check in starters(path, 2)}
+    assert ("hostfile" in checks) == (encoding != "utf-8"), "DeepSpeed itself takes the mark for a part of the name"
+    assert checks["pdsh"].status == "WARN" and "apt install pdsh" in checks["pdsh"].remedy
