@@ -274,7 +274,7 @@ def main(words: Sequence[str]) -> int:
         return 0
     for problem in problems:
         print(f"error: {problem}", file=sys.stderr)
-    if not problems:
+    if not problems and all((options.out / f"{name}.json").is_file() for name in PREPARE):
         print(f"python launch/study.py --recipe {write_recipe(options.out)} --dry-run")
     return int(bool(problems))
 
