@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import io
-import sys
 import shlex
+import sys
 from collections.abc import Iterator
 
 # The errors that reading a malformed file can raise: a missing key, a wrong type, bytes that are no
