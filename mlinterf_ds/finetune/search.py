@@ -6,6 +6,7 @@ import gc
 import itertools
 import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Literal
 
 from mlinterf_ds.config import REMOVED, decisive, differences
@@ -18,7 +19,7 @@ from mlinterf_ds.ranks import from_first
 from mlinterf_ds.runtime.output import hushed
 from mlinterf_ds.runtime.session import Session
 from mlinterf_ds.runtime.signals import Signals
-from mlinterf_ds.tracking import Tracker, environment_facts
+from mlinterf_ds.tracking import Tracker, dataset, environment_facts
 
 
 class Search:
@@ -203,6 +204,15 @@ class Search:
             run_id=run_id,
             parent_id=job.pretrained.saved.get("run_id") or job.config.tracking.parent,
             about=f"Fine-tuning of {job.pretrained.path} ({job.pretrained.run_variant}) on {job.task.name}",
+            datasets=[
+                dataset(
+                    Path(source),
+                    job.sets.origin.get(f"{split} {language}", "").removeprefix(f"{Path(source).name}, sha256 "),
+                    split,
+                )
+                for split, sources in job.options.items()
+                for language, source in sources.items()
+            ],
         )
         record = {"identity": self._identity(), "run_id": self.tracker.run_id, "config": job.config.model_dump()}
         write_json(self.output / "job.json", record)
