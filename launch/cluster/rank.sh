@@ -21,11 +21,12 @@ forward() {
 }
 trap 'forward TERM' TERM
 trap 'forward INT' INT
+trap 'forward HUP' HUP
 
 mkdir -p "$logs"
 log=$logs/rank-$RANK.log
 if [ "$RANK" = 0 ]; then
-    "$@" > >(trap '' TERM INT && exec tee -a "$log") 2>&1 &
+    "$@" > >(trap '' TERM INT HUP && exec tee -a "$log") 2>&1 &
 else
     "$@" >> "$log" 2>&1 &
 fi

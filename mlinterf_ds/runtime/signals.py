@@ -65,10 +65,11 @@ class Signals:
         if self.received and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.received = signal.Signals(number).name
-        if number == signal.SIGHUP:
-            with open(os.devnull, "wb") as nowhere:
-                for stream in self._terminals:
-                    os.dup2(nowhere.fileno(), stream)
+        if number == signal.SIGHUP and self._terminals:
+            nowhere = open(os.devnull, "w")  # noqa: SIM115 (until the process ends)
+            for stream in self._terminals:
+                os.dup2(nowhere.fileno(), stream)
+            sys.stdout = nowhere  # `hushed` may have put a copy of the terminal aside
 
 
 def ending_signals() -> list[signal.Signals]:
