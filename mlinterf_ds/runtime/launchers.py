@@ -146,12 +146,10 @@ def meet(address: str, rank: int, world: int, patience: datetime.timedelta) -> d
     """
     import torch.distributed as dist  # no other part of torch or DeepSpeed is needed by a rank's supervisor
 
-    about = f"rank {rank} waits for the others of {world} ranks, a number that comes from "
+    source = "WORLD_SIZE: the launcher starts a process for each; for one process `unset RANK WORLD_SIZE`"
     if "SLURM_STEP_NUM_TASKS" in os.environ:
-        about += "srun (SLURM_STEP_NUM_TASKS): each task must start this command. For one process in an interactive step, start it "
-        about += "with `env -u SLURM_STEP_NUM_TASKS -u RANK -u WORLD_SIZE`"
-    else:
-        about += "the launcher (WORLD_SIZE): start one process for each rank; for one process `unset RANK WORLD_SIZE`"
+        source = "SLURM_STEP_NUM_TASKS: srun starts a task for each; for one process begin the command with `env -u SLURM_PROCID`"
+    about = f"rank {rank} waits for the others of {world} ranks, which may still be starting; their number comes from {source}"
     remark = threading.Timer(REMARK, lambda: print(f"\n{about}", file=sys.stderr, flush=True))
     remark.daemon = True
     if rank == 0:
@@ -160,6 +158,8 @@ def meet(address: str, rank: int, world: int, patience: datetime.timedelta) -> d
         store: dist.Store = next(iter(dist.rendezvous(address, rank, world, timeout=patience)))[0]
         store.set(f"arrived/{rank}", "")
         store.wait([f"arrived/{other}" for other in range(world)], patience)
+    except ValueError as error:  # torch misses MASTER_ADDR or MASTER_PORT
+        raise UserError(f"rank {rank} does not know where the ranks meet ({error}); {about}") from None
     except RuntimeError as error:  # DistStoreError, DistNetworkError
         minutes = patience.total_seconds() / 60
         raise UserError(

@@ -111,7 +111,8 @@ class Store:
             # MLflow writes a parameter once; tags hold the values that a resumed run changed.
             tags |= {f"resumed.{k}"[:250]: v for k, v in parameters.items() if logged.get(k, v) != v}
             self.log(run.info.run_id, parameters={k: v for k, v in parameters.items() if k not in logged}, tags=tags)
-        if datasets := start.get("datasets"):  # spools of earlier versions have none
+        datasets = start.get("datasets")  # spools of earlier versions have none
+        if datasets and run.info.run_id not in self.deleted:
             self._log_datasets(run.info.run_id, datasets)
         return str(run.info.run_id)
 
