@@ -110,6 +110,8 @@ def local_world() -> int:
 def _slurm_local() -> int:
     """Tasks of this step on this host, from e.g. SLURM_STEP_TASKS_PER_NODE=2(x3),1; 0 outside of srun."""
     counts: list[int] = []
+    if not _is_slurm_task():
+        return 0
     for part in os.environ.get("SLURM_STEP_TASKS_PER_NODE", "").split(","):
         count, _, times = part.partition("(x")
         if count.isdigit():

@@ -54,11 +54,11 @@ def test_slurm(monkeypatch, node: str, local: int) -> None:
     assert ranks() == wanted and launchers.local_world() == local and launchers.rendezvous() == "env://"
 
 
-@pytest.mark.parametrize("left_over", [{"SLURM_JOB_ID": None}, {"SLURM_PTY_PORT": "4711"}, {"SLURM_LOCALID": None}])
+@pytest.mark.parametrize("left_over", [{"SLURM_JOB_ID": None}, {"SLURM_PTY_PORT": "4711"}, {"SLURM_PROCID": None}])
 def test_what_an_interactive_step_leaves_is_no_task_of_srun(left_over: dict[str, str | None]) -> None:
     os.environ |= {name: value for name, value in (SLURM | left_over).items() if value}
     launchers.adopt()
-    assert ranks() == {}
+    assert ranks() == {} and launchers.local_world() == 1 and launchers.rendezvous().startswith("file://")
 
 
 @pytest.mark.parametrize(
