@@ -44,7 +44,7 @@ def zip_of(members: dict[str, bytes]) -> bytes:
 def miniature(name: str) -> bytes:
     """What the server gives for a file of `downloads`."""
     if name.endswith(".xml.bz2"):
-        return bz2.compress(b"<mediawiki>") + bz2.compress(f"{PAGE}{PAGE}<page><title>cut".encode())[:-20]
+        return bz2.compress(f"<mediawiki>{PAGE}{PAGE}<page>".encode()) + bz2.compress(b"<title>cut")[:-20]
     if name == "panx_dataset.zip":
         return zip_of({f"panx/{code}.tar.gz": tar_of(code) for code in (*get_data.TASKS, "mr")})
     if name.endswith(".conllu"):
