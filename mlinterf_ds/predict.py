@@ -77,7 +77,7 @@ def main(arguments: Sequence[str], group: Group | None = None) -> int:
     for key, file in (("--out", options.out), ("--probabilities", options.probabilities)):
         if file and not file.parent.is_dir():
             raise UserError(f"{key} {file}: there is no folder {file.parent}")
-    with in_group(group, ParallelConfig()) as layout:  # type: ignore[call-arg]
+    with in_group(group, ParallelConfig()) as layout:
         from deepspeed.accelerator import get_accelerator
 
         path, saved = open_finetuned(options.checkpoint)
