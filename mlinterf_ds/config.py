@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import json
 import os
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,7 +18,6 @@ from typing import Any, Literal, Self, TypeVar, get_args
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from mlinterf_ds.errors import UserError, refusing
-from mlinterf_ds.files import decoded
 
 DEEPEST = 8  # parts of a key; no section lies deeper
 
@@ -110,7 +110,8 @@ def _read_recipe(path: Path) -> dict[str, Any]:
         known = ", ".join(sorted(file.stem for file in shipped.parent.glob("*.toml")))
         raise UserError(f"--recipe {path}: no such file; give a TOML file or one of the shipped recipes: {known}")
     with refusing(f"{path}: not a TOML file"):
-        return tomllib.loads(decoded(path.read_bytes()))
+        data = path.read_bytes()  # UTF-8, or as an editor may save it: with a byte-order mark, or UTF-16
+        return tomllib.loads(data.decode(json.detect_encoding(data)).removeprefix("\ufeff"))
 
 
 def _read_override(override: str, kind: type[Section]) -> dict[str, Any]:

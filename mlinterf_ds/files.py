@@ -53,11 +53,6 @@ def read_json(path: Path) -> Any:
     return json.loads(path.read_bytes())
 
 
-def decoded(data: bytes) -> str:
-    """Text in UTF-8, UTF-16 or UTF-32, without the byte-order mark that some editors write. Raises UnicodeDecodeError."""
-    return data.decode(json.detect_encoding(data)).removeprefix("\ufeff")
-
-
 def write_csv(path: Path, fields: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
     """Writes a table with a header row; the parent folder is created. NaN and None become empty cells."""
     buffer = io.StringIO()

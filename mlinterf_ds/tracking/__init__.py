@@ -40,8 +40,7 @@ from mlinterf_ds.tracking.facts import (
     user_name,
 )
 from mlinterf_ds.tracking.spool import SPOOL, Record, Sender, SpoolWriter
-from mlinterf_ds.tracking.store import PENDING, set_client_defaults
-from mlinterf_ds.tracking.system import SAMPLED, SystemMetrics
+from mlinterf_ds.tracking.store import PENDING, SAMPLED, SystemMetrics, set_client_defaults
 
 __all__ = ["PENDING", "Tracker", "dataset", "environment_facts", "scrub"]
 

@@ -1,4 +1,4 @@
-"""MLflow's store as one job uses it: its creation, its client, and the job's experiment and runs.
+"""MLflow as one job uses it: its store's creation, its client, the job's experiment and runs, and its monitors of the host.
 
 MLflow is imported by the first use, which takes seconds: no method belongs in the training loop.
 """
@@ -31,6 +31,9 @@ EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
 
 METRICS_PER_REQUEST = 1000  # MLflow's limit
 VALUES_PER_REQUEST = 20  # MLflow allows 100, and 1 MB a request: 20 of the longest fit with every character escaped
+
+
+SAMPLED = 30.0  # seconds between two samples of the host
 
 
 class NotYet(Exception):
@@ -224,3 +227,34 @@ def _redirect_logs(path: Path) -> None:
     for name in ("mlflow", "alembic", "sqlalchemy.engine", "huey", "urllib3.connectionpool"):
         logger = logging.getLogger(name)
         logger.handlers, logger.propagate = [handler], False
+
+
+class SystemMetrics:
+    """Use of the processors, memory, disk, network and GPUs of rank 0's host, by MLflow's monitors and under its names.
+
+    The caller reads them: MLflow's own thread would send to the server past the spool.
+    """
+
+    def __init__(self) -> None:
+        from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
+        from mlflow.system_metrics.metrics.disk_monitor import DiskMonitor
+        from mlflow.system_metrics.metrics.gpu_monitor import GPUMonitor
+        from mlflow.system_metrics.metrics.network_monitor import NetworkMonitor
+
+        self._monitors: list[Any] = []
+        self.samples = 0
+        if os.environ.get("MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING", "true").lower() not in ("false", "0"):
+            for kind in (CPUMonitor, DiskMonitor, NetworkMonitor, GPUMonitor):
+                with contextlib.suppress(Exception):  # no GPU, no /proc, or a package that reads them is missing
+                    self._monitors.append(kind())
+
+    def sample(self) -> dict[str, float]:
+        """The present values; what cannot be read is left out."""
+        values: dict[str, float] = {}
+        for monitor in self._monitors:
+            with contextlib.suppress(Exception):  # drivers raise errors of any kind, and training must not feel them
+                monitor.collect_metrics()
+                values |= {f"system/{name}": float(value) for name, value in monitor.aggregate_metrics().items()}
+                monitor.clear_metrics()
+        self.samples += 1
+        return values

@@ -78,7 +78,7 @@ def test_ranks_that_cannot_be(variables: dict[str, str], words: str) -> None:
 def test_rank_0_says_whom_it_waits_for_and_gives_up_with_a_sentence(tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.setattr(launchers, "REMARK", 0.1)
     os.environ |= SLURM
-    with pytest.raises(UserError, match="not all ranks have come within .* env -u SLURM_PROCID"):
+    with pytest.raises(UserError, match="not all ranks have come within .*env -u SLURM_PROCID"):
         launchers.meet(f"file://{tmp_path}/meeting", 0, 4, datetime.timedelta(seconds=1))
     assert "rank 0 waits for the others of 4 ranks" in capsys.readouterr().err
 
