@@ -1,6 +1,7 @@
 """What a vocabulary is learned from: each language's share of the text, in every script, and what is said of unknown text."""
 
 import random
+import sys
 from collections import Counter
 from itertools import accumulate
 from pathlib import Path
@@ -127,11 +128,18 @@ def test_unknown_text_is_warned_of_at_preparing_and_at_every_start_and_refused_w
     monkeypatch.setenv("LOCAL_RANK", "0")
     known = build(tmp_path / "known", en=written(tmp_path / "text", some_lines(400))).tokenizer.path
     capsys.readouterr()
-    prepare(mixed_files(tmp_path, 20), tmp_path / "few", tokenizer=known, workers=1)
+    files = mixed_files(tmp_path, 20)
+    prepare(files, tmp_path / "few", tokenizer=known, workers=1)
     said = capsys.readouterr().err
     assert said.count("warning: ") == 1 and "% of the text of xx, which is <unk> to a model; prepare" in said
     open_corpus(str(tmp_path / "few"), None, 0)
     assert capsys.readouterr().err == said
+    prepare(files, tmp_path / "few", tokenizer=known, workers=1)  # finished already
+    assert capsys.readouterr().err == said
+    with monkeypatch.context() as patch:
+        patch.setattr(sys.stderr, "isatty", lambda: True)
+        open_corpus(str(tmp_path / "few"), None, 0)
+    assert capsys.readouterr().err == f"\033[31m{said.strip()}\033[0m\n"
     open_corpus(str(tmp_path / "few"), ["en"], 0)
     assert capsys.readouterr().err == ""
     with pytest.raises(
