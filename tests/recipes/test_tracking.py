@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from mlinterf_ds import tracking
-from mlinterf_ds.tracking import Tracker, environment_facts
+from mlinterf_ds.tracking import Tracker, dataset, environment_facts
 from mlinterf_ds.tracking.__main__ import main
 from mlinterf_ds.tracking.facts import clean_name, flatten, is_secret, scrub, tracking_uri
 from mlinterf_ds.tracking.spool import SENT, SPOOL, SpoolWriter, read_spool
@@ -68,6 +68,21 @@ def test_a_run_reads_back(workplace: Path) -> None:
     assert [file.path for file in client().list_artifacts(tracker.run_id, "figures")] == ["figures/curves.png"]
     assert list((workplace / "mlruns").rglob("curves.png")), "artifacts lie beside the database"
     assert tracker.browse().startswith("mlflow ui --backend-store-uri sqlite:///mlflow.db")
+
+
+def test_a_run_has_a_description_its_data_and_the_use_of_its_host(workplace: Path, monkeypatch) -> None:
+    monkeypatch.setattr(tracking, "SAMPLED", 0.0)
+    data = dataset(Path("corpora/en-sw"), "0123456789abcdef" * 4, "training")
+    tracker = start(about="what it is", datasets=[data])
+    spool = workplace / "out" / SPOOL
+    wait_until(lambda: "system/cpu_utilization_percentage" in spool.read_text())
+    tracker.close(timeout=120)
+    run = client().get_run(tracker.run_id)
+    (entry,) = run.inputs.dataset_inputs
+    assert (entry.dataset.name, entry.dataset.digest) == ("en-sw", data["digest"][:36])
+    assert json.loads(entry.dataset.source) == {"uri": "corpora/en-sw"} and entry.tags[0].value == "training"
+    assert run.data.tags["mlflow.note.content"] == "what it is"
+    assert {"system/cpu_utilization_percentage", "system/system_memory_usage_megabytes"} <= run.data.metrics.keys()
 
 
 def test_off_does_nothing(workplace: Path) -> None:
