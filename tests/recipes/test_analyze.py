@@ -104,7 +104,7 @@ def test_the_command_on_two_ranks(folder: Path) -> None:
         assert all((out / f"{name}.{kind}").stat().st_size > 1000 for kind in ("png", "svg"))
     assert "whole model" in done.stdout and "s for the gradients" in done.stdout
     client = MlflowClient(f"sqlite:///{folder / 'mlflow.db'}")
-    by_name = {run.info.run_name: run for run in client.search_runs(["1"])}
+    by_name = {run.info.run_name: run for run in client.search_runs(["1", "2"])}
     assert by_name["conflict"].data.tags["mlflow.parentRunId"] == by_name["measured"].info.run_id
     assert by_name["conflict"].data.metrics["conflict/between"] == pytest.approx(matrix[0, 1])
     names = {artifact.path for artifact in client.list_artifacts(by_name["conflict"].info.run_id)}

@@ -13,6 +13,7 @@ import torch
 
 from mlinterf_ds.errors import UserError
 from tests.commands import call
+from tests.mlflow_server import runs_of
 from tests.parity import finetune_bodies as bodies
 from tests.ranks import laid_out, pool
 
@@ -150,7 +151,8 @@ def test_scores_are_recorded_under_the_pretraining_run(tmp_path: Path, monkeypat
     parent = client.create_run(client.create_experiment("study")).info.run_id
     config = {"variant": "adpt", "tracking": {"enabled": True, "experiment": "study"}}
     model: Any = SimpleNamespace(path=tmp_path / "model", saved={"run_id": parent, "config": config})
+    (tmp_path / "text").write_text("Habari ya asubuhi")
     record(model, {"sw": "text"}, {"sw": {"perplexity": 3.5, "sentences": 2}})
-    (found,) = [run for run in client.search_runs(["1"]) if run.info.run_id != parent]
+    (found,) = runs_of(client, "study-analyses")
     assert found.data.tags["mlflow.parentRunId"] == parent and found.info.status == "FINISHED"
     assert found.data.metrics == {"evaluate/perplexity/sw": 3.5, "evaluate/sentences/sw": 2}

@@ -211,7 +211,7 @@ def test_as_a_command_under_mlflow(ground: Path, tmp_path: Path) -> None:
     words = [sys.executable, str(ROOT / "launch" / "evaluate.py"), "--checkpoint", str(model), "--text", "te=text"]
     done = subprocess.run([*words, "--sentences", "2"], env=environment, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    (scored,) = client.search_runs(["1"], "attributes.run_name = 'evaluate'")
+    (scored,) = client.search_runs(["1", "2"], "attributes.run_name = 'evaluate'")
     assert scored.data.tags["mlflow.parentRunId"] == parent and "evaluate/perplexity/te" in scored.data.metrics
 
 
