@@ -74,8 +74,8 @@ def heatmaps(
     if np.isfinite(levels).any():
         level = float(np.nanmedian(levels))
         for end in (-level, level):
-            bar.ax.axhline(end, color="black", linewidth=1, linestyle=style.DASHED)
-        caption += f"{'; ' * bool(caption)}in brackets: within the noise; dashed on the scale: its median, {level:{form.lstrip('+')}}"
+            bar.ax.axhline(end, color="black", linewidth=1.2)
+        caption += f"{'; ' * bool(caption)}in brackets: within the noise; lines on the scale: its median, {level:{form.lstrip('+')}}"
     style.finish(figure, path, title, caption)
 
 

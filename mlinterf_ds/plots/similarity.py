@@ -106,37 +106,32 @@ def by_component(
 
     table: component -> layer -> (within a language, between two); a component outside the layers has the one layer ''.
     """
-    layered = [part for part in table if "" not in table[part]]
-    flat = [part for part in table if "" in table[part]]
-    count = max([len(table[part]) for part in layered], default=1)
-    widths = [max(1.6, 0.32 * count)] * len(layered) + [max(1.2, 0.7 * len(flat))] * bool(flat)
+    panels = [(part, list(by_layer), list(by_layer.values())) for part, by_layer in table.items() if "" not in by_layer]
+    flat = {part: by_layer[""] for part, by_layer in table.items() if "" in by_layer}
+    widths = [max(1.6, 0.32 * max([len(names) for _, names, _ in panels], default=1))] * len(panels)
+    if flat:
+        panels.append(("", [part.replace(" ", "\n") for part in flat], list(flat.values())))
+        widths.append(max(1.2, 0.7 * len(flat)))
     figure = style.new_figure(sum(widths) + 1.6, 3.9)
     grid = figure.subplots(1, len(widths), sharey=True, squeeze=False, width_ratios=widths)[0]
-    for axes, part in zip(grid, layered, strict=False):
-        _panel(axes, list(table[part]), list(table[part].values()), joined=True)
+    for axes, (part, names, values) in zip(grid, panels, strict=True):
+        positions, (within, between) = np.arange(len(names)), np.array(values, dtype=float).T
+        line: dict[str, Any] = {"linewidth": 1.5, "markersize": 5}
+        dashed, solid = (DASHED, "-") if part else ("none", "none")
+        axes.plot(positions, within, color=OKABE_ITO[0], marker="s", label=WITHIN, linestyle=dashed, **line)
+        if np.isfinite(between).any():
+            axes.plot(positions, between, color=OKABE_ITO[1], marker="o", label=BETWEEN, linestyle=solid, **line)
+        axes.axhline(0, color=DARK_GREY, linewidth=0.8)
+        style.tidy(axes, "y")
+        every = max(1, len(names) // 12)
+        axes.set_xticks(positions[::every], names[::every], fontsize=8)
+        axes.set_xlim(-0.5, len(names) - 0.5)
         axes.set_title(part, fontsize=9)
-        axes.set_xlabel("layer")
-    if flat:
-        _panel(grid[-1], [part.replace(" ", "\n") for part in flat], [table[part][""] for part in flat], joined=False)
+        axes.set_xlabel("layer" if part else "")
     grid[0].set_ylabel("cosine of the gradients")
     handles, labels = grid[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper right", ncols=2, fontsize=8, frameon=False)
     style.finish(figure, path, title, caption)
-
-
-def _panel(axes: Axes, names: list[str], values: list[tuple[float, float]], *, joined: bool) -> None:
-    positions = np.arange(len(names))
-    within, between = np.array(values, dtype=float).T
-    line: dict[str, Any] = {"linestyle": "-" if joined else "none", "linewidth": 1.5, "markersize": 5}
-    dash = line | ({"linestyle": DASHED} if joined else {})
-    axes.plot(positions, within, color=OKABE_ITO[0], marker="s", label=WITHIN, **dash)
-    if np.isfinite(between).any():
-        axes.plot(positions, between, color=OKABE_ITO[1], marker="o", label=BETWEEN, **line)
-    axes.axhline(0, color=DARK_GREY, linewidth=0.8)
-    style.tidy(axes, "y")
-    every = max(1, len(names) // 12)
-    axes.set_xticks(positions[::every], names[::every], fontsize=8)
-    axes.set_xlim(-0.5, len(names) - 0.5)
 
 
 def layers_figure(

@@ -58,7 +58,7 @@ def test_colours_of_scores_and_of_signed_values(tmp_path: Path, drawn: list[Figu
         noise=noise,
     )
     assert texts(drawn[1]) == ["(+0.05)", "+0.50", "(-0.20)", "-0.40"], "what is noise is in brackets"
-    marks = [float(line.get_ydata()[0]) for line in drawn[1].axes[1].lines if line.is_dashed()]
+    marks = [float(line.get_ydata()[0]) for line in drawn[1].axes[1].lines]
     assert marks == [-0.2, 0.2], "the scale shows the median noise"
 
 
