@@ -187,7 +187,8 @@ def _words(path: Path, lines: list[str], first: int, end: int, layout: Layout) -
             if columns[0] != expected:
                 raise bad(path, index + 1, f"ID {columns[0]!r}: expected {expected}, N-M or N.M")
         count += 1
-        yield index, columns[layout.word], "" if layout.tag is None else columns[layout.tag].strip()
+        tag = "" if layout.tag is None else columns[layout.tag]
+        yield index, columns[layout.word], tag.strip() if layout.tag == -1 else tag
 
 
 def _starts_document(line: str) -> bool:
@@ -218,7 +219,7 @@ def find_layout(path: Path, lines: list[str], check: Check, name: str, width: in
     if len(first) < (2 if blank else 3):
         message = "the first column numbers the words, and there is no other for words and tags; remove the numbers"
         raise bad(path, bodies.index(sure[0]) + 1, message)
-    wrong = {k: sum(bool(check(row[k].strip())) for row in rows if len(row) > k) for k in range(2, len(first))}
+    wrong = {k: sum(bool(check(row[k])) for row in rows if len(row) > k) for k in range(2, len(first))}
     if not wrong:
         return Layout(tabs, len(first), 1, None, True)
     tag = min(wrong, key=lambda column: wrong[column])
@@ -233,11 +234,16 @@ def _is_numbered(bodies: list[str], tabs: bool) -> bool:
     """Whether the first column counts: nearly every line's number is one more than that of the line before it."""
     rows = [[] if body.startswith("#") or _starts_document(body) else split(body, tabs) for body in bodies]
     first = [row[0] if any(row) and not NO_WORD.fullmatch(row[0]) else "" for row in rows]
-    following = [b.isdecimal() and int(b) == int(a) + 1 for a, b in pairwise(first) if a.isdecimal() and b]
+    following = [_counts(b) and int(b) == int(a) + 1 for a, b in pairwise(first) if _counts(a) and b]
     words = [number for row, number in zip(rows, first, strict=True) if any(row)]
     if not following:  # every sentence is one word, or the words are no numbers
         return bool(words) and set(words) <= {"0", "1"} and all(len(row) > 2 for row in rows if any(row))
-    return sum(following) > 0.9 * len(following) and sum(map(str.isdecimal, words)) > 0.5 * len(words)
+    return sum(following) > 0.9 * len(following) and sum(map(_counts, words)) > 0.5 * len(words)
+
+
+def _counts(column: str) -> bool:
+    """Whether this may be the number of a word."""
+    return column.isdecimal() and len(column) < 10
 
 
 def _check_words(sentences: list[Sentence]) -> None:

@@ -119,8 +119,9 @@ def _located(question: Question) -> Question:
             problems.append(f"answer {answer!r} is not at answer_start {start} and {where}")
     if not problems and not moved:
         return question
-    problem = "" if usable else problems[0]
-    return replace(question, answers=tuple(usable), problem=problem, moved=moved, lost=len(problems))
+    if not any(text for text, _ in usable):
+        return replace(question, answers=(), problem=problems[0])
+    return replace(question, answers=tuple(usable), moved=moved, lost=len(problems))
 
 
 def locate(context: str, answer: str, start: int) -> tuple[str, int] | None:
