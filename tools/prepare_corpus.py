@@ -40,6 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
             extends=options.extend,
             limits=_limits(options.limit),
             licence=options.licence,
+            meta_split=options.meta_split,
             workers=options.workers,
         )
     except UserError as error:
@@ -99,6 +100,12 @@ def _parser() -> argparse.ArgumentParser:
         default=[],
         metavar="LANGUAGE=N",
         help="keep only N of the language's training sentences (a low-resource version); the held-out splits stay the same",
+    )
+    parser.add_argument(
+        "--meta-split",
+        action="store_true",
+        help="hold 2%% of each language's text out for the validation loss of the meta step (meta.text=held_out); by default "
+        "it reads training text",
     )
     parser.add_argument(
         "--licence", default="", metavar="TEXT", help="a note on the texts' licences, stored in the manifest"

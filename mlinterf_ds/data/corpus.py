@@ -32,7 +32,7 @@ AGAIN = "; copy the corpus again, or prepare it again in another folder"
 class Corpus:
     """A folder written by `mlinterf_ds.data.prepare.main.prepare`; open one with `Corpus.open`.
 
-    Its splits are "train", "meta" (for the meta step's validation loss), "valid" (reported) and "test".
+    Its splits are "train", "valid" (reported), "test", and "meta" (for meta.text=held_out), which is empty unless asked for.
     """
 
     folder: Path
@@ -98,6 +98,8 @@ class Corpus:
         # (tokens,) uint16, or int32 if the vocabulary has 65,500 pieces or more: widen them before indexing with them
         """
         entry = self._facts(language, split)["bin"]
+        if not entry["bytes"]:
+            return np.empty(0, dtype=self._dtype)  # an empty file cannot be mapped
         return np.memmap(self._path(entry), dtype=self._dtype, mode="r")
 
     def unknown(self, language: str) -> float:

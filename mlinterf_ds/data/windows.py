@@ -121,9 +121,10 @@ def split_windows(
     Raises UserError if the split is empty.
     """
     if corpus.sentences(language, split) == 0:
+        remedy = "Add --meta-split" if split == "meta" else "Give it more text"
         raise UserError(
-            f"language {language!r}: its {split!r} split is empty. Give it more text and prepare the corpus again, "
-            "or take it out of `languages`."
+            f"language {language!r}: its {split!r} split is empty. {remedy} and prepare the corpus again, or take it out of "
+            "`languages`."
         )
     tokens, offset = corpus.tokens(language, split), 0
     if half:

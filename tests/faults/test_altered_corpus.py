@@ -27,7 +27,7 @@ def folder(tmp_path: Path) -> Path:
     files: dict[str, Any] = {
         code: [written(tmp_path / code, some_lines(400, n))] for n, code in enumerate(("en", "sw"))
     }
-    prepare(files, tmp_path / "out", vocabulary_size=80, workers=1)
+    prepare(files, tmp_path / "out", meta_split=True, vocabulary_size=80, workers=1)
     return tmp_path / "out"
 
 

@@ -98,8 +98,10 @@ def test_counts_are_those_of_the_text(prepared: Prepared) -> None:
 def test_held_out_shares(prepared: Prepared) -> None:
     corpus, lines = prepared
     for language, of in lines.items():
-        for split in ("meta", "valid", "test"):
+        for split in ("valid", "test"):
             assert corpus.sentences(language, split) == held_out(len(of))
+        assert corpus.sentences(language, "train") == len(of) - 2 * held_out(len(of))
+        assert corpus.sentences(language, "meta") == 0, "nothing is held out for it unless asked for"
     assert [held_out(n) for n in (50, 400, 1000, 3000, 10_000, 10**6)] == [5, 40, 50, 60, 200, 10_000]
 
 
@@ -246,11 +248,24 @@ def test_limit_takes_nested_subsets_and_leaves_what_is_held_out(tmp_path: Path) 
         for n in (0, 500, 100, 99_999)
     }
     train = {n: set(texts(corpus, "fr", "train")) for n, corpus in made.items()}
-    assert [len(train[n]) for n in (100, 500, 0, 99_999)] == [100, 500, 1850, 1850]
+    assert [len(train[n]) for n in (100, 500, 0, 99_999)] == [100, 500, 1900, 1900]
     assert train[100] < train[500] < train[0] == train[99_999]
-    for split in ("meta", "valid", "test"):
+    for split in ("valid", "test"):
         assert texts(made[0], "fr", split) == texts(made[100], "fr", split)
-    assert made[100].manifest["languages"]["fr"]["dropped"]["over the limit"]["lines"] == 1750
+    assert made[100].manifest["languages"]["fr"]["dropped"]["over the limit"]["lines"] == 1800
+
+
+def test_a_meta_split_takes_its_text_from_train_alone(tmp_path: Path) -> None:
+    file = written(tmp_path / "fr.txt", some_lines(2000))
+    without = prepare({"fr": [file]}, tmp_path / "without", vocabulary_size=100, workers=1)
+    corpus = prepare({"fr": [file]}, tmp_path / "with", vocabulary_size=100, meta_split=True, workers=1)
+    for split in ("valid", "test"):
+        assert texts(corpus, "fr", split) == texts(without, "fr", split)
+    train, meta = texts(corpus, "fr", "train"), texts(corpus, "fr", "meta")
+    assert len(meta) == held_out(2000) == 50 and not set(train) & set(meta)
+    assert sorted([*train, *meta]) == sorted(texts(without, "fr", "train"))
+    with pytest.raises(UserError, match="holds a corpus with other meta_split"):
+        prepare({"fr": [file]}, tmp_path / "without", vocabulary_size=100, meta_split=True, workers=1)
 
 
 def test_another_corpus_tokenizer_can_be_used(prepared: Prepared, tmp_path: Path) -> None:
@@ -335,7 +350,7 @@ def check_documents_are_whole(corpus: Corpus, expected: list[list[str]]) -> None
     split_of = {sentence: split for split in SPLITS for sentence in texts(corpus, "en", split)}
     assert set(split_of) == {sentence for document in expected for sentence in document}
     assert all(len({split_of[sentence] for sentence in document}) == 1 for document in expected)
-    assert len(set(split_of.values())) == 4
+    assert len(set(split_of.values())) == 3
     indexed = pytest.importorskip("megatron.core.datasets.indexed_dataset")
     starts = [len(indexed.IndexedDataset(str(corpus.folder / f"en.{split}")).document_indices) - 1 for split in SPLITS]
     assert sum(starts) == len(expected)
@@ -427,7 +442,7 @@ def test_command_line(tmp_path: Path) -> None:
     done = subprocess.run([*command, "--licence", "CC0"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "out: 2 languages, 80 pieces" in done.stdout.splitlines()[-1]
-    assert "sw: dropped 90 over the limit" in done.stdout
+    assert "sw: dropped 110 over the limit" in done.stdout
     corpus = Corpus.open(tmp_path / "out")
     assert corpus.sentences("sw", "train") == 50 and corpus.manifest["licence"] == "CC0"
     tokens = sum(len(corpus.tokens("en", split)) for split in SPLITS)

@@ -45,6 +45,7 @@ def prepare(
     extends: str | Path | None = None,
     limits: Mapping[str, int] | None = None,
     licence: str = "",
+    meta_split: bool = False,
     workers: int | None = None,
     progress: bool = True,
 ) -> Corpus:
@@ -52,8 +53,8 @@ def prepare(
 
     A sentence is a line; in inputs with documents (dumps, <doc> files, datasets) it is a sentence of a paragraph.
     Sentences are normalised (`mlinterf_ds.data.tokenizer`). Empty ones, lines that are not UTF-8, lines over 64 KiB and exact
-    duplicates within a language are dropped and counted. Valid, test and meta get `splits.held_out` sentences of a
-    language each, chosen by the hash of the line, or of the document where the input has documents (which are never torn
+    duplicates within a language are dropped and counted. Valid and test, with `meta_split` also meta, get
+    `splits.held_out` sentences of a language each, chosen by the hash of the line, or of the document where the input has documents (which are never torn
     apart). A language needs 50 distinct sentences or documents.
 
     `limits` caps a language's training sentences, in the order of their hashes: a smaller limit keeps a subset of what a
@@ -76,6 +77,7 @@ def prepare(
         **({} if old is None else {"extends": _entry(old.tokenizer.path)}),
         "limits": limits,
         "licence": licence,
+        **({"meta_split": True} if meta_split else {}),
     }
     folder = Path(out)
     with _explained(folder), _locked(folder):
@@ -84,7 +86,7 @@ def prepare(
             check_known(folder, {code: corpus.unknown(code) for code in corpus.languages})
             return corpus
         languages = [
-            stages.Language(code, of_language, folder / WORK / code, limits.get(code))
+            stages.Language(code, of_language, folder / WORK / code, limits.get(code), meta_split)
             for code, of_language in texts.items()
         ]
         try:

@@ -10,17 +10,18 @@ FEWEST_UNITS = 50
 
 
 def held_out(sentences: int) -> int:
-    """Returns how many of a language's sentences valid, test and meta get each: 2%, at most 10,000, and at least 50 (or a
-    tenth of all, if that is less)."""
+    """Returns how many of a language's sentences valid and test get each (and meta, if there is to be one): 2%, at most
+    10,000, and at least 50 (or a tenth of all, if that is less)."""
     return min(10_000, max(sentences // 50, min(50, sentences // 10)))
 
 
 def find_cuts(
-    histogram: np.ndarray, units: Callable[[], Iterable[np.ndarray]], limit: int | None
+    histogram: np.ndarray, units: Callable[[], Iterable[np.ndarray]], limit: int | None, meta_split: bool
 ) -> tuple[tuple[int, ...], list[int]]:
     """Cuts the kept sentences, sorted by their unit hashes, into valid, test, meta and train (at most `limit` sentences).
 
-    Returns the last unit hash of each split, and how many sentences each split has and how many are left out.
+    Returns the last unit hash of each split, and how many sentences each split has and how many are left out. Without
+    `meta_split`, meta stays empty and its sentences go to train.
     A unit (a document, or a sentence that stands alone) is never torn apart: a split ends with the unit that fills it.
     `histogram` (2^HISTOGRAM_BITS,) counts sentences by the leading bits of their unit hash; `units()` yields the hashes in
     parts, anew at every call.
@@ -28,8 +29,11 @@ def find_cuts(
     total = int(histogram.sum())
     cuts: list[int] = []
     taken = 0
-    for wanted in (*[held_out(total)] * 3, limit if limit is not None else total):
-        if taken + wanted >= total:
+    share = held_out(total)
+    for wanted in (share, share, share if meta_split else 0, limit if limit is not None else total):
+        if not wanted:
+            cut = cuts[-1]
+        elif taken + wanted >= total:
             cut, taken = 2**64 - 1, total
         else:
             cut, taken = _cut_at(taken + wanted, histogram, units)

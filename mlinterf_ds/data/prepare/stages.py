@@ -43,6 +43,7 @@ class Language:
     inputs: list[Input]
     folder: Path  # of its work files
     limit: int | None  # training sentences to keep
+    meta_split: bool = False
     blocks: list[dict[str, Any]] = field(default_factory=list)  # what clean_block returned for each block
     dropped: Dropped = field(default_factory=dict)
     cuts: tuple[int, ...] = ()  # the last unit hash of each split, in SPLIT_ORDER
@@ -119,18 +120,21 @@ def deduplicate_and_split(language: Language, workers: Workers, show: bool) -> N
         reasons = ", ".join(f"{entry['lines']} {reason}" for reason, entry in language.dropped.items()) or "none"
         raise UserError(
             f"{language.code} ({', '.join(text.name for text in language.inputs[:3])}): {units} distinct sentences or "
-            f"documents, at least {FEWEST_UNITS} are needed to split off meta, valid and test (lines dropped: {reasons}); "
+            f"documents, at least {FEWEST_UNITS} are needed to split off valid and test (lines dropped: {reasons}); "
             "give more text"
         )
     language.cuts, (*counts, left_out) = find_cuts(
         histogram,
         lambda: (kept_units(language.folder, number) for number in range(len(language.blocks))),
         language.limit,
+        language.meta_split,
     )
     language.sentences = dict(zip(SPLIT_ORDER, counts, strict=True))
     if left_out:
         add_dropped(language.dropped, "over the limit", left_out, [])
-    if empty := [split for split, count in language.sentences.items() if not count]:
+    if empty := [
+        split for split, count in language.sentences.items() if not count and (language.meta_split or split != "meta")
+    ]:
         raise UserError(
             f"{language.code}: its documents are so unequal that nothing is left for {', '.join(empty)}; give more "
             "documents, or plain text, which is split by line"
