@@ -352,7 +352,8 @@ def check_documents_are_whole(corpus: Corpus, expected: list[list[str]]) -> None
     assert all(len({split_of[sentence] for sentence in document}) == 1 for document in expected)
     assert len(set(split_of.values())) == 3
     indexed = pytest.importorskip("megatron.core.datasets.indexed_dataset")
-    starts = [len(indexed.IndexedDataset(str(corpus.folder / f"en.{split}")).document_indices) - 1 for split in SPLITS]
+    filled = [split for split in SPLITS if split != "meta"]  # megatron opens no empty file
+    starts = [len(indexed.IndexedDataset(str(corpus.folder / f"en.{split}")).document_indices) - 1 for split in filled]
     assert sum(starts) == len(expected)
 
 
