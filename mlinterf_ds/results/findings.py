@@ -23,6 +23,7 @@ from mlinterf_ds.results.runs import read_counts
 from mlinterf_ds.results.statistics import Effect, Judgement, Verdict, adjusted, example_shares, positive
 
 PerSeed = dict[int, float]  # pretraining seed -> difference
+MOST_TIMES = 100  # as many examples: beyond, none could be gathered
 FLOORS = ("never saw it", "majority", "lexical")  # what scores are seen beside, each where a study has it
 
 
@@ -223,12 +224,14 @@ def inconclusive(judgement: Judgement, alpha: float) -> str:
     if len(effect.values) < 2:
         return "inconclusive: one seed gives no interval over seeds; run three or more"
     if not effect.has_interval:
-        return "inconclusive: every seed gives the same difference, so that its spread is not known"
+        return "inconclusive: all seeds and examples give the same difference, so that its spread is not known"
     if distance < 1e-9:
         return "inconclusive: a tie"
     if seeds := effect.seeds_needed(distance, alpha):
         return f"inconclusive: would need about {seeds} seeds, if the effect is as large as it seems"
     times = max(2.0, (effect.half(alpha, len(effect.values) * 10**6) / distance) ** 2)
+    if times > MOST_TIMES:
+        return "inconclusive: the difference is too close to the border to be told by a study like this"
     return f"inconclusive: the test sets are too small, about {times:,.0f} times as many examples would do, however many the seeds"
 
 

@@ -56,14 +56,14 @@ class Effect:
         """
         count, mean = len(values), float(np.mean(values)) if len(values) else math.nan
         tables = [table for table in shares if table.size and table.shape[1] > 1]
-        of_examples = sum(table.shape[1] * float(table.mean(axis=0).var(ddof=1)) for table in tables)
+        of_examples = sum(table.shape[1] * _spread(table.mean(axis=0)) ** 2 for table in tables)
         of_both = sum(table.shape[1] * _interaction(table) / count for table in tables)
         examples = sum(table.shape[1] for table in tables)
         of_seeds = _spread(values) ** 2 / max(1, count)
         effect = cls(
             tuple(values), mean, -math.inf, math.inf, of_seeds, of_examples, min(of_both, of_examples), examples
         )
-        if not effect.values or not (examples or of_seeds):
+        if not effect.values or not (of_examples or of_seeds):
             return effect
         half = effect.half(1 - confidence)
         return replace(effect, low=mean - half, high=mean + half)
@@ -114,7 +114,7 @@ def _interaction(table: np.ndarray) -> float:
     return float((rest**2).sum()) / ((table.shape[0] - 1) * (table.shape[1] - 1))
 
 
-def _spread(values: Sequence[float]) -> float:
+def _spread(values: Sequence[float] | np.ndarray) -> float:
     """Standard deviation of a sample of two or more; 0 where it is round-off alone, or unknown."""
     spread = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
     return spread if spread and spread >= 1e-9 * abs(float(np.mean(values))) else 0.0
