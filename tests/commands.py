@@ -35,8 +35,8 @@ def launch(
     folder: Path, program: str, *settings: str, ranks: int = 1, ds: str = "zero2"
 ) -> subprocess.CompletedProcess[str]:
     """Runs launch/`program`.py in a folder to its end."""
-    line, environment = command(program, *settings, ranks=ranks, ds=ds), os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(line, cwd=folder, env=environment, capture_output=True, text=True, timeout=400)
+    line = command(program, *settings, ranks=ranks, ds=ds)
+    return subprocess.run(line, cwd=folder, capture_output=True, text=True, timeout=400)
 
 
 def refusal(function: Callable[..., Any], *arguments: Any) -> str:

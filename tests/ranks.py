@@ -2,7 +2,7 @@
 
 `pool(2).run(function, *arguments)` calls `function(layout-free arguments)` on both ranks, each of which has joined one
 process group, and returns the results in rank order. A failure on any rank is raised with its traceback; a job that
-outlives its timeout costs the pool its processes (the next job starts new ones).
+outlives its timeout, or fails on one of several ranks, costs the pool its processes (the next job starts new ones).
 """
 
 from __future__ import annotations
@@ -100,9 +100,11 @@ class Pool:
                 try:
                     done, value = pipe.recv()  # type: ignore[union-attr]
                 except EOFError:
+                    self.stop()
                     done, value = False, "the process died"
                 if not done:
-                    self.stop()  # the other ranks may wait in a collective
+                    if self.world > 1:  # the other ranks may wait in a collective
+                        self.stop()
                     raise AssertionError(f"rank {rank} of {self.world} in {function.__name__}:\n{value}")
                 results[rank] = value
         return [results[rank] for rank in range(self.world)]

@@ -16,10 +16,18 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 
 from mlinterf_ds.errors import UserError
 from mlinterf_ds.runtime.launchers import local_world, meet, rendezvous
+
+# As it is imported, megatron asks for fused functions that the encoder never calls to be compiled; that loads torch's
+# compiler, which is most of what this import costs.
+_compile = torch.compile
+torch.compile = lambda function=None, **_: function or (lambda decorated: decorated)  # type: ignore[assignment]
+try:
+    from megatron.core import parallel_state
+finally:
+    torch.compile = _compile
 
 ARRIVAL = datetime.timedelta(minutes=10)  # that the first rank waits for the last to start
 

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 @pytest.mark.parametrize("json_name", ["zero1", "zero2", "zero3", "zero2_offload"])
 def test_training_in_fp16_learns_and_resumes(json_name: str, tmp_path: Path) -> None:
     settings = ["variant=meta_adpt", "train.precision=fp16", "train.steps=40"]
-    (facts,) = pool(1).run(bodies.train_meta, settings, json_name, 1, str(tmp_path), 40)
+    (facts,) = pool(1).run(bodies.train, settings, json_name, 1, str(tmp_path), 40)
     assert facts[-1]["loss"] < facts[0]["loss"] and facts[-1]["skipped"] < 10
 
 

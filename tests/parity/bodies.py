@@ -108,19 +108,29 @@ def advance(
     return facts
 
 
-def train(settings: list[str], json_name: str, tensor: int, out: str, steps: int = 4) -> list[dict[str, float]]:
-    """Train `steps` steps and save; the facts of every step."""
+def train(
+    settings: list[str], json_name: str, tensor: int, out: str, steps: int = 4, save_at: int = 0
+) -> list[dict[str, float]]:
+    """Trains `steps` steps, and saves after the last of them or after `save_at`; the facts of every step."""
     engine, stream, config = make(settings, json_name, tensor)
-    facts = advance(engine, stream, config, steps)
-    checkpoint.save(Path(out), engine, {}, {}, keep=9)
-    return facts
+    meta = meta_step(engine, config)
+    facts = advance(engine, stream, config, save_at or steps, meta)
+    checkpoint.save(Path(out), engine, {"radius": meta and meta.radius.radius}, {}, keep=9)
+    return facts + advance(engine, stream, config, steps, meta)
 
 
 def resumed(settings: list[str], json_name: str, tensor: int, source: str, steps: int) -> list[dict[str, float]]:
-    """Continue from a checkpoint folder up to `steps`."""
+    """Continues from a checkpoint that `train` saved, up to `steps`; the facts of every step."""
     engine, stream, config = make(settings, json_name, tensor)
-    checkpoint.load(Path(source), engine)
-    return advance(engine, stream, config, steps)
+    meta = meta_step(engine, config)
+    radius = checkpoint.load(Path(source), engine)["radius"]
+    if meta:
+        meta.radius.radius = radius
+    return advance(engine, stream, config, steps, meta)
+
+
+def meta_step(engine: Engine, config: RunConfig) -> MetaStep | None:
+    return MetaStep(engine, config.meta) if config.variant.startswith("meta_") else None
 
 
 def weights(folder: str | Path, kind: str = "master") -> dict[str, torch.Tensor]:
@@ -144,14 +154,6 @@ def train_fp16(out: str, steps: int, source: str | None = None) -> tuple[list[di
     return facts, scales
 
 
-def train_meta(settings: list[str], json_name: str, tensor: int, out: str, steps: int = 4) -> list[dict[str, float]]:
-    """Meta steps up to `steps`, then save; the facts of every step."""
-    engine, stream, config = make(settings, json_name, tensor)
-    facts = advance_meta(engine, stream, config, MetaStep(engine, config.meta), steps)
-    checkpoint.save(Path(out), engine, {}, {}, keep=9)
-    return facts
-
-
 def advance_meta(
     engine: Engine, stream: TrainStream, config: RunConfig, meta: MetaStep, until: int
 ) -> list[dict[str, float]]:
@@ -172,22 +174,3 @@ def advance_meta(
         held_out = [validation.batch(engine.step, language, *slice_) for slice_ in engine.slices(rows)]
         facts.append(meta.step(train, held_out))
     return facts
-
-
-def radius_after(settings: list[str], json_name: str, tensor: int, steps: int) -> float:
-    """The controlled radius after `steps` meta steps (Job keeps it in run.json)."""
-    engine, stream, config = make(settings, json_name, tensor)
-    meta = MetaStep(engine, config.meta)
-    advance_meta(engine, stream, config, meta, steps)
-    return meta.radius.radius
-
-
-def resumed_meta(
-    settings: list[str], json_name: str, tensor: int, source: str, radius: float, steps: int
-) -> list[dict[str, float]]:
-    """Continue meta training from a checkpoint folder up to `steps`."""
-    engine, stream, config = make(settings, json_name, tensor)
-    checkpoint.load(Path(source), engine)
-    meta = MetaStep(engine, config.meta)
-    meta.radius.radius = radius
-    return advance_meta(engine, stream, config, meta, steps)

@@ -12,7 +12,6 @@ from torch.nn import functional as F
 from mlinterf_ds.data.batch import Batch
 from mlinterf_ds.engine import checkpoint
 from mlinterf_ds.engine.engine import Engine
-from mlinterf_ds.engine.meta_step import MetaStep
 from mlinterf_ds.engine.optimizer import LossScale
 from mlinterf_ds.gradients.measure import Draws, measure
 from mlinterf_ds.gradients.similarity import DRAWS, group_of
@@ -98,7 +97,7 @@ def trained(settings: list[str], json_name: str, tensor: int, out: str, every: i
     """Four steps, with a measurement before every `every`-th (0: none); the facts of every step, and a checkpoint."""
     engine, stream, config = bodies.make(settings, json_name, tensor)
     draws = drawn(engine, engine.languages, micro=2)
-    meta = MetaStep(engine, config.meta) if config.variant.startswith("meta_") else None
+    meta = bodies.meta_step(engine, config)
     facts = []
     for step in range(4):
         if every and step % every == 0:

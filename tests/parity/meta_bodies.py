@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
 
 from mlinterf_ds.data.stream import ValidationStream
+from mlinterf_ds.engine import checkpoint
 from mlinterf_ds.engine.engine import Engine
 from mlinterf_ds.engine.meta_step import MetaStep, Phases
 from mlinterf_ds.engine.space import Vector
@@ -16,7 +18,7 @@ from mlinterf_ds.meta.bilevel import AdamLookahead, GradientDescent, mixed_produ
 from mlinterf_ds.model.encoder import SHARED, Encoder
 from mlinterf_ds.sections import RowFormat
 from tests.parity import bodies
-from tools.bench.double_backward import LocalSpace, exact_hypergradient, exact_mixed_product, gradients_of
+from tools.bench.double_backward import LocalSpace, exact_mixed_product, gradients_of
 
 
 def double(batch: Any) -> Any:
@@ -116,10 +118,14 @@ def batches(stream: Any, config: Any, step: int) -> tuple[Any, Any]:
     return batch, validation.batch(step, batch.step_languages[0])
 
 
-def mixed_products(settings: list[str], warm: int, lookahead: str, difference: str) -> dict[str, float]:
-    """Cosine and relative error of the engine's mixed product against double backward, after `warm` plain steps."""
+def mixed_products(settings: list[str], source: str, lookahead: str, difference: str) -> dict[str, float]:
+    """Cosine and relative error of the engine's mixed product against double backward, at the checkpoint `source`."""
     engine, stream, config = bodies.make(settings, "zero1")
-    bodies.advance(engine, stream, config, warm)
+    if source:
+        scale = engine.scale.state()
+        checkpoint.load(Path(source), engine)
+        engine.scale.load(scale)  # the checkpoint is of fp32
+        bodies.advance(engine, stream, config, engine.step + 4)  # in this precision, which may have to lower the scale
     batch, held_out = batches(stream, config, engine.step)
     exact = Exact(engine, batch, held_out)
     v, wanted = exact.mixed_product(engine, lookahead, engine.learning_rate)
@@ -157,53 +163,128 @@ def local_mixed_products(settings: list[str], lookahead: str, radius: float) -> 
     return ((torch.cat(product) - wanted).norm() / wanted.norm()).item()
 
 
-def whole_step(settings: list[str]) -> dict[str, float]:
-    """The largest error of theta and phi after engine meta steps, against a float64 step with double backward."""
+class Watched:
+    """What an engine's meta step computes on its way: every pass's gradients, every update with the weights after it."""
+
+    def __init__(self, engine: Engine):
+        self.engine = engine
+        self.passes: list[tuple[str, list[Vector]]] = []  # ("loss" or "meta/validation", a vector for each space)
+        self.updates: list[
+            tuple[str, Vector, dict[str, torch.Tensor]]
+        ] = []  # space, its clipped gradient, weights after
+
+    def step(self, meta: MetaStep, batch: Any, held_out: Any) -> None:
+        make, update, engine = Phases._gradients_of, self.engine.update, self.engine
+
+        def watched_passes(phases: Phases, batches_: Any, name: str) -> Any:
+            inner = make(phases, batches_, name)
+
+            def gradients(spaces: Any) -> list[Vector]:
+                vectors = inner(spaces)
+                self.passes.append((name, [[shard.clone() for shard in vector] for vector in vectors]))
+                return vectors
+
+            return gradients
+
+        def watched_update(space: Any, gradient: Vector, factor: float, rate: float) -> None:
+            clipped = [shard * factor for shard in gradient]
+            update(space, gradient, factor, rate)
+            self.updates.append((space.name, clipped, flat_weights(engine)))
+
+        with (
+            mock.patch.object(Phases, "_gradients_of", watched_passes),
+            mock.patch.object(engine, "update", watched_update),
+        ):
+            meta.step([batch], [held_out])
+
+
+def stages(settings: list[str]) -> dict[str, float]:
+    """Relative errors of the stages of the third meta step, each against float64 from the engine's own input to the stage.
+
+    "gradient": the largest of all passes. "mixed": the difference quotient against double backward; "mixed bar": the error
+    that it may have (see the test). "hypergradient": its sum. "update": the largest of AdamW's two changes of weights.
+    """
     engine, stream, config = bodies.make(settings, "zero1")
     meta = MetaStep(engine, config.meta)
     bodies.advance_meta(engine, stream, config, meta, 2)
     batch, held_out = batches(stream, config, engine.step)
-    exact = Exact(engine, batch, held_out)
-    lr = engine.learning_rate
-    beta = config.meta.beta or lr
-    rule = GradientDescent() if config.meta.lookahead == "sgd" else exact.moments(engine)
-    updates = {name: local_adamw(engine, name, exact, lr) for name in (SHARED, exact.language)}
+    exact, rate, radius = Exact(engine, batch, held_out), engine.learning_rate, meta.radius.radius
+    names = {SHARED: exact.theta_names, exact.language: exact.phi_names}
+    adamw = {name: local_adamw(engine, name, exact, rate) for name in names}
+    lookahead = GradientDescent() if config.meta.lookahead == "sgd" else exact.moments(engine)
+    watched = Watched(engine)
+    watched.step(meta, batch, held_out)
+    passes = iter(watched.passes)
+    errors = {"gradient": 0.0, "update": 0.0}
 
-    def phase_1() -> None:
-        h = exact_hypergradient(exact.train, exact.validation, exact.theta, exact.phi, lookahead=rule, beta=beta)
-        updates[exact.language](h)
+    def exact_pieces(space_name: str, vector: Vector) -> Vector:
+        known = by_name(engine, space_name, vector)
+        return [known[name] for name in names[space_name]]
 
-    def phase_2() -> None:
-        updates[SHARED](gradients_of(exact.train)([exact.theta])[0])
-        if config.meta.order == "theta_first" and config.meta.lookahead == "adam":
-            raise AssertionError("not compared: the lookahead's moments have moved")
+    def next_pass(loss: Any, *space_names: str) -> list[Vector]:
+        """The engine's next pass, after its gradients are compared with those of `loss`."""
+        _, vectors = next(passes)
+        ours = [exact_pieces(name, vector) for name, vector in zip(space_names, vectors, strict=True)]
+        spaces = [exact.theta if name == SHARED else exact.phi for name in space_names]
+        for own, wanted in zip(ours, gradients_of(loss)(spaces), strict=True):
+            errors["gradient"] = max(errors["gradient"], relative(own, wanted))
+        return ours
 
-    def both() -> None:
-        h = exact_hypergradient(exact.train, exact.validation, exact.theta, exact.phi, lookahead=rule, beta=beta)
-        (descent,) = gradients_of(exact.train)([exact.theta])
-        if config.meta.reuse:
-            (own,) = gradients_of(exact.train)([exact.phi])
-            with exact.theta.displaced(rule.step(descent), -beta):
-                (value,) = gradients_of(exact.validation)([exact.theta])
-            descent, h = (
-                [(a + b) / 2 for a, b in zip(descent, value, strict=True)],
-                [a + b for a, b in zip(h, own, strict=True)],
-            )
-        updates[SHARED](descent)
-        updates[exact.language](h)
+    def hypergradient() -> tuple[Vector, Vector]:
+        """phi's gradient, and theta's where both are updated at once."""
+        beta, one_sided = config.meta.beta or rate, config.meta.difference == "one_sided"
+        descent, *at_theta = next_pass(exact.train, SHARED, *[exact.language] * (one_sided or simultaneous))
+        with exact.theta.displaced(lookahead.step(descent), -beta):
+            value, direct = next_pass(exact.validation, SHARED, exact.language)
+        v = lookahead.pull_back(descent, value)
+        epsilon = radius * exact.theta.weights_norm() / torch.cat(v).norm().item()
+        with exact.theta.displaced(v, epsilon):
+            (plus,) = next_pass(exact.train, exact.language)
+        minus, width = at_theta, epsilon
+        if not one_sided:
+            with exact.theta.displaced(v, -epsilon):
+                minus, width = next_pass(exact.train, exact.language), 2 * epsilon
+        mixed = [(above - below) / width for above, below in zip(plus, minus[0], strict=True)]
+        wanted = exact_mixed_product(exact.train, exact.theta, exact.phi, v)
+        gradients = gradients_of(exact.train)
+        known = gradients([exact.phi])[0] if one_sided else None
+        in_float64, change = mixed_product(gradients, exact.theta, exact.phi, v, radius, known)
+        errors["mixed"] = relative(mixed, wanted)
+        errors["mixed bar"] = relative(in_float64, wanted) + 2 * errors["gradient"] / change
+        h = [first - beta * second for first, second in zip(direct, mixed, strict=True)]
+        if not config.meta.reuse:
+            return h, descent
+        theirs = [(first + second) / 2 for first, second in zip(descent, value, strict=True)]
+        return [first + second for first, second in zip(h, at_theta[0], strict=True)], theirs
 
-    orders = {"phi_first": (phase_1, phase_2), "theta_first": (phase_2, phase_1), "simultaneous": (both,)}
-    before = {name: value.clone() for name, value in flat_weights(engine).items()}
-    for phase in orders[config.meta.order]:
-        phase()
-    meta.step([batch], [held_out])
-    after = flat_weights(engine)
-    errors = {}
-    for group, names in (("theta", exact.theta_names), ("phi", exact.phi_names)):
-        moved = torch.cat([exact.model.get_parameter(name).detach().reshape(-1) - before[name] for name in names])
-        ours = torch.cat([after[name] - before[name] for name in names])
-        errors[group] = ((ours - moved).norm() / moved.norm()).item()
+    simultaneous = config.meta.order == "simultaneous"
+    for space_name, clipped, after in watched.updates:
+        if space_name != SHARED:
+            gradient, next_gradient = hypergradient()
+        else:
+            gradient = next_gradient if simultaneous else next_pass(exact.train, SHARED)[0]
+        length = torch.cat(gradient).norm().item()
+        factor = min(1.0, engine.training.clip / (length + 1e-6)) if engine.training.clip else 1.0
+        own = exact_pieces(space_name, clipped)
+        kind = "theta" if space_name == SHARED else "hypergradient"
+        errors[kind] = relative(own, [piece * factor for piece in gradient])
+        parameters = [exact.model.get_parameter(name) for name in names[space_name]]
+        before = [parameter.detach().clone() for parameter in parameters]
+        adamw[space_name](own)
+        engines = [after[name] - old.reshape(-1) for name, old in zip(names[space_name], before, strict=True)]
+        moved = [parameter.detach() - old for parameter, old in zip(parameters, before, strict=True)]
+        errors["update"] = max(errors["update"], relative(engines, moved))
+        with torch.no_grad():  # the next stage starts where the engine is
+            for parameter, name in zip(parameters, names[space_name], strict=True):
+                parameter.copy_(after[name].view_as(parameter))
+    assert len(watched.updates) == 2 and not list(passes)
     return errors
+
+
+def relative(ours: Vector, wanted: Vector) -> float:
+    """|ours - wanted| / |wanted| over all pieces."""
+    ours_flat, flat = (torch.cat([piece.reshape(-1).double() for piece in vector]) for vector in (ours, wanted))
+    return ((ours_flat - flat).norm() / flat.norm()).item()
 
 
 def local_adamw(engine: Engine, space_name: str, exact: Exact, lr: float) -> Any:
@@ -223,10 +304,8 @@ def local_adamw(engine: Engine, space_name: str, exact: Exact, lr: float) -> Any
         }
 
     def update(gradient: Vector) -> None:
-        length = torch.cat(gradient).norm()
-        factor = min(1.0, train.clip / (length.item() + 1e-6)) if train.clip else 1.0
         for parameter, piece in zip(parameters, gradient, strict=True):
-            parameter.grad = piece.view_as(parameter) * factor
+            parameter.grad = piece.view_as(parameter)
         optimizer.step()
         for parameter in exact.model.parameters():
             parameter.grad = None

@@ -3,15 +3,25 @@
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
 from tests.commands import ROOT, flags
+from tests.ranks import pool
+from tools.bench import main as bench
 
 BENCH = ROOT / "tools" / "bench.py"
 SMALL = ["model.layers=1", "model.width=32", "model.heads=2", "model.ffn=64"]
 FLAGS = ["--rows", "8", "--length", "16", "--vocabulary", "200", "--rounds", "2", "--threads", "1"]
+
+
+def on_a_rank(words: Sequence[str]) -> int:
+    """Measures on a rank of the pool, which has joined a group already."""
+    with mock.patch.object(bench, "start"):
+        return bench.main(words)
 
 
 @pytest.mark.parametrize("mode", ["step", "meta", "languages", "conflict", "plan"])
@@ -20,9 +30,15 @@ def test_every_mode(mode: str, tmp_path: Path) -> None:
         pytest.importorskip("transformers")
     more = ["--languages", "2", "4"] if mode in ("meta", "conflict") else []
     out = tmp_path / "bench.json"
-    line = [sys.executable, str(BENCH), mode, *FLAGS, *flags(*SMALL), *more, "--json", str(out)]
-    done = subprocess.run(line, capture_output=True, text=True, timeout=400)
-    assert done.returncode == 0, done.stderr[-2000:]
+    words = [mode, *FLAGS, *flags(*SMALL), *more, "--json", str(out)]
+    if mode == "meta":  # as a user starts it
+        line = [sys.executable, str(BENCH), *words]
+        done = subprocess.run(line, capture_output=True, text=True, timeout=400)
+        assert done.returncode == 0, done.stderr[-2000:]
+    elif mode == "languages":  # starts ranks of its own
+        assert bench.main(words) == 0
+    else:
+        assert pool(1).run(on_a_rank, words) == [0]
     result = json.loads(out.read_text())
     assert result["mode"] == mode and result["threads"] == 1
 

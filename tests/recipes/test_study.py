@@ -14,7 +14,9 @@ from pathlib import Path
 import pytest
 
 from mlinterf_ds.results.records import Records
-from mlinterf_ds.study.launch import launch_command
+from mlinterf_ds.study.main import main
+from tests.commands import call, flags
+from tests.ranks import pool
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.timeout(1800)  # the first test waits for the whole study
@@ -55,15 +57,12 @@ def kill_jobs(folder: Path) -> None:
 
 
 def test_the_killed_model_is_as_if_it_had_not_been(folder: Path, tmp_path: Path) -> None:
-    """What the tables are made of, to the last bit: the first job once more, without a break."""
+    """What the tables are made of, to the last bit: the first job's run once more, without a break."""
     (job,) = folder.glob("study/jobs/pretrain.joint.*")
     ((unit, wanted),) = ((path.parent.name, json.loads(path.read_text())) for path in job.glob("*/summary.json"))
-    facts = json.loads((job / "job.json").read_text())
-    facts["units"][0]["arguments"] += ["--set", "tracking.enabled=false"]
-    (tmp_path / "job.json").write_text(json.dumps(facts))
-    words = launch_command(tmp_path, 1, "29500")
-    done = subprocess.run(words, cwd=folder, env=environment(folder), capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout[-2000:]
+    words = json.loads((job / "job.json").read_text())["units"][0]["arguments"]
+    own = flags("tracking.enabled=false", f"output={tmp_path / unit}")
+    assert pool(1).run(call, "pretrain.main", str(folder), [*words, *own]) == [""]
     found = json.loads((tmp_path / unit / "summary.json").read_text())
     assert found["history"] == wanted["history"] and len(found["history"]["syn"]) > 1
     assert (tmp_path / unit / "train.csv").read_text() == (job / unit / "train.csv").read_text()
@@ -88,11 +87,14 @@ def test_it_ends_with_tables_and_a_page(folder: Path) -> None:
     assert "<h1>study_ci</h1>" in (folder / "study/report.html").read_text()
 
 
-def test_started_again_it_does_nothing_more(folder: Path) -> None:
+def test_started_again_it_does_nothing_more(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder}/mlflow.db")
     stamps = {path: path.stat().st_mtime_ns for path in folder.glob("study/jobs/*/*/summary.json")}
     assert len(stamps) == 6
-    done = subprocess.run(command(), cwd=folder, env=environment(folder), capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0 and "4 launches, 0 to do" in done.stdout
+    assert main(command()[2:]) == 0 and "4 launches, 0 to do" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in folder.glob("study/jobs/*/*/summary.json")} == stamps
 
 
