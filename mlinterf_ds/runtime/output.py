@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import faulthandler
 import logging
 import os
 import re
 import sys
+import threading
 import time
 import traceback
 import warnings
@@ -148,6 +150,10 @@ def main(run: Callable[[Sequence[str]], int], arguments: Sequence[str] | None = 
 
     A UserError ends with its message alone and status 2, an interrupt with 130, any other error with 1. A rank that fails
     leaves at once, without the clean-up in which it would wait for the others; the launcher then ends those too.
+
+    A run that succeeds waits for its threads, runs what was registered with `atexit`, and leaves without taking the
+    interpreter apart: a thread of gloo's, MLflow's or torch's that still ends meanwhile, and asks for the interpreter to
+    free a tensor, would abort the process after all its work is done.
     """
     faulthandler.enable()
     show_any_text()
@@ -172,6 +178,9 @@ def main(run: Callable[[Sequence[str]], int], arguments: Sequence[str] | None = 
         hints = "".join(f"; {note}" for note in getattr(error, "__notes__", []))
         print(f"\nerror: rank {os.environ.get('RANK', 0)} failed: {reason}{hints}", file=sys.stderr, flush=True)
         status = 1
-    if status:
-        sys.stdout.flush()
-        os._exit(status)
+    if not status:
+        threading._shutdown()  # type: ignore[attr-defined]  # these two as multiprocessing ends its processes
+        atexit._run_exitfuncs()
+        sys.stderr.flush()
+    sys.stdout.flush()
+    os._exit(status)

@@ -141,6 +141,19 @@ def test_how_a_launcher_ends(raised: str, status: int, said: str) -> None:
     assert ("Traceback" in done.stderr) == ("broken" in raised), "only where nothing else tells the reason"
 
 
+def test_a_run_that_succeeds_ends_its_process_without_taking_the_interpreter_apart() -> None:
+    """Its threads are waited for and its exit functions run; a thread that asks for the interpreter later can't abort it."""
+    code = (
+        "import atexit, threading, time\nfrom mlinterf_ds.runtime.output import main\n"
+        "class Part:\n    def __del__(self):\n        print('taken apart')\n"
+        "part = Part()\natexit.register(print, 'at exit')\n"
+        "threading.Thread(target=lambda: (time.sleep(0.2), print('joined'))).start()\n"
+        "threading.Thread(target=time.sleep, args=(60,), daemon=True).start()\nmain(lambda _: 0, [])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "joined\nat exit\n", "")
+
+
 def test_a_first_failure_that_is_just_being_written_is_waited_for(tmp_path: Path) -> None:
     told = tmp_path / "failed"
     told.touch()

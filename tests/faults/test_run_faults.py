@@ -172,4 +172,4 @@ def test_a_stopped_rank_is_declared_lost_and_the_run_goes_on(tmp_path: Path, lon
 
 @pytest.mark.timeout(1800)
 def test_random_kills_end_as_the_run_left_alone(capsys) -> None:
-    assert kill_many.main(["--kills", os.environ.get("KILLS", "5")]) == 0, capsys.readouterr().out
+    assert kill_many.main(["--kills", os.environ.get("KILLS", "3")]) == 0, capsys.readouterr().out

@@ -390,7 +390,14 @@ def largest_tensor(json_name: str) -> tuple[int, int, int]:
             return out
 
     bucket, space.BUCKET = space.BUCKET, 2000
-    settings = ["variant=meta_ffn", "model.width=64", "model.ffn=144", "model.layers=4", "train.batch=4"]
+    settings = [
+        "variant=meta_ffn",
+        "model.width=64",
+        "model.ffn=144",
+        "model.layers=4",
+        "train.batch=4",
+        "meta.radius=1e-3",
+    ]
     try:
         engine, stream, config = bodies.make(settings, json_name, bucket=2000)
         meta = MetaStep(engine, config.meta)

@@ -8,6 +8,7 @@ from tests.ranks import pool
 from tools.plan import arithmetic
 
 SHAPE = ["model.layers=3", "model.width=128", "model.ffn=512", "data.sequence_length=64", "train.batch=16"]
+SHAPE += ["meta.radius=1e-3"]  # no search in the first step
 VOCABULARY = bodies.Made.vocabulary_size
 BF16, FP16 = "train.precision=bf16", "train.precision=fp16"
 # (DeepSpeed's JSON, ranks, tensor-parallel ranks, settings)
