@@ -210,3 +210,13 @@ def test_a_lost_peer_keeps_the_way_on(tmp_path: Path) -> None:
     with pytest.raises(PeerFailed) as caught, noted(tmp_path / "rank-0.log"):
         fail()
     assert caught.value.__notes__ == ["go on with --set resume=auto"]
+
+
+def test_a_rank_does_not_load_the_compiler_that_it_never_uses() -> None:
+    """It would cost every start three seconds."""
+    code = (
+        "import sys, mlinterf_ds.model.encoder, mlinterf_ds.engine.engine, torch\n"
+        "print([name for name in sys.modules if name.startswith('torch._inductor')], torch.compile.__module__)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200)
+    assert done.stdout.splitlines()[-1] == "[] torch", done.stderr[-2000:]
