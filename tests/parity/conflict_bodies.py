@@ -94,12 +94,12 @@ def plain(settings: list[str]) -> dict[Key, np.ndarray]:
 
 
 def trained(settings: list[str], json_name: str, tensor: int, out: str, every: int) -> list[dict[str, float]]:
-    """Four steps, with a measurement before every `every`-th (0: none); the facts of every step, and a checkpoint."""
+    """Two steps, with a measurement before every `every`-th (0: none); the facts of every step, and a checkpoint."""
     engine, stream, config = bodies.make(settings, json_name, tensor)
-    draws = drawn(engine, engine.languages, micro=2)
+    draws = drawn(engine, engine.languages, micro=4)
     meta = bodies.meta_step(engine, config)
     facts = []
-    for step in range(4):
+    for step in range(2):
         if every and step % every == 0:
             measure(engine, draws, 64 if step else "exact", 0, step)
         facts += bodies.advance(engine, stream, config, step + 1, meta)
