@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from hashlib import blake2b
 from typing import Protocol
 
+from mlinterf_ds.runtime.parallel import replayed  # isort: skip  # first: it imports megatron without a compiler
+
 import torch
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region, vocab_parallel_cross_entropy
@@ -24,7 +26,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from mlinterf_ds.errors import UserError
 from mlinterf_ds.model.layers import block_spec, megatron_config
 from mlinterf_ds.model.routing import Routed, Router
-from mlinterf_ds.runtime.parallel import replayed
 from mlinterf_ds.sections import ModelConfig
 
 SHARED = "shared"  # the name of the parameter group that all languages share

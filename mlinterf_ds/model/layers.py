@@ -11,6 +11,8 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, get_args
 
+from mlinterf_ds.runtime.parallel import replayed  # isort: skip  # first: it imports megatron without a compiler
+
 import torch
 from megatron.core import parallel_state
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
@@ -28,7 +30,6 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from mlinterf_ds.model.routing import Router, routed
-from mlinterf_ds.runtime.parallel import replayed
 from mlinterf_ds.sections import ModelConfig, Variant, has_adapters, is_meta
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
