@@ -117,6 +117,21 @@ def test_a_removed_key_is_refused_with_its_reason_and_ignored_in_a_checkpoints_r
     assert with_present_keys(older) == saved
 
 
+def test_a_key_that_came_later_has_the_meaning_of_before_in_an_older_record() -> None:
+    """A checkpoint of before boundaries and `meta.text` was trained without the one and on the meta split."""
+    older = load_run().model_dump()
+    for section, key in (("data", "boundaries"), ("data", "positions"), ("meta", "text")):
+        del older[section][key]
+    config = with_present_keys(older)
+    assert (config["data"]["boundaries"], config["data"]["positions"], config["meta"]["text"]) == (
+        "none", "row", "held_out",
+    )  # fmt: skip
+    now = decisive(RunConfig, load_run().model_dump())
+    assert differences(now, decisive(RunConfig, config)) == [
+        "data.boundaries is document, was none", "data.positions is boundary, was row", "meta.text is train, was held_out",
+    ]  # fmt: skip
+
+
 def test_what_a_resumed_run_may_change() -> None:
     before = load_run()
     free = ["train.steps=9", "parallel.timeout=1", "output=x", "tracking.tags.a=b", "conflict.every=5", "restarts=1"]
