@@ -19,8 +19,9 @@ ROUTED = {
 }
 DEPARTURES = """\
 The model departs from the paper in these ways: it is pre-norm (XLM is post-norm); adapters use GELU unless stated otherwise
-and stand before the residual sum, after the sublayer's dropout; the variants `ffn` and `attn` share the norms; all models of
-a study share one vocabulary. Perplexities of models with different vocabularies cannot be compared."""
+and stand before the residual sum, after the sublayer's dropout; the variants `ffn` and `attn` share the norms; a token
+of a packed row sees its own sentence or document alone, unless `data.boundaries` is `none`; all models of a study share one
+vocabulary. Perplexities of models with different vocabularies cannot be compared."""
 
 STOCK_USE = """\
 ```python

@@ -23,6 +23,7 @@ VOCABULARY = "one vocabulary for the study (the paper learns one for each model)
 DEPARTURES = [
     "pre-norm Transformer (XLM is post-norm); adapters with GELU before the residual sum; routed ffn and attn share their norms",
     VOCABULARY,
+    "packed rows in which a token sees its own sentence or document alone; the meta step's validation loss reads training text",
     "paper's numbers in brackets: its models, data and sizes are not ours; its average is over the languages shown, of which "
     "it must have every one, but beside synthetic languages over its own",
 ]
