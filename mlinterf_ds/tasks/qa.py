@@ -81,7 +81,7 @@ class Qa(Task):
             "with further answers that their contexts do not hold": sum(q.lost > 0 and not q.problem for q in examples),
         }
         parts = [f"{count} {text}" for text, count in counts.items() if count]
-        return rows, [f"of {len(examples)} questions {'; '.join(parts)}"] if parts else []
+        return rows, [f"of {len(examples)} questions: {'; '.join(parts)}"] if parts else []
 
     def predict(
         self, examples: Sequence[Question], rows: list[Row], outputs: list[Any], labels: list[str], limits: Limits

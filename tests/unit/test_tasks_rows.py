@@ -149,7 +149,7 @@ def test_answers_that_cannot_be_found_are_counted(tokenizer: Tokenizer) -> None:
         Question("b", "ab", words, (("abc", 0),)),
     ]
     _, (note,) = TASKS["qa"].rows(examples, tokenizer, ["start", "end"], LIMITS)
-    assert note.startswith("of 2 questions 2 with contexts longer than a row, read in windows of stride 4; ")
+    assert note.startswith("of 2 questions: 2 with contexts longer than a row, read in windows of stride 4; ")
     assert (
         "; 1 with answers longer than 8 pieces" in note and "; 1 with answers that no window holds as a whole" in note
     )
