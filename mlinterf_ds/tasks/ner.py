@@ -36,7 +36,7 @@ class Ner(Tagger):
         """The tag with the type that `finetune.labels` puts in its type's place; O for the type O."""
         prefix, dash, kind = tag.partition("-")
         renamed = self.rename(kind)
-        return tag if not dash else "O" if renamed == "O" else f"{prefix}-{renamed}"
+        return tag if not dash else "O" if renamed == "O" != kind else f"{prefix}-{renamed}"
 
     def gold(self, examples: Sequence[Sentence]) -> list[Sequence[str]]:
         return _scored(examples, [in_scheme(sentence.tags, "IOB2") for sentence in examples])

@@ -61,6 +61,7 @@ def gold(task: str, example: Any) -> Any:
         ("ner", "f.conllup", "# global.columns = FORM NER\nKido\tB-PER\nhi\tO\n"),
         ("ner", "f", "Kido\tB-PER\n\tO\n"),  # an empty word, as GermEval has some
         ("ner", "f", "en:Kido\tB-PER\nen:\tO\n"),
+        ("ner", "f", "Kido\tB-O\nhi\tO\n"),  # a type that is called O
         ("pos", "f.conllu", CONLLU),
         ("pos", "f.conll", CONLLU),
         ("pos", "f.txt", "# sent_id = 1\nfois NOUN\n# SYM\n"),
