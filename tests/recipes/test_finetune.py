@@ -199,9 +199,9 @@ def test_as_a_command_under_mlflow(ground: Path, tmp_path: Path) -> None:
         ["1"], f"tags.mlflow.parentRunId = '{job.info.run_id}'"
     )  # each has the names of a single one
     assert len(seeds) == 2 and {run.info.status for run in [job, *seeds]} == {"FINISHED"}
-    for run in seeds:
-        assert {"ner/train/loss", "ner/dev/f1/te", "ner/test/f1/te", "ner/test/f1/as"} <= run.data.metrics.keys()
-        steps = [point.step for point in client.get_metric_history(run.info.run_id, "ner/train/loss")]
+    for of_seed in seeds:
+        assert {"ner/train/loss", "ner/dev/f1/te", "ner/test/f1/te", "ner/test/f1/as"} <= of_seed.data.metrics.keys()
+        steps = [point.step for point in client.get_metric_history(of_seed.info.run_id, "ner/train/loss")]
         assert steps == list(range(1, 16)), "three epochs of five steps"
     assert job.data.metrics["ner/test/f1/te"] == pytest.approx(sum(r.data.metrics["ner/test/f1/te"] for r in seeds) / 2)
     assert "resume=auto" in run(words)
