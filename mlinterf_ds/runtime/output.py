@@ -15,6 +15,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from mlinterf_ds.errors import UserError, show_any_text
 from mlinterf_ds.runtime.launchers import adopt, find_home
@@ -34,13 +35,21 @@ def writing(output: Path) -> Iterator[None]:
 
 
 # --- quiet -----------------------------------------------------------------------------------------------------------
+class LogFile(logging.FileHandler):
+    """A log that makes its folder when it is first written to: that of a refused run was removed."""
+
+    def _open(self) -> Any:
+        Path(self.baseFilename).parent.mkdir(parents=True, exist_ok=True)
+        return super()._open()
+
+
 def quiet(log: Path) -> None:
     """Send loggers and warnings of other packages to the file `log`; this package's messages stay on the screen."""
     import deepspeed  # noqa: F401  (its logger takes a handler when imported)
 
     with writing(log.parent.parent):
         log.parent.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(log, delay=True)
+    handler = LogFile(log, delay=True)
     handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
     logging.captureWarnings(True)
     for name in (*NOISY, "py.warnings"):
