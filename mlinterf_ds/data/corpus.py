@@ -118,11 +118,9 @@ class Corpus:
             return np.ones(len(offsets), dtype=bool)
         lengths, numbers = np.dtype(np.int32), np.dtype(np.int64)
         start += sentences * lengths.itemsize
-        places = np.memmap(path, numbers, "r", start, (sentences,))  # bytes before each sentence
-        firsts = np.memmap(
-            path, numbers, "r", start + sentences * numbers.itemsize, (documents,)
-        )  # and each document's
-        sentence = _search(places, offsets * self._dtype.itemsize)
+        starts = np.memmap(path, numbers, "r", start, (sentences,))  # bytes before each sentence
+        firsts = np.memmap(path, numbers, "r", start + starts.nbytes, (documents,))  # each document's first sentence
+        sentence = _search(starts, offsets * self._dtype.itemsize)
         return firsts[_search(firsts, sentence)] == sentence
 
     def verify(self, part: int = 0, parts: int = 1) -> None:

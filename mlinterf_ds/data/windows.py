@@ -29,9 +29,7 @@ class TokenSource(Protocol):
     def characters(self, language: str, split: str) -> int: ...
     def tokens(self, language: str, split: str) -> np.ndarray: ...  # flat, memory-mapped; `</s>` ends every sentence
     def unchanged(self, language: str, split: str) -> bool: ...  # see Corpus.unchanged
-    def starts_document(
-        self, language: str, split: str, offsets: np.ndarray
-    ) -> np.ndarray: ...  # see Corpus.starts_document
+    def starts_document(self, language: str, split: str, offsets: np.ndarray) -> np.ndarray: ...  # see Corpus's
 
 
 class Windows:
@@ -98,9 +96,7 @@ class Windows:
             return (draws * size).astype(np.int64)
         first = np.unique(taken)
         following = np.append(first[1:], first[0] + size)
-        free = np.maximum(
-            0, following - first - 2 * self.width + 1
-        )  # offsets that a window between two others may have
+        free = np.maximum(0, following - first - 2 * self.width + 1)  # offsets between each two that a window may have
         if not free.any():
             widest = np.argmax(following - first)
             return np.full(len(draws), (first[widest] + following[widest]) // 2 % size)
@@ -121,7 +117,7 @@ def split_windows(
     Raises UserError if the split is empty.
     """
     if corpus.sentences(language, split) == 0:
-        remedy = "Add --meta-split" if split == "meta" else "Give it more text"
+        remedy = "Set meta.text=train, or add --meta-split" if split == "meta" else "Give it more text"
         raise UserError(
             f"language {language!r}: its {split!r} split is empty. {remedy} and prepare the corpus again, or take it out of "
             "`languages`."
