@@ -50,6 +50,7 @@ log = logging.getLogger(__name__)
 
 NOTE = "mlflow.note.content"  # tag that MLflow's browser shows as the run's description
 LOCAL_UI = "http://127.0.0.1:5000"  # where `mlflow ui` listens
+MAX_STEP = 2**63 - 1  # of a SQL store
 INTERVAL = 2.0  # seconds between two looks at the spool
 LONGEST_PAUSE = 30.0  # seconds between two attempts while the server is away
 CLOSING_TIMEOUT = 30.0  # seconds that a finished job waits for the server
@@ -158,6 +159,8 @@ class Tracker:
         if self._closed:
             return
         try:
+            if not 0 <= step <= MAX_STEP:
+                raise ValueError(f"step {step} is outside 0 ... 2**63 - 1")
             values = {clean_name(name): float(value) for name, value in metrics.items()}
             values = {name: value if math.isfinite(value) else math.nan for name, value in values.items()}
             if self._resumed_id is not None:  # a resumed run repeats the steps since its checkpoint

@@ -40,7 +40,7 @@ def subject(kinds: Sequence[str], tensor: int = 1, variant: str = "joint", sprea
                 parameter.mul_(spread)
     model.eval().requires_grad_(False)
     gates = Gates(model, kinds, layout.tensor_rank, tensor)
-    return Subject(model, gates, corpus, layout, torch.device("cpu"), LossScale(False, {}), LENGTH, 0.15)
+    return Subject(model, gates, corpus, layout, torch.device("cpu"), LossScale(False, {}), RowFormat(LENGTH))
 
 
 def settings(**changed: Any) -> PruneSection:
