@@ -211,7 +211,9 @@ class MetaConfig(Section):
     @model_validator(mode="after")
     def _reuse_needs_one_point(self) -> MetaConfig:
         if self.reuse and self.order != "simultaneous":
-            raise ValueError(f"meta.reuse=true needs meta.order=simultaneous (now {self.order}): set it")
+            raise ValueError(
+                f"meta.reuse=true needs meta.order=simultaneous (now {self.order}): set it, or meta.reuse=false"
+            )
         return self
 
 

@@ -226,6 +226,13 @@ class ValidationStream:
                     "data.sequence_length, or take the language out of `languages`."
                 )
 
+    def crowded(self) -> list[str]:
+        """Returns the languages whose training text may leave a step's validation rows no room beside its own."""
+        if self._training is None:
+            return []
+        pairs = zip(self.languages, self._windows, strict=True)
+        return [language for language, windows in pairs if windows.count < 2 * self._training.rows]
+
     def plan(self, step: int, language: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Returns the step's languages, ascending, their weights in the loss and their rows: three arrays (per_step,)."""
         total, per_step = len(self.languages), self.per_step

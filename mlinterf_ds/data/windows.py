@@ -89,17 +89,17 @@ class Windows:
         """Returns the offsets of windows that have no token in common with those that start at `taken`.
 
         taken: (m,) offsets, m may be 0; draws: (n,) uniform numbers in [0, 1), which choose among all such windows -> (n,)
-        int64. Where the taken windows leave no room for another between them, it lies in the middle of the widest gap.
+        int64. Where the taken windows leave no room for another between them, every offset is as likely as any other.
         """
         size = len(self.tokens)
+        anywhere = (draws * size).astype(np.int64)
         if not len(taken):
-            return (draws * size).astype(np.int64)
+            return anywhere
         first = np.unique(taken)
         following = np.append(first[1:], first[0] + size)
         free = np.maximum(0, following - first - 2 * self.width + 1)  # offsets between each two that a window may have
         if not free.any():
-            widest = np.argmax(following - first)
-            return np.full(len(draws), (first[widest] + following[widest]) // 2 % size)
+            return anywhere
         ends = np.cumsum(free)
         index = (draws * ends[-1]).astype(np.int64)
         gap = np.searchsorted(ends, index, side="right")
@@ -127,6 +127,11 @@ def split_windows(
         middle = len(tokens) // 2
         ends = np.flatnonzero(np.asarray(tokens[middle : middle + FARTHEST_END]) == EOS)
         middle += int(ends[0]) + 1 if len(ends) else 0
+        if not 0 < middle < len(tokens):
+            raise UserError(
+                f"language {language!r}: its {split!r} split is too short to be read in two halves: give it more text and "
+                "prepare the corpus again, or set meta.text=train"
+            )
         tokens, offset = (tokens[:middle], 0) if half == "first" else (tokens[middle:], middle)
 
     def starts_document(offsets: np.ndarray) -> np.ndarray:

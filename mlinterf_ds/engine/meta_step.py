@@ -104,10 +104,10 @@ class Phases:
         self._update(self.theta, gradient, "gradient_norm")
 
     def update_both(self) -> None:
-        """Both updates from gradients at the same theta and phi_i, which phase 1's passes computed.
+        """Both updates from gradients that phase 1's passes computed at theta and phi_i.
 
-        With `meta.reuse` no row is wasted: theta steps along the mean of its gradients on the training and the validation
-        rows, phi_i along h_i plus its ordinary gradient.
+        With `meta.reuse` no row is wasted: theta steps along the mean of its gradients on the training rows and, at the
+        lookahead's theta', on the validation rows; phi_i steps along h_i plus its ordinary gradient.
         """
         h = self._hypergradient(keep_passes=True)
         assert h.passes is not None

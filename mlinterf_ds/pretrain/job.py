@@ -24,7 +24,7 @@ from mlinterf_ds.engine.pcgrad import pcgrad_step
 from mlinterf_ds.engine.precision import DTYPES
 from mlinterf_ds.engine.space import NewRows
 from mlinterf_ds.engine.throughput import flops_per_row, peak_flops, peak_memory
-from mlinterf_ds.errors import UserError
+from mlinterf_ds.errors import UserError, warn
 from mlinterf_ds.gradients.measure import Draws, Monitor
 from mlinterf_ds.model.encoder import SHARED, Encoder, partition_dim
 from mlinterf_ds.pretrain import initial
@@ -109,6 +109,11 @@ class PretrainingRun:
             training=self.stream if config.meta.text == "train" else None,
             row_format=row_format,
         )
+        if self.first and (crowded := self.validation.crowded()):
+            warn(
+                f"{', '.join(crowded)}: a step trains on {config.train.batch} rows, over half of the text: rows of its validation "
+                "loss may overlap them. A smaller train.batch, a shorter data.sequence_length or meta.text=half keeps them apart"
+            )
 
     def _build_model(self) -> Encoder:
         config = self.config
@@ -186,6 +191,8 @@ class PretrainingRun:
         defaults = flat(RunConfig().model_dump())  # of keys that are newer than the checkpoint
         before = decisive(RunConfig, defaults | flat(with_present_keys(saved["config"])))
         now = decisive(RunConfig, self.config.model_dump())
+        if not is_meta(self.config.variant):  # keys that the run never reads
+            now, before = ({k: v for k, v in keys.items() if not k.startswith("meta.")} for keys in (now, before))
         now["languages"], before["languages"] = list(self.languages), saved["languages"]
         now["corpus manifest"], before["corpus manifest"] = self.corpus.manifest_hash, saved["manifest"]
         if changed := differences(now, before):

@@ -24,7 +24,7 @@ from mlinterf_ds.errors import UserError, refusing, resumption
 from mlinterf_ds.files import read_csv, read_json
 from mlinterf_ds.pretrain.report import COLUMNS
 from mlinterf_ds.pretrained import Pretrained
-from mlinterf_ds.sections import LANGUAGE_PATTERN
+from mlinterf_ds.sections import LANGUAGE_PATTERN, is_meta
 
 History = dict[str, list[tuple[int, float]]]  # language -> (step, value), ascending
 # Settings that do not shape a model: two runs that differ in these alone compare without a note.
@@ -126,9 +126,11 @@ class PretrainedRun:
     def epochs(self, corpus: Corpus) -> dict[str, float]:
         """How often the best checkpoint had seen the training text of each language."""
         data, train = self.config["data"], self.config["train"]
+        halved = is_meta(self.config["variant"]) and self.config["meta"]["text"] == "half"
         stream = TrainStream(
             corpus, self.pretrained.languages, rows=train["batch"], row_format=self.pretrained.row_format,
             seed=train["seed"], temperature=data["temperature"], mixed=data["mixed"],
+            only=data.get("only"), half="first" if halved else None,
         )  # fmt: skip
         return {code: facts["epochs"] for code, facts in stream.seen(self.step).items()}
 

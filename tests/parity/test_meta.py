@@ -154,11 +154,14 @@ def test_only_the_steps_language_moves(json_name: str) -> None:
         assert moved == 1 and not theta_moved_in_phase_1
 
 
-@pytest.mark.parametrize("order", ["phi_first", "theta_first"])
+ORDERS = {"phi_first": 5, "theta_first": 5, "simultaneous": 4}  # passes of a step
+
+
+@pytest.mark.parametrize("order, failing", [(order, n) for order, passes in ORDERS.items() for n in range(passes)])
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
-@pytest.mark.parametrize("failing", [0, 1, 2, 3, 4])
 def test_an_overflow_in_any_pass_changes_nothing(failing: int, precision: str, order: str) -> None:
     settings = ["variant=meta_adpt", f"train.precision={precision}", f"meta.order={order}"]
+    settings += ["meta.reuse=true"] if order == "simultaneous" else []
     (outcome,) = pool(1).run(meta_bodies.overflow, settings, "zero1", failing)
     assert outcome["unchanged"] and outcome["skipped"] == 1
     assert outcome["scale"] == (0.5 if precision == "fp16" else 1.0)
