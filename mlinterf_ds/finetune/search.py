@@ -178,7 +178,7 @@ class Search:
             folder=folder,
             parameters=vars(point) | {"checkpoint": job.config.checkpoint, "task": job.task.name},
             tags=self._tags(),
-            run_id=json.loads(saved[-1].read_text())["run_id"] if saved else None,
+            run_id=json.loads(saved[-1].read_text(encoding="utf-8"))["run_id"] if saved else None,
             parent_id=self.tracker.run_id,
         )
 

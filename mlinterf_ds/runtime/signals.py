@@ -66,7 +66,7 @@ class Signals:
             raise KeyboardInterrupt
         self.received = signal.Signals(number).name
         if number == signal.SIGHUP and self._terminals:
-            nowhere = open(os.devnull, "w")  # noqa: SIM115 (until the process ends)
+            nowhere = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (until the process ends)
             for stream in self._terminals:
                 os.dup2(nowhere.fileno(), stream)
             sys.stdout = nowhere  # `hushed` may have put a copy of the terminal aside

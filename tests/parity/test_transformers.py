@@ -85,6 +85,8 @@ def test_loss_and_gradients() -> None:
         weights=torch.full((ROWS, 3), 1 / (3 * ROWS)),
         languages=torch.zeros(ROWS, dtype=torch.long),
         step_languages=(0,),
+        segment_ids=None,
+        position_ids=None,
         dropout_seed=0,
     )
     loss, _ = ours(batch)

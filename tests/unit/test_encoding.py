@@ -28,7 +28,7 @@ def unencoded(path: Path) -> list[str]:
         words = [argument.value for argument in node.args if isinstance(argument, ast.Constant)]
         if name == "open":
             modes = {word for word in words if isinstance(word, str) and word.strip("rwxab+") == ""}
-            of_a_file = bool(modes) or not node.args
+            of_a_file = bool(modes) or not (node.args or node.keywords)  # an archive.open(fileobj=...) holds bytes
             if of_a_file and not given and not any("b" in mode for mode in modes):
                 calls.append(f"{path.relative_to(ROOT)}:{node.lineno} {name}")
         elif name in POSITION and not given and len(node.args) <= POSITION[name]:
