@@ -67,7 +67,7 @@ class Corpus:
                     f"{FORMAT!r}, version {VERSION}: prepare the corpus again"
                 )
             corpus.languages = corpus._chosen(languages)
-            corpus._seen = {}
+            corpus._seen, corpus._documents = {}, {}
             for entry in corpus._files():
                 path = corpus._path(entry)
                 corpus._seen[path] = _state(path)
@@ -79,6 +79,7 @@ class Corpus:
         return corpus
 
     _dtype: np.dtype
+    _documents: dict[tuple[str, str], tuple[np.ndarray, np.ndarray] | None]  # see `_map_documents`
     _seen: dict[Path, tuple[int, ...]]  # each file's state when it was opened, or when its digest was last compared
 
     @property
@@ -109,19 +110,26 @@ class Corpus:
     def starts_document(self, language: str, split: str, offsets: np.ndarray) -> np.ndarray:
         """Returns which sentences begin a document, by the offsets of their first tokens: (n,) int64 -> (n,) bool.
 
-        A line that stands alone is a document. The index file is read where it is needed, and never held in memory.
+        A line that stands alone is a document. The index file is mapped into memory at the first call.
         """
+        if (language, split) not in self._documents:
+            self._documents[language, split] = self._map_documents(language, split)
+        if (mapped := self._documents[language, split]) is None:
+            return np.ones(len(offsets), dtype=bool)
+        starts, firsts = mapped
+        sentence = _search(starts, offsets * self._dtype.itemsize)
+        return firsts[_search(firsts, sentence)] == sentence
+
+    def _map_documents(self, language: str, split: str) -> tuple[np.ndarray, np.ndarray] | None:
+        """Returns the byte at which each sentence starts, and each document's first sentence; None if each is a document."""
         path, start = self._path(self._facts(language, split)["idx"]), struct.calcsize(INDEX_HEADER)
         with open(path, "rb") as file:
             _, _, _, sentences, documents = struct.unpack(INDEX_HEADER, file.read(start))
         if sentences == documents - 1:
-            return np.ones(len(offsets), dtype=bool)
-        lengths, numbers = np.dtype(np.int32), np.dtype(np.int64)
-        start += sentences * lengths.itemsize
-        starts = np.memmap(path, numbers, "r", start, (sentences,))  # bytes before each sentence
-        firsts = np.memmap(path, numbers, "r", start + starts.nbytes, (documents,))  # each document's first sentence
-        sentence = _search(starts, offsets * self._dtype.itemsize)
-        return firsts[_search(firsts, sentence)] == sentence
+            return None
+        start += sentences * np.dtype(np.int32).itemsize  # the sentences' lengths
+        starts = np.memmap(path, np.int64, "r", start, (sentences,))
+        return starts, np.memmap(path, np.int64, "r", start + starts.nbytes, (documents,))
 
     def verify(self, part: int = 0, parts: int = 1) -> None:
         """Reads every file and compares its SHA-256 with the manifest's. Raises UserError that names the first to differ.
