@@ -13,14 +13,18 @@ saved it reading is a copy, at another layout a re-slicing (of tensor-parallel p
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -29,7 +33,7 @@ from torch import Tensor
 from mlinterf_ds.engine.space import FlatSpace
 from mlinterf_ds.engine.weights import CheckpointReader, Weights
 from mlinterf_ds.errors import UserError, refusing, resumption, setting
-from mlinterf_ds.files import PARTIAL, check_files, flushed_facts, write_bytes
+from mlinterf_ds.files import PARTIAL, check_files, flushed_facts, read_json, write_bytes, write_json
 from mlinterf_ds.ranks import agreed
 
 if TYPE_CHECKING:  # reading a checkpoint needs neither DeepSpeed nor megatron
@@ -37,78 +41,194 @@ if TYPE_CHECKING:  # reading a checkpoint needs neither DeepSpeed nor megatron
 
 FORMAT = 1
 MOMENTS = ("exp_avg", "exp_avg_sq")
+POLL = 0.05  # seconds between rank 0's looks for the other ranks' files
+PATIENCE = 10.0  # seconds that a run which fails gives the save under way
+
+Shard = tuple[dict[str, Tensor], dict[str, str]]  # a rank's tensors, and the metadata of their file
+
+
+class Saver:
+    """Saves a run's checkpoints while the run goes on, never two at once. All ranks call the same methods in the same order.
+
+    Training waits only while masters and moments are copied to host memory. A thread of each rank then writes and hashes
+    that rank's files. The threads use no collectives, since training uses them meanwhile: each of them tells that of rank 0
+    by a file in the unfinished folder, and that one lists all files in complete.json and renames the folder. A Saver is a
+    context at whose end the save under way has ended, too.
+    """
+
+    def __init__(self, run: Path, keep: int):
+        """keep: how many of the newest checkpoints stay."""
+        self.run, self.keep = run, keep
+        self._writing: _Writing | None = None  # the save under way
+        self._copies: dict[str, Tensor] = {}  # of this rank's tensors, in host memory that the next save uses again
+
+    def __enter__(self) -> Saver:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
+        if kind is None:
+            self.finish()
+        elif self._writing:
+            self._writing.thread.join(PATIENCE)  # other ranks may be lost: what is not whole then is none
+
+    @property
+    def failed(self) -> bool:
+        """Whether this rank could not save; `finish` then says why, on all ranks."""
+        return self._writing is not None and bool(self._writing.problem)
+
+    def begin(self, engine: Engine, state: Mapping[str, Any], files: Mapping[str, Path], best: bool = False) -> None:
+        """Begins to save this step, once the save before it has ended.
+
+        state: what goes into run.json beside the engine's counters. files: name to file, copied into the checkpoint.
+        best: whether the checkpoint is then marked as the best of the run.
+        """
+        self.finish()
+        self._writing = _Writing(self.run, self.keep, engine.step, best)
+        self._writing.begin(_shard(engine, self._copy), _run_json(engine, state), files)
+
+    def finish(self) -> None:
+        """Waits for the save under way, if there is one. Raises UserError on all ranks if one of them could not save."""
+        if self._writing:
+            writing, self._writing = self._writing, None
+            writing.finish()
+
+    def _copy(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        for key, tensor in tensors.items():
+            if key not in self._copies or self._copies[key].shape != tensor.shape:
+                self._copies[key] = _host_memory(tensor)
+            self._copies[key].copy_(tensor, non_blocking=True)
+        if any(tensor.device.type != "cpu" for tensor in tensors.values()):
+            from deepspeed.accelerator import get_accelerator
+
+            get_accelerator().synchronize()
+        return {key: self._copies[key] for key in tensors}
 
 
 def save(run: Path, engine: Engine, state: Mapping[str, Any], files: Mapping[str, Path], keep: int) -> Path:
-    """Writes <run>/checkpoints/step-N from all ranks, which appears whole or not at all; returns its path.
+    """Writes <run>/checkpoints/step-N from all ranks, which appears whole or not at all; returns its path (see `Saver`)."""
+    writing = _Writing(run, keep, engine.step)
 
-    state: what goes into run.json beside the engine's counters. files: name to file, copied into the checkpoint. keep:
-    how many of the newest checkpoints stay.
-    """
-    target = run / "checkpoints" / f"step-{engine.step:08d}"
-    partial = target.with_name(target.name + PARTIAL)
-    rank = dist.get_rank()
+    def on_host(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {key: tensor.cpu() for key, tensor in tensors.items()}
 
-    def begin() -> None:
-        if rank == 0:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-
-    def write() -> dict[str, Any]:
-        shard = _write_shard(partial, engine, rank)
-        listed = flushed_facts([shard] if shard else [])
-        if rank == 0:
-            counters = {
-                "updates": engine.updates,
-                "skipped": engine.skipped,
-                "loss_scale": engine.scale.state(),
-                "losses": engine.spikes.seen,
-                "layout": asdict(engine.layout) | {"stage": engine.stage, "precision": engine.precision},
-            }
-            (partial / "run.json").write_text(json.dumps({"format": FORMAT, **counters, **state}, indent=1), "utf-8")
-            for name, source in files.items():
-                shutil.copyfile(source, partial / name)
-            listed |= flushed_facts([partial / name for name in ("run.json", *files)])
-        return listed
-
-    def complete() -> None:
-        if rank == 0:
-            listed = {name: facts for of_rank in written for name, facts in of_rank.items()}
-            (partial / "complete.json").write_text(json.dumps({"format": FORMAT, "files": listed}, indent=1), "utf-8")
-            shutil.rmtree(target, ignore_errors=True)
-            os.replace(partial, target)
-            prune(run, keep)
-
-    try:
-        _on_all(begin)
-        written = _on_all(write)
-        _on_all(complete)
-    except UserError as error:
-        if rank == 0:
-            shutil.rmtree(partial, ignore_errors=True)
-        raise UserError(
-            f"could not save {target}: {error}; earlier checkpoints are untouched: free some space, then "
-            f"{resumption(run)}"
-        ) from None
-    return target
+    writing.begin(_shard(engine, on_host), _run_json(engine, state), files)
+    writing.finish()
+    return writing.target
 
 
-def _on_all(work: Callable[[], Any]) -> list[Any]:
-    """Does `work` on every rank and returns every rank's result; a file error on one rank is a UserError on all."""
-    result, problem = None, ""
-    try:
-        result = work()
-    except (OSError, SafetensorError) as error:
-        problem = f"rank {dist.get_rank()}: {error}"
-    gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, (result, problem))
-    if problems := [problem for _, problem in gathered if problem]:
-        raise UserError("; ".join(problems))
-    return [result for result, _ in gathered]
+def _host_memory(tensor: Tensor) -> Tensor:
+    """Memory for a copy of this tensor: page-locked if the tensor lies on an accelerator, whose copies are then fast."""
+    if tensor.device.type != "cpu":
+        with contextlib.suppress(RuntimeError):  # the host has no more memory that can be locked
+            return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return torch.empty(tensor.shape, dtype=tensor.dtype)
 
 
-def _write_shard(folder: Path, engine: Engine, rank: int) -> Path | None:
-    """Writes this rank's masters, moments and segments; returns the file, or None if other ranks hold all of them."""
+class _Writing:
+    """One save: a thread on each rank writes that rank's files, and rank 0's completes the checkpoint."""
+
+    def __init__(self, run: Path, keep: int, step: int, best: bool = False):
+        self.run, self.keep, self.best = run, keep, best
+        self.target = run / "checkpoints" / f"step-{step:08d}"
+        self.unfinished = self.target.with_name(self.target.name + PARTIAL)
+        self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
+        self.problem = ""  # why this rank could not save
+        self._written, self._abandoned = threading.Event(), threading.Event()
+
+    def begin(self, shard: Shard, run_json: str, files: Mapping[str, Path]) -> None:
+        """Makes the unfinished folder and starts the thread. files: name to file, copied into the checkpoint."""
+        if self.rank == 0:
+            self._attempt(self._make_folder)
+        self._refuse(self._problems())
+        self._written.clear()
+        work = partial(self._attempt, self._save, shard, run_json, files)
+        self.thread = threading.Thread(target=work, name="checkpoint", daemon=True)
+        self.thread.start()
+
+    def finish(self) -> None:
+        """Waits until the checkpoint is complete; UserError on all ranks if one of them could not write."""
+        self._written.wait()
+        if problems := self._problems():
+            self._abandoned.set()
+        self.thread.join()
+        self._refuse(problems or self._problems())
+
+    def _attempt(self, work: Callable[..., None], *arguments: Any) -> None:
+        try:
+            work(*arguments)
+        except Exception as error:  # whatever it is, all ranks must learn of it
+            known = isinstance(error, OSError | SafetensorError)
+            self.problem = f"rank {self.rank}: {error if known else repr(error)}"
+        finally:
+            self._written.set()
+
+    def _problems(self) -> list[str]:
+        gathered: list[Any] = [""] * self.ranks
+        dist.all_gather_object(gathered, self.problem)
+        return [problem for problem in gathered if problem]
+
+    def _refuse(self, problems: list[str]) -> None:
+        if problems:
+            if self.rank == 0:
+                shutil.rmtree(self.unfinished, ignore_errors=True)
+            raise UserError(
+                f"could not save {self.target}: {'; '.join(problems)}; earlier checkpoints are untouched: free some "
+                f"space, then {resumption(self.run)}"
+            )
+
+    def _make_folder(self) -> None:
+        shutil.rmtree(self.unfinished, ignore_errors=True)
+        self.unfinished.mkdir(parents=True)
+
+    def _save(self, shard: Shard, run_json: str, files: Mapping[str, Path]) -> None:
+        tensors, metadata = shard
+        paths = []
+        if tensors:
+            paths.append(self.unfinished / f"shard-{self.rank:05d}.safetensors")
+            save_file(tensors, paths[0], metadata=metadata)
+        if self.rank:
+            return write_json(self._list_of(self.rank), flushed_facts(paths))
+        for name, source in files.items():
+            shutil.copyfile(source, self.unfinished / name)
+        (self.unfinished / "run.json").write_text(run_json, "utf-8")
+        listed = flushed_facts([*paths, *(self.unfinished / name for name in ("run.json", *files))])
+        self._written.set()
+        for rank in range(1, self.ranks):
+            while not self._list_of(rank).is_file():
+                if self._abandoned.wait(POLL):
+                    return None
+            listed |= read_json(self._list_of(rank))
+        return self._complete(listed)
+
+    def _list_of(self, rank: int) -> Path:
+        """The file by which a rank tells rank 0 that its part is written: the facts of its files."""
+        return self.unfinished / f"rank-{rank:05d}.json"
+
+    def _complete(self, listed: dict[str, Any]) -> None:
+        for rank in range(1, self.ranks):
+            self._list_of(rank).unlink()
+        text = json.dumps({"format": FORMAT, "files": listed}, indent=1)
+        (self.unfinished / "complete.json").write_text(text, "utf-8")
+        shutil.rmtree(self.target, ignore_errors=True)
+        os.replace(self.unfinished, self.target)
+        if self.best:
+            mark_best(self.run, self.target)
+        prune(self.run, self.keep)
+
+
+def _run_json(engine: Engine, state: Mapping[str, Any]) -> str:
+    counters = {
+        "updates": engine.updates,
+        "skipped": engine.skipped,
+        "loss_scale": engine.scale.state(),
+        "losses": engine.spikes.seen,
+        "layout": asdict(engine.layout) | {"stage": engine.stage, "precision": engine.precision},
+    }
+    return json.dumps({"format": FORMAT, **counters, **state}, indent=1)
+
+
+def _shard(engine: Engine, on_host: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> Shard:
+    """This rank's masters, moments and segments, in host memory; no tensors if other ranks hold all of them."""
     tensors: dict[str, Tensor] = {}
     table = []
     for name, space in engine.spaces.items():
@@ -118,15 +238,11 @@ def _write_shard(folder: Path, engine: Engine, rank: int) -> Path | None:
             adam = engine.optimizers[name].state[master]
             key = f"{name}/{shard}"
             tensors[f"{key}/master"] = master.detach()
-            tensors[f"{key}/step"] = adam["step"].detach().clone().reshape(1)
+            tensors[f"{key}/step"] = adam["step"].detach().reshape(1)
             tensors |= {f"{key}/{moment}": adam[moment] for moment in MOMENTS}
         table += [{"space": name, **asdict(segment)} for segment in space.segments]
-    if not tensors:
-        return None
-    path = folder / f"shard-{rank:05d}.safetensors"
     metadata = {"segments": json.dumps(table), "tensor_rank": str(engine.layout.tensor_rank)}
-    save_file({key: tensor.contiguous().cpu() for key, tensor in tensors.items()}, path, metadata=metadata)
-    return path
+    return on_host({key: tensor.contiguous() for key, tensor in tensors.items()}), metadata
 
 
 def prune(run: Path, keep: int) -> None:

@@ -61,7 +61,8 @@ class PretrainingRun:
         self.best = math.inf  # mean validation loss of the best checkpoint, in nats
         self.seconds = 0.0  # of training, those before a resume included
         self.warned_of_spike = False
-        self.saved_step = -1  # of the newest checkpoint that this process wrote
+        self.saver = checkpoint.Saver(session.output, config.train.keep)
+        self.saved_step = -1  # of the newest checkpoint that this process began to write
         self.run_id: str | None = None  # MLflow's, of a run that is resumed
         self.old_pieces: int | None = None  # size of the vocabulary that this run's extends
         self.start = self._restore()  # how the run starts, for the user; '' from random weights
@@ -202,7 +203,7 @@ class PretrainingRun:
             )
 
     def save(self) -> None:
-        """Save this step, and mark it as the best if it was evaluated and none was better."""
+        """Begin to save this step, as the best one if it was evaluated and none was better."""
         best = (mean := self._mean_loss()) < self.best
         self.best = min(self.best, mean)
         state = {
@@ -221,9 +222,7 @@ class PretrainingRun:
         if self.records.losses:
             self.records.losses.file.flush()  # a resumed run goes on from this checkpoint
         self.saved_step = self.engine.step
-        path = checkpoint.save(self.session.output, self.engine, state, files, self.config.train.keep)
-        if best and self.first:
-            checkpoint.mark_best(self.session.output, path)
+        self.saver.begin(self.engine, state, files, best)
 
     # -- training ----------------------------------------------------------------------------------------------------
 
@@ -254,8 +253,20 @@ class PretrainingRun:
         if not self.history[self.languages[0]]:
             self.evaluate()
         bar = tqdm(total=train.steps, initial=engine.step, disable=not self.first, unit="step", mininterval=1)
-        stopped, started_at = "", engine.step
-        clock, before = time.perf_counter(), self.seconds
+        started_at, before = engine.step, self.seconds
+        with self.saver:
+            stopped = self._train_steps(signals, bar)
+            bar.close()
+            if not stopped:
+                self._measure_conflict()
+            if self.saved_step != engine.step:
+                self.save()
+        return self._finish(stopped, (engine.step - started_at) / max(1e-9, self.seconds - before))
+
+    def _train_steps(self, signals: Signals, bar: Any) -> str:
+        """The steps to come; returns what stopped them before the last one."""
+        train, engine = self.config.train, self.engine
+        started_at, before, clock = engine.step, self.seconds, time.perf_counter()
         hours = f"train.max_hours={train.max_hours}"
         for batches, validation in prefetch(self.batches()):
             self._measure_conflict()
@@ -267,14 +278,9 @@ class PretrainingRun:
             bar.update()
             self._after_step(facts, rate)
             late = train.max_hours is not None and spent > train.max_hours * 3600
-            if stopped := stop_reason(signals, engine.device, hours, late):
-                break
-        bar.close()
-        if not stopped:
-            self._measure_conflict()
-        if self.saved_step != engine.step:
-            self.save()
-        return self._finish(stopped, (engine.step - started_at) / max(1e-9, self.seconds - before))
+            if stopped := stop_reason(signals, engine.device, {hours: late, "a failed save": self.saver.failed}):
+                return stopped
+        return ""
 
     def _after_step(self, facts: dict[str, float], rate: float) -> None:
         """Record the step; evaluate and save where it is due. rate: tokens per second."""

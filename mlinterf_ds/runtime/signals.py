@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Mapping
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -78,14 +79,19 @@ def ending_signals() -> list[signal.Signals]:
     return [signal.SIGTERM, signal.SIGINT, *hang_up]
 
 
-def stop_reason(signals: Signals, device: torch.device, limit: str = "", reached: bool = False) -> str:
-    """Why all ranks stop now: the signal that any of them received, or `limit` if any of them reached it; '' to go on."""
+def stop_reason(signals: Signals, device: torch.device, others: Mapping[str, bool] | None = None) -> str:
+    """Why all ranks stop now: the signal that any of them received, or the first of `others` that holds on any; '' to go on.
+
+    others: further reasons in words, the same on all ranks, and whether each holds on this one.
+    """
     import torch
     import torch.distributed as dist
 
-    flags = torch.tensor([float(reached), float(signals.received is not None)], device=device)
+    others = others or {}
+    held = torch.tensor([float(signals.received is not None), *map(float, others.values())], device=device)
     if dist.get_world_size() > 1:
-        dist.all_reduce(flags, op=dist.ReduceOp.MAX)
-    if flags[1]:
+        dist.all_reduce(held, op=dist.ReduceOp.MAX)
+    received, *others_held = held.tolist()
+    if received:
         return signals.received or "a signal to another rank"
-    return limit if flags[0] else ""
+    return next((reason for reason, holds in zip(others, others_held, strict=True) if holds), "")

@@ -174,3 +174,14 @@ def advance_meta(
         held_out = [validation.batch(engine.step, language, *slice_) for slice_ in engine.slices(rows)]
         facts.append(meta.step(train, held_out))
     return facts
+
+
+def train_while_saving(settings: list[str], json_name: str, out: str) -> None:
+    """Saves step 2 while a third step runs, then step 3 at once; with `checkpoint.save`, step 2 under out/at_once, too."""
+    engine, stream, config = make(settings, json_name)
+    advance(engine, stream, config, 2)
+    checkpoint.save(Path(out) / "at_once", engine, {}, {}, keep=9)
+    with checkpoint.Saver(Path(out), keep=9) as saver:
+        saver.begin(engine, {}, {})
+        advance(engine, stream, config, 3)
+        saver.begin(engine, {}, {})

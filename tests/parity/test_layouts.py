@@ -1,11 +1,13 @@
 """The same training at every layout: ZeRO stages, tensor and data parallel, accumulation, mixed batches."""
 
 import itertools
+import os
 from pathlib import Path
 
 import pytest
 import torch
 
+from mlinterf_ds.engine import checkpoint
 from tests.parity import bodies
 from tests.ranks import pool
 
@@ -73,6 +75,18 @@ def test_resume_is_bit_exact(json_name: str, tensor: int, tmp_path: Path) -> Non
     source = tmp_path / "checkpoints" / "step-00000002"
     rest = pool(2).run(bodies.resumed, settings, json_name, tensor, str(source), 4)
     assert [facts[2:] for facts in whole] == rest
+
+
+@pytest.mark.parametrize("json_name", ["zero0", "zero2"])
+def test_a_checkpoint_written_while_training_goes_on_is_the_one_written_at_once(json_name: str, tmp_path: Path) -> None:
+    pool(2).run(bodies.train_while_saving, ["variant=adpt"], json_name, str(tmp_path))
+    folder, at_once = tmp_path / "checkpoints", tmp_path / "at_once" / "checkpoints" / "step-00000002"
+    assert sorted(os.listdir(folder)) == ["step-00000002", "step-00000003"], "each is whole"
+    assert checkpoint.verify(folder / "step-00000002") == checkpoint.verify(at_once)
+    assert checkpoint.verify(folder / "step-00000003")["updates"] == 3
+    for kind in ("master", "exp_avg_sq"):
+        apart, together = bodies.weights(folder / "step-00000002", kind), bodies.weights(at_once, kind)
+        assert all(torch.equal(apart[name], together[name]) for name in together)
 
 
 def test_checkpoint_loads_at_another_layout(tmp_path: Path) -> None:

@@ -1,0 +1,107 @@
+"""Checkpoints that are written while training goes on: what they hold, when the run waits, how a failure is reported."""
+
+import errno
+import os
+import threading
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+
+from mlinterf_ds.engine import checkpoint
+from mlinterf_ds.errors import UserError
+from mlinterf_ds.runtime.parallel import Layout
+
+
+@pytest.fixture()
+def engine(monkeypatch) -> Any:
+    """An engine of one rank with one parameter group of three elements, at step 1."""
+    monkeypatch.setattr(dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 1)
+    monkeypatch.setattr(dist, "all_gather_object", lambda gathered, own: gathered.__setitem__(0, own))
+    master = torch.tensor([1.0, 2.0, 3.0])
+    moments = {"exp_avg": torch.zeros(3), "exp_avg_sq": torch.ones(3), "step": torch.tensor(1.0)}
+    spaces = {"shared": SimpleNamespace(masters=[master], segments=[])}
+    optimizers = {"shared": SimpleNamespace(state={master: moments})}
+    counters = {"updates": 1, "skipped": 0, "stage": 1, "precision": "fp32"}
+    scale, spikes = SimpleNamespace(state=dict), SimpleNamespace(seen={})
+    return SimpleNamespace(
+        step=1, spaces=spaces, optimizers=optimizers, layout=Layout(0, 1, 1), scale=scale, spikes=spikes, **counters
+    )
+
+
+@pytest.fixture()
+def disk(monkeypatch) -> SimpleNamespace:
+    """Shards are written only while `disk.free` is set, and not at all where `disk.full`."""
+    disk, write = SimpleNamespace(free=threading.Event(), full=False), checkpoint.save_file
+
+    def slow(*arguments: Any, **more: Any) -> None:
+        assert disk.free.wait(30)
+        if disk.full:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(*arguments, **more)
+
+    monkeypatch.setattr(checkpoint, "save_file", slow)
+    return disk
+
+
+def train(engine: Any) -> None:
+    """Changes everything that a checkpoint holds, in place."""
+    engine.step = engine.updates = engine.updates + 1
+    for master, moments in engine.optimizers["shared"].state.items():
+        for tensor in (master, *moments.values()):
+            tensor.add_(1)
+
+
+def test_a_checkpoint_holds_the_step_at_which_it_began(engine: Any, disk: SimpleNamespace, tmp_path: Path) -> None:
+    """Training goes on at once; the folder appears whole, after the disk is done; the next save waits for it."""
+    state, folder = {"history": [1]}, tmp_path / "checkpoints"
+    with checkpoint.Saver(tmp_path, keep=9) as saver:
+        saver.begin(engine, state, {}, best=True)
+        state["history"].append(2)
+        train(engine)
+        assert os.listdir(folder) == ["step-00000001.partial"] and not saver.failed
+        threading.Timer(0.2, disk.free.set).start()
+        saver.begin(engine, state, {})
+        assert checkpoint.find(tmp_path, "best") == folder / "step-00000001", (
+            "the first is whole before the second begins"
+        )
+    saved = [checkpoint.verify(folder / f"step-0000000{step}") for step in (1, 2)]
+    assert [(run["updates"], run["history"]) for run in saved] == [(1, [1]), (2, [1, 2])]
+    first, second = (load_file(folder / f"step-0000000{step}" / "shard-00000.safetensors") for step in (1, 2))
+    assert first["shared/0/master"].tolist() == [1, 2, 3] and first["shared/0/step"].tolist() == [1]
+    assert all(torch.equal(first[key] + 1, second[key]) for key in first), "the copies' memory is used again"
+    assert not list(folder.glob("*.partial"))
+
+
+def test_a_failed_write_is_known_at_the_next_step_and_told_once(
+    engine: Any, disk: SimpleNamespace, tmp_path: Path
+) -> None:
+    saver = checkpoint.Saver(tmp_path, keep=9)
+    disk.full = True
+    saver.begin(engine, {}, {})
+    assert not saver.failed
+    disk.free.set()
+    saver._writing.thread.join()  # type: ignore[union-attr]
+    assert saver.failed
+    with pytest.raises(UserError, match=r"could not save .*step-00000001: rank 0: .*No space left.*free some space"):
+        saver.finish()
+    assert not saver.failed and not os.listdir(tmp_path / "checkpoints"), "nothing half-written stays"
+    disk.full = False
+    saver.begin(engine, {}, {})
+    saver.finish()
+    assert checkpoint.verify(checkpoint.find(tmp_path))["updates"] == 1
+
+
+def test_a_run_that_fails_meanwhile_still_completes_its_checkpoint(
+    engine: Any, disk: SimpleNamespace, tmp_path: Path
+) -> None:
+    disk.free.set()
+    with pytest.raises(ZeroDivisionError), checkpoint.Saver(tmp_path, keep=9) as saver:
+        saver.begin(engine, {}, {})
+        raise ZeroDivisionError
+    assert checkpoint.verify(checkpoint.find(tmp_path))["updates"] == 1
