@@ -98,7 +98,7 @@ class RowFormat:
 
 
 class ModelConfig(Section):
-    """Shape of the encoder (pre-norm Transformer; paper section 3.2 and appendix B)."""
+    """Shape of the encoder (paper section 3.2 and appendix B)."""
 
     layers: int = key(2, "Transformer layers", ge=1)
     heads: int = key(4, "attention heads", ge=1)
@@ -111,6 +111,10 @@ class ModelConfig(Section):
     )
     dropout: float = key(0.1, "dropout on embeddings and residual branches", ge=0, lt=1)
     attention_dropout: float = key(0.1, "dropout on attention probabilities", ge=0, lt=1)
+    norm: Literal["pre", "post"] = key(
+        "pre", "LayerNorm before each sublayer, or after each residual sum (XLM, BERT, RoBERTa)"
+    )
+    embedding_norm: bool = key(False, "LayerNorm on the embeddings (XLM, BERT, RoBERTa)")
     language_embeddings: bool = key(False, "add a learned embedding of the row's language")
     output_bias: Literal["frequency", "zero"] = key(
         "frequency", "bias of the output layer at the start: the corpus's log frequencies, or 0 as in XLM"

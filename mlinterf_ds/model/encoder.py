@@ -1,4 +1,4 @@
-"""The multilingual encoder: embeddings, pre-norm Transformer with routed modules, masked-language-model head.
+"""The multilingual encoder: embeddings, Transformer with routed modules, masked-language-model head.
 
 Shapes: hidden states (rows, length, width) throughout. Tensor-parallel ranks hold slices of one model; rows, route and
 dropout are the same on all of them.
@@ -16,15 +16,13 @@ from mlinterf_ds.runtime.parallel import replayed  # isort: skip  # first: it im
 import torch
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region, vocab_parallel_cross_entropy
-from megatron.core.tensor_parallel.layers import VocabParallelEmbedding, set_tensor_model_parallel_attributes
-from megatron.core.transformer.transformer_block import TransformerBlock
-from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.tensor_parallel.layers import VocabParallelEmbedding
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mlinterf_ds.errors import UserError
-from mlinterf_ds.model.layers import block_spec, megatron_config
+from mlinterf_ds.model.layers import Block, mark_split, parallel_config
 from mlinterf_ds.model.routing import Routed, Router
 from mlinterf_ds.sections import ModelConfig
 
@@ -58,17 +56,19 @@ class Batch(Protocol):
 
 
 class Embeddings(nn.Module):
-    """Word + position (+ language) embeddings, with dropout."""
+    """Word + position (+ language) embeddings, with LayerNorm if the model has one there, and with dropout."""
 
-    def __init__(self, config: TransformerConfig, vocabulary: int, positions: int, languages: int):
+    def __init__(self, config: ModelConfig, vocabulary: int, positions: int, languages: int):
         super().__init__()
-        self.dropout, width = config.hidden_dropout, config.hidden_size
+        self.dropout, width = config.dropout, config.width
         group = parallel_state.get_tensor_model_parallel_group()
         self.word = VocabParallelEmbedding(
-            padded(vocabulary), width, init_method=config.init_method, config=config, tp_group=group
+            padded(vocabulary), width, init_method=nn.init.zeros_, config=parallel_config(), tp_group=group
         )
+        mark_split(self.word.weight, 0)
         self.position = nn.Embedding(positions, width)
         self.language = nn.Embedding(languages, width) if languages else None
+        self.norm = nn.LayerNorm(width) if config.embedding_norm else None
 
     def forward(self, tokens: Tensor, languages: Tensor, position_ids: Tensor | None = None) -> Tensor:
         """(rows, length, width) of tokens (rows, length), languages (rows,) and position ids (rows, length), or columns."""
@@ -80,6 +80,8 @@ class Embeddings(nn.Module):
         hidden = self.word(tokens) + self.position(position_ids)
         if self.language is not None:
             hidden = hidden + self.language(languages.to(tokens.device))[:, None]
+        if self.norm is not None:
+            hidden = self.norm(hidden)
         return F.dropout(hidden, self.dropout, self.training)
 
 
@@ -99,7 +101,7 @@ class MaskedHead(nn.Module):
         self.norm = nn.LayerNorm(width)
         columns = padded(vocabulary) // self.group.size()
         self.bias = nn.Parameter(torch.zeros(columns))
-        set_tensor_model_parallel_attributes(self.bias, is_parallel=True, dim=0, stride=1)
+        mark_split(self.bias, 0)
         pieces = torch.arange(columns) + columns * self.group.rank()
         excluded = torch.zeros(columns).masked_fill(pieces >= vocabulary, -torch.inf)
         self.register_buffer("excluded", excluded, persistent=False)
@@ -129,7 +131,7 @@ class Encoder(nn.Module):
     its name, so parameters that two models share start alike, whatever other modules or languages they have.
     """
 
-    twice_differentiable = False  # set by tests of second derivatives: torch's cross entropy, one rank
+    twice_differentiable = False  # set by tests of second derivatives: attention without fused kernels, one rank
 
     def __init__(
         self,
@@ -147,11 +149,10 @@ class Encoder(nn.Module):
             raise UserError(f"parallel.tensor={tensor} does not divide a vocabulary padded to {padded(vocabulary)}")
         self.config, self.variant, self.vocabulary = config, variant, vocabulary
         self.router = Router(languages)
-        shape = megatron_config(config, tensor)
         with replayed(seed):  # building draws default weights, which must not move the ambient random state
             embedded = len(self.languages) if config.language_embeddings else 0
-            self.embeddings = Embeddings(shape, vocabulary, positions, embedded)
-            self.block = TransformerBlock(shape, block_spec(config, shape, variant, self.router))
+            self.embeddings = Embeddings(config, vocabulary, positions, embedded)
+            self.block = Block(config, variant, self.router)
             self.head = MaskedHead(config.width, vocabulary)
         self._initialise(seed)
 
@@ -187,22 +188,25 @@ class Encoder(nn.Module):
         padding: Tensor | None = None,
         segment_ids: Tensor | None = None,
         position_ids: Tensor | None = None,
+        read: Tensor | None = None,
     ) -> Tensor:
-        """Hidden states (rows, length, width) after the final LayerNorm.
+        """Hidden states (rows, length, width) after the last LayerNorm; (rows, read, width) where `read` names columns.
 
         tokens: (rows, length); languages: (rows,); step_languages: the languages of all ranks' rows, in the order in which
         every rank visits them; padding: (rows, length) bool, True = ignore, or None; segment_ids: (rows, length), tokens
-        attend to those of the same number, or None for the whole row; position_ids: (rows, length), or None for columns.
+        attend to those of the same number, or None for the whole row; position_ids: (rows, length), or None for columns;
+        read: (rows, read) columns, or None for all: the last layer computes no others.
         """
         route, order = self.router.plan(languages, step_languages)
         if order is not None:  # group the rows by language; tokens are cheaper to move than hidden states
             tokens, languages = tokens[order], languages[order]
-            padding, segment_ids, position_ids = (
-                None if value is None else value[order] for value in (padding, segment_ids, position_ids)
+            padding, segment_ids, position_ids, read = (
+                None if value is None else value[order] for value in (padding, segment_ids, position_ids, read)
             )
-        embedded = self.embeddings(tokens, languages, position_ids)
         with self.router.following(route):
-            hidden: Tensor = self.block(embedded, attention_mask=attention_mask(padding, segment_ids))
+            embedded = self.router.run(embed, self.embeddings, tokens, languages, position_ids)
+            mask, read_mask = attention_mask(padding, segment_ids), attention_mask(padding, segment_ids, read)
+            hidden: Tensor = self.block(embedded, mask, read, read_mask)
         if order is None:
             return hidden
         given_order = torch.tensor(order, device=hidden.device).argsort()
@@ -221,10 +225,12 @@ class Encoder(nn.Module):
                 batch.step_languages,
                 segment_ids=batch.segment_ids,
                 position_ids=batch.position_ids,
+                read=batch.positions,
             )
-            logits = self.head(at_positions(hidden, batch.positions), self.embeddings.word.weight)
-            nll = cross_entropy(logits, batch.labels, self.twice_differentiable)
-        return (batch.weights * nll).sum(), nll.detach()
+            loss, nll = self.router.run(
+                masked_loss, self.head, hidden, self.embeddings.word.weight, batch.labels, batch.weights
+            )
+        return loss, nll.detach()
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits (..., vocabulary) of hidden states (..., width), gathered over tensor-parallel ranks, fp32."""
@@ -243,16 +249,36 @@ class Encoder(nn.Module):
         return groups
 
 
-def attention_mask(padding: Tensor | None, segment_ids: Tensor | None) -> Tensor | None:
-    """Which tokens (dimension 3) each token (dimension 2) attends to: bool, (rows, 1, 1 or length, length); None: all.
+def attention_mask(padding: Tensor | None, segment_ids: Tensor | None, read: Tensor | None = None) -> Tensor | None:
+    """Which tokens (dimension 3) each token (dimension 2) attends to: bool, (rows, 1, 1 or queries, length); None: all.
 
-    padding: (rows, length) bool, True = ignore; segment_ids: (rows, length), tokens attend within their segment.
+    padding: (rows, length) bool, True = ignore; segment_ids: (rows, length), tokens attend within their segment; read:
+    (rows, queries) columns of the tokens that attend, None for all.
     """
-    mask = None if segment_ids is None else (segment_ids[:, :, None] == segment_ids[:, None, :])[:, None]
+    mask = None
+    if segment_ids is not None:
+        queries = segment_ids if read is None else segment_ids.gather(1, read)
+        mask = (queries[:, :, None] == segment_ids[:, None, :])[:, None]
     if padding is None:
         return mask
     text = ~padding[:, None, None, :]
     return text if mask is None else mask & text
+
+
+# -- regions: what a compiler takes as one function -----------------------------------------------------------------
+
+
+def embed(embeddings: Embeddings, tokens: Tensor, languages: Tensor, position_ids: Tensor | None) -> Tensor:
+    """The embeddings of a batch; see `Embeddings.forward`."""
+    return embeddings(tokens, languages, position_ids)
+
+
+def masked_loss(
+    head: MaskedHead, hidden: Tensor, embedding: Tensor, labels: Tensor, weights: Tensor
+) -> tuple[Tensor, Tensor]:
+    """sum(weights * nll) and nll (rows, masked) of hidden states (rows, masked, width), fp32."""
+    nll = cross_entropy(head(hidden, embedding), labels)
+    return (weights * nll).sum(), nll
 
 
 def padded(vocabulary: int) -> int:
@@ -260,14 +286,13 @@ def padded(vocabulary: int) -> int:
     return -(-vocabulary // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
 
 
-def cross_entropy(logits: Tensor, labels: Tensor, twice_differentiable: bool = False) -> Tensor:
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """Negative log-likelihood in fp32 (or better) of labels (rows, masked), from vocabulary-parallel logits.
 
-    megatron's is right to the first derivative only; `twice_differentiable` takes torch's, on one rank.
+    On one rank torch's own, which can be differentiated twice; megatron's is right to the first derivative only.
     """
-    if not twice_differentiable:
+    if parallel_state.get_tensor_model_parallel_world_size() > 1:
         return vocab_parallel_cross_entropy(logits.float(), labels)
-    assert parallel_state.get_tensor_model_parallel_world_size() == 1, "twice differentiable: one rank only"
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return F.cross_entropy(logits.flatten(0, -2), labels.flatten(), reduction="none").view(labels.shape)
 
@@ -280,13 +305,6 @@ def gathered(logits: Tensor, vocabulary: int) -> Tensor:
         torch.distributed.all_gather(columns, logits.detach().contiguous(), group=group)
         logits = torch.cat(columns, dim=-1)
     return logits[..., :vocabulary].float()
-
-
-def at_positions(hidden: Tensor, positions: Tensor) -> Tensor:
-    """hidden (rows, length, width) at positions (rows, masked): (rows, masked, width)."""
-    starts = torch.arange(len(hidden), device=hidden.device)[:, None] * hidden.shape[1]
-    picked = hidden.flatten(0, 1).index_select(0, (positions + starts).flatten())
-    return picked.view(*positions.shape, hidden.shape[2])
 
 
 def partition_dim(parameter: nn.Parameter) -> int | None:

@@ -1,35 +1,31 @@
-"""The pre-norm Transformer layer as megatron module specs, with the modules that a variant routes by language.
+"""One Transformer layer over megatron's tensor-parallel products, with the modules that a variant routes by language.
 
-Hidden states are (rows, length, width): megatron's layers never look at the order of the first two dimensions unless
-they use sequence parallelism, and rows first spares every layer two transposed copies.
+Hidden states are (rows, length, width) throughout. The modules call each other directly, without megatron's own layer
+around them: a compiler can then take a layer as one region, and the last layer can compute the positions that are read
+and no others.
 """
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
-from functools import partial
 from typing import Any, get_args
 
 from mlinterf_ds.runtime.parallel import replayed  # isort: skip  # first: it imports megatron without a compiler
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
-from megatron.core.transformer.attention import SelfAttention as MegatronSelfAttention
-from megatron.core.transformer.attention import SelfAttentionSubmodules
-from megatron.core.transformer.mlp import MLP, MLPSubmodules
-from megatron.core.transformer.spec_utils import ModuleSpec, build_module
-from megatron.core.transformer.torch_norm import WrappedTorchNorm
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
-from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from megatron.core.model_parallel_config import ModelParallelConfig
+from megatron.core.tensor_parallel.layers import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    set_tensor_model_parallel_attributes,
+)
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from mlinterf_ds.model.routing import Router, routed
+from mlinterf_ds.errors import UserError
+from mlinterf_ds.model.routing import Routed, Router
 from mlinterf_ds.sections import ModelConfig, Variant, has_adapters, is_meta
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -40,37 +36,66 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+def parallel_config() -> ModelParallelConfig:
+    """megatron's settings of a product: parameters start uninitialised, since the encoder draws them by name."""
+    return ModelParallelConfig(
+        tensor_model_parallel_size=parallel_state.get_tensor_model_parallel_world_size(),
+        use_cpu_initialization=True,
+        perform_initialization=False,
+    )
+
+
 class ColumnLinear(ColumnParallelLinear):
-    """megatron's column-parallel linear layer, which adds its own bias; on one rank torch's fused one.
+    """megatron's column-parallel linear layer with its bias; on one rank torch's fused one.
 
     torch's computes the gradients that are needed and no others, and is twice differentiable.
     """
 
-    def __init__(self, *arguments: Any, **options: Any):
-        super().__init__(*arguments, **(options | {"skip_bias_add": False}))
+    def __init__(self, inputs: int, outputs: int):
+        group = parallel_state.get_tensor_model_parallel_group()
+        super().__init__(
+            inputs, outputs, config=parallel_config(), init_method=nn.init.zeros_, gather_output=False, tp_group=group
+        )
+        self.ranks = group.size()
+        mark_split(self.weight, 0)
+        mark_split(self.bias, 0)
         _drop_extra_state(self)
 
-    def forward(self, input_: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor | None]:
-        if self.tp_group.size() == 1:
-            return F.linear(input_, self.weight, self.bias), None
-        return super().forward(input_)
+    def forward(self, hidden: Tensor) -> Tensor:
+        """(rows, length, inputs) to this rank's (rows, length, outputs / ranks)."""
+        if self.ranks == 1:
+            return F.linear(hidden, self.weight, self.bias)
+        return super().forward(hidden)[0]
 
     get_extra_state, set_extra_state = nn.Module.get_extra_state, nn.Module.set_extra_state
 
 
 class RowLinear(RowParallelLinear):
-    """megatron's row-parallel linear layer; on one rank torch's fused one."""
+    """megatron's row-parallel linear layer with its bias; on one rank torch's fused one."""
 
-    def __init__(self, *arguments: Any, **options: Any):
-        super().__init__(*arguments, **options)
+    def __init__(self, inputs: int, outputs: int):
+        group = parallel_state.get_tensor_model_parallel_group()
+        super().__init__(
+            inputs, outputs, config=parallel_config(), init_method=nn.init.zeros_, bias=True, input_is_parallel=True,
+            skip_bias_add=False, tp_group=group,
+        )  # fmt: skip
+        self.ranks = group.size()
+        mark_split(self.weight, 1)
         _drop_extra_state(self)
 
-    def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
-        if self.tp_group.size() == 1:
-            return F.linear(input_, self.weight, self.bias), None
-        return super().forward(input_)
+    def forward(self, hidden: Tensor) -> Tensor:
+        """This rank's (rows, length, inputs / ranks) to (rows, length, outputs), summed over the ranks."""
+        if self.ranks == 1:
+            return F.linear(hidden, self.weight, self.bias)
+        return super().forward(hidden)[0]
 
     get_extra_state, set_extra_state = nn.Module.get_extra_state, nn.Module.set_extra_state
+
+
+def mark_split(parameter: Any, dimension: int) -> None:
+    """Marks, as megatron does, that tensor-parallel ranks hold slices of a parameter along this dimension."""
+    if not hasattr(parameter, "tensor_model_parallel"):  # megatron refuses to mark twice
+        set_tensor_model_parallel_attributes(parameter, is_parallel=True, dim=dimension, stride=1)
 
 
 def _drop_extra_state(linear: nn.Module) -> None:
@@ -78,28 +103,56 @@ def _drop_extra_state(linear: nn.Module) -> None:
     linear._load_state_dict_pre_hooks.clear()
 
 
+class QueryKeyValue(ColumnLinear):
+    """The projection of hidden states to queries, keys and values; a head's three are neighbours among its outputs."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__(config.width, 3 * config.heads * config.kv_channels)
+        self.heads, self.head_width = config.heads // self.ranks, config.kv_channels
+
+    def forward(self, hidden: Tensor, read: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
+        """(rows, length, width) to three of (rows, length, this rank's heads, head width).
+
+        read: (rows, read) columns; the queries are those of these columns alone, (rows, read, heads, head width).
+        """
+        if read is not None and self.ranks == 1:
+            weight = self.weight.view(self.heads, 3, self.head_width, -1)
+            bias = self.bias.view(self.heads, 3, self.head_width)
+            query = F.linear(at_positions(hidden, read), weight[:, 0].flatten(0, 1), bias[:, 0].flatten())
+            both = F.linear(hidden, weight[:, 1:].flatten(0, 2), bias[:, 1:].flatten())
+            key, value = self._by_head(both, 2).split(self.head_width, dim=-1)
+            return self._by_head(query, 1), key, value
+        query, key, value = self._by_head(super().forward(hidden), 3).split(self.head_width, dim=-1)
+        if read is not None:
+            query = self._by_head(at_positions(query.flatten(2), read), 1)
+        return query, key, value
+
+    def _by_head(self, outputs: Tensor, parts: int) -> Tensor:
+        return outputs.view(*outputs.shape[:2], self.heads, parts * self.head_width)
+
+
 class CoreAttention(nn.Module):
     """softmax(q k' / sqrt(head width)) v on this rank's heads, with dropout on the probabilities."""
 
-    def __init__(self, config: TransformerConfig, pg_collection: Any, **_: Any):
+    def __init__(self, dropout: float):
         super().__init__()
-        self.dropout = config.attention_dropout
-        self.group = pg_collection.tp
+        self.dropout = dropout
+        group = parallel_state.get_tensor_model_parallel_group()
+        self.rank, self.ranks = group.rank(), group.size()
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **_: Any) -> Tensor:
-        """query, key, value: (rows, length, heads, head width); mask: (rows, 1, 1 or length, length) bool, True =
-        attend, or None.
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        """query: (rows, read, heads, head width); key, value: (rows, length, heads, head width); mask: (rows, 1,
+        1 or read, length) bool, True = attend, or None.
 
-        Returns (rows, length, heads * head width).
+        Returns (rows, read, heads * head width).
         """
         if not len(query):  # a language without rows here; torch's kernels need some
-            return (query + key + value).flatten(2)
+            return (query + (key + value).sum(1, keepdim=True)).flatten(2)
         query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
         dropout = self.dropout if self.training else 0.0
-        if dropout and self.group.size() > 1:
+        if dropout and self.ranks > 1:
             # heads of different ranks drop different probabilities; every other dropout is the same on all of them
-            seed = int(torch.randint(2**62, ())) + self.group.rank()
-            with replayed(seed):
+            with replayed(int(torch.randint(2**62, ())) + self.rank):
                 mixed = attend(query, key, value, mask, dropout)
         else:
             mixed = attend(query, key, value, mask, dropout)
@@ -120,140 +173,153 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropo
     return torch.matmul(F.dropout(scores.softmax(-1), dropout, dropout > 0), value)
 
 
-class SelfAttention(MegatronSelfAttention):
-    """megatron's self-attention, for rows first; its splitting of q, k and v fails without rows."""
+class SelfAttention(nn.Module):
+    """Multi-head self-attention on this rank's heads."""
 
-    def get_query_key_value_tensors(self, hidden_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor, Tensor]:
-        """(rows, length, width) to three of (rows, length, heads, head width); each head's q, k and v are neighbours."""
-        joint, _bias = self.linear_qkv(hidden_states)
-        heads, width = self.num_attention_heads_per_partition, self.hidden_size_per_attention_head
-        query, key, value = joint.view(*joint.shape[:2], heads, 3 * width).split(width, dim=-1)
-        return query, key, value
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.core_attention = CoreAttention(config.attention_dropout)
+        self.linear_proj = RowLinear(config.heads * config.kv_channels, config.width)
+        self.linear_qkv = QueryKeyValue(config)
+
+    def forward(self, hidden: Tensor, mask: Tensor | None = None, read: Tensor | None = None) -> Tensor:
+        """(rows, length, width) to (rows, length, width), or with `read` (rows, read) to those columns' (rows, read, width)."""
+        return self.linear_proj(self.core_attention(*self.linear_qkv(hidden, read), mask))
+
+
+class FeedForward(nn.Module):
+    """Two products with a GELU between them."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.linear_fc1 = ColumnLinear(config.width, config.ffn)
+        self.linear_fc2 = RowLinear(config.ffn, config.width)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.linear_fc2(F.gelu(self.linear_fc1(hidden)))
 
 
 class Adapter(nn.Module):
     """The inner part of a residual adapter: down projection, activation, up projection (Houlsby et al., 2019)."""
 
-    def __init__(self, config: TransformerConfig, bottleneck: int, activation: str):
+    def __init__(self, config: ModelConfig):
         super().__init__()
-        self.activation = ACTIVATIONS[activation]
-        shared = {"config": config, "init_method": config.init_method, "bias": True, "skip_bias_add": True}
-        shared["tp_group"] = parallel_state.get_tensor_model_parallel_group()
-        self.down = ColumnLinear(config.hidden_size, bottleneck, gather_output=False, **shared)
-        self.up = RowLinear(bottleneck, config.hidden_size, input_is_parallel=True, **shared)
+        self.activation = ACTIVATIONS[config.adapter_activation]
+        self.down = ColumnLinear(config.width, config.adapter_width)
+        self.up = RowLinear(config.adapter_width, config.width)
 
-    def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
-        """What the adapter adds to hidden (rows, length, width), and a bias that the caller adds to it."""
-        inner, _ = self.down(hidden)
-        return self.up(self.activation(inner))
+    def forward(self, hidden: Tensor) -> Tensor:
+        """What the adapter adds to hidden (rows, length, width)."""
+        return self.up(self.activation(self.down(hidden)))
 
 
-class AdaptedResidual(nn.Module):
-    """megatron's bias-dropout-add with a residual adapter on the sublayer's output, before the residual sum."""
+class Residual(nn.Module):
+    """The residual sum around a sublayer: dropout on its output, then its adapter, if it has one, then the sum."""
 
-    def __init__(self, config: TransformerConfig, adapter: ModuleSpec):
+    def __init__(self, dropout: float, adapter: nn.Module | None):
         super().__init__()
-        self.adapter = build_module(adapter, config=config)
+        self.dropout = dropout
+        self.adapter = adapter
 
-    def forward(self, training: bool, _fused: bool) -> Callable[..., Tensor]:
-        """The function that megatron then calls with ((output, bias), residual, dropout probability)."""
-        return partial(self._add, training)
-
-    def _add(self, training: bool, output_and_bias: tuple[Tensor, Tensor | None], residual: Tensor, p: float) -> Tensor:
-        output, bias = output_and_bias
-        output = F.dropout(output if bias is None else output + bias, p, training)
-        change, bias = self.adapter(output)
-        return residual + output + (change if bias is None else change + bias)
+    def forward(self, output: Tensor, residual: Tensor) -> Tensor:
+        """output, residual: (rows, length, width)."""
+        output = F.dropout(output, self.dropout, self.training)
+        if self.adapter is None:
+            return residual + output
+        return residual + output + self.adapter(output)
 
 
-class Layer(TransformerLayer):
-    """megatron's layer, which may be recomputed in the backward pass with the dropout and the route of the forward pass."""
+class Layer(nn.Module):
+    """Self-attention and feed-forward, each with its LayerNorm before it (pre-norm) or after its sum (post-norm).
 
-    def __init__(self, *arguments: Any, router: Router, recompute: bool, **options: Any):
-        super().__init__(*arguments, **options)
-        self.router, self.recompute = router, recompute
-        self.bias_dropout_add_exec_handler = contextlib.nullcontext  # megatron's builds a graph under no_grad too
+    Its activations may be recomputed in the backward pass, with the dropout and the route of the forward pass.
+    """
 
-    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **_: Any) -> tuple[Tensor, None]:
+    def __init__(self, config: ModelConfig, variant: str, router: Router):
+        super().__init__()
+
+        def by_language(build: Callable[[], nn.Module], own: bool) -> nn.Module:
+            return Routed(router, build) if own else build()
+
+        def residual() -> Residual:
+            adapted = has_adapters(variant)
+            return Residual(
+                config.dropout, by_language(lambda: Adapter(config), variant == "adpt") if adapted else None
+            )
+
+        self.router, self.recompute, self.pre_norm = router, config.recompute, config.norm == "pre"
+        self.self_attention = by_language(lambda: SelfAttention(config), variant == "attn")
+        self.self_attn_bda = residual()
+        self.mlp = by_language(lambda: FeedForward(config), variant == "ffn")
+        self.mlp_bda = residual()
+        if self.pre_norm:
+            self.input_layernorm, self.pre_mlp_layernorm = nn.LayerNorm(config.width), nn.LayerNorm(config.width)
+        else:
+            self.post_attention_layernorm = nn.LayerNorm(config.width)
+            self.post_mlp_layernorm = nn.LayerNorm(config.width)
+
+    def forward(self, hidden: Tensor, mask: Tensor | None = None, read: Tensor | None = None) -> Tensor:
+        """hidden: (rows, length, width); mask: (rows, 1, 1 or read, length) bool, True = attend, or None.
+
+        read: (rows, read) columns; the result is that of these columns alone, (rows, read, width); None: of all.
+        """
         if not (self.recompute and self.training and torch.is_grad_enabled()):
-            return super().forward(hidden_states, attention_mask=attention_mask)
+            return self.router.run(run_layer, self, hidden, mask, read)
         route = self.router.route
 
-        def with_route(hidden: Tensor, mask: Tensor | None) -> Tensor:
+        def with_route(hidden: Tensor) -> Tensor:
             with self.router.following(route):  # the backward pass runs this outside the forward pass's route
-                return super(Layer, self).forward(hidden, attention_mask=mask)[0]
+                return self.router.run(run_layer, self, hidden, mask, read)
 
-        return checkpoint(with_route, hidden_states, attention_mask, use_reentrant=False), None
-
-
-def _uninitialised(_weight: Tensor) -> None:
-    """The initialiser given to megatron: it does nothing, because the encoder initialises by name."""
+        return checkpoint(with_route, hidden, use_reentrant=False)
 
 
-def megatron_config(config: ModelConfig, tensor: int) -> TransformerConfig:
-    """The model's shape in megatron's terms; features that need CUDA or megatron's extensions are off."""
-    return TransformerConfig(
-        num_layers=config.layers,
-        hidden_size=config.width,
-        num_attention_heads=config.heads,
-        kv_channels=config.kv_channels,
-        ffn_hidden_size=config.ffn,
-        activation_func=F.gelu,
-        layernorm_epsilon=1e-5,
-        hidden_dropout=config.dropout,
-        attention_dropout=config.attention_dropout,
-        tensor_model_parallel_size=tensor,
-        use_cpu_initialization=True,
-        init_method=_uninitialised,
-        output_layer_init_method=_uninitialised,
-        embedding_init_method=_uninitialised,
-        bias_dropout_fusion=False,
-        bias_activation_fusion=False,
-        masked_softmax_fusion=False,
-        gradient_accumulation_fusion=False,
-        persist_layer_norm=False,
-        cuda_graph_scope=[],  # megatron's default prints a warning
-    )
+def run_layer(layer: Layer, hidden: Tensor, mask: Tensor | None, read: Tensor | None) -> Tensor:
+    """A layer's arithmetic, one region for a compiler; the arguments are those of `Layer.forward`."""
+    residual = hidden if read is None else at_positions(hidden, read)
+    if layer.pre_norm:
+        attended = layer.self_attention(layer.input_layernorm(hidden), mask=mask, read=read)
+        residual = layer.self_attn_bda(attended, residual)
+        return layer.mlp_bda(layer.mlp(layer.pre_mlp_layernorm(residual)), residual)
+    residual = layer.self_attn_bda(layer.self_attention(hidden, mask=mask, read=read), residual)
+    residual = layer.post_attention_layernorm(residual)
+    return layer.post_mlp_layernorm(layer.mlp_bda(layer.mlp(residual), residual))
 
 
-def block_spec(
-    config: ModelConfig, shape: TransformerConfig, variant: str, router: Router
-) -> TransformerBlockSubmodules:
-    """The spec of all layers of a variant and of the LayerNorm after the last; shape: `config` in megatron's terms."""
-    assert variant in get_args(Variant) and not is_meta(variant), f"{variant!r} is no architecture"
-    attention = ModuleSpec(
-        module=SelfAttention,
-        submodules=SelfAttentionSubmodules(
-            linear_qkv=ColumnLinear, core_attention=CoreAttention, linear_proj=RowLinear
-        ),
-    )
-    mlp = ModuleSpec(
-        module=MLP,
-        params={"ffn_hidden_size": config.ffn},
-        submodules=MLPSubmodules(linear_fc1=ColumnLinear, linear_fc2=RowLinear),
-    )
-    if variant == "ffn":
-        mlp.params["tp_group"] = (
-            parallel_state.get_tensor_model_parallel_group()
-        )  # megatron gives it to its own modules alone
-    adapter = ModuleSpec(
-        module=Adapter, params={"bottleneck": config.adapter_width, "activation": config.adapter_activation}
-    )
-    if variant == "adpt":
-        adapter = routed(router, adapter)
-    residual: Any = get_bias_dropout_add
-    if has_adapters(variant):
-        residual = ModuleSpec(module=AdaptedResidual, params={"config": shape, "adapter": adapter})
-    layer = ModuleSpec(
-        module=Layer,
-        params={"router": router, "recompute": config.recompute},
-        submodules=TransformerLayerSubmodules(
-            input_layernorm=WrappedTorchNorm,
-            self_attention=routed(router, attention) if variant == "attn" else attention,
-            self_attn_bda=residual,
-            pre_mlp_layernorm=WrappedTorchNorm,
-            mlp=routed(router, mlp) if variant == "ffn" else mlp,
-            mlp_bda=residual,
-        ),
-    )
-    return TransformerBlockSubmodules(layer_specs=[layer] * config.layers, layer_norm=WrappedTorchNorm)
+class Block(nn.Module):
+    """All layers; in a pre-norm model, the LayerNorm after the last."""
+
+    def __init__(self, config: ModelConfig, variant: str, router: Router):
+        super().__init__()
+        assert variant in get_args(Variant) and not is_meta(variant), f"{variant!r} is no architecture"
+        ranks = parallel_state.get_tensor_model_parallel_world_size()
+        for key in ("heads", "ffn", *(["adapter_width"] if has_adapters(variant) else [])):
+            if getattr(config, key) % ranks:
+                raise UserError(
+                    f"parallel.tensor={ranks} does not divide model.{key.removesuffix('_width')}={getattr(config, key)}"
+                )
+        self.layers = nn.ModuleList(Layer(config, variant, router) for _ in range(config.layers))
+        self.final_layernorm = nn.LayerNorm(config.width) if config.norm == "pre" else None
+
+    def forward(
+        self,
+        hidden: Tensor,
+        mask: Tensor | None = None,
+        read: Tensor | None = None,
+        read_mask: Tensor | None = None,
+    ) -> Tensor:
+        """(rows, length, width) to (rows, length, width), or to (rows, read, width) where `read` (rows, read) names columns.
+
+        The last layer then computes these columns alone; read_mask is the mask of their queries.
+        """
+        for layer in self.layers[:-1]:
+            hidden = layer(hidden, mask)
+        hidden = self.layers[-1](hidden, mask if read is None else read_mask, read)
+        return hidden if self.final_layernorm is None else self.final_layernorm(hidden)
+
+
+def at_positions(hidden: Tensor, positions: Tensor) -> Tensor:
+    """hidden (rows, length, width) at positions (rows, read): (rows, read, width)."""
+    starts = torch.arange(len(hidden), device=hidden.device)[:, None] * hidden.shape[1]
+    picked = hidden.flatten(0, 1).index_select(0, (positions + starts).flatten())
+    return picked.view(*positions.shape, hidden.shape[2])

@@ -7,12 +7,11 @@ language's rows are one slice of dimension 0 and routing costs no more than join
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from torch import Tensor, nn
 
 from mlinterf_ds.errors import UserError
@@ -26,12 +25,23 @@ class Route:
 
 
 class Router:
-    """Holds the route of the forward pass in progress; the routed modules of all layers share one router."""
+    """Sets the route of the forward pass in progress; the routed modules of all layers share one router.
+
+    It also says how a region of the model runs: as it stands, or compiled (`model/regions.py`).
+    """
 
     def __init__(self, languages: Sequence[str]):
         assert len(set(languages)) == len(languages) > 0, f"languages must be distinct: {languages}"
         self.languages = tuple(languages)
         self.route: Route | None = None
+        self.members: list[Routed] = []
+        self.regions: Callable[[Callable[..., Any], int], Callable[..., Any]] | None = None
+
+    def run(self, region: Callable[..., Any], *arguments: Any) -> Any:
+        """The value of a region of the model for these arguments."""
+        if self.regions is not None:
+            region = self.regions(region, len(self.route.slices) if self.route else 1)
+        return region(*arguments)
 
     def plan(self, languages: Tensor, step_languages: Sequence[int]) -> tuple[Route, list[int] | None]:
         """The route of rows with these languages, and the row order that groups them (None if they are grouped already).
@@ -63,49 +73,52 @@ class Router:
     @contextlib.contextmanager
     def following(self, route: Route | None) -> Iterator[None]:
         """Routed modules called inside follow this route."""
-        outer, self.route = self.route, route
+        outer = self.route
+        self._follow(route)
         try:
             yield
         finally:
-            self.route = outer
+            self._follow(outer)
+
+    def _follow(self, route: Route | None) -> None:
+        self.route = route
+        for member in self.members:
+            member.follow(route)
 
 
 class Routed(nn.Module):
     """One copy of a module for each language; every row goes through its language's copy.
 
-    The copies follow megatron's convention: they take hidden states (rows, length, width) and return (output, bias to
-    add or None). Every rank visits all of the step's languages in one order, also those without rows on it: they get
-    gradients of zero rather than none, and collectives inside them (tensor parallel, ZeRO 3's gathers) line up.
+    The copies take hidden states (rows, length, width). Every rank visits all of the step's languages in one order, also
+    those without rows on it: they get gradients of zero rather than none, and collectives inside them (tensor parallel,
+    ZeRO 3's gathers) line up.
     """
 
-    def __init__(self, router: Router, module: ModuleSpec, **build_with: Any):
+    def __init__(self, router: Router, build: Callable[[], nn.Module]):
         super().__init__()
-        self.router = router
         # the prefix keeps codes such as `to`, `type` or `keys` apart from attributes of torch's modules
-        self.copies = nn.ModuleDict(
-            {f"language_{code}": build_module(module, **build_with) for code in router.languages}
-        )
+        self.copies = nn.ModuleDict({f"language_{code}": build() for code in router.languages})
+        self.languages = router.languages
+        self.parts: tuple[tuple[nn.Module, int, int], ...] = ()  # the copies that the route visits, with their rows
+        router.members.append(self)
 
     def language(self, code: str) -> nn.Module:
         """The module of one language."""
         return self.copies[f"language_{code}"]
 
-    def forward(self, hidden: Tensor, **others: Any) -> tuple[Tensor, Tensor | None]:
+    def follow(self, route: Route | None) -> None:
+        """Looks the route's copies up, outside of what is compiled: one compiled region then serves all languages."""
+        slices = () if route is None else route.slices
+        self.parts = tuple((self.language(self.languages[language]), first, end) for language, first, end in slices)
+
+    def forward(self, hidden: Tensor, **others: Any) -> Tensor:
         """Tensors among `others` have one entry a row along dimension 0, like `hidden`."""
-        route = self.router.route
-        assert route is not None, "a routed module was called outside Router.following"
-        copies = [self.language(self.router.languages[language]) for language, _, _ in route.slices]
-        if len(copies) == 1:
-            return copies[0](hidden, **others)
-        assert route.slices[-1][2] == len(hidden), f"route {route.slices} for {len(hidden)} rows"
+        assert len(self.parts) > 0, "a routed module was called outside Router.following"
+        if len(self.parts) == 1:
+            return self.parts[0][0](hidden, **others)
+        assert self.parts[-1][2] == len(hidden), f"the route has {self.parts[-1][2]} rows, the batch {len(hidden)}"
         outputs = []
-        for copy, (_, first, end) in zip(copies, route.slices, strict=True):
+        for copy, first, end in self.parts:
             own = {key: value[first:end] if isinstance(value, Tensor) else value for key, value in others.items()}
-            output, bias = copy(hidden[first:end], **own)
-            outputs.append(output if bias is None else output + bias)
-        return torch.cat(outputs), None
-
-
-def routed(router: Router, module: ModuleSpec) -> ModuleSpec:
-    """The spec of `module`, one copy for each of the router's languages."""
-    return ModuleSpec(module=Routed, params={"router": router, "module": module})
+            outputs.append(copy(hidden[first:end], **own))
+        return torch.cat(outputs)

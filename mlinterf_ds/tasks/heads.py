@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mlinterf_ds.model.encoder import SHARED, Encoder, at_positions
+from mlinterf_ds.model.encoder import SHARED, Encoder
+from mlinterf_ds.model.layers import at_positions
 from mlinterf_ds.runtime.parallel import replayed
 from mlinterf_ds.sections import ModelConfig
 from mlinterf_ds.tasks.base import Kind

@@ -63,7 +63,8 @@ def similarities(
 
 def plain(settings: list[str]) -> dict[Key, np.ndarray]:
     """The same by torch's autograd on whole batches: no engine's pass, no micro-batch, torch's cross entropy."""
-    from mlinterf_ds.model.encoder import SHARED, Encoder, at_positions
+    from mlinterf_ds.model.encoder import SHARED, Encoder
+    from mlinterf_ds.model.layers import at_positions
 
     engine, _, config = bodies.make(settings, "zero0", 1)
     draws = drawn(engine, bodies.LANGUAGES, micro=ROWS)

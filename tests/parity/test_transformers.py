@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from mlinterf_ds.export.folder import FIRST_POSITION, from_stock
-from mlinterf_ds.model.encoder import Encoder, at_positions
+from mlinterf_ds.model.encoder import Encoder
+from mlinterf_ds.model.layers import at_positions
 from mlinterf_ds.sections import ModelConfig
 
 transformers = pytest.importorskip("transformers")

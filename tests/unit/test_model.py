@@ -1,5 +1,6 @@
 """The encoder on one rank: routing, replay, recomputation, partial gradients, precision."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -11,6 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mlinterf_ds.errors import UserError
 from mlinterf_ds.model.encoder import SHARED, Encoder, partition_dim
+from mlinterf_ds.model.layers import at_positions
+from mlinterf_ds.model.regions import Compiled, regions
 from mlinterf_ds.sections import ModelConfig
 from tests.model_batches import CODES, LENGTH, ROUTED, VARIANTS, VOCABULARY, batch, encoder, gradients
 from tests.model_batches import hidden as hidden_states
@@ -228,9 +231,8 @@ def test_the_oracle_mode_is_the_same_function_and_twice_differentiable() -> None
 def test_adapters_are_residual_and_sit_before_the_sum(activation: str) -> None:
     residual = encoder("share_adpt", adapter_activation=activation).block.layers[1].mlp_bda
     source = torch.Generator().manual_seed(0)
-    output, bias, before = (torch.randn(2, LENGTH, 32, generator=source) for _ in range(3))
-    adapted = residual(training=False, _fused=False)((output, bias[0, 0]), before, 0.5)
-    adapter, total = residual.adapter, output + bias[0, 0]
+    total, before = (torch.randn(2, LENGTH, 32, generator=source) for _ in range(2))
+    adapted, adapter = residual(total, before), residual.adapter
     inner = getattr(torch, activation, getattr(F, activation))(F.linear(total, adapter.down.weight, adapter.down.bias))
     torch.testing.assert_close(adapted, before + total + F.linear(inner, adapter.up.weight, adapter.up.bias))
 
@@ -328,3 +330,54 @@ def test_an_untrained_head_can_start_at_given_frequencies() -> None:
     predicted = head(torch.zeros(3, 8), torch.zeros(128, 8)).softmax(-1)
     torch.testing.assert_close(predicted[:, :70].double(), frequencies.expand(3, -1))
     assert not predicted[:, 70:].any()
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("norm", ["pre", "post"])
+def test_the_last_layer_computes_only_what_the_loss_reads(variant: str, norm: str) -> None:
+    model, rows = encoder(variant, norm=norm).double(), batch([1, 0, 2])
+    whole = hidden_states(model, rows)
+    expected = model.logits(at_positions(whole, rows.positions)).log_softmax(-1)
+    nll = -expected.gather(2, rows.labels[:, :, None])[:, :, 0]
+    _, own = model(rows)
+    torch.testing.assert_close(own.double(), nll.double(), rtol=1e-5, atol=1e-6)
+    counted: list[int] = []
+    model.block.layers[-1].self_attention.register_forward_hook(  # type: ignore[union-attr, operator]
+        lambda _module, _inputs, output: counted.append(output.shape[1])
+    )
+    model(rows)
+    assert counted[0] == rows.positions.shape[1] < LENGTH
+
+
+@pytest.mark.parametrize("variant", ["joint", "adpt", "ffn", "attn"])
+def test_one_compiled_region_serves_all_layers_and_languages(variant: str) -> None:
+    """Traced whole, without a break, and once for a shape; another language of a routed module is no reason to trace anew."""
+    model = encoder(variant, layers=3)
+    traced: list[str] = []
+
+    def backend(graph: torch.fx.GraphModule, _inputs: list[Tensor]) -> Callable[..., Any]:
+        traced.append(variant)
+        return graph.forward
+
+    compiled = Compiled({"backend": backend, "fullgraph": True})
+    results = []
+    for languages in ([0, 0], [1, 1], [2, 2]):
+        model.router.regions = None
+        expected = model(batch(languages))[0]
+        model.router.regions = compiled
+        torch.testing.assert_close(model(batch(languages))[0], expected)
+        results.append(len(traced))
+    assert results == [4, 4, 4], "embeddings, a layer, the last layer, head with loss"
+    torch._dynamo.reset()
+
+
+def test_what_cannot_be_compiled_runs_as_it_stands(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(*_: Any, **__: Any) -> None:
+        raise RuntimeError("no compiler")
+
+    assert regions("auto", torch.device("cpu")) is None and regions(False, torch.device("cpu")) is None
+    monkeypatch.setattr(torch, "compile", broken)
+    assert regions(True, torch.device("cpu")) is None
+    assert "no compiler" in capsys.readouterr().err

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from mlinterf_ds.data.tokenizer import BOS, EOS, UNK, Tokenizer
 from mlinterf_ds.errors import UserError
-from mlinterf_ds.model.encoder import SHARED, at_positions
+from mlinterf_ds.model.encoder import SHARED
+from mlinterf_ds.model.layers import at_positions
 from mlinterf_ds.sections import ModelConfig
 from mlinterf_ds.tasks import TASKS, Limits, Row, metrics, spans
 from mlinterf_ds.tasks.batches import TrainBatches, collate, evaluation_batches

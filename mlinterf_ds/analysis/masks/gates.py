@@ -151,10 +151,16 @@ def _gate_inputs(gates: Tensor, _module: nn.Module, inputs: tuple[Tensor, ...]) 
     return (inputs[0] * gates[:, None].to(inputs[0].dtype), *inputs[1:])
 
 
-def _gate_rows(gates: Tensor, module: Any, _inputs: Any, result: tuple[Tensor, Tensor | None]) -> Any:
-    """gates: (rows, outputs); result: (rows, length, outputs), and the bias if it is still to be added, else None."""
-    output, bias = result
+def _gate_rows(gates: Tensor, module: Any, _inputs: Any, output: Any) -> Any:
+    """gates: (rows, outputs); output: (rows, length, outputs), or three of them by head (queries, keys and values)."""
+    if isinstance(output, tuple):
+        by_head = gates.view(len(gates), module.heads, 3 * module.head_width).split(module.head_width, dim=-1)
+        biases = module.bias.view(module.heads, 3 * module.head_width).split(module.head_width, dim=-1)
+        return tuple(_gated(part, gate, bias) for part, gate, bias in zip(output, by_head, biases, strict=True))
+    return _gated(output, gates, module.bias)
+
+
+def _gated(output: Tensor, gates: Tensor, bias: Tensor) -> Tensor:
+    """The product's part of output (rows, length, ...) times gates (rows, ...), and the bias as it is."""
     by_row = gates[:, None].to(output.dtype)
-    if bias is not None or module.bias is None:
-        return output * by_row, bias
-    return output * by_row + module.bias * (1 - by_row), None
+    return output * by_row + bias * (1 - by_row)
