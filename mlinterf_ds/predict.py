@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.special import softmax
 
 from mlinterf_ds.config import with_present_keys
 from mlinterf_ds.engine import checkpoint
@@ -178,6 +177,8 @@ def probabilities(
     Of labels: of every label, for each word. Of an answer: its share among all spans of at most `limits.max_answer` pieces
     of all windows, and "no answer" where the model may give it.
     """
+    from scipy.special import softmax
+
     facts: list[dict[str, Any]] = [{"prediction": prediction} for prediction in predictions]
     if task.kind == "labels":
         for row, values in zip(rows, scores, strict=True):

@@ -14,7 +14,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from scipy.spatial.distance import jensenshannon
 
 from mlinterf_ds.data import synthetic
 from mlinterf_ds.data.batch import FIRST_ORDINARY
@@ -95,6 +94,8 @@ def jensen_shannon(left: Mapping[str, float], right: Mapping[str, float]) -> flo
 
     Endres and Schindelin (2003): a metric, at most 1.
     """
+    from scipy.spatial.distance import jensenshannon
+
     keys = sorted(left.keys() | right.keys())  # sorted, because the order of a set changes and with it the round-off
     counts = [[side.get(key, 0) for key in keys] for side in (left, right)]
     return float(np.nan_to_num(jensenshannon(*counts, base=2)))  # NaN where round-off makes the divergence negative

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from deepspeed.accelerator import get_accelerator
 
 from mlinterf_ds.analysis.config import AnalyzeConfig
 from mlinterf_ds.analysis.job import AnalysisJob
@@ -41,6 +40,10 @@ def run(config: AnalyzeConfig, deepspeed_json: dict[str, Any], group: Group | No
     def refuse(output: Path) -> None:
         if (output / "summary.json").is_file():
             raise UserError(f"{output} holds an analysis: choose another output")
+
+    from deepspeed.accelerator import (
+        get_accelerator,  # after `runtime.parallel`, which imports DeepSpeed in its own way
+    )
 
     with session(config.name, config.output, config.parallel, refuse, group) as here:
         precision, reason = choose_precision(config.train.precision, deepspeed_json)

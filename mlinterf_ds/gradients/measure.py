@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -25,8 +25,10 @@ from mlinterf_ds.files import read_csv, write_csv
 from mlinterf_ds.gradients.similarity import ALL, DRAWS, Exact, Similarity, Sketch, pairs, spread
 from mlinterf_ds.meta.bilevel import norm
 from mlinterf_ds.model.encoder import SHARED
-from mlinterf_ds.plots.similarity import Curves, training_curves
 from mlinterf_ds.sections import ConflictSection, RowFormat
+
+if TYPE_CHECKING:
+    from mlinterf_ds.plots.similarity import Curves
 
 PAPERS_ROWS, CPU_ROWS = 4096, 64  # rows of a gradient
 MOST_EXACT = 4  # languages up to which sketch=auto keeps whole gradients
@@ -229,6 +231,8 @@ class Monitor:
         """Draws all measurements so far; returns the files written (rank 0)."""
         if not self.first or not self._table.is_file():
             return []
+        from mlinterf_ds.plots.similarity import training_curves  # it loads matplotlib
+
         figure = self.output / "conflict.png"
         curves = {self.name: read_curves(self._table)}
         training_curves(curves, figure, title=f"{self.name}: gradient similarity", caption=self.caption)

@@ -17,7 +17,6 @@ from tqdm import tqdm
 from mlinterf_ds.data.corpus import Corpus
 from mlinterf_ds.errors import resumption
 from mlinterf_ds.files import write_csv, write_json
-from mlinterf_ds.plots.curves import perplexity_curves
 from mlinterf_ds.pretrain.config import RunConfig
 from mlinterf_ds.tracking import Tracker, dataset, environment_facts
 
@@ -78,6 +77,8 @@ class Records:
             newest = [value for _, value in points[-4:]]
             if len(newest) == 4 and newest == sorted(newest) and newest[0] < newest[-1]:
                 tqdm.write(f"warning: {language} has risen for three evaluations: {why_risen(language, self.config)}")
+        from mlinterf_ds.plots.curves import perplexity_curves  # it loads matplotlib, which other ranks never need
+
         path = self.session.output / "perplexity.png"
         perplexity_curves(history, path, title=f"{self.config.name}: {self.config.variant}", baselines=baselines)
         self.tracker.artifact(path)

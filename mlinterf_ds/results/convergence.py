@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from mlinterf_ds.plots.curves import seed_curves
-from mlinterf_ds.plots.style import Points
 from mlinterf_ds.results.records import AnalysisSummary, Records, TrainedModel
+
+if TYPE_CHECKING:
+    from mlinterf_ds.plots.style import Points
 
 CONVERGENCE = "convergence"
 VARIANTS = ("adpt", "meta_adpt")
@@ -15,6 +17,8 @@ VARIANTS = ("adpt", "meta_adpt")
 
 def draw(records: Records, folder: Path) -> list[AnalysisSummary]:
     """Draws a figure for each pair set that was trained both ways, over the seeds that both have; lists them as an analysis."""
+    from mlinterf_ds.plots.curves import seed_curves
+
     figures = []
     for name in dict.fromkeys(model.set for model in records.models if model.kind == "pair"):
         models = {variant: records.models_of(name, variant) for variant in VARIANTS}

@@ -20,7 +20,6 @@ from dataclasses import dataclass, replace
 from typing import Literal, TypeVar
 
 import numpy as np
-from scipy import optimize, special, stats
 
 Left = TypeVar("Left")
 Right = TypeVar("Right")
@@ -94,7 +93,9 @@ class Effect:
             return 1.0
         if self.half(LEAST_P) < distance:
             return LEAST_P
-        return float(optimize.brentq(lambda alpha: self.half(alpha) - distance, LEAST_P, 1.0))
+        from scipy.optimize import brentq
+
+        return float(brentq(lambda alpha: self.half(alpha) - distance, LEAST_P, 1.0))
 
     def seeds_needed(self, distance: float, alpha: float) -> int | None:
         """The number of seeds of this spread with which the interval would reach less far; None where none would do."""
@@ -103,7 +104,9 @@ class Effect:
 
 def _quantile(alpha: float, count: int) -> float:
     """Student's two-sided quantile of a mean of `count` values; 0 for fewer than two."""
-    return -float(special.stdtrit(count - 1, alpha / 2)) if count > 1 else 0.0
+    from scipy.special import stdtrit
+
+    return -float(stdtrit(count - 1, alpha / 2)) if count > 1 else 0.0
 
 
 def _interaction(table: np.ndarray) -> float:
@@ -155,7 +158,9 @@ def combined(judgements: Sequence[Judgement]) -> Judgement:
 def adjusted(ps: Sequence[float]) -> list[float]:
     """The p-values corrected for their number (Benjamini and Hochberg, 1995): what is called decided below a level q is wrong in
     a share of at most q on average."""
-    return stats.false_discovery_control(ps).tolist() if len(ps) else []
+    from scipy.stats import false_discovery_control
+
+    return false_discovery_control(ps).tolist() if len(ps) else []
 
 
 # --- scores ------------------------------------------------------------------------------------------------------------

@@ -45,7 +45,7 @@ class LogFile(logging.FileHandler):
 
 def quiet(log: Path) -> None:
     """Send loggers and warnings of other packages to the file `log`; this package's messages stay on the screen."""
-    import deepspeed  # noqa: F401  (its logger takes a handler when imported)
+    import mlinterf_ds.runtime.parallel  # noqa: F401  (DeepSpeed's logger takes a handler when imported)
 
     with writing(log.parent.parent):
         log.parent.mkdir(parents=True, exist_ok=True)

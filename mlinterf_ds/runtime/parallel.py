@@ -9,6 +9,7 @@ import contextlib
 import copy
 import datetime
 import os
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,19 @@ import torch.distributed as dist
 
 from mlinterf_ds.errors import UserError
 from mlinterf_ds.runtime.launchers import local_world, meet, rendezvous
+from mlinterf_ds.runtime.output import hushed
+
+# DeepSpeed's autotuner, which no run uses, loads MLflow: most of what importing DeepSpeed costs.
+_without_mlflow = "mlflow" not in sys.modules
+if _without_mlflow:
+    sys.modules["mlflow"] = None  # type: ignore[assignment]
+try:
+    with hushed():
+        import deepspeed.ops
+        from deepspeed.accelerator import get_accelerator
+finally:
+    if _without_mlflow:
+        del sys.modules["mlflow"]
 
 # As it is imported, megatron asks for fused functions that the encoder never calls to be compiled; that loads torch's
 # compiler, which is most of what this import costs.
@@ -69,8 +83,6 @@ class Group:
 
     def __init__(self, tensor: int = 1, address: str | None = None, timeout: float = 10.0):
         """tensor: size of the first layout. timeout: minutes that a rank waits for the others before it gives up the job."""
-        from deepspeed.accelerator import get_accelerator
-
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         Layout(self.rank, self.world, tensor)  # a size that does not divide the ranks is refused before they wait
         _prepare_device()
@@ -120,9 +132,6 @@ def _megatron_state() -> dict[str, Any]:
 
 def _prepare_device() -> None:
     """Choose this rank's accelerator, or on a CPU its share of the cores."""
-    import deepspeed.ops
-    from deepspeed.accelerator import get_accelerator
-
     accelerator, neighbours = get_accelerator(), local_world()
     local_rank = int(os.environ.setdefault("LOCAL_RANK", "0"))
     if accelerator.device_name() == "cpu":
@@ -154,8 +163,6 @@ class ModelParallelUnit:
 @contextlib.contextmanager
 def replayed(seed: int) -> Iterator[None]:
     """Random numbers (dropout) inside are a function of `seed`; the ambient state outside is untouched."""
-    from deepspeed.accelerator import get_accelerator
-
     accelerator = get_accelerator()
     on_device = accelerator.device_name() != "cpu"
     ambient = torch.get_rng_state(), accelerator.get_rng_state() if on_device else None

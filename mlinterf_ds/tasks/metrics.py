@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-from scipy.stats import rankdata
 
 from mlinterf_ds.tasks.columns import Tags
 
@@ -162,6 +161,8 @@ def rank_correlation(x: Any, y: Any) -> np.ndarray:
 
     Many rows at once are what a bootstrap needs; scipy's `spearmanr` takes milliseconds for each.
     """
+    from scipy.stats import rankdata  # it takes seconds to load, and few need it
+
     a, b = (rankdata(side, axis=-1) - (len(x) + 1) / 2 for side in (x, y))
     size = np.sqrt((a * a).sum(-1) * (b * b).sum(-1))
     return np.divide((a * b).sum(-1), size, where=size > 0, out=np.full_like(size, np.nan))
