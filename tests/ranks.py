@@ -1,8 +1,9 @@
-"""A pool of spawned ranks for multi-rank tests: start-up is paid once, every job has a timeout.
+"""A pool of ranks for multi-rank tests: imports are paid once, every job has a timeout.
 
 `pool(2).run(function, *arguments)` calls `function(layout-free arguments)` on both ranks, each of which has joined one
 process group, and returns the results in rank order. A failure on any rank is raised with its traceback; a job that
-outlives its timeout, or fails on one of several ranks, costs the pool its processes (the next job starts new ones).
+outlives its timeout, or fails on one of several ranks, costs the pool its processes (the next job starts new ones). Ranks are
+forked from a server process that has imported what a run needs, and nothing more: no threads, no groups.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+IMPORTED = ["mlinterf_ds.pretrain.main", "mlinterf_ds.finetune.main", "mlinterf_ds.evaluate"]  # by the server
 TIMEOUT = 400.0  # seconds; a test may take 600
 
 _group: Any = None  # on a rank of a pool: the process group that it has joined
@@ -62,7 +64,8 @@ class Pool:
         self.processes: list[Any] = []
 
     def _start(self) -> None:
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(IMPORTED)
         address = "file://" + str(Path(tempfile.mkdtemp()) / "rendezvous")
         self.pipes: list[Connection] = []
         for rank in range(self.world):
