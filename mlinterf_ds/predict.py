@@ -19,15 +19,12 @@ import numpy as np
 import torch
 
 from mlinterf_ds.config import with_present_keys
-from mlinterf_ds.engine import checkpoint
 from mlinterf_ds.engine.precision import DTYPES, choose_precision
-from mlinterf_ds.errors import UserError, refusing
-from mlinterf_ds.files import read_json, write_text
+from mlinterf_ds.errors import UserError
+from mlinterf_ds.files import write_text
 from mlinterf_ds.finetune.config import FinetuneConfig
 from mlinterf_ds.finetune.main import serving
-from mlinterf_ds.finetune.trial import Point
-from mlinterf_ds.pretrained import Pretrained
-from mlinterf_ds.ranks import agreed
+from mlinterf_ds.pretrained import Finetuned, Pretrained
 from mlinterf_ds.runtime.parallel import Group
 from mlinterf_ds.runtime.session import in_group
 from mlinterf_ds.sections import ParallelConfig
@@ -79,12 +76,12 @@ def main(arguments: Sequence[str], group: Group | None = None) -> int:
     with in_group(group, ParallelConfig()) as layout:
         from deepspeed.accelerator import get_accelerator
 
-        path, saved = open_finetuned(options.checkpoint)
+        finetuned = Finetuned.open(options.checkpoint)
+        saved, pretrained = finetuned.saved, finetuned.pretrained
         config = FinetuneConfig.model_validate(with_present_keys(saved["config"]))
-        pretrained = Pretrained(path, saved | {"config": with_present_keys(saved["pretrained"])})
         ((language, file),) = texts.items()
         module = module_of(options.modules, config, pretrained, saved.get("trained_on", []), language)
-        task, labels = TASKS[config.task].configured(unlabelled=True), saved["labels"]
+        task, labels = TASKS[config.task].configured(unlabelled=True), finetuned.labels
         examples = _sentences(task, Path(file)) if options.sentences else task.read(Path(file), language)
         limits = config.finetune.limits(pretrained.positions)
         rows, notes = task.rows(examples, pretrained.tokenizer(), labels, limits)
@@ -103,29 +100,6 @@ def main(arguments: Sequence[str], group: Group | None = None) -> int:
                 lines = [json.dumps(facts, ensure_ascii=False) for facts in chances]
                 write_text(options.probabilities, "\n".join(lines) + "\n")
     return 0
-
-
-def open_finetuned(folder: str) -> tuple[Path, dict[str, Any]]:
-    """The checkpoint of a fine-tuning's output folder, of one of its fine-tunings or of this very folder, and its run.json."""
-    path = Path(folder)
-    if (path / "job.json").is_file():
-        if not (path / "summary.json").is_file():
-            raise UserError(f"{path}: the fine-tuning is not finished; name one of its seed... folders")
-        with refusing(f"{path / 'summary.json'}: not what a fine-tuning writes"):
-            summary = read_json(path / "summary.json")
-            path /= Point(summary["seeds"][0], **summary["chosen"]).name
-
-    def verified() -> tuple[Path, dict[str, Any]]:
-        found = checkpoint.find(str(path), "best")
-        return found, checkpoint.verify(found)
-
-    found, saved = agreed(verified)
-    if "labels" not in saved:
-        raise UserError(
-            f"{found}: a checkpoint of a pretraining, which has no classifier: fine-tune it with launch/finetune.py, or fill "
-            "masks with launch/evaluate.py"
-        )
-    return found, saved
 
 
 def module_of(

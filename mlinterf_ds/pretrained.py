@@ -1,4 +1,4 @@
-"""A pretrained checkpoint, as fine-tuning, evaluation, analyses and the export open it."""
+"""A checkpoint of a pretraining or of a fine-tuning, as all that come after it open it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from mlinterf_ds.data.tokenizer import Tokenizer
 from mlinterf_ds.engine import checkpoint
 from mlinterf_ds.engine.space import Segment
 from mlinterf_ds.engine.weights import CheckpointReader
-from mlinterf_ds.errors import UserError
+from mlinterf_ds.errors import UserError, refusing
+from mlinterf_ds.files import read_json
 from mlinterf_ds.ranks import agreed
 from mlinterf_ds.sections import ModelConfig, RowFormat, architecture, has_adapters
 
@@ -34,7 +35,11 @@ class Pretrained:
     @classmethod
     def open(cls, folder: str) -> Pretrained:
         """The best checkpoint of a run's output folder, or the checkpoint of that folder."""
-        path, saved = agreed(lambda: (path := checkpoint.find(folder, "best"), checkpoint.verify(path)))
+        return cls.of(*agreed(lambda: (path := checkpoint.find(folder, "best"), checkpoint.verify(path))))
+
+    @classmethod
+    def of(cls, path: Path, saved: dict[str, Any]) -> Pretrained:
+        """The checkpoint at `path`, whose run.json is `saved`. UserError if it is a fine-tuning's."""
         if "task" in saved.get("config", {}):
             raise UserError(
                 f"{path}: a checkpoint of a fine-tuning: set checkpoint to a pretraining run's output folder"
@@ -110,3 +115,82 @@ class Pretrained:
                 whole = Segment(name, size, 0, parameter.numel(), 0, 0, partition_dim(parameter))
                 parameter.copy_(reader.read(whole, "master", layout.tensor, layout.tensor_rank).view(size))
         return model
+
+
+@dataclass(frozen=True)
+class Point:
+    """A fine-tuning's seed and point of the grid."""
+
+    seed: int
+    batch: int
+    lr: float
+    head_lr: float
+
+    @property
+    def name(self) -> str:
+        """The name of its folder."""
+        head = "" if self.head_lr == self.lr else f"-head{self.head_lr:g}"
+        return f"seed{self.seed}-batch{self.batch}-lr{self.lr:g}{head}"
+
+
+@dataclass(frozen=True)
+class Finetuned:
+    """A verified checkpoint of a fine-tuning: an encoder, and a task's classifier on it."""
+
+    path: Path
+    saved: dict[str, Any]  # run.json
+
+    @classmethod
+    def open(cls, folder: str) -> Finetuned:
+        """The best checkpoint of a fine-tuning's output folder, of one of its seed... folders, or the checkpoint of that folder."""
+        model = opened(folder)
+        if isinstance(model, Pretrained):
+            raise UserError(
+                f"{model.path}: a checkpoint of a pretraining, which has no classifier: fine-tune it with launch/finetune.py, "
+                "or fill masks with launch/evaluate.py"
+            )
+        return model
+
+    @property
+    def pretrained(self) -> Pretrained:
+        """The encoder, with the weights that the fine-tuning gave it."""
+        return Pretrained(self.path, self.saved | {"config": with_present_keys(self.saved["pretrained"])})
+
+    @property
+    def labels(self) -> list[str]:
+        """The names of the classes, in the order of the classifier's outputs."""
+        return list(self.saved["labels"])
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """The results of the fine-tuning's command (summary.json), if it lies in their folder and they are of this model; or {}."""
+        file = self.path.parents[2] / "summary.json" if len(self.path.parents) > 2 else Path()
+        if not file.is_file():
+            return {}
+        with refusing(f"{file}: not what a fine-tuning writes"):
+            summary: dict[str, Any] = read_json(file)
+            points = [Point(seed, **summary["chosen"]).name for seed in summary.get("seeds", []) if "task" in summary]
+        return summary if self.path.parents[1].name in points else {}
+
+
+def opened(folder: str) -> Pretrained | Finetuned:
+    """The best checkpoint of an output folder, or the checkpoint of that folder, be it of a pretraining or of a fine-tuning.
+
+    Of a fine-tuning with several seeds it is the first seed's at the chosen point of the grid.
+    """
+    path = Path(folder)
+    if (path / "job.json").is_file():
+        if not (path / "summary.json").is_file():
+            raise UserError(f"{path}: the fine-tuning is not finished; name one of its seed... folders")
+        with refusing(f"{path / 'summary.json'}: not what a fine-tuning writes"):
+            summary = read_json(path / "summary.json")
+            path /= Point(summary["seeds"][0], **summary["chosen"]).name
+
+    def verified() -> tuple[Path, dict[str, Any]]:
+        best = checkpoint.find(str(path), "best")
+        return best, checkpoint.verify(best)
+
+    best, saved = agreed(verified)
+    if "labels" in saved:
+        return Finetuned(best, saved)
+    return Pretrained.of(best, saved)

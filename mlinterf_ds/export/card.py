@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
+from typing import Any
 
-from mlinterf_ds.files import sha256
-from mlinterf_ds.pretrained import Pretrained
+from mlinterf_ds.export.heads import LINEAR, SPAN, TEXT, TOKENS, default_language, head_of
+from mlinterf_ds.files import read_json, sha256
+from mlinterf_ds.pretrained import Finetuned, Pretrained
 from mlinterf_ds.sections import has_adapters, is_meta, is_routed
+from mlinterf_ds.tasks import TASKS
 
 ROUTED = {
     "adpt": "each language has its own residual adapters after attention and feed-forward",
@@ -48,34 +52,44 @@ model.set_default_language(CODE)  # from here on, calls need no language=
 
 After `import mlinterf_ds.export.modeling_mlinterf` the two models need no `trust_remote_code=True`; pipelines always do."""
 
+HEAD_USE = {
+    TOKENS: """\
+tag = pipeline("ner", FOLDER, aggregation_strategy="first")  # a word has its first piece's label
+tag("...")""",
+    TEXT: """\
+classify = pipeline("text-classification", FOLDER)
+classify({"text": "...", "text_pair": "..."}, truncation=True)""",
+    SPAN: """\
+answer = pipeline("question-answering", FOLDER)
+answer(question="...", context="...")""",
+}
 
-def card(pretrained: Pretrained, stock: bool) -> str:
-    """The text of README.md: what the model is, how to load it, what it scores."""
-    saved, variant, shape = pretrained.saved, pretrained.saved["config"]["variant"], pretrained.shape()
-    languages = pretrained.languages
-    head = ["---", "language:", *(f"- {json.dumps(code)}" for code in languages)]
-    head += ["library_name: transformers", "pipeline_tag: fill-mask", "tags:", "- multilingual", "- mlinterf", "---"]
+
+def card(model: Pretrained | Finetuned, config: dict[str, Any]) -> str:
+    """The text of README.md: what the model is, what it scores, how it was trained and how to load it; config: of config.json."""
+    tuned = isinstance(model, Finetuned)
+    pretrained = model.pretrained if isinstance(model, Finetuned) else model
+    variant, shape = pretrained.run_variant, pretrained.shape()
     how = "by the meta step (Algorithm 1 of the paper)" if is_meta(variant) else "with all other parameters"
     trained = f", trained {how}" if is_routed(variant) else ""
     adapters = (
         f", adapters of width {shape.adapter_width} ({shape.adapter_activation})" if has_adapters(variant) else ""
     )
     lines = [
-        *head,
-        f"# {saved['config'].get('name', 'model')}: {variant} on {', '.join(languages)}",
-        "",
-        "A masked language model of mlinterf_ds, a study of negative interference between languages "
-        "([arXiv:2010.03017](https://arxiv.org/abs/2010.03017)).",
-        "",
+        *(_task_heading(model) if isinstance(model, Finetuned) else _heading(pretrained)),
         f"- Variant `{variant}`: {ROUTED[pretrained.variant]}{trained}.",
         f"- {shape.layers} layers, width {shape.width}, {shape.heads} heads of width {shape.kv_channels}, feed-forward "
-        f"{shape.ffn}{adapters}, a vocabulary of {saved['vocabulary']} pieces, rows of up to {pretrained.positions} pieces.",
-        f"- {saved['updates']} steps, checkpoint `{pretrained.path.name}`.",
+        f"{shape.ffn}{adapters}, a vocabulary of {pretrained.saved['vocabulary']} pieces, rows of up to "
+        f"{pretrained.positions} pieces.",
+        *(_finetuning(model) if isinstance(model, Finetuned) else _pretraining(pretrained)),
         "",
-        *_scores(pretrained),
+        "## Scores",
+        "",
+        *(_task_scores(model) if isinstance(model, Finetuned) else _perplexities(pretrained)),
+        "",
         "## Use",
         "",
-        _use(stock, languages),
+        _task_use(model, config) if isinstance(model, Finetuned) else _use(config, pretrained.languages),
         "",
         "The tokenizer reads `<mask>` and the other special pieces in a text as such. It gives all other text the ids of "
         "`sentencepiece.model`, after NFC normalisation and with single spaces.",
@@ -84,31 +98,158 @@ def card(pretrained: Pretrained, stock: bool) -> str:
         "",
         DEPARTURES,
         "",
-        _licence(pretrained),
+        _licence(
+            model.saved.get("source", {})
+            if tuned
+            else {"manifest": pretrained.saved.get("manifest"), **pretrained.saved["config"]}
+        ),
     ]
     return "\n".join(lines) + "\n"
 
 
-def _scores(pretrained: Pretrained) -> list[str]:
-    """The last validation perplexity of each language before the checkpoint, as a table."""
+def _yaml(languages: list[str], pipeline: str, tags: list[str]) -> list[str]:
+    """The part of the card that programs read."""
+    lines = ["---", "language:", *(f"- {json.dumps(code)}" for code in languages)]
+    return [
+        *lines,
+        "library_name: transformers",
+        f"pipeline_tag: {pipeline}",
+        "tags:",
+        *(f"- {tag}" for tag in tags),
+        "---",
+    ]
+
+
+# --- a pretraining -------------------------------------------------------------------------------------------------------
+def _heading(pretrained: Pretrained) -> list[str]:
+    languages = pretrained.languages
+    return [
+        *_yaml(languages, "fill-mask", ["multilingual", "mlinterf"]),
+        f"# {pretrained.saved['config'].get('name', 'model')}: {pretrained.run_variant} on {', '.join(languages)}",
+        "",
+        "A masked language model of mlinterf_ds, a study of negative interference between languages "
+        "([arXiv:2010.03017](https://arxiv.org/abs/2010.03017)).",
+        "",
+    ]
+
+
+def _pretraining(pretrained: Pretrained) -> list[str]:
+    """How the model was trained."""
+    saved, train = pretrained.saved, pretrained.saved["config"].get("train", {})
+    lines = [f"- {saved['updates']} steps, checkpoint `{pretrained.path.name}`."]
+    if "batch" in train:
+        tokens = saved["updates"] * train["batch"] * pretrained.positions
+        share = f"{pretrained.row_format.mask_share:.0%} of a row masked"
+        lines.append(
+            f"- A step read {train['batch']} rows: {tokens:,} pieces in all, {share}; peak learning rate {train['lr']:g}, "
+            f"seed {train['seed']}."
+        )
+    return lines
+
+
+def _perplexities(pretrained: Pretrained) -> list[str]:
+    """The last validation perplexity of each language before the checkpoint, beside that of the pieces' frequencies, as a table."""
     history = {code: points[-1] for code, points in pretrained.saved.get("history", {}).items() if points}
     if not history:
-        return []
-    rows = [f"| {code} | {perplexity:.2f} | {step} |" for code, (step, perplexity) in history.items()]
-    return ["| language | validation perplexity | at step |", "|---|---|---|", *rows, ""]
+        return ["It was not evaluated during its training."]
+    path = pretrained.path.parents[1] / "summary.json"
+    floors = read_json(path).get("unigram_perplexity", {}) if path.is_file() else {}
+    rows = [
+        f"| {code} | {perplexity:.2f} | {f'{floors[code]:.1f}' if code in floors else ''} | {step} |"
+        for code, (step, perplexity) in history.items()
+    ]
+    return ["| language | validation perplexity | unigram | at step |", "|---|---|---|---|", *rows]
 
 
-def _use(stock: bool, languages: list[str]) -> str:
-    return STOCK_USE if stock else ROUTED_USE.replace("CODE", json.dumps(languages[-1]))
+def _use(config: dict[str, Any], languages: list[str]) -> str:
+    return ROUTED_USE.replace("CODE", json.dumps(languages[-1])) if "auto_map" in config else STOCK_USE
 
 
-def _licence(pretrained: Pretrained) -> str:
-    """The licences of the texts: the note in the corpus manifest, if the corpus still exists unchanged."""
-    note = ""
-    manifest = Path(pretrained.saved["config"].get("corpus", "")) / "manifest.json"
-    if manifest.is_file() and sha256(manifest) == pretrained.saved.get("manifest"):
+# --- a fine-tuning -------------------------------------------------------------------------------------------------------
+def _task_heading(model: Finetuned) -> list[str]:
+    task, languages = model.saved["config"]["task"], model.pretrained.languages
+    trained_on = ", ".join(model.saved.get("trained_on", [])) or "one language"
+    pipeline = {TOKENS: "token-classification", TEXT: "text-classification", SPAN: "question-answering"}
+    return [
+        *_yaml(languages, pipeline[head_of(TASKS[task])], ["multilingual", "mlinterf", task]),
+        f"# {model.saved['config'].get('name', 'model')}: {task}, fine-tuned on {trained_on}",
+        "",
+        f"A model of {', '.join(languages)} with a classifier for the task `{task}`, fine-tuned on {trained_on}. From mlinterf_ds, a "
+        "study of negative interference between languages ([arXiv:2010.03017](https://arxiv.org/abs/2010.03017)).",
+        "",
+        f"- Labels: {', '.join(f'`{label}`' for label in model.labels)}.",
+    ]
+
+
+def _finetuning(model: Finetuned) -> list[str]:
+    """How the model was trained."""
+    point, progress, source = model.saved["point"], model.saved["progress"], model.saved.get("source", {})
+    epochs = model.saved["config"]["finetune"]["epochs"]
+    counts = model.summary.get("examples", {}).get("train", {})
+    read = f" on {', '.join(f'{count:,} examples of {code}' for code, count in counts.items())}" if counts else ""
+    lines = [
+        f"- Fine-tuned{read}: epoch {progress['best_epoch']} of {epochs}, the best on the dev set "
+        f"({progress['best']:.1f}); {point['batch']} rows a step, peak learning rate {point['lr']:g}, of the classifier "
+        f"{point['head_lr']:g}, seed {point['seed']}."
+    ]
+    if source.get("steps") is not None:
+        rows = f" of {source['rows']} rows" if source.get("rows") else ""
+        lines.append(f"- Pretrained for {source['steps']} steps{rows}, checkpoint `{Path(source['checkpoint']).name}`.")
+    return lines
+
+
+def _task_scores(model: Finetuned) -> list[str]:
+    """The scores of this seed on every test set beside those of the baselines, as a table; else on the dev sets."""
+    summary, progress = model.summary, model.saved["progress"]
+    if not summary:
+        rows = [f"| {code} | {score:.1f} |" for code, score in progress["dev"][progress["best_epoch"] - 1].items()]
+        return ["| language | dev score |", "|---|---|", *rows]
+    seed = summary["seeds"].index(model.saved["point"]["seed"])
+    metric, floors = summary["metric"], summary["baselines"]
+    names = sorted({name for scores in floors.values() for name in scores}, reverse=True)
+    head = ["language", "setting", "examples", metric, *names]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for code, values in summary["per_seed"].items():
+        cells = [code, summary["setting"][code], str(summary["examples"]["test"][code]), f"{values[seed]:.1f}"]
+        cells += [f"{floors[code][name][metric]:.1f}" if name in floors[code] else "" for name in names]
+        lines.append(f"| {' | '.join(cells)} |")
+    return [*lines, "", "The columns after the score are baselines that need no model: see the task's guide."]
+
+
+def _task_use(model: Finetuned, config: dict[str, Any]) -> str:
+    head = head_of(TASKS[model.saved["config"]["task"]])
+    code, remarks = HEAD_USE[head], []
+    if "custom_pipelines" in config:
+        code = code.replace("FOLDER", "FOLDER, trust_remote_code=True")
+    if "auto_map" in config:
+        default = default_language(model)
+        if default:
+            remarks.append(
+                f"Every text is read by the modules of `{default}`, unless a call names another `language=`."
+            )
+        else:
+            language = json.dumps(model.pretrained.languages[-1])
+            code = f"{code.removesuffix(')')}, language={language})"
+    elif head == TEXT:
+        remarks.append(
+            "The dense layer of the classifier is the identity times "
+            f"2^{math.log2(LINEAR):.0f}, where tanh is linear: this model was trained without it."
+        )
+    if head == TOKENS:
+        remarks.append("A text longer than a row is cut: give sentences, or `stride=` to read it in overlapping parts.")
+    lines = ["```python", "from transformers import pipeline", "", code, "```"]
+    return "\n".join([*lines, *(["", " ".join(remarks)] if remarks else [])])
+
+
+def _licence(source: dict[str, Any]) -> str:
+    """The licences of the texts: the note in the corpus manifest, if the corpus still exists unchanged.
+
+    source: the pretraining's corpus and the digest of its manifest.
+    """
+    note, corpus = "", source.get("corpus") or ""
+    manifest = Path(corpus) / "manifest.json"
+    if manifest.is_file() and sha256(manifest) == source.get("manifest"):
         note = json.loads(manifest.read_bytes()).get("licence", "")
-    corpus = pretrained.saved["config"].get("corpus", "synthetic")
     if corpus == "synthetic":
         return "Trained on synthetic text only."
     return f"The licences of the texts (corpus `{Path(corpus).name}`) apply: {note or 'see the notes of the corpus.'}"

@@ -1,4 +1,4 @@
-"""Writes a checkpoint as a `transformers` model folder: weights, configuration, tokenizer and model card.
+"""Writes a checkpoint, of a pretraining or a fine-tuning, as a `transformers` model folder: weights, configuration, tokenizer, card.
 
 Transformers loads a model without language-specific modules as its own XLM-RoBERTa-XL where that has the shape. It loads
 all others as `MLInterfForMaskedLM`, whose file the export copies to the folder. DeepSpeed and megatron are not needed.
@@ -19,30 +19,30 @@ from safetensors.torch import save_file
 from mlinterf_ds.data.tokenizer import BOS, EOS, PAD
 from mlinterf_ds.engine.weights import CheckpointReader
 from mlinterf_ds.errors import UserError
-from mlinterf_ds.export import tokenizer
+from mlinterf_ds.export import heads, tokenizer
 from mlinterf_ds.export.card import card
 from mlinterf_ds.export.folder import FIRST_POSITION, LISTING, OURS, STOCK, VOCABULARY, to_stock
 from mlinterf_ds.files import flushed_facts
-from mlinterf_ds.pretrained import Pretrained
+from mlinterf_ds.pretrained import Finetuned, Pretrained, opened
 from mlinterf_ds.sections import ModelConfig
 
 MODELLING, PIPELINES = "modeling_mlinterf", "pipelines_mlinterf"  # files of this folder that exports hold too
 
 
 def export(source: str, out: Path) -> dict[str, Any]:
-    """Exports a checkpoint, or the best checkpoint of a run's output folder, to the new folder `out`.
+    """Exports a checkpoint, or the best checkpoint of an output folder, to the new folder `out`: a pretraining's or a fine-tuning's.
 
     `out` appears when it is complete, or not at all. Returns its config.json.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: exists and is not empty; nothing was written: name a new folder")
-    pretrained = Pretrained.open(source)
+    model = opened(source)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=out.parent, prefix=".export-") as temporary:
             folder = Path(temporary) / "model"
             folder.mkdir()
-            config = _write(pretrained, folder)
+            config = _write(model, folder)
             os.replace(folder, out)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{out}: cannot be written: {error}") from None
@@ -55,27 +55,33 @@ def is_stock(shape: ModelConfig, variant: str) -> bool:
     return variant in ("mono", "joint") and square and not shape.language_embeddings
 
 
-def _write(pretrained: Pretrained, folder: Path) -> dict[str, Any]:
+def _write(model: Pretrained | Finetuned, folder: Path) -> dict[str, Any]:
+    pretrained = model.pretrained if isinstance(model, Finetuned) else model
     shape, vocabulary = pretrained.shape(), int(pretrained.saved["vocabulary"])
     stock = is_stock(shape, pretrained.variant)
     reader = CheckpointReader(pretrained.path)
     weights = {name: reader.whole(name) for name in reader.names}
-    weights |= {name: weights[name][:vocabulary].contiguous() for name in VOCABULARY}
+    classifier = {name: weights.pop(name) for name in reader.names if name.startswith("classifier.")}
+    weights |= {name: weights[name][:vocabulary].contiguous() for name in VOCABULARY if name in weights}
     if stock:
         weights = to_stock(weights, shape.heads)
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     config = configuration(pretrained)
+    if isinstance(model, Finetuned):
+        weights |= heads.weights(model, classifier, stock)
+        config = heads.configuration(model, config, MODELLING, PIPELINES)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n", "utf-8")
     shutil.copymode(
         folder / "config.json", folder / "model.safetensors"
     )  # safetensors lets only its user read the file
     vocabulary_file = folder / "sentencepiece.model"  # for tools/prepare_corpus.py --tokenizer
     shutil.copyfile(pretrained.path / "tokenizer.model", vocabulary_file)
-    tokenizer.write(pretrained.tokenizer(), folder, pretrained.positions)
-    if not stock:
-        for name in (MODELLING, PIPELINES):
+    longest = heads.limits_of(model).max_length if isinstance(model, Finetuned) else pretrained.positions
+    tokenizer.write(pretrained.tokenizer(), folder, longest)
+    for name, needed in {MODELLING: not stock, PIPELINES: "custom_pipelines" in config}.items():
+        if needed:
             shutil.copyfile(Path(__file__).with_name(f"{name}.py"), folder / f"{name}.py")
-    (folder / "README.md").write_text(card(pretrained, stock), "utf-8")
+    (folder / "README.md").write_text(card(model, config), "utf-8")
     files = flushed_facts(sorted(path for path in folder.iterdir() if path.name != "README.md"))
     (folder / LISTING).write_text(
         json.dumps({"checkpoint": pretrained.path.name, "files": files}, indent=1) + "\n", "utf-8"

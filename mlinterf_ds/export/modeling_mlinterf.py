@@ -17,8 +17,23 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, PreTrainedConfig, PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutput, MaskedLMOutput
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForMaskedLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.modeling_outputs import (
+    BaseModelOutput,
+    MaskedLMOutput,
+    QuestionAnsweringModelOutput,
+    SequenceClassifierOutput,
+    TokenClassifierOutput,
+)
 
 Activation = Callable[[Tensor], Tensor]
 ACTIVATIONS: dict[str, Activation] = {"gelu": F.gelu, "relu": F.relu, "tanh": torch.tanh, "silu": F.silu}
@@ -273,7 +288,7 @@ class Encoder(PreTrainedModel):
 class MLInterfModel(Encoder):
     """The encoder alone: hidden states."""
 
-    _keys_to_ignore_on_load_unexpected = [r"^head\."]  # noqa: RUF012 (transformers' name)
+    _keys_to_ignore_on_load_unexpected = [r"^(head|classifier)\."]  # noqa: RUF012 (transformers' name)
 
     def __init__(self, config: MLInterfConfig):
         super().__init__(config)
@@ -318,6 +333,81 @@ class MLInterfForMaskedLM(Encoder):
         return MaskedLMOutput(loss=loss, logits=logits, hidden_states=states if output_hidden_states else None)
 
 
+class Classifier(Encoder):
+    """What the fine-tuned models share: the encoder with a linear classifier."""
+
+    _keys_to_ignore_on_load_unexpected = [r"^head\."]  # noqa: RUF012 (transformers' name)
+
+    def __init__(self, config: MLInterfConfig):
+        super().__init__(config)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+    def classify(self, hidden: Tensor) -> Tensor:
+        """Logits (..., labels) of hidden states (..., width)."""
+        logits: Tensor = self.classifier(F.dropout(hidden, self.config.hidden_dropout_prob, self.training))
+        return logits
+
+
+def _nll(logits: Tensor, labels: Tensor | None) -> Tensor | None:
+    """The mean loss of logits (..., classes) for labels (...), -100 = not counted; None without labels."""
+    return (
+        None if labels is None else F.cross_entropy(logits.float().flatten(0, -2), labels.to(logits.device).flatten())
+    )
+
+
+class MLInterfForTokenClassification(Classifier):
+    """A label for each piece; that of a word is its first piece's."""
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        language: str | Sequence[str] | None = None,
+    ) -> TokenClassifierOutput:
+        """Logits are (rows, length, labels). labels: (rows, length), -100 = not counted; others as `Encoder.encode`."""
+        logits = self.classify(self.encode(input_ids, attention_mask, language)[-1])
+        return TokenClassifierOutput(loss=_nll(logits, labels), logits=logits)
+
+
+class MLInterfForSequenceClassification(Classifier):
+    """A label for each text or pair of texts, read from its first piece."""
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        language: str | Sequence[str] | None = None,
+    ) -> SequenceClassifierOutput:
+        """Logits are (rows, labels). labels: (rows,); others as `Encoder.encode`. Padding stands on the right."""
+        logits = self.classify(self.encode(input_ids, attention_mask, language)[-1][:, 0])
+        return SequenceClassifierOutput(loss=_nll(logits, labels), logits=logits)
+
+
+class MLInterfForQuestionAnswering(Classifier):
+    """Scores of each piece as the first and as the last of an answer."""
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        start_positions: Tensor | None = None,
+        end_positions: Tensor | None = None,
+        language: str | Sequence[str] | None = None,
+    ) -> QuestionAnsweringModelOutput:
+        """Both logits are (rows, length). start_positions, end_positions: (rows,), columns; others as `Encoder.encode`."""
+        start, end = self.classify(self.encode(input_ids, attention_mask, language)[-1]).unbind(-1)
+        loss = None
+        if start_positions is not None and end_positions is not None:
+            loss = (F.cross_entropy(start, start_positions) + F.cross_entropy(end, end_positions)) / 2
+        return QuestionAnsweringModelOutput(loss=loss, start_logits=start, end_logits=end)
+
+
 AutoConfig.register(MLInterfConfig.model_type, MLInterfConfig, exist_ok=True)
 AutoModel.register(MLInterfConfig, MLInterfModel, exist_ok=True)
 AutoModelForMaskedLM.register(MLInterfConfig, MLInterfForMaskedLM, exist_ok=True)
+AutoModelForTokenClassification.register(MLInterfConfig, MLInterfForTokenClassification, exist_ok=True)
+AutoModelForSequenceClassification.register(MLInterfConfig, MLInterfForSequenceClassification, exist_ok=True)
+AutoModelForQuestionAnswering.register(MLInterfConfig, MLInterfForQuestionAnswering, exist_ok=True)

@@ -1,39 +1,94 @@
-"""An exported folder as a model of MLflow's `pyfunc` flavour, which fills every `<mask>` in sentences."""
+"""An exported folder as a model of MLflow's `pyfunc` flavour: it fills masks, tags words, classifies texts or answers questions."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 MASK = "<mask>"
+LANGUAGE = "language"  # the column that models with language-specific modules read
+# The columns of a request, by what the model's class ends with (LANGUAGE may follow), and those that it needs.
+COLUMNS = {
+    "ForMaskedLM": ["text"],
+    "ForTokenClassification": ["text"],
+    "ForSequenceClassification": ["text", "text_pair"],
+    "ForQuestionAnswering": ["question", "context"],
+}
 
 
-def _load_pyfunc(path: str) -> FillMask:
+def kind_of(folder: Path) -> str:
+    """What the class of a folder's model ends with: one of COLUMNS."""
+    (architecture,) = json.loads((folder / "config.json").read_bytes())["architectures"]
+    return "For" + str(architecture).rpartition("For")[2]
+
+
+def _load_pyfunc(path: str) -> Model:
     """Loads the model of the folder that was logged; MLflow calls it."""
-    return FillMask(Path(path))
+    return Model(Path(path))
 
 
-class FillMask:
-    """Fills every `<mask>` of a text with its most likely piece, through the modules of the text's language."""
+class Model:
+    """Answers a request row by row, through the modules of the row's language where the model has such."""
 
     def __init__(self, folder: Path):
-        from transformers import AutoModelForMaskedLM, AutoTokenizer
+        from transformers import pipeline
 
-        # The class of a model with language-specific modules is a file of the folder.
-        self.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
-        self.model = AutoModelForMaskedLM.from_pretrained(folder, trust_remote_code=True).eval()
+        self.kind = kind_of(folder)
+        names = {
+            "ForMaskedLM": "fill-mask",
+            "ForTokenClassification": "token-classification",
+            "ForSequenceClassification": "text-classification",
+            "ForQuestionAnswering": "question-answering",
+        }
+        # The classes of a model with language-specific modules are files of the folder.
+        self.pipeline = pipeline(names[self.kind], str(folder), trust_remote_code=True)
+        self.routed = hasattr(self.pipeline.model.config, "languages")
 
     def predict(self, frame: Any, params: dict[str, Any] | None = None) -> list[str]:
-        """The filled texts; frame: column `text` and, for models with language-specific modules, column `language`."""
+        """One text for each row of the frame, whose columns are COLUMNS and, for models with language-specific modules, `language`.
+
+        It is the text with every `<mask>` filled, a label for each word with spaces between, the label of the text or pair, or
+        the answer.
+        """
+        answer: Callable[..., str] = {
+            "ForMaskedLM": self._filled,
+            "ForTokenClassification": self._tags,
+            "ForSequenceClassification": self._label,
+            "ForQuestionAnswering": self._answer,
+        }[self.kind]
+        rows = frame.to_dict("records")
+        languages = [{LANGUAGE: row[LANGUAGE]} if self.routed and row.get(LANGUAGE) else {} for row in rows]
+        return [answer(row, **language) for row, language in zip(rows, languages, strict=True)]
+
+    def _filled(self, row: dict[str, str], **language: str) -> str:
         import torch
 
-        filled = []
-        for row in frame.to_dict("records"):
-            tokens = self.tokenizer(row["text"], return_tensors="pt")
-            routed = {"language": row["language"]} if hasattr(self.model.config, "languages") else {}
-            with torch.no_grad():
-                best = self.model(**tokens, **routed).logits[0].argmax(-1)
-            ids = tokens["input_ids"][0]
-            ids = torch.where(ids == self.tokenizer.mask_token_id, best, ids)
-            filled.append(self.tokenizer.decode(ids, skip_special_tokens=True))
-        return filled
+        model, tokenizer = self.pipeline.model, self.pipeline.tokenizer
+        tokens = tokenizer(row["text"], return_tensors="pt")
+        with torch.no_grad():
+            best = model(**tokens, **language).logits[0].argmax(-1)
+        ids = tokens["input_ids"][0]
+        text: str = tokenizer.decode(torch.where(ids == tokenizer.mask_token_id, best, ids), skip_special_tokens=True)
+        return text
+
+    def _tags(self, row: dict[str, str], **language: str) -> str:
+        """The label of each word's first piece; words are what white space separates."""
+        words = row["text"].split()
+        pieces = self.pipeline(" ".join(words), ignore_labels=[], **language) if words else []
+        tags, end = [], 0
+        for word in words:
+            start, end = end, end + len(word)
+            tags.append(next((piece["entity"] for piece in pieces if piece["end"] > start), "O"))
+            end += 1  # the space
+        return " ".join(tags)
+
+    def _label(self, row: dict[str, str], **language: str) -> str:
+        pair = {"text_pair": row["text_pair"]} if row.get("text_pair") else {}
+        label: str = self.pipeline({"text": row["text"], **pair}, truncation=True, **language)["label"]
+        return label
+
+    def _answer(self, row: dict[str, str], **language: str) -> str:
+        answer: str = self.pipeline(question=row["question"], context=row["context"], **language)["answer"]
+        return answer

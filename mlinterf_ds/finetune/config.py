@@ -90,10 +90,9 @@ class FinetuneSection(Section):
 
     def limits(self, positions: int) -> Limits:
         """How long rows may be in a model that reads `positions` pieces at once. UserError if max_length is more."""
-        length = self.max_length or positions
-        if length > positions:
-            raise UserError(f"finetune.max_length={length}: the model has {positions} positions")
-        return Limits(length, self.stride or length // 2, self.max_question or length // 4, self.max_answer)
+        if (self.max_length or 0) > positions:
+            raise UserError(f"finetune.max_length={self.max_length}: the model has {positions} positions")
+        return Limits.of(self.model_dump(), positions)
 
     @property
     def single(self) -> bool:

@@ -14,7 +14,8 @@ from mlinterf_ds.errors import UserError, refusing, resumption
 from mlinterf_ds.files import sha256, write_json, write_text
 from mlinterf_ds.finetune.config import FinetuneConfig
 from mlinterf_ds.finetune.report import show, summarise, table
-from mlinterf_ds.finetune.trial import FinetuneJob, Point, Stopped, Trial
+from mlinterf_ds.finetune.trial import FinetuneJob, Stopped, Trial
+from mlinterf_ds.pretrained import Point
 from mlinterf_ds.ranks import from_first
 from mlinterf_ds.runtime.output import hushed
 from mlinterf_ds.runtime.session import Session

@@ -21,7 +21,7 @@ from mlinterf_ds.errors import UserError, refusing
 from mlinterf_ds.files import write_json
 from mlinterf_ds.finetune.config import FinetuneConfig
 from mlinterf_ds.model.encoder import SHARED
-from mlinterf_ds.pretrained import Pretrained
+from mlinterf_ds.pretrained import Point, Pretrained
 from mlinterf_ds.ranks import from_first
 from mlinterf_ds.runtime.parallel import Layout
 from mlinterf_ds.runtime.signals import Signals, stop_reason
@@ -67,24 +67,21 @@ class FinetuneJob:
     def first(self) -> bool:
         return self.layout.rank == 0
 
+    @property
+    def source(self) -> dict[str, Any]:
+        """The facts of the pretraining that a model card tells."""
+        saved = self.pretrained.saved
+        return {
+            "checkpoint": str(self.pretrained.path),
+            "steps": saved.get("updates"),
+            "rows": saved["config"].get("train", {}).get("batch"),
+            "corpus": saved["config"].get("corpus"),
+            "manifest": saved.get("manifest"),
+        }
+
     def logged(self, values: dict[str, float]) -> dict[str, float]:
         """Names values for the tracker: every fine-tuning has the same names, so that runs share charts."""
         return {f"{self.task.name}/{name}": value for name, value in values.items()}
-
-
-@dataclass(frozen=True)
-class Point:
-    """A seed and a point of the grid."""
-
-    seed: int
-    batch: int
-    lr: float
-    head_lr: float
-
-    @property
-    def name(self) -> str:
-        head = "" if self.head_lr == self.lr else f"-head{self.head_lr:g}"
-        return f"seed{self.seed}-batch{self.batch}-lr{self.lr:g}{head}"
 
 
 @dataclass
@@ -220,6 +217,7 @@ class Trial:
             "point": vars(self.point),
             "trained_on": list(job.options["train"]),
             "pretrained": {key: job.pretrained.saved["config"][key] for key in ("variant", "model", "data")},
+            "source": job.source,
             "progress": vars(self.progress),
             "run_id": self.tracker.run_id,
         }

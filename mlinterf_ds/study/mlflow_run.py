@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 import statistics
 import time
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,6 @@ from mlinterf_ds.tracking import PENDING, Tracker, environment_facts
 
 FILE = "study.json"  # the study's configuration and its run's id
 PATIENCE = 120.0  # seconds to wait for the run's id, which the jobs are started with
-REQUIREMENTS = ["mlinterf_ds", "torch", "transformers>=5", "pandas"]  # of the registered model
 ARTIFACTS = ("report.html", "tables", "figures", "findings.md", "findings.json", "records.json")
 
 
@@ -93,9 +91,8 @@ def best(records: Records) -> TrainedModel | None:
 def register(records: Records, name: str, output: Path, run_id: str) -> str:
     """Export the best model to `<output>/best_model` and register it under `name`; a sentence that says what was done."""
     import mlflow
-    from mlflow.models.signature import ModelSignature
-    from mlflow.types.schema import ColSpec, Schema
 
+    from mlinterf_ds.export import registry
     from mlinterf_ds.export.hf import export
     from mlinterf_ds.tracking.facts import tracking_uri
 
@@ -110,17 +107,6 @@ def register(records: Records, name: str, output: Path, run_id: str) -> str:
     folder = output / "best_model"
     shutil.rmtree(folder, ignore_errors=True)
     export(chosen.folder, folder)
-    inputs = Schema([ColSpec("string", "text"), ColSpec("string", "language")])
-    with warnings.catch_warnings(), mlflow.start_run(run_id=run_id):
-        warnings.filterwarnings("ignore", message=".*input example.*")  # with one MLflow would run the model here
-        mlflow.pyfunc.log_model(
-            name="best_model", loader_module="mlinterf_ds.export.pyfunc", data_path=str(folder),
-            pip_requirements=REQUIREMENTS, registered_model_name=name,
-            signature=ModelSignature(inputs=inputs, outputs=Schema([ColSpec("string")])),
-        )  # fmt: skip
-    newest = str(max(int(version.version) for version in client.search_model_versions(f"name='{name}'")))
-    client.update_model_version(name, newest, description=(folder / "README.md").read_text("utf-8"))
     facts = {"job": label, "variant": chosen.variant, "languages": ",".join(chosen.languages), "seed": str(chosen.seed)}
-    for key, value in facts.items():
-        client.set_model_version_tag(name, newest, key, value)
+    newest = registry.register(folder, name, run_id, "best_model", facts)
     return f"registered {label} as models:/{name}/{newest}"

@@ -24,6 +24,14 @@ class Limits:
     max_question: int
     max_answer: int
 
+    @classmethod
+    def of(cls, settings: Mapping[str, Any], positions: int) -> Limits:
+        """The limits that the keys max_length, stride, max_question and max_answer set (None: by default), in a model that
+        reads `positions` pieces at once."""
+        length = settings["max_length"] or positions
+        stride, question = settings["stride"] or length // 2, settings["max_question"] or length // 4
+        return cls(length, stride, question, settings["max_answer"])
+
 
 @dataclass(frozen=True)
 class Row:

@@ -17,8 +17,9 @@ from mlinterf_ds.engine.engine import Engine
 from mlinterf_ds.engine.precision import read_json
 from mlinterf_ds.finetune.config import FinetuneConfig
 from mlinterf_ds.finetune.main import prepare
-from mlinterf_ds.finetune.trial import Point, Trial
+from mlinterf_ds.finetune.trial import Trial
 from mlinterf_ds.pretrain.config import load_run
+from mlinterf_ds.pretrained import Point
 from mlinterf_ds.runtime.signals import Signals
 from mlinterf_ds.tracking import Tracker
 from tests.parity.bodies import REPOSITORY

@@ -17,8 +17,7 @@ from mlinterf_ds.errors import UserError
 from mlinterf_ds.finetune.config import FinetuneConfig
 from mlinterf_ds.finetune.main import serving
 from mlinterf_ds.finetune.report import _transfer
-from mlinterf_ds.finetune.trial import Point
-from mlinterf_ds.pretrained import Pretrained
+from mlinterf_ds.pretrained import Point, Pretrained
 from mlinterf_ds.tasks import TASKS
 from tests.commands import ROOT, arguments, call, flags
 from tests.parity import finetune_bodies as bodies

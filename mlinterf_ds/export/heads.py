@@ -1,0 +1,95 @@
+"""The classifiers of exported fine-tunings: their weights and settings under the names that `transformers` gives them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mlinterf_ds.pretrained import Finetuned
+from mlinterf_ds.tasks import TASKS, Limits, Task
+from mlinterf_ds.tasks.tagging import Tagger
+
+TOKENS, TEXT, SPAN = "TokenClassification", "SequenceClassification", "QuestionAnswering"
+# The pipelines of each head: the names of the task in `transformers`, and our class (see pipelines_mlinterf.py).
+PIPELINES = {
+    TOKENS: (("token-classification", "ner"), "TokenClassification"),
+    TEXT: (("text-classification",), "TextClassification"),
+    SPAN: (("question-answering",), "QuestionAnswering"),
+}
+# Transformers' classifier of texts has a dense layer and a tanh before its output, ours has none. With the identity times
+# this as the dense layer, tanh returns what it gets, up to 1e-6 of it for features up to 30; a power of two rounds nothing.
+LINEAR = 2.0**-14
+
+
+def head_of(task: Task) -> str:
+    """The head that a task has in `transformers`."""
+    return SPAN if task.kind == "span" else TOKENS if isinstance(task, Tagger) else TEXT
+
+
+def weights(model: Finetuned, classifier: Mapping[str, Tensor], stock: bool) -> dict[str, Tensor]:
+    """The classifier's parameters, converted from ours: weight (classes, width) and bias (classes,).
+
+    stock: for transformers' own classes; else for those of modeling_mlinterf.py, which have ours.
+    """
+    weight, bias = classifier["classifier.weight"], classifier["classifier.bias"]
+    if not stock:
+        return dict(classifier)
+    head = head_of(TASKS[model.saved["config"]["task"]])
+    if head == SPAN:
+        return {"qa_outputs.weight": weight, "qa_outputs.bias": bias}
+    if head == TOKENS:
+        return dict(classifier)
+    width = weight.shape[1]
+    return {
+        "classifier.dense.weight": torch.eye(width) * LINEAR,
+        "classifier.dense.bias": torch.zeros(width),
+        "classifier.out_proj.weight": weight / LINEAR,
+        "classifier.out_proj.bias": bias,
+    }
+
+
+def configuration(model: Finetuned, encoder: dict[str, Any], modelling: str, pipelines: str) -> dict[str, Any]:
+    """The content of config.json for a fine-tuning; encoder: that of its encoder with the head for masked pieces.
+
+    modelling, pipelines: the names of the files in the folder that hold our classes.
+    """
+    task = TASKS[model.saved["config"]["task"]]
+    head, limits = head_of(task), limits_of(model)
+    stock = "auto_map" not in encoder
+    (architecture,) = encoder["architectures"]
+    architecture = architecture.removesuffix("ForMaskedLM") + f"For{head}"
+    names = ["start", "end"] if head == SPAN else model.labels
+    tasks, pipeline = PIPELINES[head]
+    config = encoder | {
+        "architectures": [architecture],
+        "id2label": dict(enumerate(names)),
+        "label2id": {name: number for number, name in enumerate(names)},
+        "finetuned": {"task": task.name, "no_answer": "none" in model.labels, **vars(limits)},
+    }
+    config.pop("custom_pipelines", None)
+    if not stock or head == SPAN:  # transformers has no pipeline that answers questions
+        own = {"impl": f"{pipelines}.{pipeline}", "pt": [f"AutoModelFor{head}"]}
+        config["custom_pipelines"] = dict.fromkeys(tasks, own)
+    if not stock:
+        kept = {key: encoder["auto_map"][key] for key in ("AutoConfig", "AutoModel")}
+        config["auto_map"] = kept | {f"AutoModelFor{head}": f"{modelling}.{architecture}"}
+        if default := default_language(model):
+            config["default_language"] = default
+    return config
+
+
+def limits_of(model: Finetuned) -> Limits:
+    """How long the rows of the fine-tuning are."""
+    return Limits.of(model.saved["config"]["finetune"], model.pretrained.positions)
+
+
+def default_language(model: Finetuned) -> str | None:
+    """The language whose modules read every text (finetune.route=source); None if they are those of the text's language."""
+    settings, trained_on = model.saved["config"]["finetune"], model.saved.get("trained_on", [])
+    if settings["route"] != "source" or not trained_on:
+        return None
+    language: str = trained_on[0]
+    return language if language in model.pretrained.languages else settings["unseen"]

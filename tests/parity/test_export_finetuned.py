@@ -1,0 +1,185 @@
+"""Exported fine-tunings: stock pipelines, ours and MLflow's model predict what the fine-tuning's own test did, on whole files."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+from mlinterf_ds.data.tokenizer import Tokenizer
+from mlinterf_ds.export.hf import export
+from mlinterf_ds.export.pyfunc import Model
+from mlinterf_ds.tasks import TASKS
+from mlinterf_ds.tasks.ner import spans
+from tests.parity import finetune_bodies as bodies
+from tests.parity.bodies import REPOSITORY
+from tests.ranks import pool
+
+transformers = pytest.importorskip("transformers")
+import mlinterf_ds.export.modeling_mlinterf  # noqa: E402, F401  (registers its classes)
+
+HEADS = {"ner": "Token", "pos": "Token", "qa": "QuestionAnswering", "nli": "Sequence"}
+SETTINGS = {"qa": ["finetune.max_question=4", "finetune.stride=5"], "ner": [], "pos": [], "nli": []}
+CASES = [(task, variant) for variant in ("joint", "adpt") for task in TASKS]
+
+
+class Made(NamedTuple):
+    """A fine-tuning: its exported folder, its task's test files, and what it predicted of them."""
+
+    task: str
+    variant: str
+    run: Path
+    folder: Path
+    files: dict[str, Path]
+    predictions: dict[str, list[Any]]
+
+    def examples(self, language: str) -> list[Any]:
+        return TASKS[self.task].read(self.files[language], language)
+
+    def language(self, language: str) -> dict[str, str]:
+        """The argument that a model with language-specific modules needs."""
+        return {} if self.variant == "joint" else {"language": language}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Made]:
+    folder = tmp_path_factory.mktemp("finetuned")
+    bodies.write_data(folder / "data")
+
+    @functools.cache
+    def pretrained(variant: str) -> Path:
+        pool(1).run(bodies.pretrain, str(folder / variant), variant, [], "zero0", 1, 0.3)
+        return folder / variant
+
+    @functools.cache
+    def make(task: str, variant: str) -> Made:
+        run, out = folder / f"{task}-{variant}", folder / f"{task}-{variant}-exported"
+        settings = ["finetune.dropout=0", *SETTINGS[task]]
+        (result,) = pool(1).run(
+            bodies.finetune, task, str(pretrained(variant)), str(folder / "data"), str(run), settings, "zero0", 1
+        )
+        export(str(run), out)
+        files = {language: folder / "data" / f"{task}-{language}" for language in bodies.LANGUAGES}
+        return Made(task, variant, run, out, files, result["predictions"])
+
+    return make
+
+
+def pipeline(model: Made, name: str) -> Any:
+    """A pipeline of the folder; only our own classes and the answering of questions need the folder's code."""
+    stock = model.variant == "joint" and model.task != "qa"
+    return transformers.pipeline(name, str(model.folder), trust_remote_code=not stock)
+
+
+@pytest.mark.parametrize("task, variant", CASES)
+def test_the_class_its_weights_and_its_labels(made, task: str, variant: str) -> None:
+    model = made(task, variant)
+    prefix = "XLMRobertaXL" if variant == "joint" else "MLInterf"
+    name = f"{prefix}For{HEADS[task]}{'' if task == 'qa' else 'Classification'}"
+    assert json.loads((model.folder / "config.json").read_text())["architectures"] == [name]
+    kind = getattr(transformers, f"AutoModelFor{name.partition('For')[2]}")
+    loaded, facts = kind.from_pretrained(model.folder, output_loading_info=True)
+    assert type(loaded).__name__ == name and not any(facts.values()), facts
+    saved = json.loads(next((model.run / "checkpoints").glob("step-*/run.json")).read_text())
+    wanted = ["start", "end"] if task == "qa" else saved["labels"]
+    assert [loaded.config.id2label[number] for number in range(loaded.config.num_labels)] == wanted
+
+
+@pytest.mark.parametrize("variant", ["joint", "adpt"])
+@pytest.mark.parametrize("language", bodies.LANGUAGES)
+def test_entities_of_a_whole_file(made, variant: str, language: str) -> None:
+    model = made("ner", variant)
+    tag = pipeline(model, "ner")
+    texts = [" ".join(sentence.words) for sentence in model.examples(language)]
+    entities = tag(texts, aggregation_strategy="first", **model.language(language))
+    assert any(entities)  # not all O
+    for sentence, tags, answers in zip(model.examples(language), model.predictions[language], entities, strict=True):
+        ends = [sum(map(len, sentence.words[: k + 1])) + k for k in range(len(sentence.words))]
+        wanted = [(kind, ends[first] - len(sentence.words[first]), ends[end - 1]) for kind, first, end in spans(tags)]
+        text = " ".join(sentence.words)
+        trimmed = [answer["start"] + (text[answer["start"]] == " ") for answer in answers]
+        assert [(a["entity_group"], s, a["end"]) for a, s in zip(answers, trimmed, strict=True)] == wanted
+
+
+@pytest.mark.parametrize("variant", ["joint", "adpt"])
+@pytest.mark.parametrize("language", bodies.LANGUAGES)
+def test_answers_of_a_whole_file(made, variant: str, language: str) -> None:
+    model = made("qa", variant)
+    answer, questions = pipeline(model, "question-answering"), model.examples(language)
+    answers = answer([{"question": q.question, "context": q.context} for q in questions], **model.language(language))
+    assert [given["answer"] for given in answers] == model.predictions[language]
+    assert all(q.context[a["start"] : a["end"]] == a["answer"] for q, a in zip(questions, answers, strict=True))
+    tokenizer = Tokenizer(model.folder / "sentencepiece.model")
+    assert max(len(tokenizer.encode(q.context)) for q in questions) > bodies.LENGTH  # read in windows
+
+
+@pytest.mark.parametrize("variant", ["joint", "adpt"])
+@pytest.mark.parametrize("language", bodies.LANGUAGES)
+def test_labels_of_pairs_of_a_whole_file(made, variant: str, language: str) -> None:
+    model = made("nli", variant)
+    classify = pipeline(model, "text-classification")
+    pairs = [{"text": pair.premise, "text_pair": pair.hypothesis} for pair in model.examples(language)]
+    settings = {"truncation": True} if variant == "joint" else model.language(language)
+    assert [given["label"] for given in classify(pairs, **settings)] == model.predictions[language]
+
+
+@pytest.mark.parametrize("task, variant", CASES)
+def test_mlflows_model_answers_requests(made, task: str, variant: str) -> None:
+    pandas = pytest.importorskip("pandas")
+    model = made(task, variant)
+    examples = model.examples("as")
+    rows = {
+        "qa": lambda q: {"question": q.question, "context": q.context},
+        "nli": lambda pair: {"text": pair.premise, "text_pair": pair.hypothesis},
+    }.get(task, lambda sentence: {"text": " ".join(sentence.words)})
+    frame = pandas.DataFrame([{**rows(example), "language": "as"} for example in examples])
+    wanted = model.predictions["as"]
+    wanted = [" ".join(tags) for tags in wanted] if task in ("ner", "pos") else wanted
+    assert Model(model.folder).predict(frame) == wanted
+
+
+def test_the_classifier_of_texts_is_ours_to_single_precision(made) -> None:
+    """The dense layer and the tanh that transformers' class has, and ours lacks, change nothing."""
+    stock = transformers.AutoModelForSequenceClassification.from_pretrained(
+        made("nli", "joint").folder
+    ).classifier.eval()
+    features = torch.randn(50, 1, stock.dense.weight.shape[0], generator=torch.Generator().manual_seed(0)) * 5
+    weight = stock.out_proj.weight.double() * stock.dense.weight[0, 0].double()
+    wanted = features[:, 0].double() @ weight.T + stock.out_proj.bias.double()
+    with torch.no_grad():
+        torch.testing.assert_close(stock(features).double(), wanted, rtol=0, atol=2e-6 * wanted.abs().max().item())
+
+
+REGISTERED = """
+import sys, pandas, mlflow
+model = mlflow.pyfunc.load_model(sys.argv[1])
+print([column.name for column in model.metadata.signature.inputs.inputs])
+print(model.predict(pandas.DataFrame({"text": ["ban de kos"], "language": ["te"]}))[0])
+"""
+
+
+def test_it_is_registered_and_read_without_a_network(made, tmp_path: Path) -> None:
+    pytest.importorskip("mlflow")
+    model = made("ner", "adpt")
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/mlflow.db"}
+    environment |= {"PYTHONPATH": str(REPOSITORY), "HF_HOME": str(tmp_path / "cache")}
+
+    def python(*arguments: str) -> list[str]:
+        command = [sys.executable, *arguments]
+        done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return done.stdout.splitlines()
+
+    tool = str(REPOSITORY / "tools/export_hf.py")
+    printed = python(tool, str(model.run), str(tmp_path / "out"), "--register", "tagger")
+    assert "MLInterfForTokenClassification" in printed[-2] and "models:/tagger/1" in printed[-1]
+    columns, tags = python("-c", REGISTERED, "models:/tagger/1")[-2:]
+    assert columns == "['text', 'language']" and len(tags.split()) == 3
