@@ -286,7 +286,7 @@ def test_pretraining_goes_on_from_an_exported_run(tmp_path: Path) -> None:
     export(str(tmp_path / "first"), tmp_path / "folder")
     card = (tmp_path / "folder" / "README.md").read_text()
     assert "meta_adpt" in card and all(
-        f"| {code} | {ppl:.2f} | 2 |" in card for code, ppl in before["valid_perplexity"].items()
+        f"| {code} | {ppl:.2f} | " in card for code, ppl in before["valid_perplexity"].items()
     )
     settings += ["output=second", "init=folder", "variant=adpt", "train.seed=3"]
     pool(1).run(bodies.pretrained, str(tmp_path), settings)
