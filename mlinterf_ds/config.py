@@ -27,7 +27,6 @@ ADDRESS: dict[str, Any] = {"mark": "address"}  # the key gives a location or a n
 
 # Keys of earlier versions and why they were removed. Setting one is an error; in an older checkpoint's record they are ignored.
 REMOVED = {
-    "model.compile": "no part of the model is compiled: leave the key out",
     "finetune.dev_share": "--dev LANG=split takes a tenth of --train LANG: give --dev LANG=FILE for another share",
     "finetune.test_share": "--test LANG=split takes a tenth of --train LANG: give --test LANG=FILE for another share",
     "finetune.eval_batch": "a rank predicts 64 rows at once: leave the key out",

@@ -119,6 +119,9 @@ class ModelConfig(Section):
     output_bias: Literal["frequency", "zero"] = key(
         "frequency", "bias of the output layer at the start: the corpus's log frequencies, or 0 as in XLM"
     )
+    compile: Literal["auto"] | bool = key(
+        "auto", "compile embeddings, layers and loss with torch.compile; auto: on accelerators", RESUMABLE
+    )
     recompute: bool = key(False, "recompute activations in the backward pass (less memory, more time)")
 
     @model_validator(mode="after")
@@ -167,6 +170,9 @@ class TrainConfig(PrecisionSection):
     eps: float = key(1e-6, "Adam's epsilon", gt=0)
     weight_decay: float = key(0.01, "decoupled weight decay (AdamW)", ge=0)
     clip: float = key(5.0, "clip the global gradient norm; 0 switches it off", ge=0)
+    graphs: Literal["auto"] | bool = key(
+        "auto", "replay forward and backward passes as CUDA graphs; auto: where they can be captured", RESUMABLE
+    )
     freeze: Literal["none", "shared"] = key(
         "none", "shared: train only the language modules (and the rows of new pieces) of the model that init= names"
     )

@@ -232,7 +232,7 @@ def _shard(engine: Engine, on_host: Callable[[dict[str, Tensor]], dict[str, Tens
     tensors: dict[str, Tensor] = {}
     table = []
     for name, space in engine.spaces.items():
-        if isinstance(space, FlatSpace) and space.partitions == 1 and engine.layout.data_rank != 0:
+        if isinstance(space, FlatSpace) and engine.layout.data_rank != 0:
             continue  # a replica, which data-parallel rank 0 writes
         for shard, master in enumerate(space.masters):
             adam = engine.optimizers[name].state[master]
@@ -317,7 +317,7 @@ def load(
             for segment in space.segments:
                 adam = engine.optimizers[name].state[space.masters[segment.shard]]
                 adam["step"].fill_(reader.steps(segment.name))
-        engine.updates, engine.skipped = int(state["updates"]), int(state["skipped"])
+        engine.start_at(int(state["updates"]), int(state["skipped"]))
         engine.scale.load(state["loss_scale"])
         engine.spikes.seen = state.get("losses", {})  # older checkpoints have none
     return state

@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mlinterf_ds.engine.optimizer import LossScale, Spikes, adamw, apply, clip_factor, learning_rate
+from mlinterf_ds.engine.facts import StepFacts, on_device
+from mlinterf_ds.engine.optimizer import LOSS_PREFIX, LossScale, Spikes, adamw, apply, clip_factor, learning_rate
+from mlinterf_ds.engine.passes import Passes
 from mlinterf_ds.engine.precision import DTYPES, resolve
-from mlinterf_ds.engine.space import FlatSpace, NewRows, Space, Vector
-from mlinterf_ds.engine.zero import Zero3FlatSpace, release_small_parameters, shared_space
+from mlinterf_ds.engine.space import FlatSpace, NewRows, ShardedSpace, Space, Vector
+from mlinterf_ds.engine.zero import Zero3ShardedSpace, release_small_parameters, shared_space
 from mlinterf_ds.errors import UserError
 from mlinterf_ds.model.encoder import SHARED, partition_dim
 from mlinterf_ds.runtime.parallel import Layout, ModelParallelUnit
@@ -55,50 +58,48 @@ class Engine:
         self.device = torch.device(get_accelerator().current_device_name())
         self.model = model.to(self.device, DTYPES[precision])
         self.languages: tuple[str, ...] = tuple(model.languages)
-        self.scale = LossScale(precision == "fp16", deepspeed_json.get("fp16", {}))
-        self.updates = self.skipped = self.skipped_in_a_row = 0
+        self.scale = LossScale(precision == "fp16", deepspeed_json.get("fp16", {}), self.device)
+        self._updates = self._skipped = self.skipped_in_a_row = 0
+        self._unread: StepFacts | None = None  # of the newest step, which the counters do not know yet
         self.new_rows: NewRows | None = None  # if set, the other shared parameters are frozen
         self.spikes = Spikes(training.spike)
         self.spiked = ""  # names the loss that spiked, if the last step was skipped because of it
         self.micro = training.micro_batch or training.batch // layout.data  # rows of a micro-batch
         resolved = resolve(deepspeed_json, training, precision, layout.data)
         self.stage: int = resolved["zero_optimization"]["stage"]
+        offload = resolved["zero_optimization"].get("offload_optimizer", {}).get("device", "none") != "none"
+        # one data-parallel rank has nothing to partition: without offload, stages 1 and 2 are stage 0 there
+        self.partitioned = self.stage == 3 or (self.stage > 0 and (layout.data > 1 or offload))
+        if not self.partitioned:
+            resolved["zero_optimization"] = {"stage": 0}
         groups = model.parameter_groups()
         for name, parameters in groups.items():
             for parameter in parameters.values():
                 parameter.requires_grad_(name == SHARED)  # DeepSpeed reduces the shared ones alone
         # DeepSpeed wants an optimizer to partition for; a stateless one, since the update happens here.
-        placeholder = torch.optim.SGD(groups[SHARED].values(), lr=0.0) if self.stage else None
+        placeholder = torch.optim.SGD(groups[SHARED].values(), lr=0.0) if self.partitioned else None
         self.deepspeed, *_ = deepspeed.initialize(
             model=self.model, optimizer=placeholder, config=resolved, mpu=ModelParallelUnit(), dist_init_required=False
         )
-        offload = resolved["zero_optimization"].get("offload_optimizer", {}).get("device", "none") != "none"
         self.spaces = self._make_spaces(groups, torch.device("cpu") if offload else self.device)
         self.optimizers = {name: adamw(space.masters, training) for name, space in self.spaces.items()}
+        self.passes = Passes(self)
 
     def _make_spaces(self, groups: Mapping[str, dict[str, Any]], masters_on: torch.device) -> dict[str, Space]:
-        """A space for each parameter group, by its name; DeepSpeed keeps the shared one from ZeRO 1 on."""
-        kind, data_group = (
-            Zero3FlatSpace if self.stage == 3 else FlatSpace,
-            ModelParallelUnit().get_data_parallel_group(),
-        )
+        """A space for each parameter group, by its name; DeepSpeed keeps the shared one where it is partitioned."""
+        data_group = ModelParallelUnit().get_data_parallel_group()
+        kind: type[FlatSpace | ShardedSpace] = Zero3ShardedSpace if self.stage == 3 else ShardedSpace
+        if self.stage < 3 and (self.layout.data == 1 or not self.partitioned):
+            kind = FlatSpace
         dims = {name: partition_dim(parameter) for name, parameter in self.model.named_parameters()}
-        spaces: dict[str, Space] = {}
         if self.stage == 3:
             release_small_parameters(self.deepspeed, groups)
+        spaces: dict[str, Space] = {}
         for name, parameters in groups.items():
-            if name == SHARED and self.stage:
+            if name == SHARED and self.partitioned:
                 spaces[name] = shared_space(self.deepspeed, parameters, dims, self.layout.tensor_rank)
             else:
-                spaces[name] = kind(
-                    name,
-                    parameters,
-                    dims,
-                    self.layout.tensor_rank,
-                    data_group,
-                    sharded=self.stage > 0,
-                    device=masters_on,
-                )
+                spaces[name] = kind(name, parameters, dims, self.layout.tensor_rank, data_group, device=masters_on)
         return spaces
 
     # -- steps -------------------------------------------------------------------------------------------------------
@@ -106,7 +107,23 @@ class Engine:
     @property
     def step(self) -> int:
         """Steps attempted, the skipped ones included: the index of the next batch."""
-        return self.updates + self.skipped
+        return self._updates + self._skipped + (self._unread is not None)
+
+    @property
+    def updates(self) -> int:
+        """Steps that counted; waits for the newest one."""
+        self.settle()
+        return self._updates
+
+    @property
+    def skipped(self) -> int:
+        """Steps that did not count; waits for the newest one."""
+        self.settle()
+        return self._skipped
+
+    def start_at(self, updates: int, skipped: int) -> None:
+        """Sets the counters to those of a checkpoint."""
+        self._unread, self._updates, self._skipped = None, updates, skipped
 
     @property
     def learning_rate(self) -> float:
@@ -125,28 +142,31 @@ class Engine:
         frozen = self.training.freeze == "shared" and not self.new_rows
         return [name for name in names[frozen:] if name in self.spaces]
 
-    def train_step(self, batches: Sequence[Rows], rates: Mapping[str, float] | None = None) -> dict[str, float]:
-        """One ordinary update; returns the step's facts.
+    def train_step(self, batches: Sequence[Rows], rates: Mapping[str, float] | None = None) -> StepFacts:
+        """One ordinary update; returns the step's facts, which the device may still be computing.
 
         rates: the groups to train, each with its learning rate; by default those of the step's languages at the
         schedule's rate.
         """
         languages = batches[0].step_languages
-        rates = rates or dict.fromkeys(self.groups_of(languages), self.learning_rate)
-        spaces = [self.spaces[name] for name in rates]
+        spaces = [self.spaces[name] for name in rates or self.groups_of(languages)]
         sums = self.accumulate(batches, spaces)
         gradients = [space.gradient() for space in spaces]
         if self.new_rows:
             gradients[0] = self.new_rows.only(gradients[0])
-        norm, losses = self._reduce(spaces, gradients, sums)
-        norm /= self.scale.value
-        facts = {"lr": next(iter(rates.values())), "loss_scale": self.scale.value, "gradient_norm": norm}
-        facts |= self.loss_facts(languages, losses)
-        if self.settle(math.isfinite(norm), facts):
-            factor = clip_factor(norm, self.training.clip) / facts["loss_scale"]
-            for space, gradient in zip(spaces, gradients, strict=True):
-                self.update(space, gradient, factor, rates[space.name])
-        return facts | {"skipped": float(self.skipped)}
+        self.settle()  # the step before, while the device computes this one's passes
+        rates = rates or dict.fromkeys((space.name for space in spaces), self.learning_rate)
+        squares = [space.share_of_dot(own, own).to(sums.device) for space, own in zip(spaces, gradients, strict=True)]
+        square, sums = self.reduced(torch.stack(squares).sum().view(1), sums)
+        norm = square[0].sqrt() / self.scale.tensor
+        computed = {"gradient_norm": norm} | self.loss_facts(languages, sums)
+        finite, spiked = torch.isfinite(norm), self.spiking(computed)
+        skip = ~finite | spiked
+        divisor = self.scale.tensor / clip_factor(norm, self.training.clip)
+        for space, gradient in zip(spaces, gradients, strict=True):
+            self.update(space, gradient, divisor, rates[space.name], skip)
+        known = {"lr": next(iter(rates.values())), "loss_scale": self.scale.value}
+        return self.finish_step(known, computed, finite, spiked)
 
     def accumulate(self, batches: Sequence[Rows], spaces: Sequence[Space]) -> Tensor:
         """Forward and backward over this rank's micro-batches; only the gradients of `spaces` are computed.
@@ -155,54 +175,92 @@ class Engine:
         loss scale and by the number of data-parallel ranks (gradients are averaged over them, the weights of a batch
         sum to one over all of them).
         """
-        step_languages = batches[0].step_languages
-        sums = torch.zeros(len(step_languages), 2, dtype=torch.float64, device=self.device)
-        through_deepspeed = self.stage > 0 and self.spaces[SHARED] in spaces
+        step_languages, sums = batches[0].step_languages, None
         if not self.model.training:  # `train()` visits every module: with 100 languages, a tenth of a small step
             self.model.train()
-        for space in self.spaces.values():
-            space.require_grad(space in spaces)
         for number, batch in enumerate(batches):
-            batch = batch.to(self.device)
-            if through_deepspeed:
-                self.deepspeed.set_gradient_accumulation_boundary(number == len(batches) - 1)
-                loss, nll = self.deepspeed(batch)
-                self.deepspeed.backward(loss * (self.scale.value * self.layout.data), scale_wrt_gas=False)
-            else:
-                loss, nll = self.model(batch)
-                (loss * (self.scale.value * self.layout.data)).backward()
-            sums += language_sums(nll, batch.languages, step_languages)
+            last = number == len(batches) - 1
+            nll = self.passes.run(batch, spaces, last)
+            of_batch = language_sums(nll, batch.languages, step_languages)
+            sums = of_batch if sums is None else sums + of_batch
+            if not last:
+                for space in spaces:
+                    space.absorb()
+        assert sums is not None
         return sums
 
-    def _reduce(self, spaces: Sequence[Space], gradients: Sequence[Vector], sums: Tensor) -> tuple[float, Tensor]:
-        """(global gradient norm, (languages, 2) global sums), in one collective."""
-        squares = [space.share_of_dot(own, own).to(sums) for space, own in zip(spaces, gradients, strict=True)]
-        reduced = torch.cat([sum(squares, torch.zeros_like(squares[0])).view(1), sums.view(-1) / self.layout.tensor])
-        dist.all_reduce(reduced)
-        square = reduced[0].item()
-        return math.sqrt(square) if square >= 0 else math.nan, reduced[1:].view(-1, 2)
+    def reduced(self, values: Tensor, sums: Tensor) -> tuple[Tensor, Tensor]:
+        """Both summed over all ranks in one collective; sums (languages, 2) of which tensor-parallel ranks hold replicas."""
+        if self.layout.world == 1:
+            return values, sums
+        both = torch.cat([values, sums.view(-1) / self.layout.tensor])
+        dist.all_reduce(both)
+        return both[: len(values)], both[len(values) :].view(-1, 2)
 
-    def loss_facts(self, step_languages: Sequence[int], sums: Tensor, prefix: str = "loss") -> dict[str, float]:
-        """{"loss": over all positions, "loss/<language>": ...} from (languages, 2) global sums."""
-        facts = {prefix: (sums[:, 0].sum() / sums[:, 1].sum()).item()}
-        for index, (total, count) in zip(step_languages, sums.tolist(), strict=True):
-            facts[f"{prefix}/{self.languages[index]}"] = total / count if count else math.nan
-        return facts
+    def loss_facts(self, step_languages: Sequence[int], sums: Tensor, prefix: str = "loss") -> dict[str, Tensor]:
+        """{"loss": over all positions, "loss/<language>": ...}, scalars, from (languages, 2) global sums."""
+        by_language = sums[:, 0] / sums[:, 1]
+        if len(step_languages) == 1:
+            return {prefix: by_language[0], f"{prefix}/{self.languages[step_languages[0]]}": by_language[0]}
+        total = sums.sum(dim=0)
+        names = [f"{prefix}/{self.languages[index]}" for index in step_languages]
+        return {prefix: total[0] / total[1]} | dict(zip(names, by_language.unbind(), strict=True))
 
-    def settle(self, finite: bool, facts: Mapping[str, float]) -> bool:
-        """Advance the counters once. False: the step is skipped, and nothing else may change.
+    def spiking(self, computed: Mapping[str, Tensor]) -> Tensor:
+        """Whether a loss among these facts of a step is a spike (a bool scalar); knows the steps before (see `settle`)."""
+        losses = {
+            name.removeprefix(LOSS_PREFIX): loss for name, loss in computed.items() if name.startswith(LOSS_PREFIX)
+        }
+        bounds = [self.spikes.bound(language) for language in losses]
+        if all(math.isinf(bound) for bound in bounds):
+            return torch.zeros((), dtype=torch.bool, device=self.device)
+        values = torch.stack(list(losses.values()))
+        return ((values > on_device(bounds, self.device)) & torch.isfinite(values)).any()
 
-        finite: whether all gradients are; if not, the loss scale falls. A spike of the step's losses (`facts`) skips the
-        step too, and leaves the loss scale as it is.
+    def finish_step(
+        self,
+        known: Mapping[str, float],
+        computed: Mapping[str, Tensor],
+        finite: Tensor,
+        spiked: Tensor,
+        counted: Callable[[Mapping[str, float]], None] | None = None,
+    ) -> StepFacts:
+        """The facts of a step whose work is launched. Whoever reads them, and the next step at the latest, counts the step.
+
+        finite: whether all gradients are; if not, the loss scale falls. spiked: whether a loss is a spike, which skips the
+        step too, and leaves the loss scale as it is. counted: called with the facts if the step counts.
         """
-        self.spiked = self.spikes.spike(facts)
-        if not self.spiked:  # else the spike explains an overflow
+        self.scale.foresee(~finite, spiked)
+        verdict = {"finite": finite.double(), "spiked": spiked.double()}
+        self._unread = StepFacts(known, {**computed, **verdict}, partial(self._count, counted))
+        return self._unread
+
+    def settle(self) -> None:
+        """Waits for the newest step, if its facts are not known yet, and counts it."""
+        if self._unread is not None:
+            self._unread.read()
+
+    def _count(
+        self, counted: Callable[[Mapping[str, float]], None] | None, facts: dict[str, float]
+    ) -> dict[str, float]:
+        """Advances the counters once by a step's facts."""
+        self._unread = None
+        finite, spiked = bool(facts.pop("finite")), bool(facts.pop("spiked"))
+        self.spiked = self.spikes.spike(facts) if spiked else ""
+        if not spiked:  # else the spike explains an overflow
             self.scale.update(not finite)
-        if finite and not self.spiked:
-            self.updates, self.skipped_in_a_row = self.updates + 1, 0
+        if finite and not spiked:
+            self._updates, self.skipped_in_a_row = self._updates + 1, 0
             self.spikes.add(facts)
-            return True
-        self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
+            if counted:
+                counted(facts)
+        else:
+            self._skipped, self.skipped_in_a_row = self._skipped + 1, self.skipped_in_a_row + 1
+            self._refuse_to_go_on()
+        return {"skipped": float(self._skipped)}
+
+    def _refuse_to_go_on(self) -> None:
+        """UserError after PATIENCE steps in a row that did not count."""
         if self.skipped_in_a_row >= PATIENCE:
             reason = f"the loss spiked ({self.spiked})" if self.spiked else "the gradient was not finite"
             hint = f", or raise train.spike={self.spikes.limit:g}" if self.spiked else ""
@@ -210,15 +268,15 @@ class Engine:
                 f"{reason} for {PATIENCE} steps in a row (step {self.step}, loss scale {self.scale.value:g}): the run has "
                 f"diverged; lower train.lr or resume from an earlier checkpoint{hint}"
             )
-        return False
 
-    def update(self, space: Space, gradient: Vector, factor: float, rate: float) -> None:
-        """AdamW at this learning rate on one space's shards by factor * gradient, then its working weights."""
-        if factor != 1.0:
-            gradient = [shard.mul_(factor) for shard in gradient]
+    def update(self, space: Space, gradient: Vector, divisor: Tensor, rate: float, skip: Tensor) -> None:
+        """AdamW at this learning rate on one space's shards by gradient / divisor, then its working weights.
+
+        If `skip`, masters and moments stay as they are.
+        """
         new_rows = self.new_rows if space.name == SHARED else None
         with new_rows.alone_change(space.masters) if new_rows else contextlib.nullcontext():
-            apply(self.optimizers[space.name], space.masters, gradient, rate)
+            apply(self.optimizers[space.name], space.masters, gradient, rate, divisor, skip)
         space.write()
 
     def evaluate(self, batches: Iterable[Rows]) -> float:
@@ -241,8 +299,12 @@ def weighted_loss(model: Any, batches: Iterable[Rows], device: torch.device, lay
 
 
 def language_sums(nll: Tensor, languages: Tensor, step_languages: Sequence[int]) -> Tensor:
-    """(step's languages, 2) float64: sum and count of nll (rows, masked) by the rows' language."""
+    """(step's languages, 2) float64: sum and count of nll (rows, masked) by the rows' language; languages: on the host."""
     by_row = nll.detach().double().sum(dim=1)
-    chosen = (torch.tensor(step_languages, device=languages.device).view(-1, 1) == languages.view(1, -1)).to(nll.device)
-    sums = torch.where(chosen, by_row, 0.0).sum(dim=1)
-    return torch.stack([sums, chosen.sum(dim=1, dtype=torch.float64) * nll.shape[1]], dim=1)
+    if len(step_languages) == 1:
+        return torch.stack([by_row.sum(), torch.full_like(by_row[0], nll.numel())]).view(1, 2)
+    chosen = (torch.tensor(step_languages).view(-1, 1) == languages.view(1, -1)).double()
+    if nll.device.type != "cpu":
+        chosen = chosen.pin_memory().to(nll.device, non_blocking=True)
+    sums = (chosen * by_row).sum(dim=1)
+    return torch.stack([sums, chosen.sum(dim=1) * nll.shape[1]], dim=1)

@@ -2,19 +2,20 @@
 
 `meta/bilevel.py` has the mathematics. Here are the passes over micro-batches that it asks for, the AdamW updates, and what
 happens on an overflow: any pass may have one, and then phi_i, theta and all moments stay as they were before the step; only
-the loss scale and the count of skipped steps move.
+the loss scale and the count of skipped steps move. The device decides that; the host reads a step's facts when the next one
+begins.
 """
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
-import torch.distributed as dist
+from torch import Tensor
 
 from mlinterf_ds.engine.engine import Engine, Rows
+from mlinterf_ds.engine.facts import StepFacts
 from mlinterf_ds.engine.optimizer import clip_factor
 from mlinterf_ds.engine.space import Space, Vector
 from mlinterf_ds.meta.bilevel import (
@@ -25,7 +26,6 @@ from mlinterf_ds.meta.bilevel import (
     Lookahead,
     RadiusControl,
     cosine,
-    finite_norm,
     hypergradient,
     mixed_product,
     norm,
@@ -52,36 +52,29 @@ class MetaStep:
         start = float(config.radius) if fixed else 1e-3
         self.radius = RadiusControl(start, TARGETS[config.difference][engine.precision], fixed=fixed)
 
-    def step(self, batches: Sequence[Rows], validation: Sequence[Rows]) -> dict[str, float]:
-        """One step; returns its facts.
+    def step(self, batches: Sequence[Rows], validation: Sequence[Rows]) -> Mapping[str, float]:
+        """One step; returns its facts, which the device may still be computing.
 
         batches: this rank's micro-batches of the step's language. validation: those of L^val (none between meta steps).
         """
         engine, config = self.engine, self.config
         if engine.step % config.every:
             return engine.train_step(batches, {SHARED: engine.learning_rate} if config.between == "freeze" else None)
+        engine.settle()  # the schedule's rate and the radius depend on the step before
         phases = Phases(self, batches, validation)
-        updates = [(phases.phi, phases.update_phi), (phases.theta, phases.update_theta)]
-        if config.order == "theta_first":  # the order of the authors' released code
-            updates.reverse()
-        elif config.order == "simultaneous":
-            updates = [(phases.phi, phases.update_both)]
-        try:
-            with phases.undone_on_overflow(updates[0][0]):
-                for _, update in updates:
-                    update()
-        except FloatingPointError:
-            engine.settle(False, phases.facts)
-        else:
-            engine.settle(True, phases.facts)
-            self.radius.update(phases.facts.get("meta/change", math.nan))
-        return phases.facts | {"skipped": float(engine.skipped)}
+        if config.order == "simultaneous":
+            phases.update_both()
+        elif config.order == "phi_first":
+            phases.in_turn(phases.phi, phases.update_phi, phases.update_theta)
+        else:  # the order of the authors' released code
+            phases.in_turn(phases.theta, phases.update_theta, phases.update_phi)
+        return phases.finish()
 
 
 class Phases:
     """The two updates of one step over one language i (Algorithm 1, lines 6 and 7), and the facts that they gather.
 
-    A pass whose gradient is not finite raises FloatingPointError, the same on all ranks.
+    A phase does nothing from the first pass on whose gradient is not finite, the same on all ranks.
     """
 
     def __init__(self, meta: MetaStep, batches: Sequence[Rows], validation: Sequence[Rows]):
@@ -89,8 +82,11 @@ class Phases:
         (language,) = batches[0].step_languages
         self.theta = self.engine.spaces[SHARED]
         self.phi = self.engine.spaces[self.engine.languages[language]]
-        self.rate = self.engine.learning_rate
-        self.facts = {"lr": self.rate, "loss_scale": self.engine.scale.value}
+        self.rate, self.radius = self.engine.learning_rate, meta.radius.radius
+        self.known = {"lr": self.rate, "loss_scale": self.engine.scale.value}
+        self.computed: dict[str, Tensor] = {}
+        self.finite = torch.ones((), dtype=torch.bool, device=self.engine.device)
+        self.spiked = ~self.finite
         self.train = self._gradients_of(batches, "loss")
         self.validation = self._gradients_of(validation, "meta/validation")
 
@@ -115,29 +111,58 @@ class Phases:
         if self.config.reuse:
             theta = [(first + second) / 2 for first, second in zip(theta, h.passes.value, strict=True)]
             phi = [first + second for first, second in zip(phi, h.passes.own, strict=True)]
-        finite_norm(self.theta, theta, "gradient_norm")  # asked before either update, so that none has to be undone
-        self._update(self.phi, phi, "meta/gradient_norm")
-        self._update(self.theta, theta, "gradient_norm")
+        lengths = [norm(self.theta, theta), norm(self.phi, phi)]
+        self.finite = self.finite & torch.isfinite(lengths[0] + lengths[1])  # asked before either update
+        self._update(self.phi, phi, "meta/gradient_norm", lengths[1])
+        self._update(self.theta, theta, "gradient_norm", lengths[0])
+
+    def in_turn(self, space: Space, first: Callable[[], None], second: Callable[[], None]) -> None:
+        """Two updates, of which the second sees the first one's result; the first, of `space`, is undone if the second fails."""
+        state = self.engine.optimizers[space.name].state
+        tensors = [tensor.detach() for master in space.masters for tensor in (master, *state[master].values())]
+        saved = [tensor.clone() for tensor in tensors]
+        first()
+        second()
+        for tensor, before in zip(tensors, saved, strict=True):
+            tensor.copy_(torch.where(self.skip.to(tensor.device), before, tensor))
+        space.write()
+
+    @property
+    def skip(self) -> Tensor:
+        """Whether the step does not count, by the passes so far (a bool scalar)."""
+        return ~self.finite | self.spiked
+
+    def finish(self) -> StepFacts:
+        """The step's facts. The radius follows when they are read."""
+        return self.engine.finish_step(self.known, self.computed, self.finite, self.spiked, self._settle)
+
+    def _settle(self, facts: Mapping[str, float]) -> None:
+        """Moves the radius of the next difference, if the step counted."""
+        self.meta.radius.update(facts.get("meta/change", math.nan))
 
     def _hypergradient(self, keep_passes: bool = False) -> Hypergradient:
         """h_i, noted in the facts. A run's first step tries radii until one is near the target."""
         config, radius = self.config, self.meta.radius
         beta = self.rate if config.beta is None else config.beta
-        for tries_left in reversed(range(SEARCH if self.engine.updates == 0 else 1)):
+        for tries_left in reversed(range(SEARCH if self.engine.updates == 0 and not radius.fixed else 1)):
             h = hypergradient(
                 self.train, self.validation, self.theta, self.phi, lookahead=self._lookahead(), beta=beta,
                 radius=radius.radius, difference=config.difference, second_order=config.terms == "both",
                 keep_passes=keep_passes,
             )  # fmt: skip
-            if not tries_left or radius.near(h.change):
+            self.radius = radius.radius
+            if not tries_left or radius.near(change := h.change.item()):
                 break
-            radius.update(h.change)
+            radius.update(change)
+        self.finite = self.finite & h.finite
         self._note(h, beta)
         return h
 
-    def _update(self, space: Space, gradient: Vector, name: str) -> None:
-        self.facts[name] = length = finite_norm(space, gradient, name)
-        self.engine.update(space, gradient, clip_factor(length, self.engine.training.clip), self.rate)
+    def _update(self, space: Space, gradient: Vector, name: str, length: Tensor | None = None) -> None:
+        self.computed[name] = length = norm(space, gradient) if length is None else length
+        self.finite = self.finite & torch.isfinite(length)
+        divisor = 1.0 / clip_factor(length, self.engine.training.clip)
+        self.engine.update(space, gradient, divisor, self.rate, self.skip)
 
     def _gradients_of(self, batches: Sequence[Rows], name: str) -> Gradients:
         """The passes over these micro-batches; the losses of the first one become the step's facts under `name`."""
@@ -146,31 +171,17 @@ class Phases:
             engine = self.engine
             sums = engine.accumulate(batches, spaces)
             vectors = [space.gradient() for space in spaces]
-            if engine.scale.value != 1.0:
-                vectors = [[shard.div_(engine.scale.value) for shard in vector] for vector in vectors]
-            if name not in self.facts:
-                dist.all_reduce(sums)
-                self.facts |= engine.loss_facts(batches[0].step_languages, sums / engine.layout.tensor, name)
-                if spike := engine.spikes.spike(self.facts):  # no phase has changed anything yet
-                    raise FloatingPointError(spike)
+            if engine.precision == "fp16":
+                for shard in (shard for vector in vectors for shard in vector):
+                    shard.div_(engine.scale.tensor.to(shard.device))
+            if name not in self.computed:
+                _, sums = engine.reduced(sums.new_empty(0), sums)
+                self.computed |= engine.loss_facts(batches[0].step_languages, sums, name)
+                if name == "loss":
+                    self.spiked = engine.spiking(self.computed)
             return vectors
 
         return gradients
-
-    @contextlib.contextmanager
-    def undone_on_overflow(self, space: Space) -> Iterator[None]:
-        """Puts the weights and moments of a space back if a pass inside is not finite."""
-        state = self.engine.optimizers[space.name].state
-        tensors = [tensor for master in space.masters for tensor in (master, *state[master].values())]
-        saved = [(tensor, tensor.detach().clone()) for tensor in tensors]
-        try:
-            yield
-        except FloatingPointError:
-            with torch.no_grad():
-                for tensor, before in saved:
-                    tensor.copy_(before)
-            space.write()
-            raise
 
     def _lookahead(self) -> Lookahead:
         if self.config.lookahead == "sgd":
@@ -178,19 +189,18 @@ class Phases:
         training = self.engine.training
         states = [self.engine.optimizers[SHARED].state[master] for master in self.theta.masters]
         first, second = ([state[moment] for state in states] for moment in ("exp_avg", "exp_avg_sq"))
-        number = int(states[0]["step"].item()) + 1
-        return AdamLookahead(first, second, number, training.beta1, training.beta2, training.eps)
+        return AdamLookahead(first, second, states[0]["step"] + 1, training.beta1, training.beta2, training.eps)
 
     def _note(self, h: Hypergradient, beta: float) -> None:
         """The sizes of h_i's terms as facts, so that a user sees whether the second-order one matters."""
-        facts, radius = self.facts, self.meta.radius.radius
-        facts["meta/beta"], facts["meta/descent_norm"] = beta, h.descent_norm
+        facts = self.computed
+        self.known["meta/beta"], facts["meta/descent_norm"] = beta, h.descent_norm
         facts["meta/direct_norm"] = norm(self.phi, h.direct)
         if h.mixed is None or h.direction is None:
             return
         facts["meta/second_order_norm"] = beta * norm(self.phi, h.mixed)
         facts["meta/cosine"] = -cosine(self.phi, h.direct, h.mixed)  # of the two terms as they enter h_i
-        facts["meta/radius"], facts["meta/change"] = radius, h.change
+        self.known["meta/radius"], facts["meta/change"] = self.radius, h.change
         if self.config.check_every and self.engine.step % self.config.check_every == 0:
-            again, _ = mixed_product(self.train, self.theta, self.phi, h.direction, radius / 2)
+            again, _ = mixed_product(self.train, self.theta, self.phi, h.direction, self.radius / 2)
             facts["meta/self_check"] = cosine(self.phi, h.mixed, again)

@@ -32,9 +32,9 @@ def learning_rate(training: TrainConfig, update: int) -> float:
     return training.lr * (max(training.warmup, 1) / update) ** 0.5
 
 
-def clip_factor(norm: float, limit: float) -> float:
-    """Returns the factor that limits a gradient of this norm to at most `limit`; limit 0: never clipped."""
-    return min(1.0, limit / (norm + 1e-6)) if limit else 1.0
+def clip_factor(norm: Tensor, limit: float) -> Tensor:
+    """The factor that limits a gradient of this norm (a scalar) to at most `limit`; limit 0: never clipped."""
+    return (limit / (norm + 1e-6)).clamp(max=1.0) if limit else torch.ones_like(norm)
 
 
 def adamw(masters: list[Tensor], training: TrainConfig) -> torch.optim.AdamW:
@@ -56,9 +56,26 @@ def adamw(masters: list[Tensor], training: TrainConfig) -> torch.optim.AdamW:
     return optimizer
 
 
-def apply(optimizer: torch.optim.AdamW, masters: list[Tensor], gradient: list[Tensor], rate: float) -> None:
-    """One update of the shards by this gradient at this learning rate; touches nothing else."""
-    optimizer.param_groups[0]["lr"] = rate
+def apply(
+    optimizer: torch.optim.AdamW,
+    masters: list[Tensor],
+    gradient: list[Tensor],
+    rate: float,
+    divisor: Tensor,
+    skip: Tensor,
+) -> None:
+    """One update of the shards by gradient / divisor at this learning rate; none, not even of the moments, if `skip`.
+
+    divisor, skip: scalars on any device; the device decides, so that the host need not wait. The gradient is overwritten.
+    """
+    group, device = optimizer.param_groups[0], masters[0].device
+    group["lr"] = rate
+    divisor, skip = divisor.to(device, torch.float32), skip.to(device, torch.float32)
+    if not group["fused"]:  # a device without torch's fused kernel, which reads these two itself
+        if skip.item():
+            return
+        gradient = [shard.div_(divisor) for shard in gradient]
+    optimizer.grad_scale, optimizer.found_inf = divisor, skip  # type: ignore[attr-defined]
     for master, shard in zip(masters, gradient, strict=True):
         master.grad = shard
     optimizer.step()
@@ -74,31 +91,46 @@ class LossScale:
     several passes and must advance the scale once.
     """
 
-    def __init__(self, enabled: bool, fp16: Mapping[str, Any]):
+    def __init__(self, enabled: bool, fp16: Mapping[str, Any], device: torch.device | str = "cpu"):
         fp16 = {key: value for key, value in fp16.items() if value != "auto"}
         static = float(fp16.get("loss_scale", 0))
         self.dynamic = enabled and static == 0
+        self.tensor = torch.ones((), dtype=torch.float64, device=device)  # the scale, a step before the host knows it
         self.value = 1.0 if not enabled else static or 2.0 ** int(fp16.get("initial_scale_power", 16))
         self.window = int(fp16.get("loss_scale_window", 1000))
         self.hysteresis = int(fp16.get("hysteresis", 2))
         self.minimum = float(fp16.get("min_loss_scale", 1))
         self.patience, self.quiet = self.hysteresis, 0
 
+    @property
+    def value(self) -> float:
+        """The scale of the next step, as far as the host knows the steps before."""
+        return self._value
+
+    @value.setter
+    def value(self, value: float) -> None:
+        self._value = value
+        self.tensor.fill_(value)
+
+    def _after(self, overflow: bool) -> tuple[float, int, int]:
+        """(value, patience, quiet) after a step that overflowed or did not."""
+        if overflow:
+            spent = self.patience <= 1
+            return max(self.minimum, self.value / 2) if spent else self.value, self.patience - (not spent), 0
+        if self.quiet and self.quiet % self.window == 0:
+            return self.value * 2, self.hysteresis, self.quiet + 1
+        return self.value, self.patience, self.quiet + 1
+
+    def foresee(self, overflow: Tensor, spiked: Tensor) -> None:
+        """Adapts the device's scale after a step; the host follows with `update` when it reads the step's facts."""
+        if self.dynamic:
+            other = torch.where(overflow, self._after(True)[0], self._after(False)[0])
+            self.tensor.copy_(torch.where(spiked, self.value, other))
+
     def update(self, overflow: bool) -> None:
         """Adapts the scale after each step to whether it overflowed."""
-        if not self.dynamic:
-            return
-        if overflow:
-            self.quiet = 0
-            if self.patience > 1:
-                self.patience -= 1
-            else:
-                self.value = max(self.minimum, self.value / 2)
-        else:
-            if self.quiet and self.quiet % self.window == 0:
-                self.value *= 2
-                self.patience = self.hysteresis
-            self.quiet += 1
+        if self.dynamic:
+            self._value, self.patience, self.quiet = self._after(overflow)
 
     def state(self) -> dict[str, float]:
         """The values that a checkpoint stores."""
@@ -123,16 +155,21 @@ class Spikes:
         self.limit = limit
         self.seen: dict[str, list[float]] = {}  # language -> [observations, mean, variance]
 
+    def bound(self, language: str) -> float:
+        """The loss above which this language's next one is a spike; infinite where none is."""
+        count, mean, variance = self.seen.get(language, [0, 0.0, 0.0])
+        if self.limit is None or count < FEWEST:
+            return math.inf
+        return mean + max(LEAST, self.limit * math.sqrt(variance))
+
     def spike(self, facts: Mapping[str, float]) -> str:
         """The first spike among a step's losses, in words; '' if there is none.
 
         A loss that is not finite is no spike but an overflow (see `LossScale`).
         """
         for language, loss in _losses(facts).items():
-            count, mean, variance = self.seen.get(language, [0, 0.0, 0.0])
-            if self.limit is None or count < FEWEST or not math.isfinite(loss):
-                continue
-            if loss > mean + max(LEAST, self.limit * math.sqrt(variance)):
+            if math.isfinite(loss) and loss > self.bound(language):
+                _, mean, variance = self.seen[language]
                 return f"loss {loss:.4g} in {language}, where {mean:.4g} +- {math.sqrt(variance):.2g} is usual"
         return ""
 

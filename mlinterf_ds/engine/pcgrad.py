@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 from mlinterf_ds.engine.engine import Engine
+from mlinterf_ds.engine.facts import StepFacts
 from mlinterf_ds.engine.optimizer import clip_factor
 from mlinterf_ds.engine.space import Vector
 from mlinterf_ds.meta.bilevel import norm
@@ -43,7 +43,7 @@ def project(gradients: Sequence[Vector], products: np.ndarray, random: np.random
     return summed, projections
 
 
-def pcgrad_step(engine: Engine, batches: Sequence[Any], seed: int) -> dict[str, float]:
+def pcgrad_step(engine: Engine, batches: Sequence[Any], seed: int) -> StepFacts:
     """One update of the shared parameters on a mixed batch by the languages' projected gradients; the step's facts.
 
     Each language has a pass over the same micro-batches, in which the other languages' positions have weight zero: so
@@ -55,17 +55,16 @@ def pcgrad_step(engine: Engine, batches: Sequence[Any], seed: int) -> dict[str, 
     for index, language in enumerate(languages):
         own = [replace(batch, weights=batch.weights * (batch.languages == language).view(-1, 1)) for batch in batches]
         sums[index] += engine.accumulate(own, [space])[index]
-        gradients.append([shard.div_(engine.scale.value) for shard in space.gradient()])
+        gradients.append([shard.div_(engine.scale.tensor.to(shard.device)) for shard in space.gradient()])
+    engine.settle()
     products = torch.stack([space.share_of_dot(left, right) for left in gradients for right in gradients])
-    reduced = torch.cat([products.to(engine.device), sums.view(-1) / engine.layout.tensor])
-    dist.all_reduce(reduced)
-    table = reduced[: len(languages) ** 2].view(len(languages), -1).cpu().numpy()
-    facts = {"lr": engine.learning_rate, "loss_scale": engine.scale.value}
-    facts |= engine.loss_facts(languages, reduced[len(languages) ** 2 :].view(-1, 2))
-    random = np.random.default_rng([seed, engine.step])
-    if engine.settle(bool(np.isfinite(table).all()), facts):
-        total, projections = project(gradients, table, random)
-        facts["gradient_norm"] = length = norm(space, total)
-        facts["pcgrad/projections"] = float(projections)
-        engine.update(space, total, clip_factor(length, engine.training.clip), facts["lr"])
-    return facts | {"skipped": float(engine.skipped)}
+    products, sums = engine.reduced(products.to(engine.device), sums)
+    known, computed = {"lr": engine.learning_rate, "loss_scale": engine.scale.value}, engine.loss_facts(languages, sums)
+    finite, spiked = torch.isfinite(products).all(), engine.spiking(computed)
+    table = products.view(len(languages), -1).cpu().numpy()  # the order of projections depends on their signs
+    total, projections = project(gradients, np.nan_to_num(table), np.random.default_rng([seed, engine.step]))
+    computed["gradient_norm"] = length = norm(space, total)
+    known["pcgrad/projections"] = float(projections)
+    divisor = 1.0 / clip_factor(length, engine.training.clip)
+    engine.update(space, total, divisor, known["lr"], ~finite | spiked)
+    return engine.finish_step(known, computed, finite, spiked)

@@ -10,7 +10,6 @@ Legend: shard = 1-d fp32 tensor; Vector = list of shards, one for each of the sp
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,8 +19,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from mlinterf_ds.model.encoder import SHARED
+
 Vector = list[Tensor]
 BUCKET = 1 << 22  # elements reduced or gathered at once
+ALIGNMENT = 64  # elements: where a parameter begins in a flat buffer, so that products read it at full speed
 
 
 @dataclass(frozen=True)
@@ -53,12 +55,15 @@ class Space:
         """This rank's shards (fp32) of the gradients since the last call, averaged over the data-parallel ranks."""
         raise NotImplementedError
 
-    def write(self, offset: Vector | None = None, scale: float = 0.0) -> None:
+    def absorb(self) -> None:
+        """Adds the gradients of one micro-batch to the sum that `gradient` returns, if more are to come."""
+
+    def write(self, offset: Vector | None = None, scale: float | Tensor = 0.0) -> None:
         """Working weights := cast(master + scale * offset); the masters never move."""
         raise NotImplementedError
 
     @contextmanager
-    def displaced(self, offset: Vector, scale: float) -> Iterator[None]:
+    def displaced(self, offset: Vector, scale: float | Tensor) -> Iterator[None]:
         """Working weights at master + scale * offset inside, at the master (exactly) after."""
         self.write(offset, scale)
         try:
@@ -66,16 +71,17 @@ class Space:
         finally:
             self.write()
 
-    def dot(self, left: Vector, right: Vector) -> float:
-        """<left, right> over all ranks, replicas counted once."""
+    def dot(self, left: Vector, right: Vector) -> Tensor:
+        """<left, right> over all ranks, replicas counted once: a float64 scalar, for which the host need not wait."""
         total = self.share_of_dot(left, right).to(self.device)
-        dist.all_reduce(total)
-        return total.item()
+        if dist.get_world_size() > 1:
+            dist.all_reduce(total)
+        return total
 
-    def weights_norm(self) -> float:
-        """Norm of the masters over all ranks, replicas counted once."""
+    def weights_norm(self) -> Tensor:
+        """Norm of the masters over all ranks, replicas counted once: a float64 scalar."""
         masters = [master.detach() for master in self.masters]
-        return math.sqrt(self.dot(masters, masters))
+        return self.dot(masters, masters).sqrt()
 
     @property
     def device(self) -> torch.device:
@@ -84,10 +90,10 @@ class Space:
 
     def share_of_dot(self, left: Vector, right: Vector) -> Tensor:
         """This rank's summand of <left, right> (float64), on the masters' device."""
-        total = torch.zeros((), dtype=torch.float64, device=left[0].device)
-        for shard, begin, end in self._counted:
-            total += torch.dot(left[shard][begin:end], right[shard][begin:end])
-        return total
+        parts = [torch.dot(left[shard][begin:end], right[shard][begin:end]) for shard, begin, end in self._counted]
+        if not parts:
+            return torch.zeros((), dtype=torch.float64, device=left[0].device)
+        return parts[0].double() if len(parts) == 1 else torch.stack(parts).sum(dtype=torch.float64)
 
     def _count(self, tensor_rank: int, whole: bool = True) -> None:
         """Decides which elements of the shards this rank contributes to a sum over all ranks."""
@@ -107,16 +113,109 @@ class Space:
             for parameter in self.parameters.values():
                 parameter.requires_grad_(flag)
 
-    def _displaced_shard(self, index: int, offset: Vector | None, scale: float) -> Tensor:
+    def _displaced_shard(self, index: int, offset: Vector | None, scale: float | Tensor) -> Tensor:
         master = self.masters[index].detach()
-        return master if offset is None else torch.add(master, offset[index], alpha=scale)
+        if offset is None:
+            return master
+        if isinstance(scale, Tensor):
+            return torch.addcmul(master, offset[index], scale.to(master))
+        return torch.add(master, offset[index], alpha=scale)
 
 
 class FlatSpace(Space):
+    """A group kept here whole, the same on every data-parallel rank (ZeRO 0): one flat buffer each for working weights,
+    gradients and masters, so that no step's cost grows with the number of parameters."""
+
+    partitions = 1
+
+    def __init__(
+        self,
+        name: str,
+        parameters: Mapping[str, nn.Parameter],
+        dims: Mapping[str, int | None],
+        tensor_rank: int,
+        group: dist.ProcessGroup | None,
+        *,
+        device: torch.device,
+    ):
+        super().__init__(name, parameters)
+        self.group, self.ranks = group, dist.get_world_size(group)
+        position = 0
+        for key, parameter in self.parameters.items():
+            shape = tuple(parameter.shape)
+            self.segments.append(Segment(key, shape, 0, parameter.numel(), 0, position, dims[key]))
+            position += -(-parameter.numel() // ALIGNMENT) * ALIGNMENT
+        some = next(iter(self.parameters.values()))
+        self.working = torch.zeros(position, dtype=some.dtype, device=some.device)
+        for parameter, view in self._views(self.working):
+            view.copy_(parameter.detach())
+        self.read_from(self.working)
+        self.masters = [self.working.to(device, torch.float32, copy=True).requires_grad_()]
+        whole = dist.get_rank(group) == 0
+        self._count(tensor_rank, whole)
+        if whole and len(self.counted) == len(self.segments):
+            self._counted = [(0, 0, position)]  # the padding between parameters is zero
+        self.arriving: Tensor | None = None  # the flat buffer into which a backward pass adds its gradients
+        self._sum: Tensor | None = None  # of the micro-batches before, fp32
+
+    def _views(self, flat: Tensor) -> Iterator[tuple[nn.Parameter, Tensor]]:
+        """Every parameter with its part of a flat buffer."""
+        for segment in self.segments:
+            part = flat[segment.offset : segment.offset + segment.length]
+            yield self.parameters[segment.name], part.view(segment.shape)
+
+    def read_from(self, flat: Tensor) -> None:
+        """Makes the model read this group's weights from a flat buffer."""
+        for parameter, view in self._views(flat):
+            parameter.data = view
+
+    def require_grad(self, flag: bool) -> None:
+        super().require_grad(flag)
+        if flag and self.arriving is None:
+            self.receive_in(torch.zeros_like(self.working))
+        elif not flag and self.name != SHARED:  # a group that sits a step out holds no buffer
+            self.receive_in(None)
+
+    def receive_in(self, arriving: Tensor | None) -> None:
+        """Makes backward passes add this group's gradients into a flat buffer of zeros; None: into none."""
+        if arriving is None and self.arriving is None:
+            return
+        self.arriving = arriving
+        if arriving is None:
+            for parameter in self.parameters.values():
+                parameter.grad = None
+        else:
+            for parameter, view in self._views(arriving):
+                parameter.grad = view
+
+    def absorb(self) -> None:
+        assert self.arriving is not None
+        if self._sum is None:
+            self._sum = self.arriving.to(torch.float32, copy=True)
+        else:
+            self._sum.add_(self.arriving)
+        self.arriving.zero_()
+
+    def gradient(self) -> Vector:
+        if self.arriving is not None:
+            self.absorb()
+        gradient, self._sum = self._sum, None
+        if gradient is None:
+            return [torch.zeros_like(self.masters[0], requires_grad=False)]
+        if self.ranks > 1:
+            dist.all_reduce(gradient, group=self.group)
+            gradient.div_(self.ranks)
+        return [gradient.to(self.masters[0].device)]
+
+    @torch.no_grad()
+    def write(self, offset: Vector | None = None, scale: float | Tensor = 0.0) -> None:
+        self.working.copy_(self._displaced_shard(0, offset, scale))
+
+
+class ShardedSpace(Space):
     """A group sharded here: every parameter is cut into equal slices (padded), one for each data-parallel rank.
 
-    Gradients are reduced bucket by bucket as they arrive, and dropped. With sharded=False (ZeRO 0) the group is
-    replicated: its gradient is whole on every rank anyway, so it is summed in place and reduced once.
+    Gradients are reduced bucket by bucket as they arrive, and dropped.
     """
 
     def __init__(
@@ -127,12 +226,11 @@ class FlatSpace(Space):
         tensor_rank: int,
         group: dist.ProcessGroup | None,
         *,
-        sharded: bool,
         device: torch.device,
     ):
         super().__init__(name, parameters)
-        self.group, self.ranks = group, dist.get_world_size(group)
-        self.partitions, self.index = (self.ranks, dist.get_rank(group)) if sharded else (1, 0)
+        self.group = group
+        self.partitions, self.index = dist.get_world_size(group), dist.get_rank(group)
         self._slots: dict[str, tuple[int, int, int]] = {}  # name -> (position in the shard, width of a slice, elements)
         self._buckets: list[list[str]] = [[]]
         position = filled = 0
@@ -149,9 +247,8 @@ class FlatSpace(Space):
             filled += numel
             position += width
         self.masters = [torch.zeros(position, dtype=torch.float32, device=device).requires_grad_()]
-        self._count(tensor_rank, whole=sharded or dist.get_rank(group) == 0)
+        self._count(tensor_rank)
         self._gradient: Tensor | None = None
-        self._summed: set[str] = set()  # of a group in one partition: the parameters whose slice of _gradient is set
         self._arrived: list[dict[str, Tensor]] = [{} for _ in self._buckets]
         for number, bucket in enumerate(self._buckets):
             for key in bucket:
@@ -181,36 +278,9 @@ class FlatSpace(Space):
         """Takes over the gradient of a parameter of bucket `number`."""
         gradient, parameter.grad = parameter.grad, None
         assert gradient is not None
-        if self.partitions == 1:
-            return self._sum(name, gradient)
         self._arrived[number][name] = gradient
         if len(self._arrived[number]) == len(self._buckets[number]):
             self._reduce(number)
-
-    def _sum(self, name: str, gradient: Tensor) -> None:
-        """Adds a whole gradient in fp32 to its slice, without a copy in between (a copy costs a small step 10%)."""
-        if self._gradient is None:
-            self._gradient = torch.empty_like(self.masters[0], requires_grad=False)
-        into = self._slice(name, self._gradient)[: gradient.numel()]
-        if name in self._summed:
-            into.add_(gradient.reshape(-1))
-        else:
-            into.copy_(gradient.reshape(-1))
-            self._summed.add(name)
-
-    def _summed_gradient(self) -> Tensor:
-        """The whole gradient, averaged over the data-parallel ranks; 0 where none came."""
-        gradient, self._gradient = self._gradient, None
-        if gradient is None:
-            gradient = torch.zeros_like(self.masters[0], requires_grad=False)
-        for name, (_, _, numel) in self._slots.items():
-            self._slice(name, gradient)[numel if name in self._summed else 0 :].zero_()
-        self._summed.clear()
-        if self.ranks > 1:
-            whole = gradient.to(self.device)
-            dist.all_reduce(whole, group=self.group)
-            gradient = whole.div_(self.ranks).to(gradient.device)
-        return gradient
 
     def _reduce(self, number: int) -> None:
         """Averages a bucket over the data-parallel ranks, keeps this rank's slices and drops the rest."""
@@ -227,25 +297,19 @@ class FlatSpace(Space):
         dist.reduce_scatter_tensor(local, full.view(-1), group=self.group)
         if self._gradient is None:
             self._gradient = torch.zeros_like(self.masters[0], requires_grad=False)
-        self._gradient[first : first + width] += local.div_(self.ranks).to(self._gradient.device)
+        self._gradient[first : first + width] += local.div_(self.partitions).to(self._gradient.device)
 
     def gradient(self) -> Vector:
-        if self.partitions == 1:
-            return [self._summed_gradient()]
         for number, arrived in enumerate(self._arrived):
             if arrived:  # a parameter without a gradient kept its bucket open
                 self._reduce(number)
         gradient, self._gradient = self._gradient, None
-        return [torch.zeros_like(self.masters[0]) if gradient is None else gradient]
+        return [torch.zeros_like(self.masters[0], requires_grad=False) if gradient is None else gradient]
 
     @torch.no_grad()
-    def write(self, offset: Vector | None = None, scale: float = 0.0) -> None:
+    def write(self, offset: Vector | None = None, scale: float | Tensor = 0.0) -> None:
         shard = self._displaced_shard(0, offset, scale)
         some = next(iter(self.parameters.values()))
-        if self.partitions == 1:
-            for name, parameter in self.parameters.items():
-                parameter.data.copy_(self._slice(name, shard).view(parameter.shape))
-            return
         for names in self._buckets:
             first, width = self._extent(names)
             local = shard[first : first + width].to(some.device, some.dtype)

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from mlinterf_ds.engine.space import FlatSpace, Segment, Space, Vector
+from mlinterf_ds.engine.space import Segment, ShardedSpace, Space, Vector
 from mlinterf_ds.model.encoder import SHARED
 
 Extent = tuple[tuple[int, ...], int, int, int, int]  # shape, start, length, shard and offset of a Segment
@@ -85,7 +85,7 @@ class Zero12Space(SharedSpace):
         return [gradient]
 
     @torch.no_grad()
-    def write(self, offset: Vector | None = None, scale: float = 0.0) -> None:
+    def write(self, offset: Vector | None = None, scale: float | Tensor = 0.0) -> None:
         from deepspeed.runtime.utils import all_gather_dp_groups
 
         zero = self.zero
@@ -154,7 +154,7 @@ class Zero3Space(SharedSpace):
         return gradient
 
     @torch.no_grad()
-    def write(self, offset: Vector | None = None, scale: float = 0.0) -> None:
+    def write(self, offset: Vector | None = None, scale: float | Tensor = 0.0) -> None:
         zero = self.zero
         zero._partition_all_parameters()
         for shard in range(len(self.masters)):
@@ -164,7 +164,7 @@ class Zero3Space(SharedSpace):
             zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
 
 
-class Zero3FlatSpace(FlatSpace):
+class Zero3ShardedSpace(ShardedSpace):
     """A language's parameters under ZeRO 3: the slices are DeepSpeed's own, which it gathers in the forward pass."""
 
     def _cut(self, parameter: Any) -> tuple[tuple[int, ...], int]:
@@ -175,7 +175,7 @@ class Zero3FlatSpace(FlatSpace):
         return parameter.ds_tensor.data.to(self.masters[0].device, torch.float32)
 
     @torch.no_grad()
-    def write(self, offset: Vector | None = None, scale: float = 0.0) -> None:
+    def write(self, offset: Vector | None = None, scale: float | Tensor = 0.0) -> None:
         shard, parameters = self._displaced_shard(0, offset, scale), dict[str, Any](self.parameters)
         for name, parameter in parameters.items():
             parameter.ds_tensor.data.copy_(self._slice(name, shard))

@@ -112,6 +112,7 @@ def gradient(engine: Engine, batches: Sequence[Rows]) -> Vector:
     An overflow (fp16) halves the loss scale for this gradient only; at scale 1 infinities and NaN stay. The engine's
     state is afterwards as before.
     """
+    engine.settle()
     space, scale = engine.spaces[SHARED], engine.scale.value
     try:
         while True:

@@ -36,16 +36,16 @@ Difference = Literal["central", "one_sided"]
 
 
 class ParameterSpace(Protocol):
-    """One parameter group (theta, or a language's phi_i) as flat vectors."""
+    """One parameter group (theta, or a language's phi_i) as flat vectors. Scalars are tensors: no one waits for their value."""
 
-    def displaced(self, offset: Vector, scale: float) -> AbstractContextManager[None]:
+    def displaced(self, offset: Vector, scale: float | Tensor) -> AbstractContextManager[None]:
         """The weights are moved by scale * offset inside, and restored exactly after."""
 
-    def dot(self, left: Vector, right: Vector) -> float:
-        """<left, right> over all ranks, replicas counted once."""
+    def dot(self, left: Vector, right: Vector) -> Tensor:
+        """<left, right> over all ranks, replicas counted once; float64."""
 
-    def weights_norm(self) -> float:
-        """Norm of the weights over all ranks, replicas counted once."""
+    def weights_norm(self) -> Tensor:
+        """Norm of the weights over all ranks, replicas counted once; float64."""
 
 
 # The gradients of one loss at the current weights, for some of the spaces. Every call sees the same batch and dropout.
@@ -69,8 +69,9 @@ class Hypergradient:
     direct: Vector  # grad_phi_i L^val
     mixed: Vector | None  # d2 L_i^train / dphi_i dtheta . v; None where only the direct term was asked for
     direction: Vector | None  # v
-    change: float  # |g+ - g-| / |g|: the relative change of phi_i's gradient over the difference
-    descent_norm: float  # |g|
+    change: Tensor  # |g+ - g-| / |g|: the relative change of phi_i's gradient over the difference; NaN without one
+    descent_norm: Tensor  # |g|
+    finite: Tensor  # bool: whether every pass was
     passes: Passes | None  # the passes' other gradients; None unless asked for
 
 
@@ -91,23 +92,24 @@ def hypergradient(
 
     radius: the displacement |e v| / |theta| of the finite difference. difference: `one_sided` saves a pass by reusing the
     gradient at theta. second_order=False leaves the mixed term out. keep_passes: the result holds the other gradients of
-    the passes, which memory would otherwise be rid of. Raises FloatingPointError as soon as a pass is not finite; the weights
-    are then as before.
+    the passes, which memory would otherwise be rid of. Where a pass is not finite, `finite` says so and h_i means nothing;
+    the weights are as before in any case.
     """
     one_sided = second_order and difference == "one_sided"
     descent, *own = train([theta, phi] if one_sided or keep_passes else [theta])
-    descent_norm = finite_norm(theta, descent, "descent")
+    descent_norm = norm(theta, descent)
     with theta.displaced(lookahead.step(descent), -beta):
         value, direct = validation([theta, phi])
-    finite_norm(phi, direct, "validation")
     passes = Passes(descent, own[0], value) if keep_passes else None
     if not second_order:
-        return Hypergradient(direct, direct, None, None, math.nan, descent_norm, passes)
+        finite = torch.isfinite(descent_norm + norm(phi, direct))
+        return Hypergradient(direct, direct, None, None, descent_norm * math.nan, descent_norm, finite, passes)
     v = lookahead.pull_back(descent, value)
     del descent, value  # the passes that follow need their memory
     mixed, change = mixed_product(train, theta, phi, v, radius, own[0] if one_sided else None)
-    total = [first - beta * second for first, second in zip(direct, mixed, strict=True)]
-    return Hypergradient(total, direct, mixed, v, change, descent_norm, passes)
+    total = [torch.add(first, second, alpha=-beta) for first, second in zip(direct, mixed, strict=True)]
+    finite = torch.isfinite(descent_norm + norm(phi, total) + change)
+    return Hypergradient(total, direct, mixed, v, change, descent_norm, finite, passes)
 
 
 def mixed_product(
@@ -117,29 +119,28 @@ def mixed_product(
     v: Vector,
     radius: float,
     at_theta: Vector | None = None,
-) -> tuple[Vector, float]:
+) -> tuple[Vector, Tensor]:
     """d2 L^train / dphi dtheta . v by differences of phi's gradient, and that gradient's relative change (Eq. 8).
 
-    at_theta: phi's gradient at theta, for a one-sided difference; None for a central one.
+    at_theta: phi's gradient at theta, for a one-sided difference; None for a central one. Both results are 0 for v = 0, and
+    not finite where a pass or v is not.
     """
-    length = finite_norm(theta, v, "direction")
-    if length == 0.0:  # there is no direction, so the product is zero
-        return [torch.zeros_like(shard) for shard in (at_theta or train([phi])[0])], 0.0
-    epsilon = radius * theta.weights_norm() / length
+    length = norm(theta, v)
+    nowhere = length == 0.0  # there is no direction, so the product is zero
+    epsilon = torch.where(nowhere, 0.0, radius * theta.weights_norm() / length)
     with theta.displaced(v, epsilon):
         (plus,) = train([phi])
-    finite_norm(phi, plus, "displaced")
     if at_theta is None:
         with theta.displaced(v, -epsilon):
             (minus,) = train([phi])
-        finite_norm(phi, minus, "displaced")
         width = 2 * epsilon
     else:
         minus, width = at_theta, epsilon
     size = 0.5 * (norm(phi, plus) + norm(phi, minus))
     apart = [first - second for first, second in zip(plus, minus, strict=True)]
-    change = norm(phi, apart) / size if size else 0.0
-    return [shard / width for shard in apart], change
+    change = norm(phi, apart) / torch.where(size == 0.0, 1.0, size)
+    width = torch.where(nowhere, 1.0, width)
+    return [shard.div_(width.to(shard.device)) for shard in apart], change
 
 
 class Lookahead(Protocol):
@@ -172,7 +173,7 @@ class AdamLookahead:
 
     first: Vector
     second: Vector
-    step_number: int
+    step_number: int | Tensor  # a tensor where the device counts
     beta1: float
     beta2: float
     eps: float
@@ -226,21 +227,12 @@ class RadiusControl:
         self.radius = min(self.HIGH, max(self.LOW, self.radius * factor))
 
 
-def norm(space: ParameterSpace, vector: Vector) -> float:
+def norm(space: ParameterSpace, vector: Vector) -> Tensor:
     """|vector| over all ranks; infinite or NaN if it is not finite."""
-    squared = space.dot(vector, vector)
-    return math.sqrt(squared) if squared >= 0 else math.nan
+    return space.dot(vector, vector).sqrt()
 
 
-def finite_norm(space: ParameterSpace, vector: Vector, name: str) -> float:
-    """|vector|, the same on every rank; FloatingPointError with `name` if it is not finite."""
-    length = norm(space, vector)
-    if not math.isfinite(length):
-        raise FloatingPointError(name)
-    return length
-
-
-def cosine(space: ParameterSpace, left: Vector, right: Vector) -> float:
+def cosine(space: ParameterSpace, left: Vector, right: Vector) -> Tensor:
     """Cosine similarity over all ranks; 0 where one of the vectors vanishes."""
     product = norm(space, left) * norm(space, right)
-    return space.dot(left, right) / product if product else 0.0
+    return space.dot(left, right) / torch.where(product == 0.0, 1.0, product)

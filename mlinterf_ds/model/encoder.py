@@ -213,12 +213,16 @@ class Encoder(nn.Module):
         return hidden.index_select(0, given_order)
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """The loss, sum(weights * nll) (a scalar), and the detached nll (rows, masked), both fp32."""
-        with contextlib.ExitStack() as stack:
-            if self.training:
-                stack.enter_context(replayed(batch.dropout_seed))
-            if self.twice_differentiable:
-                stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        """The loss, sum(weights * nll) (a scalar), and the detached nll (rows, masked), both fp32.
+
+        In training, dropout is that of the batch's seed.
+        """
+        with replayed(batch.dropout_seed) if self.training else contextlib.nullcontext():
+            return self.loss(batch)
+
+    def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The same (see `forward`), with the ambient random numbers."""
+        with sdpa_kernel(SDPBackend.MATH) if self.twice_differentiable else contextlib.nullcontext():
             hidden = self.hidden(
                 batch.tokens,
                 batch.languages,

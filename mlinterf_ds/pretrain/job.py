@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from mlinterf_ds.engine.throughput import flops_per_row, peak_flops, peak_memory
 from mlinterf_ds.errors import UserError, warn
 from mlinterf_ds.gradients.measure import Draws, Monitor
 from mlinterf_ds.model.encoder import SHARED, Encoder, partition_dim
+from mlinterf_ds.model.regions import regions
 from mlinterf_ds.pretrain import initial
 from mlinterf_ds.pretrain.config import RunConfig
 from mlinterf_ds.pretrain.report import Records
@@ -55,12 +56,14 @@ class PretrainingRun:
         copies = [self.layout.tensor if partition_dim(p) is not None else 1 for p in model.parameters()]
         self.parameters = sum(n * p.numel() for n, p in zip(copies, model.parameters(), strict=True))
         self.engine = Engine(model, config.train, deepspeed_json, precision, self.layout)
+        self._make_fast(model)
         self.meta = MetaStep(self.engine, config.meta) if self.validation else None
         # (step, validation perplexity) of each language
         self.history: dict[str, list[tuple[int, float]]] = {language: [] for language in self.languages}
         self.best = math.inf  # mean validation loss of the best checkpoint, in nats
         self.seconds = 0.0  # of training, those before a resume included
         self.warned_of_spike = False
+        self._unrecorded: tuple[Mapping[str, float], int] | None = None  # the newest step's facts, and its number
         self.saver = checkpoint.Saver(session.output, config.train.keep)
         self.saved_step = -1  # of the newest checkpoint that this process began to write
         self.run_id: str | None = None  # MLflow's, of a run that is resumed
@@ -131,6 +134,17 @@ class PretrainingRun:
             frequencies = self.stream.probabilities @ (counts / counts.sum(axis=1, keepdims=True))
             model.head.start_at(torch.from_numpy(np.log(frequencies)))
         return model
+
+    def _make_fast(self, model: Encoder) -> None:
+        """Compile the model's regions and capture its passes, as far as the layout allows."""
+        config, engine = self.config, self.engine
+        whole = self.layout.tensor == 1 and engine.stage < 3
+        if whole:
+            model.router.regions = regions(config.model.compile, engine.device, self.first)
+        elif config.model.compile is True and self.first:
+            warn("model.compile=true: tensor parallelism and ZeRO 3 run the model as it stands")
+        if (reason := engine.passes.capture(config.train.graphs)) and config.train.graphs is True and self.first:
+            warn(f"train.graphs=true: {reason}")
 
     def _monitor(self) -> Monitor:
         config = self.config
@@ -238,8 +252,8 @@ class PretrainingRun:
                 validation = [self.validation.batch(step, language, start, stop) for start, stop in rows]
             yield train, validation
 
-    def step(self, train: list[Batch], validation: list[Batch]) -> dict[str, float]:
-        """One step of the run's variant; its facts."""
+    def step(self, train: list[Batch], validation: list[Batch]) -> Mapping[str, float]:
+        """One step of the run's variant; its facts, which the device may still be computing."""
         if self.meta:
             return self.meta.step(train, validation)
         if self.config.treatment == "pcgrad":
@@ -257,6 +271,7 @@ class PretrainingRun:
         with self.saver:
             stopped = self._train_steps(signals, bar)
             bar.close()
+            self._record_newest()
             if not stopped:
                 self._measure_conflict()
             if self.saved_step != engine.step:
@@ -274,33 +289,55 @@ class PretrainingRun:
             spent = time.perf_counter() - clock
             self.seconds = before + spent
             rate = (engine.step - started_at) * train.batch * self.config.data.sequence_length / spent
-            bar.set_postfix_str(f"loss {facts['loss']:.3f}, {rate:,.0f} tokens/s", refresh=False)
+            if loss := self._after_step(facts, rate):
+                bar.set_postfix_str(f"loss {loss:.3f}, {rate:,.0f} tokens/s", refresh=False)
             bar.update()
-            self._after_step(facts, rate)
             late = train.max_hours is not None and spent > train.max_hours * 3600
             if stopped := stop_reason(signals, engine.device, {hours: late, "a failed save": self.saver.failed}):
                 return stopped
         return ""
 
-    def _after_step(self, facts: dict[str, float], rate: float) -> None:
-        """Record the step; evaluate and save where it is due. rate: tokens per second."""
+    def _after_step(self, facts: Mapping[str, float], rate: float) -> float | None:
+        """Record the step before; log, evaluate and save where this one is due. rate: tokens per second.
+
+        A step's facts are read when the next one is launched, so that the device need not wait for the host. Returns the
+        loss of the newest step that was read.
+        """
         train, step = self.config.train, self.engine.step
-        last = step == train.steps
-        self.records.add_losses(facts, step)
-        if step % LOG_STEPS == 0 or last or "meta/self_check" in facts:
+        last, loss = step == train.steps, None
+        logged = step % LOG_STEPS == 0 or last or "meta/self_check" in facts
+        evaluated, saved = (step % n == 0 or last for n in (train.epoch_steps, train.save_steps or train.epoch_steps))
+        if self._unrecorded:
+            loss = self._record(*self._unrecorded)
+        self._unrecorded = (facts, step)
+        if logged or evaluated or saved:
+            loss = self._record_newest()
+        if logged:
             self._log_step(facts, step, rate)
-        self._warn(facts, step)
-        if step % train.epoch_steps == 0 or last:
+        if evaluated:
             self.evaluate()
-        if step % (train.save_steps or train.epoch_steps) == 0 or last:
+        if saved:
             self.save()
+        return loss
+
+    def _record_newest(self) -> float | None:
+        """Record the newest step, for which this waits."""
+        if not self._unrecorded:
+            return None
+        newest, self._unrecorded = self._unrecorded, None
+        return self._record(*newest)
+
+    def _record(self, facts: Mapping[str, float], step: int) -> float:
+        self.records.add_losses(facts, step)
+        self._warn(facts, step)
+        return facts["loss"]
 
     def _measure_conflict(self) -> None:
         """Log the similarity of languages' gradients, if it is due at this step; it does not change the training."""
         if self.conflict and self.conflict.due:
             self.records.tracker.log(self.conflict.measure(), self.engine.step)
 
-    def _warn(self, facts: dict[str, float], step: int) -> None:
+    def _warn(self, facts: Mapping[str, float], step: int) -> None:
         """Warn of the first skipped spike, and of finite differences that are noise."""
         if not self.first:
             return
@@ -316,7 +353,7 @@ class PretrainingRun:
                 f"{facts['meta/self_check']:.2f} only): see meta/radius and meta/change in MLflow"
             )
 
-    def _log_step(self, facts: dict[str, float], step: int, rate: float) -> None:
+    def _log_step(self, facts: Mapping[str, float], step: int, rate: float) -> None:
         """Log the step's facts, the speed (`rate` in tokens per second) and how much text was seen."""
         if not self.first:
             return

@@ -88,8 +88,9 @@ def stop_reason(signals: Signals, device: torch.device, others: Mapping[str, boo
     import torch.distributed as dist
 
     others = others or {}
-    held = torch.tensor([float(signals.received is not None), *map(float, others.values())], device=device)
-    if dist.get_world_size() > 1:
+    held = torch.tensor([float(signals.received is not None), *map(float, others.values())])
+    if dist.get_world_size() > 1:  # one rank asks nobody, and so need not wait for its device
+        held = held.to(device)
         dist.all_reduce(held, op=dist.ReduceOp.MAX)
     received, *others_held = held.tolist()
     if received:

@@ -104,7 +104,7 @@ def spiked(settings: list[str], json_name: str, out: str, source: str | None, li
             facts = []
             while engine.step < until:
                 micro = [stream.batch(engine.step, *slice_) for slice_ in engine.slices(config.train.batch)]
-                facts.append(pcgrad_step(engine, micro, 0))
+                facts.append(dict(pcgrad_step(engine, micro, 0)))
             return facts
         return bodies.advance(engine, stream, config, until, meta)
 

@@ -104,7 +104,7 @@ def advance(
     facts = []
     while engine.step < until:
         slices = engine.slices(config.train.batch)
-        facts.append(engine.train_step([stream.batch(engine.step, *slice_) for slice_ in slices]))
+        facts.append(dict(engine.train_step([stream.batch(engine.step, *slice_) for slice_ in slices])))
     return facts
 
 
@@ -172,7 +172,7 @@ def advance_meta(
         train = [stream.batch(engine.step, *slice_) for slice_ in engine.slices(config.train.batch)]
         (language,) = train[0].step_languages
         held_out = [validation.batch(engine.step, language, *slice_) for slice_ in engine.slices(rows)]
-        facts.append(meta.step(train, held_out))
+        facts.append(dict(meta.step(train, held_out)))
     return facts
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -148,7 +148,7 @@ def stop_after(
     signals = Signals()
     train_step = finetuning.engine.train_step
 
-    def count(*arguments: Any) -> dict[str, float]:
+    def count(*arguments: Any) -> Mapping[str, float]:
         facts = train_step(*arguments)
         if finetuning.engine.step == steps:
             signals.received = "SIGTERM"

@@ -113,13 +113,13 @@ def measure(
         vectors[0] = max(vectors[0], beside(tensors_alive()))
         return sums
 
-    reduced = engine._reduce
+    reduced = engine.reduced
 
     def reducing(*arguments: Any) -> Any:
         vectors[0] = max(vectors[0], beside(tensors_alive()))
         return reduced(*arguments)
 
-    engine.accumulate, engine._reduce = watched, reducing  # type: ignore[method-assign]
+    engine.accumulate, engine.reduced = watched, reducing  # type: ignore[method-assign]
     with Traffic() as traffic:
         bodies.advance(engine, stream, config, 2, meta)
     return sizes | {"activations": saved[0], "vectors": vectors[0], "traffic": dict(traffic.bytes)}

@@ -5,7 +5,6 @@ A `LocalSpace` also serves `meta/bilevel.py`, so finite differences and the exac
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -23,11 +22,11 @@ class LocalSpace:
         self.parameters = list(parameters)
 
     @contextmanager
-    def displaced(self, offset: Vector, scale: float) -> Iterator[None]:
+    def displaced(self, offset: Vector, scale: float | Tensor) -> Iterator[None]:
         saved = [parameter.detach().clone() for parameter in self.parameters]
         with torch.no_grad():
             for parameter, vector in zip(self.parameters, offset, strict=True):
-                parameter.add_(vector.view_as(parameter), alpha=scale)
+                parameter.add_(vector.view_as(parameter) * scale)
         try:
             yield
         finally:
@@ -35,11 +34,13 @@ class LocalSpace:
                 for parameter, before in zip(self.parameters, saved, strict=True):
                     parameter.copy_(before)
 
-    def dot(self, left: Vector, right: Vector) -> float:
-        return sum(torch.dot(a.reshape(-1), b.reshape(-1)).item() for a, b in zip(left, right, strict=True))
+    def dot(self, left: Vector, right: Vector) -> Tensor:
+        products = [torch.dot(a.reshape(-1), b.reshape(-1)) for a, b in zip(left, right, strict=True)]
+        return torch.stack(products).sum(dtype=torch.float64)
 
-    def weights_norm(self) -> float:
-        return math.sqrt(sum(parameter.detach().square().sum().item() for parameter in self.parameters))
+    def weights_norm(self) -> Tensor:
+        weights = [parameter.detach() for parameter in self.parameters]
+        return self.dot(weights, weights).sqrt()
 
 
 def gradients_of(loss: Callable[[], Tensor]) -> Gradients:

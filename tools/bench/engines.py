@@ -50,8 +50,10 @@ def start(rank: int, world: int, folder: str, threads: int) -> None:
     torch.set_num_threads(max(1, threads // world))
 
 
-def build(options: argparse.Namespace, languages: Sequence[str], recipe: str, settings: list[str], ds: str) -> Any:
-    """Builds an engine with ds_configs/`ds`.json.
+def build(
+    options: argparse.Namespace, languages: Sequence[str], recipe: str, settings: list[str], ds: str, fast: bool = False
+) -> Any:
+    """Builds an engine with ds_configs/`ds`.json; fast: compiled and captured as the configuration says.
 
     Returns it with its configuration and two functions of a step: training and validation batches.
     """
@@ -59,6 +61,7 @@ def build(options: argparse.Namespace, languages: Sequence[str], recipe: str, se
     from mlinterf_ds.engine.engine import Engine
     from mlinterf_ds.engine.precision import read_json
     from mlinterf_ds.model.encoder import Encoder
+    from mlinterf_ds.model.regions import regions
     from mlinterf_ds.pretrain.config import load_run
     from mlinterf_ds.runtime.parallel import Layout
 
@@ -70,6 +73,9 @@ def build(options: argparse.Namespace, languages: Sequence[str], recipe: str, se
     )
     layout = Layout(dist.get_rank(), dist.get_world_size(), 1)
     engine = Engine(model, config.train, read_json(ROOT / "ds_configs" / f"{ds}.json"), options.precision, layout)
+    if fast:
+        model.router.regions = regions(config.model.compile, engine.device)
+        engine.passes.capture(config.train.graphs)
     stream = TrainStream(corpus, languages, rows=config.train.batch, row_format=config.data.row_format, seed=0)
     held_out = None
     if len(languages) > 1:

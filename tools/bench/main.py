@@ -4,6 +4,7 @@ python tools/bench.py step        our step against transformers' XLM-RoBERTa and
 python tools/bench.py meta        a meta step in plain steps, by kind of difference and number of languages; its memory
 python tools/bench.py languages   a step with 100 languages in the model against 2, on two ranks
 python tools/bench.py conflict    the similarity of 32 languages' gradients beside the gradients themselves
+python tools/bench.py gpu         the shipped shapes on an accelerator: ms a step, MFU, memory, share of the time it is busy
 python tools/bench.py plan        steps of eleven shapes and variants in steps of one, measured and as tools/plan.py predicts
 """
 
@@ -21,12 +22,12 @@ from typing import Any
 
 import torch
 
-from tools.bench import conflict, languages, meta, plan, step
+from tools.bench import conflict, gpu, languages, meta, plan, step
 from tools.bench.engines import start
 
 MEASUREMENTS = {
     "step": step.measure, "meta": meta.measure, "languages": languages.measure, "conflict": conflict.measure,
-    "plan": plan.measure,
+    "gpu": gpu.measure, "plan": plan.measure,
 }  # fmt: skip
 
 
@@ -46,7 +47,12 @@ def arguments(words: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("mode", choices=[*MEASUREMENTS], nargs="?", default="step", help="what to measure (default step)")
-    add("--rows", type=int, help="rows of a batch (default: 16; meta 32, with as many validation rows; conflict 64)")
+    add(
+        "--rows",
+        type=int,
+        help="rows of a batch (default: 16; gpu: those of each case; meta 32, with as many validation rows; conflict 64)",
+    )
+    add("--case", nargs="+", help="`gpu`: only the cases whose names contain one of these")
     add("--length", type=int, default=128, help="tokens of a row (default 128)")
     add("--vocabulary", type=int, help="pieces of the vocabulary (default: 32000; languages 2000)")
     add("--precision", choices=["fp32", "bf16", "fp16"], default="fp32", help="of weights and arithmetic")
@@ -67,7 +73,7 @@ def arguments(words: Sequence[str]) -> argparse.Namespace:
     add("--profile", action="store_true", help="also print the operators of our step by the time they take themselves")
     add("--json", type=Path, help="write the result to this file too")
     options = parser.parse_args(words)
-    options.rows = options.rows or {"meta": 32, "conflict": 64}.get(options.mode, 16)
+    options.rows = options.rows or {"meta": 32, "conflict": 64, "gpu": None}.get(options.mode, 16)
     options.vocabulary = options.vocabulary or (2000 if options.mode == "languages" else 32_000)
     return options
 
