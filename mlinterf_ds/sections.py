@@ -157,7 +157,11 @@ class TrainConfig(PrecisionSection):
 
     steps: int = key(600, "optimizer steps", RESUMABLE, ge=1)
     batch: int = key(32, "rows of a global batch, over all ranks and micro-batches", ge=1)
-    micro_batch: int | None = key(None, "rows a rank handles at once; default: all its rows", RESUMABLE, ge=1)
+    micro_batch: Literal["auto"] | Annotated[int, Field(ge=1)] | None = key(
+        None,
+        "rows a rank handles at once; default: all its rows; auto: on an accelerator as many as fit, found by trying",
+        RESUMABLE,
+    )
     seed: int = key(0, "seed of initialisation, data order, masks and dropout", ge=0)
     max_hours: float | None = key(None, "hours after which the run saves and stops; it can be resumed", RESUMABLE, gt=0)
     lr: float = key(1e-3, "peak learning rate", gt=0)
@@ -182,6 +186,11 @@ class TrainConfig(PrecisionSection):
     epoch_steps: int = key(100, "steps between evaluations (the paper's epoch: 10000)", ge=1)
     save_steps: int | None = key(None, "steps between checkpoints; default: every epoch", RESUMABLE, ge=1)
     keep: int = key(2, "number of newest checkpoints kept, beside the best", RESUMABLE, ge=1)
+
+    @property
+    def fixed_micro_batch(self) -> int | None:
+        """Rows of a micro-batch, where the configuration says how many."""
+        return None if self.micro_batch == "auto" else self.micro_batch
 
 
 class MetaConfig(Section):

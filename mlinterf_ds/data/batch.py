@@ -9,6 +9,7 @@ positions of a row, equally many in every row.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 from typing import Any
@@ -39,13 +40,21 @@ class Batch:
     position_ids: Tensor | None = None  # (rows, length) int64: which position embedding a token gets; None: its column
 
     def to(self, device: torch.device | str) -> Batch:
-        """Returns the batch with its tensors on `device`, except `languages`: routing reads them on the CPU."""
-        moved: dict[str, Any] = {
-            name: value.to(device, non_blocking=True)
-            for name, value in vars(self).items()
-            if torch.is_tensor(value) and name != "languages"
+        """Returns the batch with its tensors on `device`, except `languages`: routing reads them on the CPU.
+
+        From page-locked memory (`pinned`) they are copied while the program goes on.
+        """
+        return self._with(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pinned(self) -> Batch:
+        """Returns the batch with the tensors that `to` copies in page-locked memory; it needs an accelerator."""
+        return self._with(Tensor.pin_memory)
+
+    def _with(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        changed: dict[str, Any] = {
+            name: change(value) for name, value in vars(self).items() if torch.is_tensor(value) and name != "languages"
         }
-        return replace(self, **moved)
+        return replace(self, **changed)
 
 
 def key(*parts: int | str, size: int = 8) -> int:

@@ -64,7 +64,7 @@ class Engine:
         self.new_rows: NewRows | None = None  # if set, the other shared parameters are frozen
         self.spikes = Spikes(training.spike)
         self.spiked = ""  # names the loss that spiked, if the last step was skipped because of it
-        self.micro = training.micro_batch or training.batch // layout.data  # rows of a micro-batch
+        self.micro = training.fixed_micro_batch or training.batch // layout.data  # rows of a micro-batch
         resolved = resolve(deepspeed_json, training, precision, layout.data)
         self.stage: int = resolved["zero_optimization"]["stage"]
         offload = resolved["zero_optimization"].get("offload_optimizer", {}).get("device", "none") != "none"

@@ -83,7 +83,7 @@ def choose_precision(wanted: str, deepspeed_json: dict[str, Any]) -> tuple[str, 
 def resolve(deepspeed_json: dict[str, Any], training: TrainConfig, precision: str, data_ranks: int) -> dict[str, Any]:
     """DeepSpeed's JSON with every "auto" decided; UserError where it contradicts the training section."""
     rows = rows_per_rank(training, data_ranks)
-    micro = training.micro_batch or rows
+    micro = training.fixed_micro_batch or rows
     decided = {
         "train_batch_size": ("train.batch", training.batch),
         "train_micro_batch_size_per_gpu": ("train.micro_batch", micro),
@@ -121,7 +121,7 @@ def resolve(deepspeed_json: dict[str, Any], training: TrainConfig, precision: st
 
 def rows_per_rank(training: TrainConfig, data_ranks: int) -> int:
     """Rows of a global batch that one data-parallel rank takes; UserError if they cannot be shared out evenly."""
-    batch, micro = training.batch, training.micro_batch
+    batch, micro = training.batch, training.fixed_micro_batch
     if batch % data_ranks:
         raise UserError(f"train.batch={batch} is not divisible by {data_ranks} data-parallel ranks: change one of them")
     rows = batch // data_ranks

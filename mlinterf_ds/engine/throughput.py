@@ -1,4 +1,4 @@
-"""A row's FLOPs and the device's peak, which give model FLOPs utilisation (MFU); and the peak memory."""
+"""The FLOPs of a row and the rows of a step's passes, which with the device's peak give model FLOPs utilisation (MFU); peak memory."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import resource
 import time
 from typing import TYPE_CHECKING
 
-from mlinterf_ds.sections import ModelConfig, has_adapters
+from mlinterf_ds.sections import MetaConfig, ModelConfig, has_adapters, is_meta
 
 if TYPE_CHECKING:
     import torch  # a study's plan counts FLOPs without importing it
@@ -15,18 +15,54 @@ if TYPE_CHECKING:
 PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "V100": 125e12, "L40": 181e12, "A10": 125e12}
 
 
-def flops_per_row(model: ModelConfig, length: int, vocabulary: int, masked: int, variant: str) -> float:
+def flops_per_row(
+    model: ModelConfig, length: int, vocabulary: int, masked: int, variant: str, *, as_computed: bool = False
+) -> float:
     """FLOPs of one training row, forward and backward (three times forward); matrix products only.
 
     Per token and layer: 4 projections of width x inner, 2 of width x ffn, 2 score products of length x inner; per
-    masked position the head's dense layer and the decoder; two adapters a layer where the model has them.
+    masked position the head's dense layer and the decoder; two adapters a layer where the model has them. MFU is usually told
+    by these. as_computed=True leaves out what our last layer leaves out: all but the keys and values of the positions that
+    no prediction reads.
     """
     inner = model.heads * model.kv_channels
-    per_token = 2 * (4 * model.width * inner + 2 * model.width * model.ffn + 2 * length * inner)
+    keys_and_values = 2 * 2 * model.width * inner
+    per_token = keys_and_values + 2 * (2 * model.width * inner + 2 * model.width * model.ffn + 2 * length * inner)
     if has_adapters(variant):
         per_token += 2 * 2 * 2 * model.width * model.adapter_width
     head = 2 * masked * model.width * (model.width + vocabulary)
-    return 3.0 * (length * model.layers * per_token + head)
+    unread = (length - masked) * (per_token - keys_and_values) if as_computed else 0
+    return 3.0 * (length * model.layers * per_token - unread + head)
+
+
+def passes(variant: str, meta: MetaConfig) -> dict[str, float]:
+    """The passes of an average step by kind: "forward" passes, backward passes to "shared" and to "own" gradients, "write"s of
+    displaced weights, and of the forward passes those over the rows of the "validation" loss.
+
+    A plain step has one pass of each kind and displaces nothing. A meta step adds up its descent, its validation pass, the
+    passes of the finite difference, and phase 2 (none of its own where both updates start from one point).
+    """
+    plain = {"forward": 1.0, "shared": 1.0, "own": 1.0, "write": 0.0, "validation": 0.0}
+    if not is_meta(variant):
+        return plain
+    sided = 0 if meta.terms == "direct" else 1 if meta.difference == "one_sided" else 2
+    whole = {"forward": 3.0 + sided, "shared": 3.0, "own": 1.0 + sided + (sided == 1), "write": 2.0 + 2 * sided}
+    if meta.order == "simultaneous":  # phase 2 uses the descent's pass, which computes the module's gradient too
+        whole |= {"forward": 2.0 + sided, "shared": 2.0, "own": 2.0 + sided}
+    whole["validation"] = 1.0
+    between = plain | {"own": 0.0} if meta.between == "freeze" else plain
+    return {kind: (whole[kind] + (meta.every - 1) * between[kind]) / meta.every for kind in whole}
+
+
+def rows_passed(variant: str, meta: MetaConfig, rows: int) -> float:
+    """Rows of an average step as whole passes: `rows` of training text, and those of the validation loss.
+
+    A pass to the gradients of one language alone skips the products of the shared weights' gradients, a third of a whole
+    pass.
+    """
+    times = passes(variant, meta)
+    over_training = times["shared"] - times["validation"] + (times["forward"] - times["shared"]) * 2 / 3
+    return rows * over_training + (meta.batch or rows) * times["validation"]
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:

@@ -19,11 +19,12 @@ from mlinterf_ds.data.evaluation import EvaluationSet
 from mlinterf_ds.data.stream import TrainStream, ValidationStream, prefetch
 from mlinterf_ds.engine import checkpoint
 from mlinterf_ds.engine.engine import Engine
+from mlinterf_ds.engine.fitting import fit_micro_batch
 from mlinterf_ds.engine.meta_step import AGREEMENT, MetaStep
 from mlinterf_ds.engine.pcgrad import pcgrad_step
 from mlinterf_ds.engine.precision import DTYPES
 from mlinterf_ds.engine.space import NewRows
-from mlinterf_ds.engine.throughput import flops_per_row, peak_flops, peak_memory
+from mlinterf_ds.engine.throughput import flops_per_row, peak_flops, peak_memory, rows_passed
 from mlinterf_ds.errors import UserError, warn
 from mlinterf_ds.gradients.measure import Draws, Monitor
 from mlinterf_ds.model.encoder import SHARED, Encoder, partition_dim
@@ -37,6 +38,7 @@ from mlinterf_ds.runtime.signals import Signals, stop_reason
 from mlinterf_ds.sections import is_meta
 
 LOG_STEPS = 10  # steps between points of the training curves
+VECTORS = {"plain": 2, "meta": 5}  # fp32 vectors as long as the shared parameters that a step may hold at once
 
 
 class PretrainingRun:
@@ -68,12 +70,14 @@ class PretrainingRun:
         self.saved_step = -1  # of the newest checkpoint that this process began to write
         self.run_id: str | None = None  # MLflow's, of a run that is resumed
         self.old_pieces: int | None = None  # size of the vocabulary that this run's extends
+        self.tried_from = self.engine.micro  # rows of the largest micro-batch that train.micro_batch=auto tries
         self.start = self._restore()  # how the run starts, for the user; '' from random weights
         if config.train.freeze == "shared" and self.old_pieces:
             self.engine.new_rows = NewRows(self.engine.spaces[SHARED], self.old_pieces, self.layout.tensor_rank)
         self.records = Records(config, session)
         self.conflict = self._monitor() if config.conflict.every else None
         self._measure_speed()
+        self._fit_micro_batch()
 
     # -- parts -------------------------------------------------------------------------------------------------------
 
@@ -158,12 +162,31 @@ class PretrainingRun:
         )  # fmt: skip
 
     def _measure_speed(self) -> None:
-        """The FLOPs of a row and the peak of all ranks, which model FLOPs utilisation compares."""
+        """The FLOPs of an average step's passes and the peak of all ranks, which model FLOPs utilisation compares."""
         config = self.config
         masked = self.stream.batch(0, 0, 1).positions.shape[1]
         length, vocabulary = config.data.sequence_length, self.corpus.vocabulary_size
-        self.row_flops = flops_per_row(config.model, length, vocabulary, masked, config.variant)
+        row = flops_per_row(config.model, length, vocabulary, masked, config.variant)
+        self.step_flops = row * rows_passed(config.variant, config.meta, config.train.batch)
         self.peak = peak_flops(self.engine.device, DTYPES[self.precision]) * self.layout.world
+
+    def _fit_micro_batch(self) -> None:
+        """Decides how many rows of a pass fit this device, where train.micro_batch=auto leaves it open."""
+        if self.config.train.micro_batch != "auto":
+            return
+
+        def batches(rows: int) -> list[Batch]:
+            train = self.stream.batch(0, 0, rows)
+            if not self.validation:
+                return [train]
+            return [train, self.validation.batch(0, train.step_languages[0], 0, min(rows, self.meta_rows))]
+
+        said = fit_micro_batch(self.engine, self.tried_from, batches, VECTORS["meta" if self.meta else "plain"])
+        self.start = "; ".join(filter(None, [self.start, said]))
+
+    def _mfu(self, steps_per_second: float) -> float:
+        """The share of the peak that the products of all passes take, those over validation rows and displaced weights included."""
+        return steps_per_second * self.step_flops / self.peak
 
     def greeting(self, reason: str) -> str:
         """Describes the run in words, for the screen; `reason`: why it has this precision."""
@@ -188,6 +211,9 @@ class PretrainingRun:
         self.history = {language: [tuple(p) for p in points] for language, points in state["history"].items()}
         self.best, self.seconds, self.run_id = state["best"], state["seconds"], state["run_id"]
         self.old_pieces = state.get("old_pieces")
+        self.tried_from = min(
+            self.tried_from, state.get("micro_batch") or self.tried_from
+        )  # a resumed run keeps its size
         if self.meta and not self.meta.radius.fixed:
             self.meta.radius.radius = state["radius"]
         if self.first and path.parent.parent == output and self._mean_loss() == self.best < math.inf:
@@ -231,6 +257,7 @@ class PretrainingRun:
             "run_id": self.records.tracker.run_id,
             "radius": self.meta.radius.radius if self.meta else None,
             "old_pieces": self.old_pieces,
+            "micro_batch": self.engine.micro,
         }
         files = {"tokenizer.model": self.corpus.folder / "tokenizer.model"}
         if self.records.losses:
@@ -250,6 +277,8 @@ class PretrainingRun:
                 (language,) = train[0].step_languages
                 rows = self.engine.slices(self.meta_rows)
                 validation = [self.validation.batch(step, language, start, stop) for start, stop in rows]
+            if self.engine.device.type != "cpu":  # pinned here, by the thread that prefetches
+                train, validation = ([batch.pinned() for batch in batches] for batches in (train, validation))
             yield train, validation
 
     def step(self, train: list[Batch], validation: list[Batch]) -> Mapping[str, float]:
@@ -359,7 +388,7 @@ class PretrainingRun:
             return
         metrics = {f"train/{name}": value for name, value in facts.items()}
         metrics["system/tokens_per_second"] = rate
-        metrics["system/mfu"] = rate / self.config.data.sequence_length * self.row_flops / self.peak
+        metrics["system/mfu"] = self._mfu(rate / (self.config.train.batch * self.config.data.sequence_length))
         metrics["system/peak_gib"] = peak_memory(self.engine.device) / 2**30
         for language, seen in self.stream.seen(step).items():
             metrics |= {f"seen/{name}/{language}": seen[name] for name in ("tokens", "epochs")}
@@ -398,7 +427,7 @@ class PretrainingRun:
             "skipped": self.engine.skipped,
             "seconds": round(self.seconds, 3),
             "tokens_per_second": rows * self.config.data.sequence_length,
-            "mfu": rows * self.row_flops / self.peak,
+            "mfu": self._mfu(steps_per_second),
             "valid_perplexity": {language: points[-1][1] for language, points in self.history.items()},
             "valid_bits_per_character": {
                 language: rows.bits_per_character(losses[language]) for language, rows in self.evaluation.items()

@@ -124,7 +124,7 @@ def show(summary: Mapping[str, Any], seen: Mapping[str, Mapping[str, float]], ou
             f"{summary['valid_bits_per_character'][language]:>16.3f}{seen[language]['epochs']:>9.2f}"
         )
     print(
-        f"{summary['steps']} steps in {summary['seconds']:.0f} s, {summary['tokens_per_second']:,.0f} tokens/s, "
+        f"{summary['steps']} steps in {summary['seconds']:.0f} s, {summary['tokens_per_second']:,.0f} tokens of training text/s, "
         f"MFU {100 * summary['mfu']:.2g}%; {output}/summary.json, perplexity.png, checkpoints/"
     )
     if summary["stopped_by"]:

@@ -1,0 +1,103 @@
+"""`train.micro_batch=auto`: the largest micro-batch whose passes fit the accelerator's memory, decided by trying.
+
+What is tried are the forward and backward passes of one micro-batch beside memory for the vectors that a step holds. They
+go through neither DeepSpeed nor collectives: a size that does not fit leaves nothing behind, and no rank waits for one
+that ran out of memory. The ranks then agree, so that all of them take the same size.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+
+from mlinterf_ds.errors import UserError
+from mlinterf_ds.model.encoder import SHARED
+
+if TYPE_CHECKING:
+    from mlinterf_ds.engine.engine import Engine, Rows
+
+LEAST = 4  # rows; activations are recomputed rather than that a micro-batch has fewer
+UNTRIED = 16  # rows under ZeRO 3, whose passes gather weights and cannot be tried by one rank alone
+ROOM = 0.9  # share of the memory that may be used; the rest goes to fragmentation and the libraries
+
+
+def fit_micro_batch(engine: Engine, most: int, batches: Callable[[int], Sequence[Rows]], vectors: int) -> str:
+    """Sets the engine's micro-batch to the largest power of two up to `most` rows that fits; tells in words what it did.
+
+    batches: the batches of a number of rows whose passes are tried. vectors: how many fp32 vectors as long as the shared
+    parameters a step holds beside the masters and moments. On a CPU a rank takes all its rows at once.
+    """
+    if engine.device.type == "cpu":
+        return ""
+    if engine.stage == 3:
+        engine.micro = min(most, UNTRIED)
+        return f"micro-batches of {engine.micro} rows (auto is not tried under ZeRO 3: train.micro_batch=N sets another size)"
+
+    def attempt(rows: int) -> None:
+        _pass_over(engine, batches(rows), vectors)
+
+    layers = [module for module in engine.model.modules() if hasattr(module, "recompute")]
+    size, recompute = largest(most, LEAST, attempt, engine.device), ""
+    if not size:
+        for layer in layers:
+            layer.recompute = True
+        size, recompute = largest(most, 1, attempt, engine.device), ", activations recomputed"
+    if not size:
+        raise UserError(
+            f"train.micro_batch=auto: not even one row fits this {engine.device.type}, activations recomputed: use a "
+            "higher ZeRO stage, offload the optimizer (ds_configs/zero2_offload.json), or set parallel.tensor"
+        )
+    engine.micro = size
+    return f"micro-batches of {size} rows (auto{recompute})"
+
+
+def largest(most: int, least: int, attempt: Callable[[int], None], device: torch.device) -> int:
+    """The largest power of two up to `most` whose attempt raises torch.OutOfMemoryError on no rank; 0 if none is `least`."""
+    size = 1 << (most.bit_length() - 1)
+    least = min(least, size)
+    while size >= least:
+        fits = True
+        try:
+            attempt(size)
+        except torch.OutOfMemoryError:
+            fits = False
+        _release(device)  # out here, where the error no longer holds the attempt's tensors
+        agreed = torch.tensor(float(fits), device=device)
+        dist.all_reduce(agreed, op=dist.ReduceOp.MIN)
+        if agreed.item():
+            return size
+        size //= 2
+    return 0
+
+
+def _pass_over(engine: Engine, batches: Sequence[Rows], vectors: int) -> None:
+    """Forward and backward over each batch, without an effect; OutOfMemoryError if less than a tenth of the memory is left."""
+    from deepspeed.accelerator import get_accelerator
+
+    accelerator = get_accelerator()
+    accelerator.reset_peak_memory_stats()
+    length = vectors * sum(master.numel() for master in engine.spaces[SHARED].masters)
+    held = torch.empty(length, dtype=torch.float32, device=engine.device)
+    engine.model.train()
+    spaces = [engine.spaces[name] for name in engine.groups_of(batches[0].step_languages)]
+    for space in engine.spaces.values():
+        space.require_grad(space in spaces)
+    for batch in batches:
+        parameters = [parameter for space in spaces for parameter in space.parameters.values()]
+        loss, _ = engine.model(batch.to(engine.device))
+        torch.autograd.grad(loss, parameters, allow_unused=True)  # runs no hooks of the parameters
+    del held
+    if accelerator.max_memory_allocated() > ROOM * accelerator.total_memory():
+        raise torch.OutOfMemoryError
+
+
+def _release(device: torch.device) -> None:
+    if device.type != "cpu":
+        from deepspeed.accelerator import get_accelerator
+
+        gc.collect()
+        get_accelerator().empty_cache()
