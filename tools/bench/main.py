@@ -5,6 +5,7 @@ python tools/bench.py meta        a meta step in plain steps, by kind of differe
 python tools/bench.py languages   a step with 100 languages in the model against 2, on two ranks
 python tools/bench.py conflict    the similarity of 32 languages' gradients beside the gradients themselves
 python tools/bench.py gpu         the shipped shapes on an accelerator: ms a step, MFU, memory, share of the time it is busy
+python tools/bench.py loader      tokens of batches that one core makes a second
 python tools/bench.py plan        steps of eleven shapes and variants in steps of one, measured and as tools/plan.py predicts
 """
 
@@ -22,12 +23,12 @@ from typing import Any
 
 import torch
 
-from tools.bench import conflict, gpu, languages, meta, plan, step
+from tools.bench import conflict, gpu, languages, loader, meta, plan, step
 from tools.bench.engines import start
 
 MEASUREMENTS = {
     "step": step.measure, "meta": meta.measure, "languages": languages.measure, "conflict": conflict.measure,
-    "gpu": gpu.measure, "plan": plan.measure,
+    "gpu": gpu.measure, "plan": plan.measure, "loader": loader.measure,
 }  # fmt: skip
 
 
@@ -50,10 +51,10 @@ def arguments(words: Sequence[str]) -> argparse.Namespace:
     add(
         "--rows",
         type=int,
-        help="rows of a batch (default: 16; gpu: those of each case; meta 32, with as many validation rows; conflict 64)",
+        help="rows of a batch (default: 16; gpu: those of each case; meta 32, with as many validation rows; conflict 64; loader 512)",
     )
     add("--case", nargs="+", help="`gpu`: only the cases whose names contain one of these")
-    add("--length", type=int, default=128, help="tokens of a row (default 128)")
+    add("--length", type=int, help="tokens of a row (default: 128; loader 256)")
     add("--vocabulary", type=int, help="pieces of the vocabulary (default: 32000; languages 2000)")
     add("--precision", choices=["fp32", "bf16", "fp16"], default="fp32", help="of weights and arithmetic")
     add("--dropout", type=float, default=0.1, help="all dropout rates (default 0.1)")
@@ -73,7 +74,8 @@ def arguments(words: Sequence[str]) -> argparse.Namespace:
     add("--profile", action="store_true", help="also print the operators of our step by the time they take themselves")
     add("--json", type=Path, help="write the result to this file too")
     options = parser.parse_args(words)
-    options.rows = options.rows or {"meta": 32, "conflict": 64, "gpu": None}.get(options.mode, 16)
+    options.rows = options.rows or {"meta": 32, "conflict": 64, "loader": 512, "gpu": None}.get(options.mode, 16)
+    options.length = options.length or {"loader": 256}.get(options.mode, 128)
     options.vocabulary = options.vocabulary or (2000 if options.mode == "languages" else 32_000)
     return options
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from tools.bench.engines import CODES, build, meta_step, plain_step, shapes, start
-from tools.bench.timing import Work, interleaved, ratio
+from tools.bench.timing import Work, busy_shares, interleaved, ratio
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
@@ -23,9 +23,11 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         if count != options.languages[0]:
             work.pop("double_backward")  # its time does not depend on the number of languages
         seconds = interleaved(work, options.rounds)
-        result[f"{count} languages"] = {
-            f"{name} in plain steps": ratio(seconds[name], seconds["plain"]) for name in work if name != "plain"
-        } | {"plain seconds": statistics.median(seconds["plain"])}
+        result[f"{count} languages"] = (
+            {f"{name} in plain steps": ratio(seconds[name], seconds["plain"]) for name in work if name != "plain"}
+            | {"plain seconds": statistics.median(seconds["plain"])}
+            | busy_shares(work, seconds)
+        )
     peaks = {name: peak_memory(options, name) for name in ("plain", "central")}
     return result | {"peak memory GiB": peaks, "memory in plain training's": peaks["central"] / peaks["plain"]}
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from tools.bench.engines import build, plain_step, shapes
-from tools.bench.timing import interleaved, ratio
+from tools.bench.timing import busy_shares, interleaved, ratio
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
@@ -32,7 +32,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "tokens_per_second": {name: tokens / statistics.median(times) for name, times in seconds.items()},
         "times_transformers": ratio(seconds["transformers"], seconds["ours"]),
         "times_products": ratio(seconds["ours"], seconds["products"]),
-    }
+    } | busy_shares(work, seconds)
 
 
 def transformers_step(options: argparse.Namespace, engine: Any, batch: Any) -> Callable[[], None]:
