@@ -1,12 +1,16 @@
 """What only a GPU can show: the same checks in fp16 on CUDA, through NCCL. Skips elsewhere."""
 
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 
+from mlinterf_ds.data.stream import TrainStream
+from mlinterf_ds.sections import RowFormat
 from tests.parity import bodies, meta_bodies
 from tests.ranks import pool
+from tools.plan import calibrate, pace
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -24,3 +28,22 @@ def test_the_mixed_product_on_the_device(precision: str, warm: int) -> None:
     settings = ["variant=meta_adpt", f"train.precision={precision}", "train.lr=0.003"]
     (facts,) = pool(1).run(meta_bodies.mixed_products, settings, warm, "sgd", "central")
     assert facts["cosine"] > 0.99, facts
+
+
+def test_pinned_batches_are_copied_whole() -> None:
+    batch = TrainStream(
+        bodies.Made(), ["te"], rows=4, row_format=RowFormat(16, 0.15, "sentence", "boundary"), seed=0
+    ).batch(0)
+    pinned = batch.pinned()
+    assert pinned.tokens.is_pinned() and pinned.position_ids.is_pinned() and not pinned.languages.is_pinned()
+    assert torch.equal(pinned.to("cuda").tokens.cpu(), batch.tokens)
+
+
+def test_calibration_explains_its_own_steps() -> None:
+    (rates,) = pool(1).run(calibrated)
+    assert 1e13 < rates.products < 3e15 and rates.elementwise > 1e11 and 1e-7 < rates.launch < 1e-3, rates
+
+
+def calibrated() -> pace.Rates:
+    with mock.patch("tools.bench.engines.start"):  # a rank of the pool has joined its group
+        return calibrate.measure("bf16", few=4, many=64)

@@ -2,6 +2,7 @@
 
 import pytest
 
+from mlinterf_ds.engine import throughput
 from mlinterf_ds.pretrain.config import load_run
 from tests.parity import bodies, plan_bodies
 from tests.ranks import pool
@@ -120,9 +121,10 @@ def test_flops_of_a_step(extra: list[str]) -> None:
 
 def test_passes_of_a_meta_step() -> None:
     def passes(*settings: str) -> dict[str, float]:
-        return arithmetic.passes(load_run([], ["variant=meta_adpt", *settings]))
+        config = load_run([], ["variant=meta_adpt", *settings])
+        return throughput.passes(config.variant, config.meta)
 
-    assert passes() == {"forward": 5, "shared": 3, "own": 3, "write": 6}
-    assert passes("meta.terms=direct") == {"forward": 3, "shared": 3, "own": 1, "write": 2}
+    assert passes() == {"forward": 5, "shared": 3, "own": 3, "write": 6, "validation": 1}
+    assert passes("meta.terms=direct") == {"forward": 3, "shared": 3, "own": 1, "write": 2, "validation": 1}
     assert passes("meta.every=2")["forward"] == 3 and passes("meta.every=2", "meta.between=plain")["own"] == 2
     assert arithmetic.ring("all_reduce", 80.0, 4) == 120 and arithmetic.ring("all_gather", 80.0, 4) == 60

@@ -46,7 +46,7 @@ def test_tables_figures_and_numbers_agree(tmp_path: Path, capsys) -> None:
 @pytest.mark.parametrize(
     "words, message",
     [
-        (["--mfu", "40"], "--mfu 40.0: expected a share"),
+        (["--calibrate"], "--calibrate measures a GPU, and there is none here"),
         (["--nodes", "0"], "--nodes 0"),
         (["--recipe", "base", "--nodes", "3"], "train.batch=2048 cannot be divided over 24 GPUs"),
         (["--set", "train.micro_batch=5"], "in micro-batches of train.micro_batch=5"),

@@ -11,9 +11,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from mlinterf_ds.engine.throughput import flops_per_row
+from mlinterf_ds.engine.throughput import flops_per_row, passes, rows_passed
 from mlinterf_ds.pretrain.config import RunConfig
-from mlinterf_ds.sections import has_adapters, is_meta
+from mlinterf_ds.sections import MetaConfig, has_adapters, is_meta
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 STATE = 12  # bytes of an fp32 master weight and its two moments
@@ -110,19 +110,34 @@ def memory(
     if layout.stage == 3:
         size["gathered"] = b * min(LIVE, count.shared - count.small) if layout.data > 1 else 0.0
     if is_meta(config.variant):
-        # The validation pass still holds the descent direction; the last displaced pass holds v and two gradients of phi.
-        descent = (1 + (config.meta.lookahead == "adam")) * vector
-        displaced = 2 * vector + 3 * own - size["gradients"] if config.meta.terms == "both" else 0.0
-        size["meta step"] = STATE * count.own / d + max(descent, displaced)  # phi and its moments have a copy
+        size["meta step"] = STATE * count.own / d + _meta_vectors(config.meta, vector, own, size["gradients"])
     rows = micro_rows(config, layout.data)
     size["activations"] = activations(config, rows, vocabulary, layout, on_gpu)
     if config.variant == "meta_ffn" and not config.model.recompute and layout.stage < 3:
         # No pass asks for the gradients of more than one language, so the layers of the others do not keep their inputs.
         # (Under ZeRO 3 they do: DeepSpeed replaces the linear layer by one that always keeps its input.)
         others = 1 - 1 / (config.meta.languages_per_step or count.languages)
-        inputs = b * rows * config.data.sequence_length * (config.model.width + config.model.ffn / layout.tensor)
-        size["activations"] -= others * config.model.layers * inputs
+        tokens = rows * ((config.model.layers - 1) * config.data.sequence_length + config.data.row_format.masked)
+        size["activations"] -= others * b * tokens * (config.model.width + config.model.ffn / layout.tensor)
     return size
+
+
+def _meta_vectors(meta: MetaConfig, vector: float, own: float, gradients: float) -> float:
+    """Bytes of vectors that a meta step holds beside its gradients, at its fullest moment; `vector` is one of theta, `own` of phi.
+
+    The validation pass still holds the descent direction, and in a run's first step, which tries radii, the vectors of the
+    try before; the last displaced pass holds v and two gradients of phi.
+    """
+    descent = (1 + (meta.lookahead == "adam")) * vector
+    if meta.radius == "auto" and meta.terms == "both":
+        descent += (2 + (meta.order == "simultaneous")) * vector + 3 * own
+    displaced = 2 * vector + 3 * own - gradients if meta.terms == "both" else 0.0
+    if (
+        meta.order == "simultaneous"
+    ):  # the descent's gradients are kept for the update, and those of the validation rows
+        descent += own
+        displaced += vector + own + (vector if meta.reuse and meta.lookahead == "adam" else 0.0)
+    return max(descent, displaced)
 
 
 def _gradients(count: ParameterCount, layout: PlannedLayout, vector: float) -> float:
@@ -143,61 +158,56 @@ def _gradients(count: ParameterCount, layout: PlannedLayout, vector: float) -> f
 
 
 def micro_rows(config: RunConfig, data: int) -> int:
-    """Rows of a micro-batch: `train.micro_batch`, or all rows of a rank where the configuration leaves it open."""
-    return config.train.micro_batch or max(1, config.train.batch // data)
+    """Rows of a micro-batch: `train.micro_batch`, or all rows of a rank where the configuration leaves it open or to the device."""
+    return config.train.fixed_micro_batch or max(1, config.train.batch // data)
 
 
 def activations(config: RunConfig, rows: int, vocabulary: int, layout: PlannedLayout, on_gpu: bool) -> float:
     """Bytes that a forward pass of `rows` rows saves for its backward pass; flash attention saves no score matrix."""
-    model, tensor = config.model, layout.tensor
-    b, w, f = BYTES[layout.precision], model.width, model.ffn / tensor
-    inner, heads = model.heads * model.kv_channels / tensor, model.heads / tensor
-    n = rows * config.data.sequence_length
-    adapted = has_adapters(config.variant)
-    layer = (
-        b * n * (4 * w + 4 * inner + 2 * f)
-    )  # inputs and outputs of both norms and of the GELU; q, k, v and their mix
-    layer += 4 * n * (4 + heads)  # statistics of the norms and of the softmax
-    if adapted:
-        layer += (
-            2 * b * n * (w + 2 * model.adapter_width / tensor)
-        )  # the down projection's input; the activation's input and output
-    dropped = (1 if on_gpu else b) * n * w if model.dropout else 0.0
-    layer += 2 * dropped
-    layers = model.layers * b * n * w + layer if model.recompute else model.layers * layer
-    m = rows * config.data.row_format.masked
+    model, b, w, tensor = config.model, BYTES[layout.precision], config.model.width, layout.tensor
+    n, m = rows * config.data.sequence_length, rows * config.data.row_format.masked
+    inner = model.heads * model.kv_channels / tensor
+    layer, last = _saved_by_layer(config, layout, n, n, on_gpu), _saved_by_layer(config, layout, n, m, on_gpu)
+    last += b * m * w  # of the last layer's first norm, the outputs that are read are copied
+    if tensor > 1:
+        last += b * n * inner  # all queries are computed, and those that are read copied
+    layers = model.layers * b * n * w + layer if model.recompute else (model.layers - 1) * layer + last
+    dropped = (1 if on_gpu else b) * n * w if model.dropout else 0.0  # of the embeddings
     v = -(-vocabulary // 64) * 64 / tensor
-    head = b * m * 4 * w + 8 * m + 4 * m * v  # inputs of dense layer, GELU, norm and decoder; the fp32 softmax
-    return layers + dropped + 2 * b * n * w + 8 * n + head  # dropout of the embeddings; the final norm
+    head = (
+        b * m * 5 * w + 8 * m + 4 * m * v
+    )  # inputs of final norm, dense layer, GELU, norm and decoder; the fp32 softmax
+    mask = 0.0
+    if config.data.boundaries != "none" and on_gpu:  # a boolean per pair of tokens, and each layer's copy in numbers
+        mask = rows * config.data.sequence_length**2 * (1 + b * (1 if model.recompute else model.layers))
+    return layers + dropped + 8 * n + head + mask
+
+
+def _saved_by_layer(config: RunConfig, layout: PlannedLayout, n: int, m: int, on_gpu: bool) -> float:
+    """Bytes that a layer saves which reads `n` tokens and computes `m` of them.
+
+    Those are inputs and outputs of both norms and of the GELU; queries, keys, values and what attention makes of them; the
+    statistics of norms and softmax; the masks of dropout; an adapter's input, and the input and output of its activation.
+    """
+    model, tensor, b = config.model, layout.tensor, BYTES[layout.precision]
+    w, f = model.width, model.ffn / tensor
+    inner, heads = model.heads * model.kv_channels / tensor, model.heads / tensor
+    saved = b * (n * (2 * w + 2 * inner) + m * (2 * w + 2 * inner + 2 * f)) + 4 * (2 * n + m * (2 + heads))
+    if not on_gpu and layout.precision != "fp32":  # a CPU writes attention out: scaled queries and the scores' softmax
+        saved += b * m * (inner + heads * config.data.sequence_length)
+    if has_adapters(config.variant):
+        saved += 2 * b * m * (w + 2 * model.adapter_width / tensor)
+    return saved + (2 * (1 if on_gpu else b) * m * w if model.dropout else 0.0)
 
 
 Volume = dict[str, float]  # collective -> bytes
-
-
-def passes(config: RunConfig) -> dict[str, float]:
-    """The passes of an average step by kind: "forward" passes, backward passes to "shared" and to "own" gradients, and
-    "write"s of displaced weights.
-
-    A plain step has one pass of each kind and displaces nothing. A meta step adds up its descent, its validation pass, the
-    passes of the finite difference, and phase 2 (none of its own where both updates start from one point).
-    """
-    plain = {"forward": 1.0, "shared": 1.0, "own": 1.0, "write": 0.0}
-    if not is_meta(config.variant):
-        return plain
-    meta = config.meta
-    sided = 0 if meta.terms == "direct" else 1 if meta.difference == "one_sided" else 2
-    whole = {"forward": 3.0 + sided, "shared": 3.0, "own": 1.0 + sided + (sided == 1), "write": 2.0 + 2 * sided}
-    if meta.order == "simultaneous":  # phase 2 uses the descent's pass, which computes the module's gradient too
-        whole |= {"forward": 2.0 + sided, "shared": 2.0, "own": 2.0 + sided}
-    between = plain | {"own": 0.0} if meta.between == "freeze" else plain
-    return {key: (whole[key] + (meta.every - 1) * between[key]) / meta.every for key in whole}
 
 
 def data_parallel_volume(config: RunConfig, count: ParameterCount, layout: PlannedLayout) -> Volume:
     """Bytes of the whole tensors that one rank enters into the data-parallel collectives of a step, by collective."""
     if layout.data == 1:
         return {}
-    b, times, stage = BYTES[layout.precision], passes(config), layout.stage
+    b, times, stage = BYTES[layout.precision], passes(config.variant, config.meta), layout.stage
     shared, own = b * count.shared, b * count.own
     micro = max(1, config.train.batch // layout.data // micro_rows(config, layout.data))
     if stage == 0:
@@ -218,25 +228,29 @@ def tensor_parallel_volume(config: RunConfig, layout: PlannedLayout) -> float:
     """Bytes of the tensors that one rank enters into the tensor-parallel all-reduces of a step."""
     if layout.tensor == 1:
         return 0.0
-    model, b, times = config.model, BYTES[layout.precision], passes(config)
+    model, b, times = config.model, BYTES[layout.precision], passes(config.variant, config.meta)
     rows = config.train.batch / layout.data
     n, m = rows * config.data.sequence_length, rows * config.data.row_format.masked
     sums = 4 if has_adapters(config.variant) else 2  # row-parallel linear layers of a transformer layer
-    forward = n * model.width * b * (model.layers * sums * (2 if model.recompute else 1) + 1)
-    backward = n * model.width * b * model.layers * sums + m * model.width * b
+    outputs = sums * ((model.layers - 1) * n + m)  # the last layer computes what is read, but queries of all tokens
+    forward = model.width * b * (outputs * (2 if model.recompute else 1) + n)
+    backward = model.width * b * (outputs + n)
     return times["forward"] * (forward + backward + 3 * 4 * m)
 
 
 def step_flops(config: RunConfig, vocabulary: int) -> float:
-    """FLOPs of an average step over all ranks.
+    """FLOPs of the products that an average step computes over all ranks, those computed again included."""
+    masked, length = config.data.row_format.masked, config.data.sequence_length
+    row = flops_per_row(config.model, length, vocabulary, masked, config.variant, as_computed=True)
+    return rows_passed(config.variant, config.meta, config.train.batch) * row * (4 / 3 if config.model.recompute else 1)
 
-    A pass to the gradients of one language alone skips the products of the shared weights' gradients, a third of a whole pass.
-    """
-    masked = config.data.row_format.masked
-    times = passes(config)
-    only_own = times["forward"] - times["shared"]
-    row = flops_per_row(config.model, config.data.sequence_length, vocabulary, masked, config.variant)
-    return config.train.batch * row * (times["shared"] + only_own * 2 / 3) * (4 / 3 if config.model.recompute else 1)
+
+def model_flops(config: RunConfig, vocabulary: int) -> float:
+    """FLOPs of an average step's passes as MFU counts them: every layer at every position, nothing twice."""
+    row = flops_per_row(
+        config.model, config.data.sequence_length, vocabulary, config.data.row_format.masked, config.variant
+    )
+    return row * rows_passed(config.variant, config.meta, config.train.batch)
 
 
 def ring(collective: str, size: float, ranks: int) -> float:
@@ -252,45 +266,35 @@ class Device:
     peak: float  # dense 16-bit FLOP/s
     near: float  # bytes/s each way to the other accelerators of its host
     far: float  # bytes/s each way to other hosts: its share of the host's network
+    bandwidth: float  # bytes/s between the device and its memory
 
 
 DEVICES = {
-    "h200": Device(141e9, 989e12, 450e9, 50e9),
-    "h100": Device(80e9, 989e12, 450e9, 50e9),
-    "a100": Device(80e9, 312e12, 300e9, 25e9),
-    "a100-40": Device(40e9, 312e12, 300e9, 25e9),
-    "v100": Device(32e9, 125e12, 150e9, 12.5e9),
-    "l40": Device(48e9, 181e12, 32e9, 12.5e9),
-    "a10": Device(24e9, 125e12, 32e9, 6e9),
-    "rtx6000-ada": Device(48e9, 364e12, 32e9, 3e9),
-    "a6000": Device(48e9, 155e12, 56e9, 3e9),
-    "rtx5090": Device(32e9, 209e12, 64e9, 1.2e9),  # workstations: ten gigabits a second from a host
-    "rtx4090": Device(24e9, 165e12, 32e9, 1.2e9),
-    "rtx3090": Device(24e9, 71e12, 32e9, 1.2e9),
+    "h200": Device(141e9, 989e12, 450e9, 50e9, 4.8e12),
+    "h100": Device(80e9, 989e12, 450e9, 50e9, 3.35e12),
+    "a100": Device(80e9, 312e12, 300e9, 25e9, 2e12),
+    "a100-40": Device(40e9, 312e12, 300e9, 25e9, 1.56e12),
+    "v100": Device(32e9, 125e12, 150e9, 12.5e9, 9e11),
+    "l40": Device(48e9, 181e12, 32e9, 12.5e9, 8.64e11),
+    "a10": Device(24e9, 125e12, 32e9, 6e9, 6e11),
+    "rtx6000-ada": Device(48e9, 364e12, 32e9, 3e9, 9.6e11),
+    "a6000": Device(48e9, 155e12, 56e9, 3e9, 7.68e11),
+    "rtx5090": Device(32e9, 209e12, 64e9, 1.2e9, 1.79e12),  # workstations: ten gigabits a second from a host
+    "rtx4090": Device(24e9, 165e12, 32e9, 1.2e9, 1.01e12),
+    "rtx3090": Device(24e9, 71e12, 32e9, 1.2e9, 9.36e11),
 }
 USABLE = 0.9  # share of the memory; the rest goes to the driver, the libraries and fragmentation
 
 
-def step_seconds(
-    config: RunConfig,
-    count: ParameterCount,
-    layout: PlannedLayout,
-    device: Device,
-    vocabulary: int,
-    per_host: int,
-    mfu: float,
+def communication_seconds(
+    config: RunConfig, count: ParameterCount, layout: PlannedLayout, device: Device, per_host: int
 ) -> dict[str, float]:
-    """Seconds of a step by cause. Communication is counted in full, as if none of it overlapped with arithmetic."""
-    peak = device.peak if layout.precision != "fp32" else device.peak / 16
+    """Seconds of a step's collectives, counted in full, as if none of them overlapped with arithmetic."""
     link = device.far if layout.ranks > per_host else device.near
     volume = data_parallel_volume(config, count, layout)
     sent = {name: ring(name, size, layout.data) / link for name, size in volume.items()}
     inside = ring("all_reduce", tensor_parallel_volume(config, layout), layout.tensor)
-    return {
-        "compute": step_flops(config, vocabulary) / (layout.ranks * peak * mfu),
-        **sent,
-        "tensor parallel": inside / (device.near if layout.tensor <= per_host else device.far),
-    }
+    return sent | {"tensor parallel": inside / (device.near if layout.tensor <= per_host else device.far)}
 
 
 def divides(config: RunConfig, layout: PlannedLayout, per_host: int) -> bool:
@@ -300,7 +304,7 @@ def divides(config: RunConfig, layout: PlannedLayout, per_host: int) -> bool:
         return False
     cut = [model.heads, model.ffn, *([model.adapter_width] if has_adapters(config.variant) else [])]
     rows = config.train.batch // layout.data
-    micro = config.train.micro_batch
+    micro = config.train.fixed_micro_batch
     return (
         all(size % layout.tensor == 0 for size in cut)
         and math.gcd(64, layout.tensor) == layout.tensor

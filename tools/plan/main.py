@@ -3,8 +3,9 @@
     python tools/plan.py --recipe base --nodes 16 --gpus 8 --gpu h100 --languages 100 --vocabulary 250000
     python tools/plan.py --recipe base --nodes 16 --languages 100 --figures plan/base
 
-The plan assumes that matrix products reach --mfu of the data sheet's peak, that collectives are rings at the full speed of
-the links and none of them overlaps with arithmetic, that attention is flash attention, and that a tenth of the memory goes to
+The plan assumes that a device reaches the shares of its data sheet that an H100 was measured to reach (`tools/plan/pace.py`), or
+what `--calibrate` measured on one of its kind; that collectives are rings at the full speed of the links and none of them
+overlaps with arithmetic, that attention is flash attention, and that a tenth of the memory goes to
 the driver and to fragmentation. Real runs hold within 10% of the planned memory, send the planned bytes, and compute within
 10% of the planned FLOPs (tests/parity/test_plan.py). `tools/bench.py plan` shows planned and measured steps side by side.
 """
@@ -21,7 +22,8 @@ from pathlib import Path
 from mlinterf_ds.data.corpus import Corpus
 from mlinterf_ds.errors import UserError
 from mlinterf_ds.pretrain.config import RunConfig, load_run
-from tools.plan import arithmetic
+from tools.plan import arithmetic, pace
+from tools.plan.calibrate import calibrate, kept_rates, rates_file
 
 GIB = 2**30
 GPUS = (8, 16, 32, 64, 128, 256, 512)
@@ -52,14 +54,17 @@ def make(options: argparse.Namespace, config: RunConfig, ranks: int, tensor: int
     count = arithmetic.parameters(config, languages, options.vocabulary, tensor)
     rows = max(1, config.train.batch // layout.data)
     sizes = [size for size in range(rows, 0, -1) if rows % size == 0]
-    for size in [config.train.micro_batch] if config.train.micro_batch else sizes:
+    for size in [fixed] if (fixed := config.train.fixed_micro_batch) else sizes:
         train = config.train.model_copy(update={"micro_batch": size})
         tried = config.model_copy(update={"train": train})
         memory = arithmetic.memory(tried, count, layout, options.vocabulary)
+        memory["activations"] *= options.rates.held
         fits = sum(memory.values()) <= arithmetic.USABLE * device.memory
         if fits:
             break
-    seconds = arithmetic.step_seconds(tried, count, layout, device, options.vocabulary, options.gpus, options.mfu)
+    rates = options.rates
+    seconds = pace.compute_seconds(tried, count, layout, rates, options.vocabulary)
+    seconds |= arithmetic.communication_seconds(tried, count, layout, device, options.gpus)
     sent = {
         f"{name}, data parallel": arithmetic.ring(name, volume, layout.data)
         for name, volume in arithmetic.data_parallel_volume(tried, count, layout).items()
@@ -112,7 +117,7 @@ def show(options: argparse.Namespace, config: RunConfig, plans: list[Plan]) -> N
         f"{config.name}, {config.variant}, {options.languages} languages: {count.total / 1e6:,.0f}M parameters "
         f"({count.shared / 1e6:,.0f}M shared, {own}), {options.vocabulary:,} pieces\n"
         f"{ranks} x {options.gpu}, {options.precision}, {config.train.batch} rows of {config.data.sequence_length} tokens, "
-        f"{config.train.steps:,} steps; MFU {options.mfu:.0%} assumed\n"
+        f"{config.train.steps:,} steps; rates of {options.gpu}: {options.rates_from}\n"
     )
     head = ("tensor", "ZeRO", "micro-batch", "GiB", "fits", "s/step", "days")
     rows = [
@@ -125,8 +130,10 @@ def show(options: argparse.Namespace, config: RunConfig, plans: list[Plan]) -> N
     if chosen is None:
         print(f"\nnothing fits {options.gpu}: try more nodes, model.recompute=true or a smaller train.micro_batch")
         return
+    step = sum(chosen.seconds.values())
     setting = f"parallel.tensor={chosen.layout.tensor}, ZeRO {chosen.layout.stage}, train.micro_batch={chosen.micro}"
-    print(f"\nfastest that fits: {setting}\n")
+    mfu = arithmetic.model_flops(config, options.vocabulary) / (step * ranks * arithmetic.DEVICES[options.gpu].peak)
+    print(f"\nfastest that fits: {setting}, MFU {mfu:.0%}\n")
     print(table([("memory of a rank", "GiB"), *((k, f"{v / GIB:,.3f}") for k, v in chosen.memory.items())]))
     print()
     print(table([("sent by a rank in a step", "MB"), *((k, f"{v / 1e6:,.1f}") for k, v in chosen.sent.items())]))
@@ -170,7 +177,11 @@ def arguments(words: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--network", type=float, metavar="GBIT/S", help="speed of a host's network (default: usual for the GPU)"
     )
-    parser.add_argument("--mfu", type=float, default=0.4, help="share of the peak that products reach (default 0.4)")
+    parser.add_argument(
+        "--calibrate",
+        action="store_true",
+        help="measure the GPU at hand for a minute; later plans for its kind use the rates",
+    )
     parser.add_argument(
         "--figures", type=Path, metavar="STEM", help="draw STEM-gpus and STEM-languages (png, svg, csv)"
     )
@@ -181,8 +192,6 @@ def arguments(words: Sequence[str]) -> argparse.Namespace:
             raise UserError(f"--{name} {given}: expected 1 or more")
     if options.network is not None and not options.network > 0:
         raise UserError(f"--network {options.network}: expected gigabits a second, e.g. 10")
-    if not 0 < options.mfu <= 1:
-        raise UserError(f"--mfu {options.mfu}: expected a share between 0 and 1, e.g. 0.4")
     return options
 
 
@@ -211,11 +220,20 @@ def main(words: Sequence[str]) -> int:
     config = load_run(options.recipe or ["tiny"], options.set)
     count_corpus(options, config)
     options.precision = {"auto": "fp16"}.get(config.train.precision, config.train.precision)  # auto on GPUs
+    if options.calibrate:
+        gpu, rates = calibrate(options.precision)
+        print(f"{gpu}, {options.precision}: {rates}; kept in {rates_file(gpu)}")
+        return 0
+    measured = kept_rates(options.gpu, options.precision)
+    options.rates = measured or pace.Rates.expected(arithmetic.DEVICES[options.gpu], options.precision)
+    options.rates_from = f"measured, {rates_file(options.gpu)}" if measured else "shares of its data sheet"
     ranks = options.nodes * options.gpus
     plans = layouts(options, config, ranks, options.languages)
     if not plans:
         micro = (
-            f", in micro-batches of train.micro_batch={config.train.micro_batch}" if config.train.micro_batch else ""
+            f", in micro-batches of train.micro_batch={config.train.micro_batch}"
+            if config.train.fixed_micro_batch
+            else ""
         )
         raise UserError(
             f"train.batch={config.train.batch} cannot be divided over {ranks} GPUs{micro}: change one of them"
