@@ -58,7 +58,6 @@ class PretrainingRun:
         copies = [self.layout.tensor if partition_dim(p) is not None else 1 for p in model.parameters()]
         self.parameters = sum(n * p.numel() for n, p in zip(copies, model.parameters(), strict=True))
         self.engine = Engine(model, config.train, deepspeed_json, precision, self.layout)
-        self._make_fast(model)
         self.meta = MetaStep(self.engine, config.meta) if self.validation else None
         # (step, validation perplexity) of each language
         self.history: dict[str, list[tuple[int, float]]] = {language: [] for language in self.languages}
@@ -78,6 +77,7 @@ class PretrainingRun:
         self.conflict = self._monitor() if config.conflict.every else None
         self._measure_speed()
         self._fit_micro_batch()
+        self._make_fast(model)  # after it: each size that is tried would be compiled
 
     # -- parts -------------------------------------------------------------------------------------------------------
 
