@@ -85,12 +85,7 @@ def load_config(kind: type[Kind], recipes: Sequence[str | Path] = (), overrides:
 
     A recipe is a TOML file or the name of one in launch/recipes.
     """
-    merged: dict[str, Any] = {}
-    origin: dict[str, str] = {}  # dotted key -> the recipe or --set that gave it
-    for recipe in recipes:
-        _merge(merged, _read_recipe(Path(recipe)), origin, str(recipe))
-    for override in overrides:
-        _merge(merged, _read_override(override, kind), origin, f"--set {override}")
+    merged, origin = given_keys(kind, recipes, overrides)
     for key, reason in REMOVED.items():
         if key in origin:
             raise UserError(f"{key} ({origin[key]}) is no longer a key: {reason}")
@@ -98,6 +93,19 @@ def load_config(kind: type[Kind], recipes: Sequence[str | Path] = (), overrides:
         return kind.model_validate(merged)
     except ValidationError as error:
         raise UserError(_explain(error, kind, origin)) from None
+
+
+def given_keys(
+    kind: type[Section], recipes: Sequence[str | Path] = (), overrides: Sequence[str] = ()
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """The tree of the keys that recipes and overrides give, not yet checked, and by dotted key which of them gave it."""
+    merged: dict[str, Any] = {}
+    origin: dict[str, str] = {}
+    for recipe in recipes:
+        _merge(merged, _read_recipe(Path(recipe)), origin, str(recipe))
+    for override in overrides:
+        _merge(merged, _read_override(override, kind), origin, f"--set {override}")
+    return merged, origin
 
 
 def _read_recipe(path: Path) -> dict[str, Any]:

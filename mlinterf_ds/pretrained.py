@@ -12,7 +12,7 @@ from mlinterf_ds.config import with_present_keys
 from mlinterf_ds.data.tokenizer import Tokenizer
 from mlinterf_ds.engine import checkpoint
 from mlinterf_ds.engine.space import Segment
-from mlinterf_ds.engine.weights import CheckpointReader
+from mlinterf_ds.engine.weights import CheckpointReader, Weights
 from mlinterf_ds.errors import UserError, refusing
 from mlinterf_ds.files import read_json
 from mlinterf_ds.ranks import agreed
@@ -62,14 +62,19 @@ class Pretrained:
 
     @property
     def positions(self) -> int:
-        """The longest row, in pieces."""
-        return int(self.saved["config"]["data"]["sequence_length"])
+        """The longest row, in pieces: of its pretraining, or of the model that it started from."""
+        return self.shape().longest_row or int(self.saved["config"]["data"]["sequence_length"])
+
+    @property
+    def origin(self) -> dict[str, Any]:
+        """What a model that came from a `transformers` folder keeps of that folder's config.json; empty for others."""
+        return dict(self.saved.get("origin", {}))
 
     @property
     def row_format(self) -> RowFormat:
         """How text became rows in its pretraining."""
         data = self.saved["config"]["data"]
-        return RowFormat(self.positions, float(data["mask"]), data["boundaries"], data["positions"])
+        return RowFormat(int(data["sequence_length"]), float(data["mask"]), data["boundaries"], data["positions"])
 
     def shape(self, dropout: float | None = None) -> ModelConfig:
         """The shape of the encoder, with the given dropouts in place of the checkpoint's."""
@@ -106,15 +111,19 @@ class Pretrained:
 
     def filled(self, model: AnyEncoder, layout: Layout) -> AnyEncoder:
         """The model, built of `architecture`, with the checkpoint's weights."""
-        from mlinterf_ds.model.encoder import partition_dim
+        return filled(model, CheckpointReader(self.path), layout)
 
-        reader = CheckpointReader(self.path)
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                size = tuple(parameter.shape)
-                whole = Segment(name, size, 0, parameter.numel(), 0, 0, partition_dim(parameter))
-                parameter.copy_(reader.read(whole, "master", layout.tensor, layout.tensor_rank).view(size))
-        return model
+
+def filled(model: AnyEncoder, weights: Weights, layout: Layout) -> AnyEncoder:
+    """The model with these weights, at this layout."""
+    from mlinterf_ds.model.encoder import partition_dim
+
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            size = tuple(parameter.shape)
+            whole = Segment(name, size, 0, parameter.numel(), 0, 0, partition_dim(parameter))
+            parameter.copy_(weights.read(whole, "master", layout.tensor, layout.tensor_rank).view(size))
+    return model
 
 
 @dataclass(frozen=True)

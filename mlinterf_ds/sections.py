@@ -109,12 +109,29 @@ class ModelConfig(Section):
     adapter_activation: Literal["gelu", "relu", "tanh", "silu"] = key(
         "gelu", "adapter non-linearity; relu (the paper's example) makes finite differences unreliable"
     )
+    adapter_after: Literal["both", "ffn"] = key(
+        "both", "adapters after attention and feed-forward, or after the latter"
+    )
+    adapter_on: Literal["output", "sum"] = key(
+        "output", "an adapter reads the sublayer's output (Houlsby et al.), or its sum with the residual (X-MOD, MAD-X)"
+    )
+    adapter_norm: Literal["none", "own", "layer"] = key(
+        "none",
+        "LayerNorm of an adapter's input: one of its own, which languages share, or the sublayer's once more",
+    )
+    adapter_skip: Literal["sum", "normed"] = key(
+        "sum", "what an adapter's result is added to: the sum (MAD-X), or its normed form that the adapter read (X-MOD)"
+    )
     dropout: float = key(0.1, "dropout on embeddings and residual branches", ge=0, lt=1)
     attention_dropout: float = key(0.1, "dropout on attention probabilities", ge=0, lt=1)
     norm: Literal["pre", "post"] = key(
         "pre", "LayerNorm before each sublayer, or after each residual sum (XLM, BERT, RoBERTa)"
     )
     embedding_norm: bool = key(False, "LayerNorm on the embeddings (XLM, BERT, RoBERTa)")
+    epsilon: float = key(1e-5, "added to a LayerNorm's variance", gt=0)
+    positions: int | None = key(None, "rows of the position table; default: data.sequence_length", ge=1)
+    position_offset: int = key(0, "row of a text's first position (fairseq's models: 2, after the padding's)", ge=0)
+    token_types: int = key(0, "rows of a token-type table, whose first is added to every token (BERT: 2)", ge=0)
     language_embeddings: bool = key(False, "add a learned embedding of the row's language")
     output_bias: Literal["frequency", "zero"] = key(
         "frequency", "bias of the output layer at the start: the corpus's log frequencies, or 0 as in XLM"
@@ -132,6 +149,26 @@ class ModelConfig(Section):
                 "change one of them or set model.head_width (the paper's 12 x 64 over 512)"
             )
         return self
+
+    @model_validator(mode="after")
+    def _adapters_stand_somewhere(self) -> ModelConfig:
+        normed = self.adapter_norm != "none"
+        if (normed and self.adapter_on != "sum") or (self.adapter_skip == "normed" and not normed):
+            raise ValueError(
+                f"model.adapter_on={self.adapter_on}, model.adapter_norm={self.adapter_norm}, model.adapter_skip="
+                f"{self.adapter_skip}: a norm needs adapter_on=sum, and adapter_skip=normed needs a norm: change one"
+            )
+        return self
+
+    @property
+    def longest_row(self) -> int | None:
+        """The longest row that the position table has room for, in tokens; None: data.sequence_length."""
+        return None if self.positions is None else self.positions - self.position_offset
+
+    @property
+    def adapters(self) -> int:
+        """Adapters of a layer."""
+        return 1 if self.adapter_after == "ffn" else 2
 
     @property
     def kv_channels(self) -> int:

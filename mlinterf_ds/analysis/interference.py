@@ -141,5 +141,5 @@ def description(runs: Sequence[PretrainedRun], corpus: Corpus, languages: Sequen
     steps, batch, seeds = ("/".join(map(str, sorted(set(values)))) for values in zip(*facts, strict=True))
     return (
         f"{corpus.folder.name} (training sentences: {sizes}); best checkpoints at step {steps}, {batch} rows of "
-        f"{runs[0].pretrained.positions} tokens a step, pretraining seeds {seeds}"
+        f"{runs[0].pretrained.row_format.length} tokens a step, pretraining seeds {seeds}"
     )

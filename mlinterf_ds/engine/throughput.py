@@ -21,7 +21,7 @@ def flops_per_row(
     """FLOPs of one training row, forward and backward (three times forward); matrix products only.
 
     Per token and layer: 4 projections of width x inner, 2 of width x ffn, 2 score products of length x inner; per
-    masked position the head's dense layer and the decoder; two adapters a layer where the model has them. MFU is usually told
+    masked position the head's dense layer and the decoder; a layer's adapters where the model has them. MFU is usually told
     by these. as_computed=True leaves out what our last layer leaves out: all but the keys and values of the positions that
     no prediction reads.
     """
@@ -29,7 +29,7 @@ def flops_per_row(
     keys_and_values = 2 * 2 * model.width * inner
     per_token = keys_and_values + 2 * (2 * model.width * inner + 2 * model.width * model.ffn + 2 * length * inner)
     if has_adapters(variant):
-        per_token += 2 * 2 * 2 * model.width * model.adapter_width
+        per_token += model.adapters * 2 * 2 * model.width * model.adapter_width
     head = 2 * masked * model.width * (model.width + vocabulary)
     unread = (length - masked) * (per_token - keys_and_values) if as_computed else 0
     return 3.0 * (length * model.layers * per_token - unread + head)

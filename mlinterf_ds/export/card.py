@@ -22,8 +22,8 @@ ROUTED = {
     "joint": "all languages share all parameters",
 }
 DEPARTURES = """\
-The model departs from the paper in these ways: it is pre-norm (XLM is post-norm); adapters use GELU unless stated otherwise
-and stand before the residual sum, after the sublayer's dropout; the variants `ffn` and `attn` share the norms; a token
+The model departs from the paper in these ways: {norm}adapters use GELU unless stated otherwise
+and {place}; the variants `ffn` and `attn` share the norms; a token
 of a packed row sees its own sentence or document alone, unless `data.boundaries` is `none`; all models of a study share one
 vocabulary. Perplexities of models with different vocabularies cannot be compared."""
 
@@ -75,6 +75,9 @@ def card(model: Pretrained | Finetuned, config: dict[str, Any]) -> str:
     adapters = (
         f", adapters of width {shape.adapter_width} ({shape.adapter_activation})" if has_adapters(variant) else ""
     )
+    norm = "it is pre-norm (XLM is post-norm); " if shape.norm == "pre" else ""
+    place = "stand before the residual sum, after the sublayer's dropout"
+    place = "stand after the residual sum" if shape.adapter_on == "sum" else place
     lines = [
         *(_task_heading(model) if isinstance(model, Finetuned) else _heading(pretrained)),
         f"- Variant `{variant}`: {ROUTED[pretrained.variant]}{trained}.",
@@ -96,7 +99,7 @@ def card(model: Pretrained | Finetuned, config: dict[str, Any]) -> str:
         "",
         "## Limits and licence",
         "",
-        DEPARTURES,
+        DEPARTURES.format(norm=norm, place=place),
         "",
         _licence(
             model.saved.get("source", {})

@@ -1,15 +1,14 @@
 """Reads the weights of a `transformers` model folder, from which a pretraining run can start.
 
-It reads what `mlinterf_ds.export.hf` wrote, what transformers' `save_pretrained` wrote from that model, and any XLM-RoBERTa-XL
-(pre-norm, tied), which is the same model as our encoder under other names. It needs safetensors and json alone, not
-transformers.
+It reads what `mlinterf_ds.export.hf` wrote, and any encoder of the classes in `mlinterf_ds.export.classes`: a tensor at a
+time, and of a large one only the rows that are wanted. It needs safetensors and json alone, not transformers, and unpickles
+nothing.
 """
 
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Callable, Mapping
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,36 +17,18 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mlinterf_ds.engine.space import Segment
-from mlinterf_ds.engine.weights import sliced
+from mlinterf_ds.engine.weights import check_shape
 from mlinterf_ds.errors import MALFORMED, UserError, refusing
+from mlinterf_ds.export.classes import OURS, SPECIAL_IDS, Names, check, joined, language_of, model_keys
 from mlinterf_ds.files import check_files
 
-OURS, STOCK = "mlinterf", "xlm-roberta-xl"
 LISTING = "export.json"  # the file that holds size and digest of every other
+INDEX = "model.safetensors.index.json"  # of weights in several files
 VOCABULARY = ("embeddings.word.weight", "head.bias")  # exported without the padding of the vocabulary
-
-# Our encoder keeps each head's query, key and value side by side in one projection. XLM-RoBERTa-XL has three projections,
-# two more position embeddings (its positions count from after the padding index), and an embedding of the token type, which
-# it adds at every position.
-FIRST_POSITION = 2  # XLM-RoBERTa-XL's index of a row's first position
-WORDS, POSITIONS, TYPES = (
-    f"roberta.embeddings.{kind}_embeddings.weight" for kind in ("word", "position", "token_type")
+CONVERT = (
+    "convert it once with transformers, on a machine where you trust the file: AutoModelForMaskedLM.from_pretrained(FOLDER)"
+    ".save_pretrained(NEW), and give NEW"
 )
-TOP = {
-    "embeddings.word": "roberta.embeddings.word_embeddings",
-    "block.final_layernorm": "roberta.encoder.LayerNorm",
-    "head": "lm_head",  # the bias of the output
-    "head.dense": "lm_head.dense",
-    "head.norm": "lm_head.layer_norm",
-}
-LAYER = {
-    "input_layernorm": "attention.self_attn_layer_norm",
-    "self_attention.linear_qkv": "attention.self.query",  # and key and value
-    "self_attention.linear_proj": "attention.output.dense",
-    "pre_mlp_layernorm": "LayerNorm",
-    "mlp.linear_fc1": "intermediate.dense",
-    "mlp.linear_fc2": "output.dense",
-}
 
 
 def is_folder(path: Path) -> bool:
@@ -68,33 +49,55 @@ def verify(path: Path) -> None:
         check_files(path, files, f"; export it again, or delete {listing} if you meant to change the file")
 
 
-class Folder:
-    """A model folder as a source of weights (`mlinterf_ds.engine.weights.Weights`), by our parameters' names."""
+def read_config(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What config.json of a model folder says, and the keys of `model` that give its shape.
 
-    def __init__(self, path: Path):
+    Raises UserError where it is no model of the classes that this encoder can be.
+    """
+    where = path / "config.json"
+    with refusing(f"{where}: not a model's configuration"):
+        config: dict[str, Any] = json.loads(where.read_bytes())
+        check(config, str(where))
+        return config, model_keys(config)
+
+
+class Folder:
+    """A model folder as a source of weights (`mlinterf_ds.engine.weights.Weights`), by our parameters' names.
+
+    languages: codes of ours; those that the model has modules for are read under its names for them.
+    """
+
+    def __init__(self, path: Path, languages: Sequence[str] = ()):
         self.path = path
+        self.config, self.keys = read_config(path)
         with refusing(f"{path / 'config.json'}: not a model's configuration"):
-            self.config: dict[str, Any] = json.loads((path / "config.json").read_bytes())
-            kind = self.config["model_type"]
-            self.heads = int(self.config["num_attention_heads"])
-            self.adapter_activation: str | None = self.config.get("adapter_activation")
-            self.vocabulary = int(self.config["vocab_size"])
-        if kind not in (OURS, STOCK):
-            raise UserError(f"{path}: a model of type {kind!r}; only {OURS} and {STOCK} have the shape of this encoder")
-        self.ours = kind == OURS
-        # A model may differ from our encoder in settings that no weight shows.
-        for key, expected in {"hidden_act": "gelu", "layer_norm_eps": 1e-5, "tie_word_embeddings": True}.items():
-            if (value := self.config.get(key, expected)) != expected:
-                raise UserError(f"{path / 'config.json'}: {key} is {value!r}, this encoder has {expected!r}")
-        self.files: dict[str, Any] = {}
-        try:
-            for file in sorted(path.glob("model*.safetensors")):
-                opened = safe_open(file, framework="pt")
-                self.files |= dict.fromkeys(opened.keys(), opened)
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"{file}: not a whole safetensors file ({error}); export or copy it again") from None
-        if not self.files:
-            raise UserError(f"{path}: has no model.safetensors; save the model there with save_pretrained")
+            self.heads, self.vocabulary = int(self.keys["heads"]), int(self.config["vocab_size"])
+            self.ours = self.config["model_type"] == OURS
+            theirs = [str(name) for name in self.config.get("languages") or []]
+        matched: dict[str, str | None] = {code: code for code in theirs}
+        if not self.ours:
+            matched = {code: language_of(code, theirs, path) for code in languages}
+        self.languages = {code: name for code, name in matched.items() if name}  # our code: its name
+        self.others = [name for name in theirs if name not in self.languages.values()]
+        self.table = None if self.ours else Names(self.config["model_type"], self.languages)
+        self.files = _files(path)  # name of a tensor: the file that holds it
+
+    @property
+    def names(self) -> list[str]:
+        """The names of all its tensors, as it calls them."""
+        return list(self.files)
+
+    @property
+    def variant(self) -> str:
+        """Which module is language-specific: the variant of ours that has the model's modules."""
+        return str(self.config.get("variant", "joint")) if self.ours else "adpt" if "adapter" in self.keys else "joint"
+
+    @property
+    def origin(self) -> dict[str, Any]:
+        """What a model that starts here keeps, so that it goes out as it came in: class, special ids, languages' names."""
+        kept = ("model_type", *SPECIAL_IDS)
+        present = {key: self.config[key] for key in kept if self.config.get(key) is not None}
+        return {} if self.ours else present | {"languages": self.languages}
 
     @property
     def pieces(self) -> list[str]:
@@ -107,28 +110,93 @@ class Folder:
             )
         return pieces
 
+    def theirs(self, name: str) -> tuple[str, ...]:
+        """The folder's names of our parameter."""
+        return (name,) if self.table is None else self.table.theirs(name)
+
     def has(self, name: str) -> bool:
         """Whether the folder has our parameter of this name."""
-        return (name if self.ours else stock_name(name)) in self.files
+        theirs = self.theirs(name)
+        return bool(theirs) and all(part in self.files for part in theirs)
 
     def read(self, wanted: Segment, kind: str, tensor: int, tensor_rank: int) -> Tensor:
         """The elements of one segment (1-d fp32) at the reader's layout. kind must be 'master': a folder has no moments."""
         assert kind == "master", f"{self.path}: a model folder has no {kind}"
-        whole = self.whole(wanted.name)
-        if wanted.name in VOCABULARY and (missing := wanted.shape[0] * tensor - len(whole)) > 0:
-            whole = torch.cat([whole, whole.new_zeros(missing, *whole.shape[1:])])
-        return sliced(whole, wanted, tensor, tensor_rank, self.path)
+        names, dim = self.theirs(wanted.name), wanted.partition_dim
+        if wanted.name in VOCABULARY:
+            return self._vocabulary_rows(names[0], wanted, tensor_rank)
+        parts = [self._stored(name, dim, tensor, tensor_rank) for name in names or (wanted.name,)]
+        check_shape(wanted, (sum(len(part) for part in parts), *parts[0].shape[1:]), self.path)
+        local = joined(parts, self.heads // tensor) if len(parts) > 1 else parts[0]
+        return local.reshape(-1)[wanted.start : wanted.start + wanted.length]
 
     def whole(self, name: str) -> Tensor:
         """A parameter in its full shape, fp32. Parameters of the vocabulary lack its padding."""
-        return self._stored(name) if self.ours else from_stock(name, self._stored, self.heads)
+        parts = [self._stored(part) for part in self.theirs(name) or (name,)]
+        return joined(parts, self.heads) if len(parts) > 1 else parts[0]
 
-    def _stored(self, name: str) -> Tensor:
+    def _vocabulary_rows(self, name: str, wanted: Segment, tensor_rank: int) -> Tensor:
+        """Elements of a parameter of the vocabulary: the rows that hold them, zeros where they are its padding."""
+        width = torch.Size(wanted.shape[1:]).numel()
+        first, last = wanted.start // width, -(-(wanted.start + wanted.length) // width)
+        with self._opened(name) as file:
+            stored = file.get_slice(name)
+            rows, *others = stored.get_shape()
+            check_shape(wanted, (wanted.shape[0], *others), self.path)
+            if rows != self.vocabulary:
+                raise UserError(
+                    f"{self.path}: {name} has {rows} rows, vocab_size is {self.vocabulary}: not of one model"
+                )
+            offset = wanted.shape[0] * tensor_rank
+            low, high = min(rows, offset + first), min(rows, offset + last)
+            elements = torch.zeros(last - first, *others)
+            if low < high:
+                elements[: high - low] = stored[low:high]
+        return elements.reshape(-1)[wanted.start - first * width :][: wanted.length]
+
+    def _stored(self, name: str, dim: int | None = None, tensor: int = 1, tensor_rank: int = 0) -> Tensor:
+        """A tensor of the folder in fp32, or a tensor-parallel rank's part of it along `dim`."""
+        with self._opened(name) as file:
+            if dim is None or tensor == 1:
+                return file.get_tensor(name).float()
+            stored = file.get_slice(name)
+            size = stored.get_shape()[dim] // tensor
+            own = slice(size * tensor_rank, size * (tensor_rank + 1))
+            part = stored[own] if dim == 0 else stored[:, own]
+            return part.float()
+
+    def _opened(self, name: str) -> Any:
+        """The file that holds a tensor, opened anew, so that what was read does not stay in memory."""
         if name not in self.files:
             raise UserError(
-                f"{self.path}: has no parameter {name}: its variant, languages or shape are others than this run's"
+                f"{self.path}: has no parameter {name}: its variant, languages or shape are others than this run's, or it "
+                "was saved without the head that predicts masked tokens (save it from AutoModelForMaskedLM)"
             )
-        return self.files[name].get_tensor(name).float()
+        return safe_open(self.files[name], framework="pt")
+
+
+def _files(path: Path) -> dict[str, Path]:
+    """The file of each tensor of a model folder."""
+    files: dict[str, Path] = {}
+    shards = sorted(path.glob("model*.safetensors"))
+    index = path / INDEX
+    if index.is_file():
+        with refusing(f"{index}: not an index of weights", "; copy the folder again"):
+            listed: dict[str, str] = json.loads(index.read_bytes())["weight_map"]
+            shards = [path / name for name in sorted(set(listed.values()))]
+    for file in shards:
+        try:
+            with safe_open(file, framework="pt") as opened:
+                files |= dict.fromkeys(opened.keys(), file)
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{file}: not a whole safetensors file ({error}); export or copy it again") from None
+    if index.is_file() and (lost := sorted(listed.keys() - files.keys())):
+        raise UserError(f"{index}: names {lost[0]}, which {listed[lost[0]]} does not hold; copy the folder again")
+    if files:
+        return files
+    if pickles := sorted(path.glob("*.bin")) + sorted(path.glob("*.pt")):
+        raise UserError(f"{pickles[0]}: a pickle, which may run code when it is read: {CONVERT}")
+    raise UserError(f"{path}: has no model.safetensors; save the model there with save_pretrained")
 
 
 def stored_pieces(folder: Path) -> list[str]:
@@ -145,43 +213,3 @@ def stored_pieces(folder: Path) -> list[str]:
         if [ids[piece] for piece in ordered] != list(range(len(ordered))):
             raise ValueError("its ids are not 0, 1, 2, ...")
     return ordered
-
-
-def stock_name(name: str) -> str | None:
-    """XLM-RoBERTa-XL's name of our parameter (the query's, for the joint projection); None if it has no such part."""
-    module, _, kind = name.rpartition(".")
-    if match := re.fullmatch(r"block\.layers\.(\d+)\.(.+)", module):
-        part = LAYER.get(match[2])
-        return part and f"roberta.encoder.layer.{match[1]}.{part}.{kind}"
-    if name == "embeddings.position.weight":
-        return POSITIONS
-    return f"{TOP[module]}.{kind}" if module in TOP else None
-
-
-def from_stock(name: str, read: Callable[[str], Tensor], heads: int) -> Tensor:
-    """Our parameter of this name in its full shape; read: returns XLM-RoBERTa-XL's parameter of a name."""
-    stock = stock_name(name)
-    assert stock, f"{name} is no part of an XLM-RoBERTa-XL"
-    if stock == POSITIONS:
-        return read(POSITIONS)[FIRST_POSITION:] + read(TYPES)[0]
-    if ".linear_qkv." in name:
-        parts = [read(stock.replace("query", part)).unflatten(0, (heads, -1)) for part in ("query", "key", "value")]
-        return torch.stack(parts, dim=1).flatten(0, 2)
-    return read(stock)
-
-
-def to_stock(weights: Mapping[str, Tensor], heads: int) -> dict[str, Tensor]:
-    """XLM-RoBERTa-XL's parameters, converted from all of ours."""
-    converted: dict[str, Tensor] = {}
-    for name, weight in weights.items():
-        stock = stock_name(name)
-        assert stock, f"{name} is no part of an XLM-RoBERTa-XL"
-        if stock == POSITIONS:
-            converted[POSITIONS] = torch.cat([weight.new_zeros(FIRST_POSITION, weight.shape[1]), weight])
-            converted[TYPES] = weight.new_zeros(1, weight.shape[1])
-        elif ".linear_qkv." in name:
-            for number, part in enumerate(("query", "key", "value")):
-                converted[stock.replace("query", part)] = weight.unflatten(0, (heads, 3, -1))[:, number].flatten(0, 1)
-        else:
-            converted[stock] = weight
-    return {name: weight.contiguous() for name, weight in converted.items()}

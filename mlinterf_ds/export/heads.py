@@ -29,13 +29,13 @@ def head_of(task: Task) -> str:
     return SPAN if task.kind == "span" else TOKENS if isinstance(task, Tagger) else TEXT
 
 
-def weights(model: Finetuned, classifier: Mapping[str, Tensor], stock: bool) -> dict[str, Tensor]:
+def weights(model: Finetuned, classifier: Mapping[str, Tensor], kind: str | None) -> dict[str, Tensor]:
     """The classifier's parameters, converted from ours: weight (classes, width) and bias (classes,).
 
-    stock: for transformers' own classes; else for those of modeling_mlinterf.py, which have ours.
+    kind: the model type of transformers' own class; None for those of modeling_mlinterf.py, which have ours.
     """
     weight, bias = classifier["classifier.weight"], classifier["classifier.bias"]
-    if not stock:
+    if kind is None:
         return dict(classifier)
     head = head_of(TASKS[model.saved["config"]["task"]])
     if head == SPAN:
@@ -43,11 +43,14 @@ def weights(model: Finetuned, classifier: Mapping[str, Tensor], stock: bool) -> 
     if head == TOKENS:
         return dict(classifier)
     width = weight.shape[1]
+    dense, output = (
+        ("bert.pooler.dense", "classifier") if kind == "bert" else ("classifier.dense", "classifier.out_proj")
+    )
     return {
-        "classifier.dense.weight": torch.eye(width) * LINEAR,
-        "classifier.dense.bias": torch.zeros(width),
-        "classifier.out_proj.weight": weight / LINEAR,
-        "classifier.out_proj.bias": bias,
+        f"{dense}.weight": torch.eye(width) * LINEAR,
+        f"{dense}.bias": torch.zeros(width),
+        f"{output}.weight": weight / LINEAR,
+        f"{output}.bias": bias,
     }
 
 
@@ -76,8 +79,8 @@ def configuration(model: Finetuned, encoder: dict[str, Any], modelling: str, pip
     if not stock:
         kept = {key: encoder["auto_map"][key] for key in ("AutoConfig", "AutoModel")}
         config["auto_map"] = kept | {f"AutoModelFor{head}": f"{modelling}.{architecture}"}
-        if default := default_language(model):
-            config["default_language"] = default
+    if "languages" in encoder and (default := default_language(model)):
+        config["default_language"] = model.pretrained.origin.get("languages", {}).get(default, default)
     return config
 
 

@@ -1,7 +1,8 @@
 """Writes a checkpoint, of a pretraining or a fine-tuning, as a `transformers` model folder: weights, configuration, tokenizer, card.
 
-Transformers loads a model without language-specific modules as its own XLM-RoBERTa-XL where that has the shape. It loads
-all others as `MLInterfForMaskedLM`, whose file the export copies to the folder. DeepSpeed and megatron are not needed.
+Transformers loads a model as a class of its own where one is the same model (XLM-RoBERTa, X-MOD, XLM-RoBERTa-XL, or the class
+that it came from). It loads all others as `MLInterfForMaskedLM`, whose file the export copies to the folder. DeepSpeed and
+megatron are not needed.
 """
 
 from __future__ import annotations
@@ -21,10 +22,19 @@ from mlinterf_ds.engine.weights import CheckpointReader
 from mlinterf_ds.errors import UserError
 from mlinterf_ds.export import heads, tokenizer
 from mlinterf_ds.export.card import card
-from mlinterf_ds.export.folder import FIRST_POSITION, LISTING, OURS, STOCK, VOCABULARY, to_stock
+from mlinterf_ds.export.classes import (
+    OURS,
+    OWN_KEYS,
+    SPECIAL_IDS,
+    Names,
+    first_position,
+    stock_config,
+    stock_type,
+    with_first_rows,
+)
+from mlinterf_ds.export.folder import LISTING, VOCABULARY
 from mlinterf_ds.files import flushed_facts
 from mlinterf_ds.pretrained import Finetuned, Pretrained, opened
-from mlinterf_ds.sections import ModelConfig
 
 MODELLING, PIPELINES = "modeling_mlinterf", "pipelines_mlinterf"  # files of this folder that exports hold too
 
@@ -49,25 +59,32 @@ def export(source: str, out: Path) -> dict[str, Any]:
     return config
 
 
-def is_stock(shape: ModelConfig, variant: str) -> bool:
-    """Whether transformers' XLM-RoBERTa-XL is the same model."""
-    square = shape.heads * shape.kv_channels == shape.width
-    return variant in ("mono", "joint") and square and not shape.language_embeddings
+def stock_class(pretrained: Pretrained) -> str | None:
+    """The model type of `transformers`' own class that is the same model: the one it came from, or XLM-RoBERTa and its kin."""
+    kind = stock_type(pretrained.shape(), pretrained.variant)
+    origin = pretrained.origin.get("model_type")
+    return origin if kind == "xlm-roberta" and origin in ("roberta", "camembert", "bert") else kind
+
+
+def _first_rows(pretrained: Pretrained, kind: str) -> int:
+    """The rows that the class has before a row's first position, where our table has none of them."""
+    return first_position(kind, pretrained.origin) - pretrained.shape().position_offset
 
 
 def _write(model: Pretrained | Finetuned, folder: Path) -> dict[str, Any]:
     pretrained = model.pretrained if isinstance(model, Finetuned) else model
-    shape, vocabulary = pretrained.shape(), int(pretrained.saved["vocabulary"])
-    stock = is_stock(shape, pretrained.variant)
+    vocabulary, kind = int(pretrained.saved["vocabulary"]), stock_class(pretrained)
     reader = CheckpointReader(pretrained.path)
     weights = {name: reader.whole(name) for name in reader.names}
     classifier = {name: weights.pop(name) for name in reader.names if name.startswith("classifier.")}
     weights |= {name: weights[name][:vocabulary].contiguous() for name in VOCABULARY if name in weights}
-    if stock:
-        weights = to_stock(weights, shape.heads)
+    if kind:
+        languages = {code: code for code in pretrained.languages} | pretrained.origin.get("languages", {})
+        weights = with_first_rows(weights, _first_rows(pretrained, kind))
+        weights = Names(kind, languages).converted(weights, pretrained.shape().heads)
     config = configuration(pretrained)
     if isinstance(model, Finetuned):
-        weights |= heads.weights(model, classifier, stock)
+        weights |= heads.weights(model, classifier, kind)
         config = heads.configuration(model, config, MODELLING, PIPELINES)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n", "utf-8")
@@ -78,7 +95,7 @@ def _write(model: Pretrained | Finetuned, folder: Path) -> dict[str, Any]:
     shutil.copyfile(pretrained.path / "tokenizer.model", vocabulary_file)
     longest = heads.limits_of(model).max_length if isinstance(model, Finetuned) else pretrained.positions
     tokenizer.write(pretrained.tokenizer(), folder, longest)
-    for name, needed in {MODELLING: not stock, PIPELINES: "custom_pipelines" in config}.items():
+    for name, needed in {MODELLING: not kind, PIPELINES: "custom_pipelines" in config}.items():
         if needed:
             shutil.copyfile(Path(__file__).with_name(f"{name}.py"), folder / f"{name}.py")
     (folder / "README.md").write_text(card(model, config), "utf-8")
@@ -91,7 +108,8 @@ def _write(model: Pretrained | Finetuned, folder: Path) -> dict[str, Any]:
 
 def configuration(pretrained: Pretrained) -> dict[str, Any]:
     """The content of config.json."""
-    shape, variant, positions = pretrained.shape(), pretrained.variant, pretrained.positions
+    shape, kind, origin = pretrained.shape(), stock_class(pretrained), pretrained.origin
+    positions = shape.positions or pretrained.positions  # rows of the table
     config: dict[str, Any] = {
         "vocab_size": int(pretrained.saved["vocabulary"]),
         "hidden_size": shape.width,
@@ -100,21 +118,19 @@ def configuration(pretrained: Pretrained) -> dict[str, Any]:
         "intermediate_size": shape.ffn,
         "hidden_dropout_prob": shape.dropout,
         "attention_probs_dropout_prob": shape.attention_dropout,
-        "layer_norm_eps": 1e-5,
+        "layer_norm_eps": shape.epsilon,
         "bos_token_id": BOS,
         "pad_token_id": PAD,
         "eos_token_id": EOS,
         "tie_word_embeddings": True,
         "dtype": "float32",
-    }
-    if is_stock(shape, variant):
-        return config | {
-            "model_type": STOCK,
-            "architectures": ["XLMRobertaXLForMaskedLM"],
-            "hidden_act": "gelu",
-            "max_position_embeddings": positions + FIRST_POSITION,
-            "type_vocab_size": 1,
-        }
+    } | ({key: origin.get(key) for key in SPECIAL_IDS} if origin else {})
+    if kind == "xmod":
+        names = origin.get("languages", {})
+        config |= {"languages": [names.get(code, code) for code in pretrained.languages]}
+        config |= {"default_language": config["languages"][0]} if len(config["languages"]) == 1 else {}
+    if kind:
+        return config | stock_config(kind, shape, positions + _first_rows(pretrained, kind))
     return config | {
         "model_type": OURS,
         "architectures": ["MLInterfForMaskedLM"],
@@ -129,9 +145,10 @@ def configuration(pretrained: Pretrained) -> dict[str, Any]:
         },
         "head_dim": shape.kv_channels,
         "max_position_embeddings": positions,
-        "variant": variant,
+        "variant": pretrained.variant,
         "languages": pretrained.languages,
         "language_embeddings": shape.language_embeddings,
         "adapter_size": shape.adapter_width,
         "adapter_activation": shape.adapter_activation,
+        **{key: getattr(shape, key) for key in OWN_KEYS},
     }

@@ -56,8 +56,16 @@ class MLInterfConfig(PreTrainedConfig):
     languages: Sequence[str] = ("en",)
     default_language: str | None = None
     language_embeddings: bool = False
+    norm: str = "pre"
+    embedding_norm: bool = False
+    position_offset: int = 0
+    token_types: int = 0
     adapter_size: int = 128
     adapter_activation: str = "gelu"
+    adapter_after: str = "both"
+    adapter_on: str = "output"
+    adapter_norm: str = "none"
+    adapter_skip: str = "sum"
     hidden_dropout_prob: float = 0.1
     attention_probs_dropout_prob: float = 0.1
     layer_norm_eps: float = 1e-5
@@ -129,24 +137,40 @@ class Adapter(nn.Module):
 
 
 class Residual(nn.Module):
-    """Dropout, the adapter if the variant has one, and the residual sum."""
+    """Dropout, the residual sum and the adapter: on the sublayer's output, or on the sum (X-MOD, MAD-X)."""
 
-    def __init__(self, config: MLInterfConfig):
+    def __init__(self, config: MLInterfConfig, adapted: bool):
         super().__init__()
-        self.dropout = config.hidden_dropout_prob
+        self.dropout, self.on_sum, self.skip = (
+            config.hidden_dropout_prob,
+            config.adapter_on == "sum",
+            config.adapter_skip,
+        )
+        self.norm = config.adapter_norm
         self.adapter: nn.Module | None = None
-        if config.variant == "share_adpt":
+        if adapted and config.variant == "share_adpt":
             self.adapter = Adapter(config)
-        elif config.variant == "adpt":
+        elif adapted and config.variant == "adpt":
             self.adapter = Routed(config.languages, lambda: Adapter(config))
+        if self.adapter is not None and self.norm == "own":
+            self.adapter_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
-    def forward(self, output: Tensor, residual: Tensor, route: Route) -> Tensor:
+    def forward(self, output: Tensor, residual: Tensor, route: Route, layer_norm: nn.Module) -> Tensor:
         output = F.dropout(output, self.dropout, self.training)
-        return residual + output if self.adapter is None else residual + output + self.adapter(output, route)
+        if self.adapter is None:
+            return residual + output
+        if not self.on_sum:
+            return residual + output + self.adapter(output, route)
+        hidden = residual + output
+        read = hidden
+        if self.norm != "none":
+            read = self.adapter_norm(hidden) if self.norm == "own" else layer_norm(hidden)
+        change = F.dropout(self.adapter(read, route), self.dropout, self.training)
+        return (read if self.skip == "normed" else hidden) + change
 
 
 class Layer(nn.Module):
-    """A pre-norm Transformer layer."""
+    """A Transformer layer: LayerNorm before each sublayer (pre-norm) or after each residual sum (post-norm)."""
 
     def __init__(self, config: MLInterfConfig):
         super().__init__()
@@ -154,50 +178,67 @@ class Layer(nn.Module):
         def part(kind: Callable[[MLInterfConfig], nn.Module], own: bool) -> nn.Module:
             return Routed(config.languages, lambda: kind(config)) if own else kind(config)
 
-        self.input_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        first, second = (nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps) for _ in range(2))
+        if config.norm == "pre":
+            self.input_layernorm, self.pre_mlp_layernorm = first, second
+        else:
+            self.post_attention_layernorm, self.post_mlp_layernorm = first, second
         self.self_attention = part(Attention, config.variant == "attn")
-        self.self_attn_bda = Residual(config)
-        self.pre_mlp_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.self_attn_bda = Residual(config, config.adapter_after == "both")
         self.mlp = part(FeedForward, config.variant == "ffn")
-        self.mlp_bda = Residual(config)
+        self.mlp_bda = Residual(config, True)
+        self.pre_norm = config.norm == "pre"
 
     def forward(self, hidden: Tensor, route: Route, mask: Tensor | None) -> Tensor:
-        hidden = self.self_attn_bda(self.self_attention(self.input_layernorm(hidden), route, mask), hidden, route)
-        return self.mlp_bda(self.mlp(self.pre_mlp_layernorm(hidden), route), hidden, route)
+        if self.pre_norm:
+            first, second = self.input_layernorm, self.pre_mlp_layernorm
+            hidden = self.self_attn_bda(self.self_attention(first(hidden), route, mask), hidden, route, first)
+            return self.mlp_bda(self.mlp(second(hidden), route), hidden, route, second)
+        first, second = self.post_attention_layernorm, self.post_mlp_layernorm
+        hidden = first(self.self_attn_bda(self.self_attention(hidden, route, mask), hidden, route, first))
+        return second(self.mlp_bda(self.mlp(hidden, route), hidden, route, second))
 
 
 class Block(nn.Module):
-    """All layers, and a LayerNorm after the last."""
+    """All layers; in a pre-norm model, a LayerNorm after the last."""
 
     def __init__(self, config: MLInterfConfig):
         super().__init__()
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
-        self.final_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.final_layernorm: nn.Module | None = None
+        if config.norm == "pre":
+            self.final_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def forward(self, hidden: Tensor, route: Route, mask: Tensor | None) -> tuple[Tensor, ...]:
-        """The input of each layer, and the normalised output of the last."""
+        """The input of each layer, and the (normalised) output of the last."""
         states = [hidden]
         for layer in self.layers:
             states.append(layer(states[-1], route, mask))
-        return (*states[:-1], self.final_layernorm(states[-1]))
+        return tuple(states) if self.final_layernorm is None else (*states[:-1], self.final_layernorm(states[-1]))
 
 
 class Embeddings(nn.Module):
-    """Word + position (+ language) embeddings, with dropout."""
+    """Word + position (+ token type + language) embeddings, with LayerNorm where the model has one, and with dropout."""
 
     def __init__(self, config: MLInterfConfig):
         super().__init__()
-        self.dropout = config.hidden_dropout_prob
+        self.dropout, self.offset = config.hidden_dropout_prob, config.position_offset
         self.word = nn.Embedding(config.vocab_size, config.hidden_size)
         self.position = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.token_type = nn.Embedding(config.token_types, config.hidden_size) if config.token_types else None
         embedded = len(config.languages) if config.language_embeddings else 0
         self.language = nn.Embedding(embedded, config.hidden_size) if embedded else None
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps) if config.embedding_norm else None
 
     def forward(self, tokens: Tensor, positions: Tensor, languages: Tensor | None) -> Tensor:
         """tokens and positions (rows, length), languages (rows,) or None."""
-        hidden = self.word(tokens) + self.position(positions)
+        hidden = self.word(tokens) + self.position(positions + self.offset)
+        if self.token_type is not None:
+            hidden = hidden + self.token_type.weight[0]
         if self.language is not None:
             hidden = hidden + self.language(languages)[:, None]
+        if self.norm is not None:
+            hidden = self.norm(hidden)
         return F.dropout(hidden, self.dropout, self.training)
 
 
@@ -246,7 +287,7 @@ class Encoder(PreTrainedModel):
         input_ids, attention_mask (1 = attend): (rows, length). language: a code for all rows, or one code for each row. It
         may be left out if the model has one language or no language-specific part, or after `set_default_language`.
         """
-        length, longest = input_ids.shape[1], self.config.max_position_embeddings
+        length, longest = input_ids.shape[1], self.config.max_position_embeddings - self.config.position_offset
         if length > longest:
             raise ValueError(
                 f"rows of {length} tokens, the model has {longest} positions: tokenize with truncation=True"

@@ -214,6 +214,7 @@ class Trial:
             "languages": job.pretrained.languages,
             "vocabulary": job.pretrained.saved["vocabulary"],
             "labels": job.labels,
+            "origin": job.pretrained.origin,
             "point": vars(self.point),
             "trained_on": list(job.options["train"]),
             "pretrained": {key: job.pretrained.saved["config"][key] for key in ("variant", "model", "data")},

@@ -56,7 +56,7 @@ class Batch(Protocol):
 
 
 class Embeddings(nn.Module):
-    """Word + position (+ language) embeddings, with LayerNorm if the model has one there, and with dropout."""
+    """Word + position (+ token type + language) embeddings, with LayerNorm if the model has one there, and with dropout."""
 
     def __init__(self, config: ModelConfig, vocabulary: int, positions: int, languages: int):
         super().__init__()
@@ -66,18 +66,22 @@ class Embeddings(nn.Module):
             padded(vocabulary), width, init_method=nn.init.zeros_, config=parallel_config(), tp_group=group
         )
         mark_split(self.word.weight, 0)
-        self.position = nn.Embedding(positions, width)
+        self.position = nn.Embedding(config.positions or positions, width)
+        self.offset = config.position_offset  # of a text's first position
+        self.token_type = nn.Embedding(config.token_types, width) if config.token_types else None
         self.language = nn.Embedding(languages, width) if languages else None
-        self.norm = nn.LayerNorm(width) if config.embedding_norm else None
+        self.norm = nn.LayerNorm(width, eps=config.epsilon) if config.embedding_norm else None
 
     def forward(self, tokens: Tensor, languages: Tensor, position_ids: Tensor | None = None) -> Tensor:
         """(rows, length, width) of tokens (rows, length), languages (rows,) and position ids (rows, length), or columns."""
-        length, most = tokens.shape[1], self.position.num_embeddings
+        length, most = tokens.shape[1], self.position.num_embeddings - self.offset
         if length > most:
             raise UserError(f"rows of {length} tokens, the model has {most} positions: cut the rows to {most} tokens")
         if position_ids is None:
             position_ids = torch.arange(length, device=tokens.device)
-        hidden = self.word(tokens) + self.position(position_ids)
+        hidden = self.word(tokens) + self.position(position_ids + self.offset)
+        if self.token_type is not None:
+            hidden = hidden + self.token_type(position_ids.new_zeros(1))
         if self.language is not None:
             hidden = hidden + self.language(languages.to(tokens.device))[:, None]
         if self.norm is not None:
@@ -94,11 +98,11 @@ class MaskedHead(nn.Module):
 
     excluded: Tensor  # (columns,) -inf where the vocabulary is padding, else 0
 
-    def __init__(self, width: int, vocabulary: int):
+    def __init__(self, width: int, vocabulary: int, epsilon: float = 1e-5):
         super().__init__()
         self.group = parallel_state.get_tensor_model_parallel_group()
         self.dense = nn.Linear(width, width)
-        self.norm = nn.LayerNorm(width)
+        self.norm = nn.LayerNorm(width, eps=epsilon)
         columns = padded(vocabulary) // self.group.size()
         self.bias = nn.Parameter(torch.zeros(columns))
         mark_split(self.bias, 0)
@@ -127,7 +131,7 @@ class Encoder(nn.Module):
 
     variant: which module is language-specific: none (`mono`, `joint`, `share_adpt`), `ffn`, `attn` or `adpt`.
     languages: codes, in the order of the indices that batches carry. vocabulary: number of pieces, without padding.
-    positions: the longest row. Equal seeds give equal weights at any tensor-parallel size. Each parameter is drawn by
+    positions: the longest row, where `config.positions` says no more. Equal seeds give equal weights at any tensor-parallel size. Each parameter is drawn by
     its name, so parameters that two models share start alike, whatever other modules or languages they have.
     """
 
@@ -153,7 +157,7 @@ class Encoder(nn.Module):
             embedded = len(self.languages) if config.language_embeddings else 0
             self.embeddings = Embeddings(config, vocabulary, positions, embedded)
             self.block = Block(config, variant, self.router)
-            self.head = MaskedHead(config.width, vocabulary)
+            self.head = MaskedHead(config.width, vocabulary, config.epsilon)
         self._initialise(seed)
 
     @property

@@ -213,20 +213,36 @@ class Adapter(nn.Module):
         return self.up(self.activation(self.down(hidden)))
 
 
+def layer_norm(config: ModelConfig) -> nn.LayerNorm:
+    """A LayerNorm over the width of hidden states."""
+    return nn.LayerNorm(config.width, eps=config.epsilon)
+
+
 class Residual(nn.Module):
-    """The residual sum around a sublayer: dropout on its output, then its adapter, if it has one, then the sum."""
+    """The residual sum around a sublayer: dropout on its output, then the sum, and its adapter, if it has one.
 
-    def __init__(self, dropout: float, adapter: nn.Module | None):
+    The adapter adds to the output before the sum, or to the sum (`model.adapter_on`), of which it may read a normed form.
+    """
+
+    def __init__(self, config: ModelConfig, adapter: nn.Module | None):
         super().__init__()
-        self.dropout = dropout
-        self.adapter = adapter
+        self.dropout, self.adapter = config.dropout, adapter
+        self.on_sum, self.normed = config.adapter_on == "sum", config.adapter_norm != "none"
+        self.skips_norm = config.adapter_skip == "sum"
+        own = adapter is not None and config.adapter_norm == "own"
+        self.adapter_norm = layer_norm(config) if own else None
 
-    def forward(self, output: Tensor, residual: Tensor) -> Tensor:
-        """output, residual: (rows, length, width)."""
+    def forward(self, output: Tensor, residual: Tensor, norm: nn.Module) -> Tensor:
+        """output, residual: (rows, length, width); norm: the LayerNorm of the sublayer."""
         output = F.dropout(output, self.dropout, self.training)
         if self.adapter is None:
             return residual + output
-        return residual + output + self.adapter(output)
+        if not self.on_sum:
+            return residual + output + self.adapter(output)
+        hidden = read = residual + output
+        if self.normed:
+            read = norm(hidden) if self.adapter_norm is None else self.adapter_norm(hidden)
+        return (hidden if self.skips_norm else read) + F.dropout(self.adapter(read), self.dropout, self.training)
 
 
 class Layer(nn.Module):
@@ -241,22 +257,18 @@ class Layer(nn.Module):
         def by_language(build: Callable[[], nn.Module], own: bool) -> nn.Module:
             return Routed(router, build) if own else build()
 
-        def residual() -> Residual:
-            adapted = has_adapters(variant)
-            return Residual(
-                config.dropout, by_language(lambda: Adapter(config), variant == "adpt") if adapted else None
-            )
+        def residual(adapted: bool) -> Residual:
+            return Residual(config, by_language(lambda: Adapter(config), variant == "adpt") if adapted else None)
 
         self.router, self.recompute, self.pre_norm = router, config.recompute, config.norm == "pre"
         self.self_attention = by_language(lambda: SelfAttention(config), variant == "attn")
-        self.self_attn_bda = residual()
+        self.self_attn_bda = residual(has_adapters(variant) and config.adapter_after == "both")
         self.mlp = by_language(lambda: FeedForward(config), variant == "ffn")
-        self.mlp_bda = residual()
+        self.mlp_bda = residual(has_adapters(variant))
         if self.pre_norm:
-            self.input_layernorm, self.pre_mlp_layernorm = nn.LayerNorm(config.width), nn.LayerNorm(config.width)
+            self.input_layernorm, self.pre_mlp_layernorm = layer_norm(config), layer_norm(config)
         else:
-            self.post_attention_layernorm = nn.LayerNorm(config.width)
-            self.post_mlp_layernorm = nn.LayerNorm(config.width)
+            self.post_attention_layernorm, self.post_mlp_layernorm = layer_norm(config), layer_norm(config)
 
     def forward(self, hidden: Tensor, mask: Tensor | None = None, read: Tensor | None = None) -> Tensor:
         """hidden: (rows, length, width); mask: (rows, 1, 1 or read, length) bool, True = attend, or None.
@@ -278,12 +290,13 @@ def run_layer(layer: Layer, hidden: Tensor, mask: Tensor | None, read: Tensor | 
     """A layer's arithmetic, one region for a compiler; the arguments are those of `Layer.forward`."""
     residual = hidden if read is None else at_positions(hidden, read)
     if layer.pre_norm:
-        attended = layer.self_attention(layer.input_layernorm(hidden), mask=mask, read=read)
-        residual = layer.self_attn_bda(attended, residual)
-        return layer.mlp_bda(layer.mlp(layer.pre_mlp_layernorm(residual)), residual)
-    residual = layer.self_attn_bda(layer.self_attention(hidden, mask=mask, read=read), residual)
-    residual = layer.post_attention_layernorm(residual)
-    return layer.post_mlp_layernorm(layer.mlp_bda(layer.mlp(residual), residual))
+        first, second = layer.input_layernorm, layer.pre_mlp_layernorm
+        attended = layer.self_attention(first(hidden), mask=mask, read=read)
+        residual = layer.self_attn_bda(attended, residual, first)
+        return layer.mlp_bda(layer.mlp(second(residual)), residual, second)
+    first, second = layer.post_attention_layernorm, layer.post_mlp_layernorm
+    residual = first(layer.self_attn_bda(layer.self_attention(hidden, mask=mask, read=read), residual, first))
+    return second(layer.mlp_bda(layer.mlp(residual), residual, second))
 
 
 class Block(nn.Module):
@@ -299,7 +312,7 @@ class Block(nn.Module):
                     f"parallel.tensor={ranks} does not divide model.{key.removesuffix('_width')}={getattr(config, key)}"
                 )
         self.layers = nn.ModuleList(Layer(config, variant, router) for _ in range(config.layers))
-        self.final_layernorm = nn.LayerNorm(config.width) if config.norm == "pre" else None
+        self.final_layernorm = layer_norm(config) if config.norm == "pre" else None
 
     def forward(
         self,

@@ -8,7 +8,8 @@ from typing import Literal
 
 from pydantic import model_validator
 
-from mlinterf_ds.config import ADDRESS, RESUMABLE, Section, key, load_config, parser
+from mlinterf_ds.config import ADDRESS, RESUMABLE, Section, given_keys, key, load_config, parser
+from mlinterf_ds.errors import UserError
 from mlinterf_ds.sections import (
     ROUTED,
     Boundaries,
@@ -108,6 +109,9 @@ class RunConfig(Section):
                 self.languages is not None and not languages,
             f"variant=mono takes one language, languages has {len(languages)}: use variant=joint":
                 self.variant == "mono" and len(languages) > 1,
+            f"data.sequence_length={self.data.sequence_length} is more than the model's {self.model.longest_row} positions: "
+            "shorten the rows":
+                self.data.sequence_length > (self.model.longest_row or self.data.sequence_length),
             f"model.heads={self.model.heads} is not divisible by parallel.tensor={tensor}: change one of them":
                 self.model.heads % tensor,
             f"model.ffn={self.model.ffn} is not divisible by parallel.tensor={tensor}: change one of them":
@@ -141,9 +145,31 @@ class RunConfig(Section):
 def read_arguments(arguments: Sequence[str]) -> tuple[RunConfig, str]:
     """The configuration that the pretraining launcher's arguments ask for, and the path of DeepSpeed's JSON file."""
     options = parser("Pretrain a multilingual masked language model.", RunConfig, BARE).parse_args(arguments)
-    return load_run(options.recipe or [BARE], options.set), options.deepspeed_config
+    return load_run(options.recipe, options.set, BARE), options.deepspeed_config
 
 
-def load_run(recipes: Sequence[str | Path] = (), overrides: Sequence[str] = ()) -> RunConfig:
-    """The configuration of a pretraining run (`load_config`)."""
-    return load_config(RunConfig, recipes, overrides)
+def load_run(recipes: Sequence[str | Path] = (), overrides: Sequence[str] = (), bare: str | None = None) -> RunConfig:
+    """The configuration of a pretraining run (`load_config`); with `init` the keys of `model` are those of its model.
+
+    bare: the recipe of a start that names none; what it says of the model yields to the model of `init`.
+    """
+    used = recipes or ([bare] if bare else [])
+    given, _ = given_keys(RunConfig, used, overrides)
+    if not (init := str(given.get("init") or "")):
+        return load_config(RunConfig, used, overrides)
+    output, continues = str(given.get("output") or ""), given.get("resume") == "auto" or given.get("restarts")
+    begun = continues and any((Path(output) / "checkpoints").glob("step-*"))
+    from mlinterf_ds.pretrain import initial  # other runs read no model
+
+    if not (begun or Path(init).exists()):
+        load_config(RunConfig, used, overrides)  # raises what else is wrong
+        raise UserError(
+            f"init={init}: no such folder; name a run's output folder, a checkpoint or a transformers folder"
+        )
+    keys = initial.model_keys(output if begun else init)  # a run that goes on does not need what it started from
+    own, _ = given_keys(RunConfig, recipes, overrides)
+    free = own.get("model", {}) if isinstance(own.get("model"), dict) else {}
+    inherited = [f"model.{name}={value}" for name, value in keys.items() if name not in free]
+    config = load_config(RunConfig, used, [*inherited, *overrides])
+    initial.check_model(init, keys, config.model)
+    return config

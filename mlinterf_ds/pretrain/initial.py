@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,45 +16,109 @@ from mlinterf_ds.config import with_present_keys
 from mlinterf_ds.data.tokenizer import SPECIAL_PIECES, Tokenizer
 from mlinterf_ds.engine import checkpoint
 from mlinterf_ds.engine.space import Segment
-from mlinterf_ds.engine.weights import CheckpointReader, sliced
-from mlinterf_ds.errors import UserError
+from mlinterf_ds.engine.weights import CheckpointReader, check_shape
+from mlinterf_ds.errors import UserError, refusing
 from mlinterf_ds.export import folder
+from mlinterf_ds.export.classes import LANGUAGE
 from mlinterf_ds.export.folder import VOCABULARY, Folder
+from mlinterf_ds.files import read_json
 from mlinterf_ds.ranks import agreed
-from mlinterf_ds.sections import ModelConfig
+from mlinterf_ds.sections import ModelConfig, architecture, has_adapters, is_routed
 
 LANGUAGE_ROWS = "embeddings.language.weight"
+FREE = ("dropout", "attention_dropout", "output_bias", "recompute")  # keys of `model` that no weight depends on
+TIED = (".decoder.weight", ".decoder.bias", ".position_ids")  # names of tensors that repeat another, or count
 
 
-def weights(init: str, model: ModelConfig, tokenizer: Tokenizer, languages: Sequence[str]) -> WithLanguages:
-    """The weights that `init` names, for a run with this shape, vocabulary and languages; the ranks call it together.
-
-    Raises UserError where the weights would load and mean something else: other heads, activation or pieces, language
-    embeddings that the run lacks.
-    """
-    source: CheckpointReader | Folder
+def model_keys(init: str | Path) -> dict[str, Any]:
+    """The keys of `model` that give the model which `init` names: those of adapters only where it has some."""
     if folder.is_folder(Path(init)):
-        agreed(lambda: folder.verify(Path(init)))
-        source = Folder(Path(init))
-        path, heads, activation, pieces = source.path, source.heads, source.adapter_activation, source.pieces
-        known = source.config.get("languages") or []
-    else:
+        _, keys = folder.read_config(Path(init))
+        _as_model(init, keys)
+        return keys
+    path = checkpoint.find(init, "best")
+    with refusing(f"{path}: not a checkpoint of mlinterf_ds"):
+        return _keys_of(read_json(path / "run.json"))
+
+
+def _as_model(init: str | Path, keys: Mapping[str, Any]) -> ModelConfig:
+    with refusing(f"init={init}: its model has a shape that none of ours can have"):
+        return ModelConfig(**keys)
+
+
+def _keys_of(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """The same of what a checkpoint saved in run.json."""
+    config = with_present_keys(saved.get("pretrained", saved["config"]))  # of the encoder
+    shape = ModelConfig(**config["model"])
+    keys = {key: value for key, value in shape if key != "recompute"}
+    keys |= {"positions": shape.positions or config["data"]["sequence_length"], "adapter": shape.adapter_width}
+    return keys if has_adapters(config["variant"]) else {k: v for k, v in keys.items() if not k.startswith("adapter")}
+
+
+def check_model(init: str, keys: Mapping[str, Any], model: ModelConfig) -> None:
+    """UserError, which names the key, where `model` contradicts the keys of the model that `init` names."""
+    source = _as_model(init, keys)
+    for key in keys.keys() - set(FREE):
+        compared = {"head_width": "kv_channels", "adapter": "adapter_width"}.get(key, key)
+        there, here = getattr(source, compared), getattr(model, compared)
+        allowed = (key == "language_embeddings" and here) or (key == "positions" and here is None)
+        if there != here and not allowed:
+            raise UserError(
+                f"init={init}: its model has {key}={there}, this run model.{key}={here}: leave model.{key} out, which is "
+                f"then read from there, or set model.{key}={there}"
+            )
+
+
+@dataclass(frozen=True)
+class Start:
+    """The model that `init` names."""
+
+    path: Path  # its folder
+    source: CheckpointReader | Folder
+    keys: dict[str, Any]  # of `model`
+    pieces: list[str]  # of its vocabulary, by id
+    languages: list[str]  # codes of ours
+    variant: str
+    origin: dict[str, Any] = field(default_factory=dict)  # see `Folder.origin`
+
+    @classmethod
+    def of_folder(cls, path: Path, languages: Sequence[str]) -> Start:
+        agreed(lambda: folder.verify(path))
+        source = Folder(path, languages)
+        return cls(path, source, source.keys, source.pieces, list(source.languages), source.variant, source.origin)
+
+    @classmethod
+    def of_checkpoint(cls, init: str) -> Start:
         path = checkpoint.find(init, "best")
         saved = agreed(lambda: checkpoint.verify(path))
-        shape = ModelConfig(**with_present_keys(saved.get("pretrained", saved["config"]))["model"])  # of the encoder
-        heads, activation, pieces = shape.heads, shape.adapter_activation, Tokenizer(path / "tokenizer.model").pieces
-        source, known = CheckpointReader(path), saved["languages"]
-    if source.has(LANGUAGE_ROWS) and not model.language_embeddings:
-        raise UserError(f"init={init}: its model has language embeddings: set model.language_embeddings=true")
-    if heads != model.heads:
-        raise UserError(f"init={init}: its model has {heads} attention heads, model.heads={model.heads}")
-    if activation not in (None, model.adapter_activation):
+        pieces, source = Tokenizer(path / "tokenizer.model").pieces, CheckpointReader(path)
+        variant = str(saved.get("pretrained", saved["config"])["variant"])
+        return cls(path, source, _keys_of(saved), pieces, saved["languages"], variant, saved.get("origin", {}))
+
+
+def weights(
+    init: str,
+    model: ModelConfig,
+    tokenizer: Tokenizer,
+    languages: Sequence[str],
+    only: Sequence[str] | None = None,
+) -> WithLanguages:
+    """The weights that `init` names, for a run with this shape, vocabulary and languages; the ranks call it together.
+
+    only: the languages that the run trains, None for all. Raises UserError where the weights would load and mean
+    something else: another shape or other pieces, or a language without modules that the run does not ask to add.
+    """
+    start = Start.of_folder(Path(init), languages) if folder.is_folder(Path(init)) else Start.of_checkpoint(init)
+    check_model(init, start.keys, model)
+    _check_vocabulary(start.path, start.pieces, tokenizer)
+    lacking = [code for code in languages if code not in start.languages and code not in (only or ())]
+    if is_routed(start.variant) and lacking:
+        has = ", ".join([*start.languages, *getattr(start.source, "others", [])])
         raise UserError(
-            f"init={init}: its adapters use {activation}, model.adapter_activation={model.adapter_activation}"
+            f"init={init}: has no modules of {', '.join(lacking)}; it has {has}: name a language to add in data.only, or "
+            "leave it out of languages"
         )
-    _check_vocabulary(path, pieces, tokenizer)
-    rows = [known.index(language) if language in known else None for language in languages]
-    return WithLanguages(source, len(pieces), tokenizer.size, rows)
+    return WithLanguages(start, tokenizer.size, languages)
 
 
 def _check_vocabulary(path: Path, old: list[str], tokenizer: Tokenizer) -> None:
@@ -74,38 +140,67 @@ def _check_vocabulary(path: Path, old: list[str], tokenizer: Tokenizer) -> None:
 class WithLanguages:
     """A source that has modules for every language, and rows for every piece of a vocabulary that extends its own.
 
-    Where `source` shares a module (feed-forward, attention, adapter), every language starts from a copy of that module. Where
-    it has no adapter, a new one starts as the identity: its up projection is zero, the rest as initialised. New pieces start at
-    the mean of the old ordinary ones, in the embedding and in the output bias; new languages at the mean of the old ones'
-    embeddings, or at zero where there are none.
+    Where the source shares a module (feed-forward, attention, adapter), every language starts from a copy of that module.
+    Where it has no adapter of a language, a new one starts as the identity: its up projection is zero, the rest as
+    initialised. New pieces start at the mean of the old ordinary ones, in the embedding and in the output bias; new
+    languages at the mean of the old ones' embeddings, or at zero where there are none.
     """
 
-    def __init__(self, source: CheckpointReader | Folder, pieces: int, wanted: int, rows: Sequence[int | None]):
-        self.source, self.old, self.new = source, pieces, wanted - pieces  # pieces of the vocabulary
-        self.rows = rows  # of each language in the source's language embeddings; None: it is new
+    def __init__(self, start: Start, wanted: int, languages: Sequence[str]):
+        self.start, self.source = start, start.source
+        self.adapts_each = architecture(start.variant) == "adpt"  # the source has adapters of each language
+        self.old, self.new = len(start.pieces), wanted - len(start.pieces)  # pieces of the vocabulary
+        known = start.languages
+        # of each language in the source's language embeddings; None: it is new
+        self.rows = [known.index(language) if language in known else None for language in languages]
 
     def has(self, name: str) -> bool:
         """False only for what a new adapter is initialised with."""
-        return ".adapter." not in name or self.source.has(self._source_name(name)) or name.endswith(".up.weight")
+        return not self._is_new(name) or name.endswith(".up.weight")
 
     def read(self, wanted: Segment, kind: str, tensor: int, tensor_rank: int) -> Tensor:
         name = self._source_name(wanted.name)
         if self.new and wanted.name in VOCABULARY:
-            old = self.source.whole(wanted.name)[: self.old]
-            mean = old[len(SPECIAL_PIECES) :].mean(0, keepdim=True)
-            rows = wanted.shape[0] * tensor  # padding included
-            grown = torch.cat([old, mean.expand(rows - self.old, *old.shape[1:])])
-            return sliced(grown, wanted, tensor, tensor_rank, self.source.path)
+            return self._grown(wanted, tensor, tensor_rank)
         if wanted.name == LANGUAGE_ROWS:
             width = wanted.shape[1]
             old = self.source.whole(name) if self.source.has(name) else torch.zeros(0, width)
             mean = old.mean(0) if len(old) else torch.zeros(width)
             whole = torch.stack([mean if row is None or not len(old) else old[row] for row in self.rows])
-            return sliced(whole, wanted, tensor, tensor_rank, self.source.path)
-        if ".adapter." in wanted.name and not self.source.has(name):
+            check_shape(wanted, whole.shape, self.start.path)
+            return whole.view(-1)[wanted.start : wanted.start + wanted.length]
+        if self._is_new(wanted.name):
             return torch.zeros(wanted.length)
         return self.source.read(Segment(**vars(wanted) | {"name": name}), kind, tensor, tensor_rank)
 
+    def _grown(self, wanted: Segment, tensor: int, tensor_rank: int) -> Tensor:
+        """A parameter of the vocabulary with rows for new pieces; those of its padding have the mean too."""
+        assert wanted.partition_dim == 0 or tensor == 1
+        whole = self.source.whole(wanted.name)[: self.old]
+        mean = whole[len(SPECIAL_PIECES) :].mean(0, keepdim=True)
+        check_shape(wanted, (wanted.shape[0], *whole.shape[1:]), self.start.path)
+        own = whole[wanted.shape[0] * tensor_rank :][: wanted.shape[0]]
+        own = torch.cat([own, mean.expand(wanted.shape[0] - len(own), *whole.shape[1:])])
+        return own.reshape(-1)[wanted.start : wanted.start + wanted.length]
+
+    def left_out(self, names: Iterable[str]) -> list[str]:
+        """The source's tensors that a model with parameters of these names does not take."""
+        sources = [self._source_name(name) for name in names]
+        renamed = self.source.theirs if isinstance(self.source, Folder) else lambda name: (name,)
+        used = {part for name in sources for part in renamed(name)}
+        return [name for name in self.source.names if name not in used and not name.endswith(TIED)]
+
+    def _is_new(self, name: str) -> bool:
+        """Whether this is a part of an adapter that the source does not have."""
+        if "_bda.adapter" not in name:
+            return False
+        if not has_adapters(self.start.variant):
+            return True
+        language = re.search(LANGUAGE, name)
+        return language is not None and self.adapts_each and language[1] not in self.start.languages
+
     def _source_name(self, name: str) -> str:
-        """The name under which the source has this parameter, if it has it."""
-        return name if self.source.has(name) else re.sub(r"\.copies\.language_[^.]+", "", name)
+        """The name under which the source has this parameter: a module that all share serves every language."""
+        language = re.search(LANGUAGE, name)
+        own = language and self.adapts_each and "_bda.adapter" in name and language[1] in self.start.languages
+        return name if own or self.source.has(name) else re.sub(LANGUAGE, "", name)

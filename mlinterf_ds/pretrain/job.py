@@ -68,6 +68,7 @@ class PretrainingRun:
         self.saver = checkpoint.Saver(session.output, config.train.keep)
         self.saved_step = -1  # of the newest checkpoint that this process began to write
         self.run_id: str | None = None  # MLflow's, of a run that is resumed
+        self.origin: dict[str, Any] = {}  # what a model from a transformers folder keeps of it (`Folder.origin`)
         self.old_pieces: int | None = None  # size of the vocabulary that this run's extends
         self.tried_from = self.engine.micro  # rows of the largest micro-batch that train.micro_batch=auto tries
         self.start = self._restore()  # how the run starts, for the user; '' from random weights
@@ -210,7 +211,7 @@ class PretrainingRun:
         state = checkpoint.load(path, self.engine, state=saved)
         self.history = {language: [tuple(p) for p in points] for language, points in state["history"].items()}
         self.best, self.seconds, self.run_id = state["best"], state["seconds"], state["run_id"]
-        self.old_pieces = state.get("old_pieces")
+        self.old_pieces, self.origin = state.get("old_pieces"), state.get("origin", {})
         self.tried_from = min(
             self.tried_from, state.get("micro_batch") or self.tried_from
         )  # a resumed run keeps its size
@@ -221,11 +222,16 @@ class PretrainingRun:
         return f"resumed from {path} at step {self.engine.step}"
 
     def _start_from(self, init: str) -> str:
-        source = initial.weights(init, self.config.model, self.corpus.tokenizer, self.languages)
+        """Start from the weights that `init` names; returns in words what is new or left out."""
+        config = self.config
+        source = initial.weights(init, config.model, self.corpus.tokenizer, self.languages, config.data.only)
         checkpoint.fill(self.engine, source, missing=True)
         self.old_pieces = source.old if source.new else None
-        grown = f"; {source.new} new pieces start at the mean of its {source.old}" if source.new else ""
-        return f"starts from the weights of {init}{grown}"
+        self.origin = source.start.origin
+        note = f"; {source.new} new pieces start at the mean of its {source.old}" if source.new else ""
+        if lost := source.left_out(name for name, _ in self.engine.model.named_parameters()):
+            note += f"; {len(lost)} of its tensors have no place in this model: {', '.join(lost[:3])}{', ...' * (len(lost) > 3)}"
+        return f"starts from the weights of {init}{note}"
 
     def _refuse_other_settings(self, path: Path, saved: dict[str, Any]) -> None:
         """UserError where a key that decides the data, the model or a step is not as it was in the checkpoint."""
@@ -258,6 +264,7 @@ class PretrainingRun:
             "radius": self.meta.radius.radius if self.meta else None,
             "old_pieces": self.old_pieces,
             "micro_batch": self.engine.micro,
+            "origin": self.origin,
         }
         files = {"tokenizer.model": self.corpus.folder / "tokenizer.model"}
         if self.records.losses:

@@ -21,7 +21,7 @@ SIGNIFICANT = 0.05
 SYNTHETIC = "syn"  # the names of synthetic languages start so
 VOCABULARY = "one vocabulary for the study (the paper learns one for each model), so that perplexities compare"
 DEPARTURES = [
-    "pre-norm Transformer (XLM is post-norm); adapters with GELU before the residual sum; routed ffn and attn share their norms",
+    "adapters with GELU, unless a recipe says otherwise; routed ffn and attn share their norms",
     VOCABULARY,
     "packed rows in which a token sees its own sentence or document alone; the meta step's validation loss reads training text",
     "paper's numbers in brackets: its models, data and sizes are not ours; its average is over the languages shown, of which "

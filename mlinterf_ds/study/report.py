@@ -9,6 +9,7 @@ from pathlib import Path
 
 from mlinterf_ds.data.corpus import Corpus
 from mlinterf_ds.files import write_json, write_text
+from mlinterf_ds.pretrain.config import load_run
 from mlinterf_ds.results.findings import Finding
 from mlinterf_ds.results.records import Records
 from mlinterf_ds.results.statistics import VERDICTS
@@ -33,7 +34,7 @@ def write(
 
     output.mkdir(parents=True, exist_ok=True)
     records = Records(source=config.source, margin=config.margin, confidence=config.confidence)
-    records.departures = [*notes, *config.departures]
+    records.departures = [*notes, *departures(config)]
     records.status = [outcome.row() for outcome in outcomes]
     records.distances, records.distance = distances(config, corpora)
     records.sizes = training_sizes(config, corpora)
@@ -51,6 +52,19 @@ def write(
     facts = environment_facts() | {"made": time.strftime("%Y-%m-%d %H:%M")}
     write_text(output / "report.html", page.render(config, records, made, tested, facts))
     return records, tested
+
+
+def departures(config: StudyConfig) -> list[str]:
+    """How the study's models and its protocol differ from the paper's, a sentence each."""
+    models = [load_run(config.recipes, [*config.settings, *group.settings]).model for group in config.sets]
+    norms = {
+        "pre-norm" if model.norm == "pre" else "without LayerNorm on the embeddings"
+        for model in models
+        if model.norm == "pre" or not model.embedding_norm
+    }
+    places = {f"adapters on the sublayer's {model.adapter_on}" for model in models}
+    said = [f"the Transformer is {' or '.join(sorted(norms))} (XLM is post-norm, with one there)"] if norms else []
+    return [*said, *sorted(places), *config.departures]
 
 
 def training_sizes(config: StudyConfig, corpora: Corpora) -> dict[str, dict[str, int]]:

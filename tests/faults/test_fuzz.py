@@ -473,7 +473,10 @@ SUMMARY = {
     "checkpoint": "runs/x", "pretraining_seed": 0, "examples": {"train": {"en": 10}}, "per_seed": {"en": [1.5, 2.0]},
     "data": {"test en": "file"}, "baseline": {"en": 1.0}, "metrics": {"en": {"f1": {"mean": 1.75}, "recall": {"mean": 2.5}}},
 }  # fmt: skip
-CONFIG = {"model_type": "mlinterf", "num_attention_heads": 4, "adapter_activation": "gelu", "vocab_size": 6}
+CONFIG = {
+    "model_type": "mlinterf", "num_attention_heads": 4, "vocab_size": 6, "hidden_size": 8, "num_hidden_layers": 1,
+    "intermediate_size": 8, "max_position_embeddings": 9, "variant": "adpt", "adapter_size": 2, "adapter_activation": "gelu",
+}  # fmt: skip
 VOCABULARY = {
     "model": {"vocab": {"<s>": 0, "<pad>": 1, "</s>": 2, "<unk>": 3, "a": 5}},
     "added_tokens": [{"content": "<mask>", "id": 4}],

@@ -20,7 +20,7 @@ from mlinterf_ds.model.encoder import Encoder
 from mlinterf_ds.pretrain import initial, main
 from mlinterf_ds.pretrain.config import load_run
 from tests.parity.bodies import REPOSITORY
-from tests.parity.finetune_bodies import LANGUAGES, LENGTH, SHAPE
+from tests.parity.finetune_bodies import LANGUAGES, LENGTH, RUN
 from tests.ranks import joined, laid_out
 
 
@@ -51,22 +51,38 @@ def rows() -> dict[str, torch.Tensor]:
 
 
 def started(
-    place: str, vocabulary: str, settings: Sequence[str], json_name: str = "zero1", tensor: int = 1, out: str = ""
+    place: str,
+    vocabulary: str,
+    settings: Sequence[str],
+    json_name: str = "zero1",
+    tensor: int = 1,
+    out: str = "",
+    languages: Sequence[str] = LANGUAGES,
+    only: Sequence[str] | None = None,
 ) -> tuple[float, str]:
-    """A run that starts from `place`: (its loss on `rows()`, "") or (0, why it was refused); saved to `out`."""
-    layout = laid_out(tensor)
-    config = load_run([], [*SHAPE, *settings])
-    tokenizer = Tokenizer(vocabulary)
-    model = Encoder(
-        config.model, variant=config.routing, languages=LANGUAGES, vocabulary=tokenizer.size, positions=LENGTH, seed=9
-    )
-    engine = Engine(model, config.train, read_json(REPOSITORY / "ds_configs" / f"{json_name}.json"), "fp32", layout)
+    """A run that starts from `place`: (its loss on `rows()`, "") or (0, why it was refused); saved to `out`.
+
+    languages: the run's; only: those that it trains.
+    """
+    layout, tokenizer = laid_out(tensor), Tokenizer(vocabulary)
     try:
-        checkpoint.fill(engine, initial.weights(place, config.model, tokenizer, LANGUAGES), missing=True)
+        config = load_run([], [*RUN, f"init={place}", *settings])
+        model = Encoder(
+            config.model,
+            variant=config.routing,
+            languages=languages,
+            vocabulary=tokenizer.size,
+            positions=LENGTH,
+            seed=9,
+        )
+        engine = Engine(model, config.train, read_json(REPOSITORY / "ds_configs" / f"{json_name}.json"), "fp32", layout)
+        source = initial.weights(place, config.model, tokenizer, languages, only)
+        checkpoint.fill(engine, source, missing=True)
     except UserError as error:
         return 0.0, str(error)
     if out:
-        state = {"config": config.model_dump(), "languages": list(LANGUAGES), "vocabulary": tokenizer.size}
+        state = {"config": config.model_dump(), "languages": list(languages), "vocabulary": tokenizer.size}
+        state |= {"origin": source.start.origin}
         checkpoint.save(Path(out), engine, state, {"tokenizer.model": Path(vocabulary)}, 1)
     weights = torch.full((4, 3), 1 / (12 * layout.data))  # every data-parallel rank has these rows
     batch = Batch(**rows(), weights=weights, step_languages=(0, 1), dropout_seed=0)

@@ -29,7 +29,8 @@ from tests.vocabulary import learned
 LANGUAGES = ("te", "as")  # both occur inside names of modules
 LENGTH = 24
 SHAPE = ["model.layers=1", "model.heads=2", "model.width=16", "model.ffn=32", "model.adapter=4"]
-SHAPE += [f"data.sequence_length={LENGTH}", "train.batch=4", "train.precision=fp32"]
+RUN = [f"data.sequence_length={LENGTH}", "train.batch=4", "train.precision=fp32"]
+SHAPE += RUN
 FINETUNE = [
     "finetune.epochs=3",
     "finetune.batch=4",
@@ -40,6 +41,12 @@ FINETUNE = [
 FINETUNE += ["finetune.head_lr=0.05"]
 WORDS = [a + b + c for a in "bdgk" for b in "aeo" for c in ("", "n", "s")]
 KINDS = {"a": "B-PER", "e": "B-LOC", "o": "O"}  # the second letter tells the tag: learnable
+
+
+def write_vocabulary(out: Path, alphabet: str = "") -> None:
+    """A vocabulary of 50 pieces learnt from WORDS, or from words of other letters."""
+    draw, words = random.Random(0), [a + b for a in alphabet for b in alphabet] or WORDS
+    learned([" ".join(draw.choice(words) for _ in range(6)) + " . ?" for _ in range(300)], 50, out)
 
 
 def pretrain(
@@ -55,11 +62,9 @@ def pretrain(
 
     layout = laid_out(tensor)
     folder = Path(out)
-    draw = random.Random(0)
     if layout.rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
-        text = [" ".join(draw.choice(WORDS) for _ in range(6)) + " . ?" for _ in range(300)]
-        learned(text, 50, folder / "tokenizer.model")
+        write_vocabulary(folder / "tokenizer.model")
     dist.barrier()
     size = Tokenizer(folder / "tokenizer.model").size
     config = load_run([], [*SHAPE, f"variant={variant}", *settings])

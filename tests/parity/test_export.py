@@ -236,10 +236,15 @@ def edit(**changes: Any) -> Callable[[bytes], bytes]:
         ("model.safetensors", flipped, True, ["altered", "sha256", "export it again"]),
         ("model.safetensors", lambda old: old[:-9], True, ["truncated"]),
         ("model.safetensors", lambda old: old[:-9], False, ["safetensors", "copy it again"]),
-        ("config.json", edit(num_attention_heads=4), False, ["4 attention heads", "model.heads=2"]),
-        ("config.json", edit(model_type="bert"), False, ["'bert'", "mlinterf"]),
+        ("config.json", edit(num_attention_heads=4), False, ["heads=4", "model.heads=2"]),
+        ("config.json", edit(model_type="gpt2"), False, ["'gpt2'", "mlinterf"]),
         ("config.json", edit(hidden_act="relu"), False, ["hidden_act", "'relu'", "'gelu'"]),
-        ("config.json", edit(adapter_activation="tanh"), False, ["tanh", "model.adapter_activation=gelu"]),
+        (
+            "config.json",
+            edit(adapter_activation="tanh"),
+            False,
+            ["adapter_activation=tanh", "model.adapter_activation=gelu"],
+        ),
         ("config.json", edit(vocab_size=51), False, ["50 pieces", "51"]),
         ("tokenizer.json", swapped, False, ["vocabulary", "piece 9 is", "--tokenizer"]),
         ("tokenizer.json", lambda old: old[:-9], False, ["tokenizer.json", "not a tokenizer"]),
@@ -251,7 +256,8 @@ def test_a_folder_that_does_not_fit_is_refused(made, tmp_path: Path, file, chang
     if not listed:
         (copy / "export.json").unlink()
     vocabulary = str(folder / "sentencepiece.model")
-    ((_, refusal),) = pool(1).run(bodies.started, str(copy), vocabulary, ["variant=meta_adpt"])
+    settings = ["variant=meta_adpt", "model.heads=2", "model.adapter_activation=gelu"]
+    ((_, refusal),) = pool(1).run(bodies.started, str(copy), vocabulary, settings)
     for word in words:
         assert word in refusal
     ((_, refusal),) = pool(1).run(bodies.started, str(folder), vocabulary, ["variant=ffn"])

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from mlinterf_ds.export.folder import FIRST_POSITION, from_stock
+from mlinterf_ds.export.classes import Names
 from mlinterf_ds.model.encoder import Encoder
 from mlinterf_ds.model.layers import at_positions
 from mlinterf_ds.sections import ModelConfig
@@ -26,7 +26,7 @@ def theirs() -> Any:
         num_hidden_layers=LAYERS,
         num_attention_heads=HEADS,
         intermediate_size=FFN,
-        max_position_embeddings=LENGTH + FIRST_POSITION,
+        max_position_embeddings=LENGTH + 2,
         type_vocab_size=1,
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
@@ -41,10 +41,14 @@ def theirs() -> Any:
 
 
 def copied(model: Any) -> Encoder:
-    config = ModelConfig(layers=LAYERS, heads=HEADS, width=WIDTH, ffn=FFN, dropout=0, attention_dropout=0)
+    config = ModelConfig(
+        layers=LAYERS, heads=HEADS, width=WIDTH, ffn=FFN, dropout=0, attention_dropout=0, positions=LENGTH + 2,
+        position_offset=2, token_types=1,
+    )  # fmt: skip
     ours = Encoder(config, variant="mono", languages=["en"], vocabulary=VOCABULARY, positions=LENGTH).eval()
     source = model.state_dict()
-    target = {name: from_stock(name, source.__getitem__, HEADS) for name in ours.state_dict()}
+    names = Names("xlm-roberta-xl")
+    target = {name: names.ours(name, source.__getitem__, HEADS) for name in ours.state_dict()}
     padding = ours.embeddings.word.num_embeddings - VOCABULARY
     for name in ("embeddings.word.weight", "head.bias"):
         whole = target[name]

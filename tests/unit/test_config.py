@@ -14,7 +14,9 @@ from mlinterf_ds.pretrain.config import RunConfig, load_run, read_arguments
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = [
-    p for p in sorted((ROOT / "launch" / "recipes").glob("*.toml")) if not p.stem.startswith(("finetune", "study"))
+    p
+    for p in sorted((ROOT / "launch" / "recipes").glob("*.toml"))
+    if not p.stem.startswith(("finetune", "study", "ad"))
 ]
 JSONS = sorted((ROOT / "ds_configs").glob("*.json"))
 
@@ -22,6 +24,14 @@ JSONS = sorted((ROOT / "ds_configs").glob("*.json"))
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_every_shipped_recipe_loads(recipe: Path) -> None:
     assert load_run([recipe]) == load_run([recipe.stem])
+
+
+@pytest.mark.parametrize("recipe", ["add_language", "adapt_many"])
+def test_a_recipe_for_a_model_that_exists_asks_for_it(recipe: str) -> None:
+    with pytest.raises(
+        UserError, match="train.freeze=shared trains language modules alone on a model that init= names"
+    ):
+        load_run([recipe])
 
 
 @pytest.mark.parametrize("path", JSONS, ids=lambda path: path.stem)

@@ -229,10 +229,11 @@ def test_the_oracle_mode_is_the_same_function_and_twice_differentiable() -> None
 
 @pytest.mark.parametrize("activation", ["gelu", "relu", "tanh", "silu"])
 def test_adapters_are_residual_and_sit_before_the_sum(activation: str) -> None:
-    residual = encoder("share_adpt", adapter_activation=activation).block.layers[1].mlp_bda
+    layer = encoder("share_adpt", adapter_activation=activation).block.layers[1]
+    residual = layer.mlp_bda
     source = torch.Generator().manual_seed(0)
     total, before = (torch.randn(2, LENGTH, 32, generator=source) for _ in range(2))
-    adapted, adapter = residual(total, before), residual.adapter
+    adapted, adapter = residual(total, before, layer.pre_mlp_layernorm), residual.adapter
     inner = getattr(torch, activation, getattr(F, activation))(F.linear(total, adapter.down.weight, adapter.down.bias))
     torch.testing.assert_close(adapted, before + total + F.linear(inner, adapter.up.weight, adapter.up.bias))
 

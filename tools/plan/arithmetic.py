@@ -69,12 +69,18 @@ def parameters(config: RunConfig, languages: int, vocabulary: int, tensor: int) 
     attention = _linear(3 * inner, w, tensor, column=True) + _linear(w, inner, tensor, column=False)
     ffn = _linear(model.ffn, w, tensor, column=True) + _linear(w, model.ffn, tensor, column=False)
     a = model.adapter_width
-    adapters = 2 * (_linear(a, w, tensor, column=True) + _linear(w, a, tensor, column=False))
+    adapters = model.adapters * (_linear(a, w, tensor, column=True) + _linear(w, a, tensor, column=False))
     parts = {"attn": attention, "ffn": ffn, "adpt": adapters if has_adapters(routing) else []}
     own = parts.pop(routing, [])
-    layer = [2 * [w, w], *parts.values()]  # two norms
+    own_norms = model.adapters if has_adapters(routing) and model.adapter_norm == "own" else 0
+    layer = [(2 + own_norms) * [w, w], *parts.values()]
     in_layer = [size for part in layer for size in part]
-    outside = [v * w // tensor, config.data.sequence_length * w, w, w]  # embeddings, final norm
+    outside = [
+        v * w // tensor,
+        (model.positions or config.data.sequence_length) * w,
+        model.token_types * w,
+    ]  # embeddings
+    outside += [w, w] * ((model.norm == "pre") + model.embedding_norm)
     outside += [w * w, w, w, w, v // tensor]  # head
     if model.language_embeddings:
         outside.append(languages * w)
@@ -196,7 +202,7 @@ def _saved_by_layer(config: RunConfig, layout: PlannedLayout, n: int, m: int, on
     if not on_gpu and layout.precision != "fp32":  # a CPU writes attention out: scaled queries and the scores' softmax
         saved += b * m * (inner + heads * config.data.sequence_length)
     if has_adapters(config.variant):
-        saved += 2 * b * m * (w + 2 * model.adapter_width / tensor)
+        saved += model.adapters * b * m * (w + 2 * model.adapter_width / tensor)
     return saved + (2 * (1 if on_gpu else b) * m * w if model.dropout else 0.0)
 
 
@@ -231,7 +237,9 @@ def tensor_parallel_volume(config: RunConfig, layout: PlannedLayout) -> float:
     model, b, times = config.model, BYTES[layout.precision], passes(config.variant, config.meta)
     rows = config.train.batch / layout.data
     n, m = rows * config.data.sequence_length, rows * config.data.row_format.masked
-    sums = 4 if has_adapters(config.variant) else 2  # row-parallel linear layers of a transformer layer
+    sums = 2 + (
+        model.adapters if has_adapters(config.variant) else 0
+    )  # row-parallel linear layers of a transformer layer
     outputs = sums * ((model.layers - 1) * n + m)  # the last layer computes what is read, but queries of all tokens
     forward = model.width * b * (outputs * (2 if model.recompute else 1) + n)
     backward = model.width * b * (outputs + n)

@@ -217,7 +217,7 @@ def count_corpus(options: argparse.Namespace, config: RunConfig) -> None:
 def main(words: Sequence[str]) -> int:
     """Plans the run that the command line describes; returns the exit code."""
     options = arguments(words)
-    config = load_run(options.recipe or ["tiny"], options.set)
+    config = load_run(options.recipe, options.set, "tiny")
     count_corpus(options, config)
     options.precision = {"auto": "fp16"}.get(config.train.precision, config.train.precision)  # auto on GPUs
     if options.calibrate:
