@@ -10,6 +10,7 @@ import torch.distributed as dist
 from mlinterf_ds.engine import fitting
 from mlinterf_ds.errors import UserError
 from mlinterf_ds.pretrain.config import load_run
+from tests.parity import bodies
 from tests.ranks import pool
 
 CPU = torch.device("cpu")
@@ -90,3 +91,19 @@ def test_recipes_leave_the_micro_batch_to_the_device(recipe: str) -> None:
     config = load_run([recipe])
     assert config.train.micro_batch == "auto" and config.train.fixed_micro_batch is None and not config.model.recompute
     assert load_run([recipe], ["train.micro_batch=8"]).train.fixed_micro_batch == 8
+
+
+def steps(settings: list[str], json_name: str, tried: bool) -> list[dict[str, float]]:
+    """Facts of two steps, after passes were tried or not."""
+    engine, stream, config = bodies.make([*settings, "model.dropout=0.1"], json_name)
+    if tried:
+        fitting._pass_over(engine, [stream.batch(0, 0, 8), stream.batch(0, 0, 8)], 2)
+    return bodies.advance(engine, stream, config, 2, bodies.meta_step(engine, config))
+
+
+@pytest.mark.parametrize("variant, json_name, ranks", [("meta_adpt", "zero1", 1), ("adpt", "zero2", 2)])
+def test_trying_leaves_nothing_behind(variant: str, json_name: str, ranks: int) -> None:
+    plain, after = (pool(ranks).run(steps, [f"variant={variant}"], json_name, tried) for tried in (False, True))
+    assert [[dict(facts) for facts in of_rank] for of_rank in plain] == [
+        [dict(facts) for facts in of_rank] for of_rank in after
+    ]

@@ -112,7 +112,7 @@ def memory(
         "adapters": count.languages * count.own * (b / cut + STATE / d),
     }
     vector, own = 4 * count.shared / d, 4 * count.own / d
-    size["gradients"] = own + _gradients(count, layout, vector)
+    size["gradients"] = _gradients(count, layout, vector, own)
     if layout.stage == 3:
         size["gathered"] = b * min(LIVE, count.shared - count.small) if layout.data > 1 else 0.0
     if is_meta(config.variant):
@@ -146,13 +146,20 @@ def _meta_vectors(meta: MetaConfig, vector: float, own: float, gradients: float)
     return max(descent, displaced)
 
 
-def _gradients(count: ParameterCount, layout: PlannedLayout, vector: float) -> float:
-    """Bytes of the shared parameters' gradients and of DeepSpeed's buffers for them at the end of a pass."""
+def _gradients(count: ParameterCount, layout: PlannedLayout, vector: float, own: float) -> float:
+    """Bytes of gradients and of DeepSpeed's buffers for them at the end of a pass; `vector`: of an fp32 one of the shared
+    parameters, `own`: of one language's own."""
     b, stage = BYTES[layout.precision], layout.stage
-    if stage == 0:
-        return vector
     if stage == 3:
-        return vector + b * BUCKET
+        return own + vector + b * BUCKET
+    if stage == 0 or layout.data == 1:  # nothing is partitioned: the buffer of arriving gradients, and their fp32 sum
+        return (b + 4) * (count.shared + count.own)
+    return own + _partitioned_gradients(count, layout, vector)
+
+
+def _partitioned_gradients(count: ParameterCount, layout: PlannedLayout, vector: float) -> float:
+    """Bytes of the shared parameters' gradients under ZeRO 1 and 2."""
+    b, stage = BYTES[layout.precision], layout.stage
     if stage == 1 and layout.precision == "bf16":  # BF16_Optimizer keeps whole fp32 sums beside the 16-bit gradients
         return 4 * count.shared + max(b * count.shared, vector)
     size = 2 * vector  # the averaged pieces, and the flat vector that sums them
@@ -226,7 +233,9 @@ def data_parallel_volume(config: RunConfig, count: ParameterCount, layout: Plann
         volume["reduce_scatter"] += micro * times["shared"] * shared
         return volume
     volume["all_reduce"] = times["shared"] * shared * (micro if stage == 2 else 1)
-    volume["all_gather"] = writes * shared + (own if count.own else 0)
+    volume["all_gather"] = writes * shared + own * (
+        1 + is_meta(config.variant) / config.meta.every
+    )  # phi is written twice
     return volume
 
 

@@ -13,14 +13,15 @@ import os
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from mlinterf_ds.errors import UserError, refusing
 from mlinterf_ds.files import write_json
+from mlinterf_ds.pretrain.config import RunConfig
 from tools.plan import pace
-from tools.plan.arithmetic import DEVICES, PlannedLayout
+from tools.plan.arithmetic import DEVICES, PlannedLayout, memory, parameters
 
 VOCABULARY = 32_000
 
@@ -69,7 +70,6 @@ def calibrate(precision: str) -> tuple[str, pace.Rates]:
 
 def measure(precision: str, few: int, many: int, settings: tuple[str, ...] = ()) -> pace.Rates:
     """Rates from products, a long sum, and our steps over `few` and `many` rows of the shape of `paper_8heads`."""
-    import torch
 
     from tools.bench.engines import build, plain_step, start
     from tools.bench.timing import interleaved
@@ -78,33 +78,40 @@ def measure(precision: str, few: int, many: int, settings: tuple[str, ...] = ())
     options = argparse.Namespace(vocabulary=VOCABULARY, precision=precision, set=list(settings))
     work: dict[str, Callable[[], Any]] = {}
     for name, rows in (("few", few), ("many", many)):
+        held = _allocated(reset=True)
         shape = ["variant=joint", f"train.batch={rows}", f"train.micro_batch={rows}"]
-        engine, config, train, _ = build(options, ["l0"], "paper_8heads", shape, "zero0")
+        engine, config, train, _ = build(options, ["l0"], "paper_8heads", shape, "zero0", fast=True)
         work[name] = plain_step(engine, train(0))
+        for _ in range(6):  # compiled, and captured as a graph
+            work[name]()
+    added = _allocated(peak=True) - held
     seconds = {name: min(times) for name, times in interleaved(work, 5).items()}
-    held = held_share(config, precision, many, work["many"])
-    device, dtype = engine.device, next(engine.model.parameters()).dtype
+    alone = _alone(engine.device, next(engine.model.parameters()).dtype, many)
+    alone = replace(alone, held=held_share(config, precision, many, added))
+    return solve(config, precision, few, many, seconds, alone)
+
+
+def _alone(device: Any, dtype: Any, rows: int) -> pace.Rates:
+    """The rates of products, attention and long sums, each timed alone."""
+    import torch
+
     size = 8192 if device.type != "cpu" else 512
     left = torch.randn(size, size, device=device).to(dtype)
-    products = 2 * size**3 / best_seconds(lambda: left @ left)
     vector = torch.zeros(size * size, device=device)
-    memory = 3 * vector.nbytes / best_seconds(lambda: vector.add_(vector))
-    query = torch.randn(many, 8, 256, 64, device=device).to(dtype).requires_grad_()
+    query = torch.randn(rows, 8, 256, 64, device=device).to(dtype).requires_grad_()
 
     def attend() -> None:
         torch.nn.functional.scaled_dot_product_attention(query, query, query).backward(query.detach())
         query.grad = None
 
-    attention = 3 * 2 * 2 * many * 8 * 256 * 256 * 64 / best_seconds(attend)
-    return solve(config, precision, few, many, seconds, pace.Rates(products, attention, memory, memory, 1e-9, held))
+    products = 2 * size**3 / best_seconds(lambda: left @ left)
+    attention = 3 * 2 * 2 * rows * 8 * 256 * 256 * 64 / best_seconds(attend)
+    memory = 3 * vector.nbytes / best_seconds(lambda: vector.add_(vector))
+    return pace.Rates(products, attention, memory, memory, 1e-9, 1.0)
 
 
 def solve(config: Any, precision: str, few: int, many: int, seconds: dict[str, float], alone: pace.Rates) -> pace.Rates:
     """The rates of element-wise work and of launches that explain the seconds of our steps; `alone`: those measured alone."""
-    from dataclasses import replace
-
-    from tools.plan.arithmetic import parameters
-
     layout = PlannedLayout(1, 1, 0, precision)
     count = parameters(config, 1, VOCABULARY, 1)
     updates = pace.update_seconds(config, count, layout, alone)
@@ -117,22 +124,25 @@ def solve(config: Any, precision: str, few: int, many: int, seconds: dict[str, f
     return replace(alone, elementwise=elementwise, launch=max(launches, 1e-6) / kernels)
 
 
-def held_share(config: Any, precision: str, rows: int, step: Callable[[], Any]) -> float:
-    """Bytes that a step adds to those held between steps, without its gradients, in the activations that are counted."""
+def _allocated(*, reset: bool = False, peak: bool = False) -> int:
+    """Bytes that tensors take on the accelerator, now or (`peak`) at most since the last reset; 0 on a CPU."""
     from deepspeed.accelerator import get_accelerator
-
-    from tools.plan.arithmetic import activations, parameters
 
     accelerator = get_accelerator()
     if accelerator.device_name() == "cpu":
-        return 1.0
-    accelerator.reset_peak_memory_stats()
-    before = accelerator.memory_allocated()
-    step()
-    added = accelerator.max_memory_allocated() - before
-    layout = PlannedLayout(1, 1, 0, precision)
-    gradients = 4 * parameters(config, 1, VOCABULARY, 1).shared
-    return max(1.0, (added - gradients) / activations(config, rows, VOCABULARY, layout, on_gpu=True))
+        return 0
+    if reset:
+        accelerator.reset_peak_memory_stats()
+    return int(accelerator.max_memory_allocated() if peak else accelerator.memory_allocated())
+
+
+def held_share(config: RunConfig, precision: str, rows: int, added: int) -> float:
+    """The bytes that an engine and its steps took (`added`) beside weights, masters, moments and gradients, in the activations
+    that are counted."""
+    layout, count = PlannedLayout(1, 1, 0, precision), parameters(config, 1, VOCABULARY, 1)
+    planned = memory(config, count, layout, VOCABULARY)
+    counted = planned.pop("activations")
+    return max(1.0, (added - sum(planned.values())) / counted)
 
 
 def best_seconds(run: Callable[[], Any]) -> float:

@@ -37,7 +37,7 @@ class Rates:
     @classmethod
     def expected(cls, device: Device, precision: str) -> Rates:
         peak = device.peak / (16 if precision == "fp32" else 1)
-        return cls(0.79 * peak, 0.14 * peak, 0.46 * device.bandwidth, 0.78 * device.bandwidth, 36e-6, 1.9)
+        return cls(0.79 * peak, 0.14 * peak, 0.46 * device.bandwidth, 0.78 * device.bandwidth, 36e-6, 2.0)
 
 
 def moved(config: RunConfig, layout: PlannedLayout, vocabulary: int, rows: float) -> float:
