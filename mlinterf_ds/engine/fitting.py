@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from mlinterf_ds.engine.engine import Engine, Rows
 
 LEAST = 4  # rows; activations are recomputed rather than that a micro-batch has fewer
-UNTRIED = 16  # rows under ZeRO 3, whose passes gather weights and cannot be tried by one rank alone
+UNTRIED = 16  # rows under ZeRO 3 and tensor parallelism, whose passes no rank can try alone
 ROOM = 0.9  # share of the memory that may be used; the rest goes to fragmentation and the libraries
 
 
@@ -33,9 +33,12 @@ def fit_micro_batch(engine: Engine, most: int, batches: Callable[[int], Sequence
     """
     if engine.device.type == "cpu":
         return ""
-    if engine.stage == 3:
+    if engine.stage == 3 or engine.layout.tensor > 1:
         engine.micro = min(most, UNTRIED)
-        return f"micro-batches of {engine.micro} rows (auto is not tried under ZeRO 3: train.micro_batch=N sets another size)"
+        return (
+            f"micro-batches of {engine.micro} rows (auto tries nothing under ZeRO 3 and tensor parallelism: "
+            "train.micro_batch=N sets another size)"
+        )
 
     def attempt(rows: int) -> None:
         _pass_over(engine, batches(rows), vectors)

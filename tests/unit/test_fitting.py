@@ -10,6 +10,7 @@ import torch.distributed as dist
 from mlinterf_ds.engine import fitting
 from mlinterf_ds.errors import UserError
 from mlinterf_ds.pretrain.config import load_run
+from mlinterf_ds.runtime.parallel import Layout
 from tests.parity import bodies
 from tests.ranks import pool
 
@@ -63,11 +64,14 @@ class Device(SimpleNamespace):
         return fitting.fit_micro_batch(self, most, lambda rows: rows, 2)  # type: ignore[arg-type, return-value]
 
 
-def device(limit: int, stage: int = 2) -> Device:
+def device(limit: int, stage: int = 2, tensor: int = 1) -> Device:
     layer = torch.nn.Identity()
     layer.recompute = False  # type: ignore[assignment]
     model = torch.nn.Sequential(layer)
-    return Device(limit=limit, device=torch.device("meta"), stage=stage, micro=64, model=model, layer=layer)
+    layout = Layout(0, tensor, tensor)
+    return Device(
+        limit=limit, device=torch.device("meta"), stage=stage, layout=layout, micro=64, model=model, layer=layer
+    )
 
 
 def test_activations_are_recomputed_only_where_none_fits(alone: None, monkeypatch) -> None:
@@ -77,8 +81,8 @@ def test_activations_are_recomputed_only_where_none_fits(alone: None, monkeypatc
     assert "recomputed" in tight.fit(monkeypatch, 64) and tight.micro == 8 and tight.layer.recompute
     with pytest.raises(UserError, match="not even one row fits this meta.*higher ZeRO stage"):
         lost.fit(monkeypatch, 64)
-    untried = device(0, stage=3)
-    assert "not tried under ZeRO 3" in untried.fit(monkeypatch, 64) and untried.micro == 16
+    for untried in (device(0, stage=3), device(0, tensor=2)):
+        assert "auto tries nothing" in untried.fit(monkeypatch, 64) and untried.micro == 16
 
 
 def test_a_cpu_takes_all_rows_and_tries_nothing() -> None:
