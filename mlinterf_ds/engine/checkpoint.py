@@ -83,8 +83,9 @@ class Saver:
         best: whether the checkpoint is then marked as the best of the run.
         """
         self.finish()
-        self._writing = _Writing(self.run, self.keep, engine.step, best)
-        self._writing.begin(_shard(engine, self._copy), _run_json(engine, state), files)
+        writing = _Writing(self.run, self.keep, engine.step, best)
+        writing.begin(_shard(engine, self._copy), _run_json(engine, state), files)
+        self._writing = writing
 
     def finish(self) -> None:
         """Waits for the save under way, if there is one. Raises UserError on all ranks if one of them could not save."""

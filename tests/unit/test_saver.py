@@ -97,6 +97,12 @@ def test_a_failed_write_is_known_at_the_next_step_and_told_once(
     assert checkpoint.verify(checkpoint.find(tmp_path))["updates"] == 1
 
 
+def test_a_folder_that_cannot_be_made_is_told_at_once(engine: Any, tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").write_text("no folder")
+    with pytest.raises(UserError, match="could not save .*rank 0: "), checkpoint.Saver(tmp_path, keep=9) as saver:
+        saver.begin(engine, {}, {})
+
+
 def test_a_run_that_fails_meanwhile_still_completes_its_checkpoint(
     engine: Any, disk: SimpleNamespace, tmp_path: Path
 ) -> None:
