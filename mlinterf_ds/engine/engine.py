@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn import functional as F
 
 from mlinterf_ds.engine.facts import StepFacts, on_device
 from mlinterf_ds.engine.optimizer import LOSS_PREFIX, LossScale, Spikes, adamw, apply, clip_factor, learning_rate
@@ -63,6 +64,8 @@ class Engine:
         self._unread: StepFacts | None = None  # of the newest step, which the counters do not know yet
         self.new_rows: NewRows | None = None  # if set, the other shared parameters are frozen
         self.spikes = Spikes(training.spike)
+        self._no_spike = torch.zeros((), dtype=torch.bool, device=self.device)
+        self._no_sums = torch.empty(0, dtype=torch.float64, device=self.device)
         self.spiked = ""  # names the loss that spiked, if the last step was skipped because of it
         self.micro = training.fixed_micro_batch or training.batch // layout.data  # rows of a micro-batch
         resolved = resolve(deepspeed_json, training, precision, layout.data)
@@ -157,8 +160,8 @@ class Engine:
         self.settle()  # the step before, while the device computes this one's passes
         rates = rates or dict.fromkeys((space.name for space in spaces), self.learning_rate)
         squares = [space.share_of_dot(own, own).to(sums.device) for space, own in zip(spaces, gradients, strict=True)]
-        square, sums = self.reduced(torch.stack(squares).sum().view(1), sums)
-        norm = square[0].sqrt() / self.scale.tensor
+        square, sums = self.reduced(squares[0] if len(squares) == 1 else torch.stack(squares).sum(), sums)
+        norm = square.sqrt() / self.scale.tensor
         computed = {"gradient_norm": norm} | self.loss_facts(languages, sums)
         finite, spiked = torch.isfinite(norm), self.spiking(computed)
         skip = ~finite | spiked
@@ -168,40 +171,42 @@ class Engine:
         known = {"lr": next(iter(rates.values())), "loss_scale": self.scale.value}
         return self.finish_step(known, computed, finite, spiked)
 
-    def accumulate(self, batches: Sequence[Rows], spaces: Sequence[Space]) -> Tensor:
+    def accumulate(self, batches: Sequence[Rows], spaces: Sequence[Space], losses: bool = True) -> Tensor:
         """Forward and backward over this rank's micro-batches; only the gradients of `spaces` are computed.
 
-        Returns (step's languages, 2) float64: sum of nll and count, this rank's rows. The loss is multiplied by the
+        Returns (step's languages, 2) float64: sum of nll and count, this rank's rows (nothing without `losses`). The loss is multiplied by the
         loss scale and by the number of data-parallel ranks (gradients are averaged over them, the weights of a batch
         sum to one over all of them).
         """
-        step_languages, sums = batches[0].step_languages, None
+        step_languages = batches[0].step_languages
+        sums = self._no_sums
         if not self.model.training:  # `train()` visits every module: with 100 languages, a tenth of a small step
             self.model.train()
         for number, batch in enumerate(batches):
             last = number == len(batches) - 1
             nll = self.passes.run(batch, spaces, last)
-            of_batch = language_sums(nll, batch.languages, step_languages)
-            sums = of_batch if sums is None else sums + of_batch
+            if losses:
+                of_batch = language_sums(nll, batch.languages, step_languages)
+                sums = sums + of_batch if len(sums) else of_batch
             if not last:
                 for space in spaces:
                     space.absorb()
-        assert sums is not None
         return sums
 
     def reduced(self, values: Tensor, sums: Tensor) -> tuple[Tensor, Tensor]:
         """Both summed over all ranks in one collective; sums (languages, 2) of which tensor-parallel ranks hold replicas."""
         if self.layout.world == 1:
             return values, sums
-        both = torch.cat([values, sums.view(-1) / self.layout.tensor])
+        both = torch.cat([values.view(-1), sums.view(-1) / self.layout.tensor])
         dist.all_reduce(both)
-        return both[: len(values)], both[len(values) :].view(-1, 2)
+        return both[: values.numel()].view(values.shape), both[values.numel() :].view(-1, 2)
 
     def loss_facts(self, step_languages: Sequence[int], sums: Tensor, prefix: str = "loss") -> dict[str, Tensor]:
         """{"loss": over all positions, "loss/<language>": ...}, scalars, from (languages, 2) global sums."""
-        by_language = sums[:, 0] / sums[:, 1]
         if len(step_languages) == 1:
-            return {prefix: by_language[0], f"{prefix}/{self.languages[step_languages[0]]}": by_language[0]}
+            loss = torch.div(*sums[0].unbind())
+            return {prefix: loss, f"{prefix}/{self.languages[step_languages[0]]}": loss}
+        by_language = sums[:, 0] / sums[:, 1]
         total = sums.sum(dim=0)
         names = [f"{prefix}/{self.languages[index]}" for index in step_languages]
         return {prefix: total[0] / total[1]} | dict(zip(names, by_language.unbind(), strict=True))
@@ -213,7 +218,7 @@ class Engine:
         }
         bounds = [self.spikes.bound(language) for language in losses]
         if all(math.isinf(bound) for bound in bounds):
-            return torch.zeros((), dtype=torch.bool, device=self.device)
+            return self._no_spike
         values = torch.stack(list(losses.values()))
         return ((values > on_device(bounds, self.device)) & torch.isfinite(values)).any()
 
@@ -231,7 +236,7 @@ class Engine:
         step too, and leaves the loss scale as it is. counted: called with the facts if the step counts.
         """
         self.scale.foresee(~finite, spiked)
-        verdict = {"finite": finite.double(), "spiked": spiked.double()}
+        verdict = {"finite": finite, "spiked": spiked}
         self._unread = StepFacts(known, {**computed, **verdict}, partial(self._count, counted))
         return self._unread
 
@@ -300,9 +305,9 @@ def weighted_loss(model: Any, batches: Iterable[Rows], device: torch.device, lay
 
 def language_sums(nll: Tensor, languages: Tensor, step_languages: Sequence[int]) -> Tensor:
     """(step's languages, 2) float64: sum and count of nll (rows, masked) by the rows' language; languages: on the host."""
-    by_row = nll.detach().double().sum(dim=1)
     if len(step_languages) == 1:
-        return torch.stack([by_row.sum(), torch.full_like(by_row[0], nll.numel())]).view(1, 2)
+        return F.pad(nll.sum(dtype=torch.float64).view(1, 1), (0, 1), value=nll.numel())
+    by_row = nll.double().sum(dim=1)
     chosen = (torch.tensor(step_languages).view(-1, 1) == languages.view(1, -1)).double()
     if nll.device.type != "cpu":
         chosen = chosen.pin_memory().to(nll.device, non_blocking=True)

@@ -27,9 +27,9 @@ class StepFacts(Mapping[str, float]):
         computed: Mapping[str, Tensor],
         settle: Callable[[dict[str, float]], Mapping[str, float]],
     ):
-        """known: what the host knows already. computed: float64 scalars on the device."""
+        """known: what the host knows already. computed: scalars on the device, numbers or bools."""
         self._names, self._facts, self._settle = list(computed), dict(known), settle
-        values = torch.stack(list(computed.values()))
+        values = torch.stack(list(computed.values()))  # bools become numbers
         self._values: Tensor | None = values
         self._event = None
         if values.device.type == "cuda":

@@ -85,14 +85,18 @@ class Phases:
         self.rate, self.radius = self.engine.learning_rate, meta.radius.radius
         self.known = {"lr": self.rate, "loss_scale": self.engine.scale.value}
         self.computed: dict[str, Tensor] = {}
-        self.finite = torch.ones((), dtype=torch.bool, device=self.engine.device)
-        self.spiked = ~self.finite
+        self.lengths = torch.zeros(
+            (), dtype=torch.float64, device=self.engine.device
+        )  # sum of norms: finite if all are
+        self.spiked = torch.zeros_like(self.lengths, dtype=torch.bool)
+        self._finite = (self.lengths, ~self.spiked)  # the sum that was asked last, and whether it is finite
         self.train = self._gradients_of(batches, "loss")
         self.validation = self._gradients_of(validation, "meta/validation")
 
     def update_phi(self) -> None:
         """phi_i <- AdamW(phi_i, h_i) (Algorithm 1, line 6)."""
-        self._update(self.phi, self._hypergradient().total, "meta/gradient_norm")
+        h = self._hypergradient()
+        self._update(self.phi, h.total, "meta/gradient_norm", h.total_norm)
 
     def update_theta(self) -> None:
         """theta <- AdamW(theta, grad_theta L_i^train(theta, phi_i)), with the new phi_i (Algorithm 1, line 7; Eq. 5)."""
@@ -111,10 +115,10 @@ class Phases:
         if self.config.reuse:
             theta = [(first + second) / 2 for first, second in zip(theta, h.passes.value, strict=True)]
             phi = [first + second for first, second in zip(phi, h.passes.own, strict=True)]
-        lengths = [norm(self.theta, theta), norm(self.phi, phi)]
-        self.finite = self.finite & torch.isfinite(lengths[0] + lengths[1])  # asked before either update
-        self._update(self.phi, phi, "meta/gradient_norm", lengths[1])
-        self._update(self.theta, theta, "gradient_norm", lengths[0])
+        of_theta, of_phi = norm(self.theta, theta), norm(self.phi, phi)
+        self.lengths = self.lengths + of_theta + of_phi  # both are asked before either update
+        self._update(self.phi, phi, "meta/gradient_norm", of_phi)
+        self._update(self.theta, theta, "gradient_norm", of_theta)
 
     def in_turn(self, space: Space, first: Callable[[], None], second: Callable[[], None]) -> None:
         """Two updates, of which the second sees the first one's result; the first, of `space`, is undone if the second fails."""
@@ -123,14 +127,22 @@ class Phases:
         saved = [tensor.clone() for tensor in tensors]
         first()
         second()
+        undo = self.skip.to(tensors[0].device)
         for tensor, before in zip(tensors, saved, strict=True):
-            tensor.copy_(torch.where(self.skip.to(tensor.device), before, tensor))
+            tensor.copy_(torch.where(undo, before, tensor))
         space.write()
 
     @property
     def skip(self) -> Tensor:
         """Whether the step does not count, by the passes so far (a bool scalar)."""
         return ~self.finite | self.spiked
+
+    @property
+    def finite(self) -> Tensor:
+        """Whether all passes so far were (a bool scalar)."""
+        if self._finite[0] is not self.lengths:
+            self._finite = self.lengths, torch.isfinite(self.lengths)
+        return self._finite[1]
 
     def finish(self) -> StepFacts:
         """The step's facts. The radius follows when they are read."""
@@ -154,13 +166,15 @@ class Phases:
             if not tries_left or radius.near(change := h.change.item()):
                 break
             radius.update(change)
-        self.finite = self.finite & h.finite
+        self.lengths = self.lengths + h.total_norm
         self._note(h, beta)
         return h
 
     def _update(self, space: Space, gradient: Vector, name: str, length: Tensor | None = None) -> None:
-        self.computed[name] = length = norm(space, gradient) if length is None else length
-        self.finite = self.finite & torch.isfinite(length)
+        if length is None:
+            length = norm(space, gradient)
+            self.lengths = self.lengths + length
+        self.computed[name] = length
         divisor = 1.0 / clip_factor(length, self.engine.training.clip)
         self.engine.update(space, gradient, divisor, self.rate, self.skip)
 
@@ -169,12 +183,13 @@ class Phases:
 
         def gradients(spaces: Sequence[Space]) -> list[Vector]:
             engine = self.engine
-            sums = engine.accumulate(batches, spaces)
+            noted = name in self.computed
+            sums = engine.accumulate(batches, spaces, losses=not noted)
             vectors = [space.gradient() for space in spaces]
             if engine.precision == "fp16":
                 for shard in (shard for vector in vectors for shard in vector):
                     shard.div_(engine.scale.tensor.to(shard.device))
-            if name not in self.computed:
+            if not noted:
                 _, sums = engine.reduced(sums.new_empty(0), sums)
                 self.computed |= engine.loss_facts(batches[0].step_languages, sums, name)
                 if name == "loss":
@@ -195,12 +210,13 @@ class Phases:
         """The sizes of h_i's terms as facts, so that a user sees whether the second-order one matters."""
         facts = self.computed
         self.known["meta/beta"], facts["meta/descent_norm"] = beta, h.descent_norm
-        facts["meta/direct_norm"] = norm(self.phi, h.direct)
-        if h.mixed is None or h.direction is None:
+        facts["meta/direct_norm"] = h.direct_norm
+        if h.mixed is None or h.mixed_norm is None or h.direction is None:
             return
-        facts["meta/second_order_norm"] = beta * norm(self.phi, h.mixed)
-        facts["meta/cosine"] = -cosine(self.phi, h.direct, h.mixed)  # of the two terms as they enter h_i
+        facts["meta/second_order_norm"] = beta * h.mixed_norm
+        # of the two terms as they enter h_i
+        facts["meta/cosine"] = -cosine(self.phi, h.direct, h.mixed, h.direct_norm * h.mixed_norm)
         self.known["meta/radius"], facts["meta/change"] = self.radius, h.change
         if self.config.check_every and self.engine.step % self.config.check_every == 0:
             again, _ = mixed_product(self.train, self.theta, self.phi, h.direction, self.radius / 2)
-            facts["meta/self_check"] = cosine(self.phi, h.mixed, again)
+            facts["meta/self_check"] = cosine(self.phi, h.mixed, again, h.mixed_norm * norm(self.phi, again))

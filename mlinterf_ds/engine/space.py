@@ -72,16 +72,17 @@ class Space:
             self.write()
 
     def dot(self, left: Vector, right: Vector) -> Tensor:
-        """<left, right> over all ranks, replicas counted once: a float64 scalar, for which the host need not wait."""
-        total = self.share_of_dot(left, right).to(self.device)
+        """<left, right> over all ranks, replicas counted once: a scalar, for which the host need not wait."""
+        total = self.share_of_dot(left, right)
         if dist.get_world_size() > 1:
+            total = total.to(self.device, torch.float64)
             dist.all_reduce(total)
         return total
 
     def weights_norm(self) -> Tensor:
-        """Norm of the masters over all ranks, replicas counted once: a float64 scalar."""
-        masters = [master.detach() for master in self.masters]
-        return self.dot(masters, masters).sqrt()
+        """Norm of the masters over all ranks, replicas counted once: a scalar."""
+        with torch.no_grad():
+            return self.dot(self.masters, self.masters).sqrt()
 
     @property
     def device(self) -> torch.device:
@@ -89,11 +90,11 @@ class Space:
         return next(iter(self.parameters.values())).device
 
     def share_of_dot(self, left: Vector, right: Vector) -> Tensor:
-        """This rank's summand of <left, right> (float64), on the masters' device."""
+        """This rank's summand of <left, right> (fp32 or float64), on the masters' device."""
+        if self._counted == [(0, 0, len(left[0]))]:
+            return torch.dot(left[0], right[0])
         parts = [torch.dot(left[shard][begin:end], right[shard][begin:end]) for shard, begin, end in self._counted]
-        if not parts:
-            return torch.zeros((), dtype=torch.float64, device=left[0].device)
-        return parts[0].double() if len(parts) == 1 else torch.stack(parts).sum(dtype=torch.float64)
+        return torch.stack(parts or [torch.zeros((), device=left[0].device)]).sum(dtype=torch.float64)
 
     def _count(self, tensor_rank: int, whole: bool = True) -> None:
         """Decides which elements of the shards this rank contributes to a sum over all ranks."""
@@ -114,7 +115,7 @@ class Space:
                 parameter.requires_grad_(flag)
 
     def _displaced_shard(self, index: int, offset: Vector | None, scale: float | Tensor) -> Tensor:
-        master = self.masters[index].detach()
+        master = self.masters[index]  # every caller runs without gradients
         if offset is None:
             return master
         if isinstance(scale, Tensor):
@@ -209,7 +210,11 @@ class FlatSpace(Space):
 
     @torch.no_grad()
     def write(self, offset: Vector | None = None, scale: float | Tensor = 0.0) -> None:
-        self.working.copy_(self._displaced_shard(0, offset, scale))
+        if isinstance(scale, Tensor) and offset is not None:
+            master = self.masters[0]
+            torch.addcmul(master, offset[0], scale.to(master), out=self.working)
+        else:
+            self.working.copy_(self._displaced_shard(0, offset, scale))
 
 
 class ShardedSpace(Space):

@@ -33,6 +33,7 @@ from torch import Tensor
 
 Vector = list[Tensor]  # a parameter group flattened: this rank's shards of it
 Difference = Literal["central", "one_sided"]
+TINY = 1e-30  # stands for a norm of zero in a quotient, which is then zero itself
 
 
 class ParameterSpace(Protocol):
@@ -42,10 +43,10 @@ class ParameterSpace(Protocol):
         """The weights are moved by scale * offset inside, and restored exactly after."""
 
     def dot(self, left: Vector, right: Vector) -> Tensor:
-        """<left, right> over all ranks, replicas counted once; float64."""
+        """<left, right> over all ranks, replicas counted once."""
 
     def weights_norm(self) -> Tensor:
-        """Norm of the weights over all ranks, replicas counted once; float64."""
+        """Norm of the weights over all ranks, replicas counted once."""
 
 
 # The gradients of one loss at the current weights, for some of the spaces. Every call sees the same batch and dropout.
@@ -71,7 +72,9 @@ class Hypergradient:
     direction: Vector | None  # v
     change: Tensor  # |g+ - g-| / |g|: the relative change of phi_i's gradient over the difference; NaN without one
     descent_norm: Tensor  # |g|
-    finite: Tensor  # bool: whether every pass was
+    direct_norm: Tensor  # |grad_phi_i L^val|
+    mixed_norm: Tensor | None
+    total_norm: Tensor  # |h_i|; not finite where a pass is not
     passes: Passes | None  # the passes' other gradients; None unless asked for
 
 
@@ -92,8 +95,8 @@ def hypergradient(
 
     radius: the displacement |e v| / |theta| of the finite difference. difference: `one_sided` saves a pass by reusing the
     gradient at theta. second_order=False leaves the mixed term out. keep_passes: the result holds the other gradients of
-    the passes, which memory would otherwise be rid of. Where a pass is not finite, `finite` says so and h_i means nothing;
-    the weights are as before in any case.
+    the passes, which memory would otherwise be rid of. Where a pass is not finite, neither is `total_norm`; the weights are
+    as before in any case.
     """
     one_sided = second_order and difference == "one_sided"
     descent, *own = train([theta, phi] if one_sided or keep_passes else [theta])
@@ -101,15 +104,18 @@ def hypergradient(
     with theta.displaced(lookahead.step(descent), -beta):
         value, direct = validation([theta, phi])
     passes = Passes(descent, own[0], value) if keep_passes else None
+    direct_norm = norm(phi, direct)
     if not second_order:
-        finite = torch.isfinite(descent_norm + norm(phi, direct))
-        return Hypergradient(direct, direct, None, None, descent_norm * math.nan, descent_norm, finite, passes)
+        length = direct_norm + 0 * descent_norm
+        return Hypergradient(
+            direct, direct, None, None, math.nan * length, descent_norm, direct_norm, None, length, passes
+        )
     v = lookahead.pull_back(descent, value)
     del descent, value  # the passes that follow need their memory
     mixed, change = mixed_product(train, theta, phi, v, radius, own[0] if one_sided else None)
     total = [torch.add(first, second, alpha=-beta) for first, second in zip(direct, mixed, strict=True)]
-    finite = torch.isfinite(descent_norm + norm(phi, total) + change)
-    return Hypergradient(total, direct, mixed, v, change, descent_norm, finite, passes)
+    length = norm(phi, total) + 0 * (descent_norm + change)
+    return Hypergradient(total, direct, mixed, v, change, descent_norm, direct_norm, norm(phi, mixed), length, passes)
 
 
 def mixed_product(
@@ -125,9 +131,7 @@ def mixed_product(
     at_theta: phi's gradient at theta, for a one-sided difference; None for a central one. Both results are 0 for v = 0, and
     not finite where a pass or v is not.
     """
-    length = norm(theta, v)
-    nowhere = length == 0.0  # there is no direction, so the product is zero
-    epsilon = torch.where(nowhere, 0.0, radius * theta.weights_norm() / length)
+    epsilon = radius * theta.weights_norm() / norm(theta, v).clamp(min=TINY)
     with theta.displaced(v, epsilon):
         (plus,) = train([phi])
     if at_theta is None:
@@ -138,8 +142,7 @@ def mixed_product(
         minus, width = at_theta, epsilon
     size = 0.5 * (norm(phi, plus) + norm(phi, minus))
     apart = [first - second for first, second in zip(plus, minus, strict=True)]
-    change = norm(phi, apart) / torch.where(size == 0.0, 1.0, size)
-    width = torch.where(nowhere, 1.0, width)
+    change = norm(phi, apart) / size.clamp(min=TINY)
     return [shard.div_(width.to(shard.device)) for shard in apart], change
 
 
@@ -232,7 +235,6 @@ def norm(space: ParameterSpace, vector: Vector) -> Tensor:
     return space.dot(vector, vector).sqrt()
 
 
-def cosine(space: ParameterSpace, left: Vector, right: Vector) -> Tensor:
-    """Cosine similarity over all ranks; 0 where one of the vectors vanishes."""
-    product = norm(space, left) * norm(space, right)
-    return space.dot(left, right) / torch.where(product == 0.0, 1.0, product)
+def cosine(space: ParameterSpace, left: Vector, right: Vector, norms: Tensor) -> Tensor:
+    """Cosine similarity over all ranks of vectors with this product of norms; 0 where one of them vanishes."""
+    return space.dot(left, right) / norms.clamp(min=TINY)

@@ -354,11 +354,11 @@ def overflow(settings: list[str], json_name: str, failing: int) -> dict[str, Any
     radius, skipped, updates = meta.radius.radius, engine.skipped, engine.updates
     accumulate, passes = engine.accumulate, []
 
-    def planted(batches_: Any, spaces: Any) -> torch.Tensor:
+    def planted(batches_: Any, spaces: Any, **options: Any) -> torch.Tensor:
         passes.append(len(passes))
         if passes[-1] == failing:
             batches_ = [replace(batch, weights=batch.weights * float("inf")) for batch in batches_]
-        return accumulate(batches_, spaces)
+        return accumulate(batches_, spaces, **options)
 
     engine.accumulate = planted  # type: ignore[method-assign]
     batch, held_out = batches(stream, config, engine.step)

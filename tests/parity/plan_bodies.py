@@ -107,9 +107,9 @@ def measure(
 
     engine.model.register_forward_hook(forward_ends)
 
-    def watched(batches: Any, spaces: Any) -> Any:
+    def watched(batches: Any, spaces: Any, **options: Any) -> Any:
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda item: item):
-            sums = inner(batches, spaces)
+            sums = inner(batches, spaces, **options)
         vectors[0] = max(vectors[0], beside(tensors_alive()))
         return sums
 
