@@ -154,24 +154,27 @@ def train_fp16(out: str, steps: int, source: str | None = None) -> tuple[list[di
     return facts, scales
 
 
-def advance_meta(
-    engine: Engine, stream: TrainStream, config: RunConfig, meta: MetaStep, until: int
-) -> list[dict[str, float]]:
-    """Meta steps up to step `until`; their facts."""
-    rows = config.meta.batch or config.train.batch
-    validation = ValidationStream(
+def validation_stream(stream: TrainStream, config: RunConfig) -> ValidationStream:
+    """The rows of the validation loss of meta steps."""
+    return ValidationStream(
         Made(stream.languages),
         stream.languages,
-        rows=rows,
+        rows=config.meta.batch or config.train.batch,
         row_format=config.data.row_format,
         seed=config.train.seed,
         languages_per_step=config.meta.languages_per_step,
     )
-    facts = []
+
+
+def advance_meta(
+    engine: Engine, stream: TrainStream, config: RunConfig, meta: MetaStep, until: int
+) -> list[dict[str, float]]:
+    """Meta steps up to step `until`; their facts."""
+    validation, facts = validation_stream(stream, config), []
     while engine.step < until:
         train = [stream.batch(engine.step, *slice_) for slice_ in engine.slices(config.train.batch)]
         (language,) = train[0].step_languages
-        held_out = [validation.batch(engine.step, language, *slice_) for slice_ in engine.slices(rows)]
+        held_out = [validation.batch(engine.step, language, *slice_) for slice_ in engine.slices(validation.rows)]
         facts.append(dict(meta.step(train, held_out)))
     return facts
 

@@ -1,0 +1,105 @@
+"""What a step does beside its passes, counted: operators that are dispatched, and times that the host waits for the device."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from mlinterf_ds.engine.engine import Engine
+from mlinterf_ds.engine.meta_step import MetaStep
+from tests.parity import bodies
+from tests.ranks import pool
+
+WAITS = ("item", "tolist", "__bool__", "__float__", "__int__", "__index__", "cpu", "numpy")
+
+
+class Operators(TorchDispatchMode):
+    """Counts the operators outside of passes; the profiler's marks are none."""
+
+    def __init__(self, engine: Engine) -> None:
+        super().__init__()
+        self.names: Counter[str] = Counter()
+        self.inside = False
+        run = engine.passes.run
+
+        def passing(*arguments: Any) -> Any:
+            self.inside = True
+            try:
+                return run(*arguments)
+            finally:
+                self.inside = False
+
+        engine.passes.run = passing  # type: ignore[method-assign]
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
+        if not self.inside and function.namespace != "profiler":
+            self.names[str(function)] += 1
+        return function(*arguments, **(options or {}))
+
+
+class Waits(TorchFunctionMode):
+    """Counts the calls that wait for the device, but for those on the batch's languages, which lie on the host."""
+
+    def __init__(self, operators: Operators) -> None:
+        super().__init__()
+        self.names: Counter[str] = Counter()
+        self.operators = operators
+
+    def __torch_function__(self, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
+        name = getattr(function, "__name__", "")
+        if name in WAITS and not self.operators.inside:
+            self.names[name] += 1
+        return function(*arguments, **(options or {}))
+
+
+def cost(settings: list[str], layers: int = 2) -> tuple[dict[str, int], dict[str, int], dict[str, int]]:
+    """What a step launches beside its passes; what it waits for; what the next one waits for (in a rank of a pool).
+
+    Three steps go before, so that nothing is done for the first time.
+    """
+    engine, stream, config = bodies.make([*settings, "train.precision=bf16", f"model.layers={layers}"], "zero0")
+    meta = MetaStep(engine, config.meta) if config.variant.startswith("meta_") else None
+    held_out = bodies.validation_stream(stream, config) if meta else None
+
+    batches = [stream.batch(number) for number in range(5)]
+    rows = [
+        held_out.batch(number, batch.step_languages[0]) if held_out else None for number, batch in enumerate(batches)
+    ]
+
+    def step() -> Any:
+        batch, own = batches[engine.step], rows[engine.step]
+        return meta.step([batch], [own]) if meta else engine.train_step([batch])  # type: ignore[list-item]
+
+    for _ in range(3):
+        step().read()
+    with Operators(engine) as operators, Waits(operators) as waits:
+        step()
+        launched, first = dict(operators.names), dict(waits.names)
+        step()
+    return launched, first, dict(waits.names)
+
+
+@pytest.mark.parametrize(
+    ("settings", "most"),
+    [
+        (["variant=joint"], 40),
+        (["variant=adpt"], 50),
+        (["variant=meta_adpt", "meta.check_every=0"], 150),
+        (["variant=meta_adpt", "meta.check_every=0", "meta.order=simultaneous", "meta.reuse=true"], 150),
+    ],
+)
+def test_a_step_costs_little_beside_its_passes(settings: list[str], most: int) -> None:
+    ((launched, first, both),) = pool(1).run(cost, settings)
+    assert 0 < sum(launched.values()) <= most, launched
+    assert not first, f"a step that is launched waits for nothing: {first}"
+    assert sum(both.values()) == 1, f"the next step reads the facts of the one before, at once: {both}"
+
+
+@pytest.mark.parametrize("settings", [["variant=joint"], ["variant=adpt"], ["variant=meta_adpt", "meta.check_every=0"]])
+def test_no_cost_grows_with_the_number_of_parameters(settings: list[str]) -> None:
+    one, four = (pool(1).run(cost, settings, layers)[0][0] for layers in (1, 4))
+    assert one == four
