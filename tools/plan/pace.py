@@ -15,8 +15,8 @@ from mlinterf_ds.pretrain.config import RunConfig
 from mlinterf_ds.sections import has_adapters, is_meta
 from tools.plan.arithmetic import BYTES, Device, ParameterCount, PlannedLayout, micro_rows
 
-# Kernels of a forward and backward pass: of a layer, of a layer's two adapters, and of embeddings, head and loss.
-LAYER_KERNELS, ADAPTER_KERNELS, OTHER_KERNELS = 110, 26, 120
+# Kernels of a forward and backward pass: of a layer, of an adapter, and of embeddings, head and loss.
+LAYER_KERNELS, ADAPTER_KERNELS, OTHER_KERNELS = 110, 13, 120
 OWN_KERNELS, OWN_BYTES = 0.75, 0.9  # share of them, and of the moved bytes, in a pass to one language's gradients alone
 RECOMPUTED = 1.4  # kernels and moved bytes with a second forward pass, in those of one
 
@@ -51,7 +51,7 @@ def moved(config: RunConfig, layout: PlannedLayout, vocabulary: int, rows: float
     w, i, f = model.width, model.heads * model.kv_channels / layout.tensor, model.ffn / layout.tensor
     token = (38 if model.dropout else 28) * w + 9 * i + 6 * f
     if has_adapters(config.variant):
-        token += 20 * w + 12 * model.adapter_width / layout.tensor
+        token += model.adapters * (10 * w + 6 * model.adapter_width / layout.tensor)
     tokens = rows * ((model.layers - 1) * config.data.sequence_length + masked)  # of the last layer what is read
     logits = rows * masked * vocabulary / layout.tensor
     return b * token * tokens * (RECOMPUTED if model.recompute else 1) + (44 + 5 * b) * logits
@@ -66,7 +66,8 @@ def pass_seconds(
     queries = (model.layers - 1) * length + masked
     attention = rows * 3 * queries * 2 * 2 * length * model.heads * model.kv_channels
     again = 4 / 3 if model.recompute else 1.0
-    kernels = OTHER_KERNELS + model.layers * (LAYER_KERNELS + ADAPTER_KERNELS * has_adapters(config.variant))
+    adapters = model.adapters * has_adapters(config.variant)
+    kernels = OTHER_KERNELS + model.layers * (LAYER_KERNELS + adapters * ADAPTER_KERNELS)
     seconds = {
         "products": again * (2 / 3 if own else 1) * (whole - attention) / layout.tensor / rates.products,
         "attention": again * attention / layout.tensor / rates.attention,
