@@ -214,6 +214,12 @@ class TrainConfig(PrecisionSection):
     graphs: Literal["auto"] | bool = key(
         "auto", "replay forward and backward passes as CUDA graphs; auto: where they can be captured", RESUMABLE
     )
+    idle_languages: Literal["auto", "host", "device"] = key(
+        "auto",
+        "where masters and moments of languages lie that a step does not train; auto: on the host with more than 8 "
+        "languages on an accelerator",
+        RESUMABLE,
+    )
     freeze: Literal["none", "shared"] = key(
         "none", "shared: train only the language modules (and the rows of new pieces) of the model that init= names"
     )

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mlinterf_ds.engine.facts import StepFacts, on_device
+from mlinterf_ds.engine.idle import IdleSpaces
 from mlinterf_ds.engine.optimizer import LOSS_PREFIX, LossScale, Spikes, adamw, apply, clip_factor, learning_rate
 from mlinterf_ds.engine.passes import Passes
 from mlinterf_ds.engine.precision import DTYPES, resolve
@@ -28,6 +29,7 @@ from mlinterf_ds.model.encoder import SHARED, partition_dim
 from mlinterf_ds.runtime.parallel import Layout, ModelParallelUnit
 from mlinterf_ds.sections import TrainConfig
 
+FEW_LANGUAGES = 8  # up to which train.idle_languages=auto keeps all of them on the device
 PATIENCE = 25  # steps skipped in a row before a run is declared lost
 
 
@@ -87,6 +89,11 @@ class Engine:
         self.spaces = self._make_spaces(groups, torch.device("cpu") if offload else self.device)
         self.optimizers = {name: adamw(space.masters, training) for name, space in self.spaces.items()}
         self.passes = Passes(self)
+        on_host = training.idle_languages == "host"
+        if training.idle_languages == "auto":
+            on_host = self.device.type != "cpu" and not offload and len(self.languages) > FEW_LANGUAGES
+        idle = [space for name, space in self.spaces.items() if on_host and name in self.languages]
+        self.idle = IdleSpaces(idle, self.optimizers, self.device)
 
     def _make_spaces(self, groups: Mapping[str, dict[str, Any]], masters_on: torch.device) -> dict[str, Space]:
         """A space for each parameter group, by its name; DeepSpeed keeps the shared one where it is partitioned."""
@@ -153,7 +160,9 @@ class Engine:
         """
         languages = batches[0].step_languages
         spaces = [self.spaces[name] for name in rates or self.groups_of(languages)]
+        self.idle.fetch(spaces)
         sums = self.accumulate(batches, spaces)
+        self.idle.wait()
         gradients = [space.gradient() for space in spaces]
         if self.new_rows:
             gradients[0] = self.new_rows.only(gradients[0])
@@ -168,6 +177,7 @@ class Engine:
         divisor = self.scale.tensor / clip_factor(norm, self.training.clip)
         for space, gradient in zip(spaces, gradients, strict=True):
             self.update(space, gradient, divisor, rates[space.name], skip)
+        self.idle.release(spaces)
         known = {"lr": next(iter(rates.values())), "loss_scale": self.scale.value}
         return self.finish_step(known, computed, finite, spiked)
 
@@ -244,6 +254,7 @@ class Engine:
         """Waits for the newest step, if its facts are not known yet, and counts it."""
         if self._unread is not None:
             self._unread.read()
+        self.idle.finish()
 
     def _count(
         self, counted: Callable[[Mapping[str, float]], None] | None, facts: dict[str, float]

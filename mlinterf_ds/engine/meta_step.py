@@ -90,6 +90,7 @@ class Phases:
         )  # sum of norms: finite if all are
         self.spiked = torch.zeros_like(self.lengths, dtype=torch.bool)
         self._finite = (self.lengths, ~self.spiked)  # the sum that was asked last, and whether it is finite
+        self.engine.idle.fetch([self.phi])
         self.train = self._gradients_of(batches, "loss")
         self.validation = self._gradients_of(validation, "meta/validation")
 
@@ -110,6 +111,7 @@ class Phases:
         lookahead's theta', on the validation rows; phi_i steps along h_i plus its ordinary gradient.
         """
         h = self._hypergradient(keep_passes=True)
+        self.engine.idle.wait()
         assert h.passes is not None
         theta, phi = h.passes.descent, h.total
         if self.config.reuse:
@@ -122,6 +124,7 @@ class Phases:
 
     def in_turn(self, space: Space, first: Callable[[], None], second: Callable[[], None]) -> None:
         """Two updates, of which the second sees the first one's result; the first, of `space`, is undone if the second fails."""
+        self.engine.idle.wait()
         state = self.engine.optimizers[space.name].state
         tensors = [tensor.detach() for master in space.masters for tensor in (master, *state[master].values())]
         saved = [tensor.clone() for tensor in tensors]
@@ -146,6 +149,7 @@ class Phases:
 
     def finish(self) -> StepFacts:
         """The step's facts. The radius follows when they are read."""
+        self.engine.idle.release([self.phi])
         return self.engine.finish_step(self.known, self.computed, self.finite, self.spiked, self._settle)
 
     def _settle(self, facts: Mapping[str, float]) -> None:

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
 from mlinterf_ds.engine.space import FlatSpace, Space
+from mlinterf_ds.errors import warn
 from mlinterf_ds.model.encoder import SHARED
+from mlinterf_ds.model.regions import regions
 from mlinterf_ds.runtime.parallel import replayed
 
 if TYPE_CHECKING:
@@ -26,6 +28,22 @@ MOST_GRAPHS = 64
 MOST_LANGUAGES = 16  # of a model whose passes over several languages are captured: each language has a graph of its own
 
 
+def make_fast(engine: Engine, compiled: bool | Literal["auto"], graphs: bool | Literal["auto"], first: bool) -> None:
+    """Compiles the regions of an engine's model and captures its passes, as far as device and layout allow.
+
+    The first rank warns of what was asked for in so many words and is not to be had.
+    """
+    reason = ""
+    if engine.layout.tensor > 1 or engine.stage == 3:
+        reason = "tensor parallelism and ZeRO 3 run the model as it stands"
+    else:
+        engine.model.router.regions = regions(compiled, engine.device, first)
+    if reason and compiled is True and first:
+        warn(f"model.compile=true: {reason}")
+    if (reason := engine.passes.capture(graphs)) and graphs is True and first:
+        warn(f"train.graphs=true: {reason}")
+
+
 class Passes:
     """Runs the passes of an engine's model."""
 
@@ -33,7 +51,7 @@ class Passes:
         self.engine = engine
         self.graphs = False  # whether passes are captured; see `capture`
         self._seen: dict[Hashable, int] = {}
-        self._captured: dict[Hashable, Captured] = {}
+        self.captured: dict[Hashable, Captured] = {}
         self._pool: Any = None
         self._slot: Slot | None = None  # of the language that a pass goes through
 
@@ -87,10 +105,10 @@ class Passes:
             route = tuple(batch.languages.tolist()), tuple(own)
         shapes = tuple((name, tuple(value.shape)) for name, value in tensors(batch).items())
         key = (shapes, route, self.engine.spaces[SHARED] in spaces)
-        if key in self._captured:
+        if key in self.captured:
             return key
         self._seen[key] = self._seen.get(key, 0) + 1
-        return key if self._seen[key] > WARM and len(self._captured) < MOST_GRAPHS else None
+        return key if self._seen[key] > WARM and len(self.captured) < MOST_GRAPHS else None
 
     @staticmethod
     def _grouped(batch: Any) -> bool:
@@ -108,9 +126,9 @@ class Passes:
             self._slot = Slot(passing)
         if single is not None and self._slot is not None:
             self._slot.working.copy_(single.working)  # type: ignore[attr-defined]
-        if key not in self._captured:
-            self._captured[key] = self._capture(batch, spaces, single)
-        captured = self._captured[key]
+        if key not in self.captured:
+            self.captured[key] = self._capture(batch, spaces, single)
+        captured = self.captured[key]
         for name, value in tensors(batch).items():
             tensors(captured.batch)[name].copy_(value, non_blocking=True)
         with replayed(batch.dropout_seed):

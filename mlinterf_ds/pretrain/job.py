@@ -21,6 +21,7 @@ from mlinterf_ds.engine import checkpoint
 from mlinterf_ds.engine.engine import Engine
 from mlinterf_ds.engine.fitting import fit_micro_batch
 from mlinterf_ds.engine.meta_step import AGREEMENT, MetaStep
+from mlinterf_ds.engine.passes import make_fast
 from mlinterf_ds.engine.pcgrad import pcgrad_step
 from mlinterf_ds.engine.precision import DTYPES
 from mlinterf_ds.engine.space import NewRows
@@ -28,7 +29,6 @@ from mlinterf_ds.engine.throughput import flops_per_row, peak_flops, peak_memory
 from mlinterf_ds.errors import UserError, warn
 from mlinterf_ds.gradients.measure import Draws, Monitor
 from mlinterf_ds.model.encoder import SHARED, Encoder, partition_dim
-from mlinterf_ds.model.regions import regions
 from mlinterf_ds.pretrain import initial
 from mlinterf_ds.pretrain.config import RunConfig
 from mlinterf_ds.pretrain.report import Records
@@ -78,7 +78,8 @@ class PretrainingRun:
         self.conflict = self._monitor() if config.conflict.every else None
         self._measure_speed()
         self._fit_micro_batch()
-        self._make_fast(model)  # after it: each size that is tried would be compiled
+        # after it: each size that is tried would be compiled
+        make_fast(self.engine, config.model.compile, config.train.graphs, self.first)
 
     # -- parts -------------------------------------------------------------------------------------------------------
 
@@ -139,17 +140,6 @@ class PretrainingRun:
             frequencies = self.stream.probabilities @ (counts / counts.sum(axis=1, keepdims=True))
             model.head.start_at(torch.from_numpy(np.log(frequencies)))
         return model
-
-    def _make_fast(self, model: Encoder) -> None:
-        """Compile the model's regions and capture its passes, as far as the layout allows."""
-        config, engine = self.config, self.engine
-        whole = self.layout.tensor == 1 and engine.stage < 3
-        if whole:
-            model.router.regions = regions(config.model.compile, engine.device, self.first)
-        elif config.model.compile is True and self.first:
-            warn("model.compile=true: tensor parallelism and ZeRO 3 run the model as it stands")
-        if (reason := engine.passes.capture(config.train.graphs)) and config.train.graphs is True and self.first:
-            warn(f"train.graphs=true: {reason}")
 
     def _monitor(self) -> Monitor:
         config = self.config
@@ -250,6 +240,7 @@ class PretrainingRun:
 
     def save(self) -> None:
         """Begin to save this step, as the best one if it was evaluated and none was better."""
+        self.engine.settle()
         best = (mean := self._mean_loss()) < self.best
         self.best = min(self.best, mean)
         state = {

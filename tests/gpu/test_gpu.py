@@ -8,7 +8,7 @@ import torch
 
 from mlinterf_ds.data.stream import TrainStream
 from mlinterf_ds.sections import RowFormat
-from tests.parity import bodies, meta_bodies
+from tests.parity import bodies, meta_bodies, test_step_costs
 from tests.ranks import pool
 from tools.plan import calibrate, pace
 
@@ -47,3 +47,39 @@ def test_calibration_explains_its_own_steps() -> None:
 def calibrated() -> pace.Rates:
     with mock.patch("tools.bench.engines.start"):  # a rank of the pool has joined its group
         return calibrate.measure("bf16", few=4, many=64)
+
+
+FAST = [["variant=joint"], ["variant=adpt"], ["variant=ffn"], ["variant=meta_adpt", "meta.check_every=4"]]
+EAGER = ["model.compile=false", "train.graphs=false"]
+
+
+@pytest.mark.parametrize("settings", [*FAST, ["variant=meta_adpt", "meta.order=simultaneous", "meta.reuse=true"]])
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_graphs_replay_what_eager_passes_compute_bit_for_bit(settings: list[str], precision: str) -> None:
+    """Dropout included; languages alternate, and the model has more of them on the host than on the device."""
+    settings = [*settings, f"train.precision={precision}", "model.dropout=0.1", "model.attention_dropout=0.1"]
+    ((facts, masters, captured),) = pool(1).run(test_step_costs.trained, [*settings, *EAGER], 12)
+    fast = ["model.compile=false", "train.graphs=true", "train.idle_languages=host"]
+    ((fast_facts, fast_masters, fast_captured),) = pool(1).run(test_step_costs.trained, [*settings, *fast], 12)
+    assert captured == 0 < fast_captured
+    assert facts == fast_facts and torch.equal(masters, fast_masters)
+
+
+@pytest.mark.parametrize("settings", FAST)
+def test_compiled_passes_give_the_same_losses_and_gradients(settings: list[str]) -> None:
+    settings = [*settings, "train.precision=fp32", "train.lr=1e-6"]
+    ((facts, masters, _),) = pool(1).run(test_step_costs.trained, [*settings, *EAGER], 8)
+    fast = ["model.compile=true", "train.graphs=true"]
+    ((fast_facts, fast_masters, captured),) = pool(1).run(test_step_costs.trained, [*settings, *fast], 8)
+    assert captured
+    torch.testing.assert_close(masters, fast_masters, rtol=1e-5, atol=1e-6)
+    for ours, others in zip(facts, fast_facts, strict=True):
+        for name in ("loss", "gradient_norm"):
+            assert ours[name] == pytest.approx(others[name], rel=1e-5), name
+
+
+def test_dropout_of_compiled_passes_is_replayed() -> None:
+    """Else the difference of two passes at displaced weights would be noise."""
+    settings = ["variant=meta_adpt", "train.precision=bf16", "model.dropout=0.1", "model.attention_dropout=0.1"]
+    ((facts, _, _),) = pool(1).run(test_step_costs.trained, [*settings, "meta.check_every=1", "model.compile=true"], 8)
+    assert min(fact["meta/self_check"] for fact in facts) > 0.9

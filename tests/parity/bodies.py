@@ -13,6 +13,7 @@ from mlinterf_ds.engine import checkpoint
 from mlinterf_ds.engine.engine import Engine
 from mlinterf_ds.engine.meta_step import MetaStep
 from mlinterf_ds.engine.optimizer import LossScale
+from mlinterf_ds.engine.passes import make_fast
 from mlinterf_ds.engine.precision import read_json
 from mlinterf_ds.engine.weights import CheckpointReader
 from mlinterf_ds.pretrain.config import RunConfig, load_run
@@ -92,7 +93,9 @@ def make(
                 "stage3_prefetch_bucket_size": bucket,
                 "stage3_max_live_parameters": bucket,
             }
-    return Engine(model, config.train, deepspeed_json, config.train.precision, layout), stream, config
+    engine = Engine(model, config.train, deepspeed_json, config.train.precision, layout)
+    make_fast(engine, config.model.compile, config.train.graphs, True)
+    return engine, stream, config
 
 
 def advance(

@@ -6,6 +6,7 @@ from collections import Counter
 from typing import Any
 
 import pytest
+import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -81,6 +82,28 @@ def cost(settings: list[str], layers: int = 2) -> tuple[dict[str, int], dict[str
         launched, first = dict(operators.names), dict(waits.names)
         step()
     return launched, first, dict(waits.names)
+
+
+def trained(settings: list[str], steps: int = 6) -> tuple[list[dict[str, float]], torch.Tensor, int]:
+    """The facts of these steps, the masters after them, and how many kinds of passes were captured (in a rank of a pool)."""
+    engine, stream, config = bodies.make(settings, "zero1")
+    meta = MetaStep(engine, config.meta) if config.variant.startswith("meta_") else None
+    if meta:
+        facts = bodies.advance_meta(engine, stream, config, meta, steps)
+    else:
+        facts = bodies.advance(engine, stream, config, steps)
+    masters = [master.detach().flatten().cpu() for space in engine.spaces.values() for master in space.masters]
+    return facts, torch.cat(masters), len(engine.passes.captured)
+
+
+@pytest.mark.parametrize("variant", ["adpt", "meta_adpt"])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_idle_languages_on_the_host_change_nothing(variant: str, ranks: int) -> None:
+    settings = [f"variant={variant}", "meta.check_every=3"]
+    here = pool(ranks).run(trained, [*settings, "train.idle_languages=device"])
+    away = pool(ranks).run(trained, [*settings, "train.idle_languages=host"])
+    for (facts, masters, _), (other_facts, other_masters, _) in zip(here, away, strict=True):
+        assert facts == other_facts and torch.equal(masters, other_masters)
 
 
 @pytest.mark.parametrize(

@@ -59,9 +59,9 @@ def build(
     """
     from mlinterf_ds.data.stream import TrainStream, ValidationStream
     from mlinterf_ds.engine.engine import Engine
+    from mlinterf_ds.engine.passes import make_fast
     from mlinterf_ds.engine.precision import read_json
     from mlinterf_ds.model.encoder import Encoder
-    from mlinterf_ds.model.regions import regions
     from mlinterf_ds.pretrain.config import load_run
     from mlinterf_ds.runtime.parallel import Layout
 
@@ -74,8 +74,7 @@ def build(
     layout = Layout(dist.get_rank(), dist.get_world_size(), 1)
     engine = Engine(model, config.train, read_json(ROOT / "ds_configs" / f"{ds}.json"), options.precision, layout)
     if fast:
-        model.router.regions = regions(config.model.compile, engine.device)
-        engine.passes.capture(config.train.graphs)
+        make_fast(engine, config.model.compile, config.train.graphs, True)
     stream = TrainStream(corpus, languages, rows=config.train.batch, row_format=config.data.row_format, seed=0)
     held_out = None
     if len(languages) > 1:
