@@ -16,7 +16,7 @@ from tools.bench.timing import busy_shares, interleaved, ratio
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     engine, _, train, _ = build(
-        options, ["l0"], "paper_8heads", [f"variant={options.variant}", *shapes(options)], "zero0"
+        options, ["l0"], "paper_8heads", [f"variant={options.variant}", *shapes(options)], "zero0", fast=True
     )
     (batch,) = train(0)
     work = {
