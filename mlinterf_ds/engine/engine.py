@@ -149,8 +149,12 @@ class Engine:
     def groups_of(self, step_languages: Sequence[int]) -> list[str]:
         """The groups that a step over these languages trains: the shared one first, unless it is frozen."""
         names = [SHARED, *(self.languages[index] for index in step_languages)]
-        frozen = self.training.freeze == "shared" and not self.new_rows
-        return [name for name in names[frozen:] if name in self.spaces]
+        return [name for name in names[self.frozen :] if name in self.spaces]
+
+    @property
+    def frozen(self) -> bool:
+        """Whether no shared parameter is trained."""
+        return self.training.freeze == "shared" and not self.new_rows
 
     def train_step(self, batches: Sequence[Rows], rates: Mapping[str, float] | None = None) -> StepFacts:
         """One ordinary update; returns the step's facts, which the device may still be computing.

@@ -64,6 +64,8 @@ class MetaStep:
         phases = Phases(self, batches, validation)
         if config.order == "simultaneous":
             phases.update_both()
+        elif engine.frozen:  # theta moves in the lookahead alone
+            phases.update_phi()
         elif config.order == "phi_first":
             phases.in_turn(phases.phi, phases.update_phi, phases.update_theta)
         else:  # the order of the authors' released code
@@ -175,6 +177,10 @@ class Phases:
         return h
 
     def _update(self, space: Space, gradient: Vector, name: str, length: Tensor | None = None) -> None:
+        if space is self.theta and self.engine.frozen:
+            return
+        if space is self.theta and self.engine.new_rows:
+            gradient, length = self.engine.new_rows.only(gradient), None
         if length is None:
             length = norm(space, gradient)
             self.lengths = self.lengths + length

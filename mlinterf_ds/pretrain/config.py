@@ -102,7 +102,7 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _consistent(self) -> RunConfig:
         languages, tensor = self.languages or [], self.parallel.tensor
-        freezes_init = self.train.freeze == "shared" and self.variant in ROUTED and (self.init or self.resume)
+        freezes_init = self.train.freeze == "shared" and self.routing in ROUTED and (self.init or self.resume)
         projects_mixed = self.data.mixed and self.variant in ("joint", "share_adpt")
         refusals = {
             "languages is empty: name at least one, or leave it out for all the corpus has":
@@ -122,6 +122,10 @@ class RunConfig(Section):
             f"train.freeze=shared trains language modules alone on a model that init= names (now {self.init}): set it, "
             f"and variant={', '.join(ROUTED[:-1])} or {ROUTED[-1]} (now {self.variant})":
                 self.train.freeze == "shared" and not freezes_init,
+            f"meta.every={self.meta.every} trains shared parameters alone in the steps between, and train.freeze=shared none of "
+            "them: set meta.every=1 or meta.between=plain":
+                is_meta(self.variant) and self.train.freeze == "shared" and self.meta.every > 1
+                and self.meta.between == "freeze",
             f"variant={self.variant} needs two languages or more, languages has one: use variant=mono":
                 is_meta(self.variant) and len(languages) == 1,
             f"variant={self.variant} trains one language a step (Algorithm 1): set data.mixed=false":

@@ -157,6 +157,26 @@ def test_frozen_but_for_the_new_language(
     assert torch.equal(again[WORDS][:OLD], before[WORDS][:OLD]) and (again[WORDS] != after[WORDS]).any()
 
 
+@pytest.mark.parametrize("settings", [[], ["meta.order=simultaneous", "meta.reuse=true"]], ids=["in turn", "at once"])
+@pytest.mark.parametrize("grown", [True, False])
+def test_the_meta_step_trains_modules_on_a_frozen_encoder(ground: Path, settings: list[str], grown: bool) -> None:
+    """The lookahead moves the shared parameters, the step does not; new rows are trained all the same."""
+    output = f"meta-{len(settings)}-{grown}"
+    corpus = ["corpus=new"] if grown else ["corpus=old", "data.only=sw"]
+    run = [*GROWN, *corpus, *settings, "variant=meta_adpt", "train.steps=2", "meta.batch=8", f"output={output}"]
+    pool(1).run(pretrained, str(ground), run, "zero1")
+    before, after = last(ground / "first")[0], last(ground / output)[0]
+    trained = "language_yo" if grown else "language_sw"
+    for name in after:
+        if trained in name:
+            assert name not in before or not torch.equal(after[name], before[name]), name
+        elif grown and name in (WORDS, BIAS):
+            assert torch.equal(after[name][:OLD], before[name][:OLD])
+            assert (after[name][OLD:NEW] != after[name][OLD:NEW].mean(0)).any()
+        else:
+            assert torch.equal(after[name], before[name]), name
+
+
 def test_not_frozen_all_that_is_shared_trains_and_old_modules_stay(ground: Path) -> None:
     pool(2).run(pretrained, str(ground), [*GROWN, "train.freeze=none", "output=free"], "zero1")
     before, (after, _) = last(ground / "first")[0], last(ground / "free")
@@ -170,7 +190,7 @@ def test_not_frozen_all_that_is_shared_trains_and_old_modules_stay(ground: Path)
 
 def test_what_cannot_be_done_is_refused(ground: Path) -> None:
     for settings, words in (
-        (["variant=meta_adpt"], "variant=ffn, attn or adpt"),
+        (["variant=meta_adpt", "meta.every=2"], "set meta.every=1 or meta.between=plain"),
         (["variant=joint"], "variant=ffn, attn or adpt"),
         (["init=none"], "a model that init= names"),
     ):
