@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from mlinterf_ds.data.batch import Batch
 from mlinterf_ds.data.evaluation import EvaluationSet
-from mlinterf_ds.data.tokenizer import BOS, EOS, MANY_UNKNOWN, MASK, UNK, Tokenizer, lines_of, normalise
+from mlinterf_ds.data.tokenizer import MANY_UNKNOWN, Tokenizer, Vocabulary, lines_of, normalise
 from mlinterf_ds.engine.engine import weighted_loss
 from mlinterf_ds.engine.precision import DTYPES, choose_precision
 from mlinterf_ds.errors import UserError
@@ -133,12 +133,12 @@ class Text:
     """A text file with the methods of a corpus that `mlinterf_ds.data.stream` calls: one language, one split."""
 
     def __init__(self, path: Path, language: str, tokenizer: Tokenizer):
-        self.languages, self.vocabulary_size = [language], tokenizer.size
+        self.languages, self.vocabulary = [language], tokenizer.vocabulary
         self.lines = [line for line in map(normalise, lines_of(read_text(path))) if line]
         if not self.lines:
             raise UserError(f"{path}: no sentence in it; expected one a line")
         self.encoded = [tokenizer.encode(line) for line in self.lines]
-        self.flat = np.array([piece for ids in self.encoded for piece in (*ids, EOS)], dtype=np.int64)
+        self.flat = np.array([piece for ids in self.encoded for piece in (*ids, self.vocabulary.eos)], dtype=np.int64)
 
     def sentences(self, language: str, split: str) -> int:
         return len(self.lines)
@@ -171,12 +171,12 @@ def score(model: Model, language: str, path: Path, sentences: int) -> dict[str, 
         "perplexity": math.exp(nll),
         "bits_per_character": rows.bits_per_character(nll),
         "sentences": len(text.lines),
-        "unknown": float(np.mean(text.flat == UNK)),
+        "unknown": float(np.mean(text.flat == text.vocabulary.unk)),
     }
     if sentences:
         sums, part = np.zeros(2), text.encoded[:sentences][layout.data_rank :: layout.data]
         for ids in bar(part, f"{language}: pseudo-perplexity"):
-            for batch in one_at_a_time(ids[: model.length - 2], number):
+            for batch in one_at_a_time(ids[: model.length - 2], number, model.tokenizer.vocabulary):
                 sums += float(model.surprisals(batch).sum()), len(batch.tokens)
         nll, count = model.summed(sums.tolist())
         cut = sum(len(ids) > model.length - 2 for ids in text.encoded[:sentences])
@@ -206,13 +206,13 @@ def record(model: Model, texts: dict[str, str], results: dict[str, dict[str, flo
     tracker.close()
 
 
-def one_at_a_time(ids: Sequence[int], language: int) -> Iterator[Batch]:
+def one_at_a_time(ids: Sequence[int], language: int, vocabulary: Vocabulary) -> Iterator[Batch]:
     """The rows `<s> sentence </s>`, one for each token of the sentence, in which that token is masked."""
-    sentence = torch.tensor([BOS, *ids, EOS])
+    sentence = torch.tensor([vocabulary.bos, *ids, vocabulary.eos])
     for first in range(0, len(ids), ROWS):
         columns = torch.arange(first, min(first + ROWS, len(ids)))[:, None] + 1
         tokens = sentence.repeat(len(columns), 1)
-        masked, labels = tokens.scatter(1, columns, MASK), tokens.gather(1, columns)
+        masked, labels = tokens.scatter(1, columns, vocabulary.mask), tokens.gather(1, columns)
         languages = torch.full((len(tokens),), language)
         yield Batch(masked, columns, labels, torch.ones(columns.shape), languages, (language,), 0)
 
@@ -224,14 +224,15 @@ def fill(model: Model, text: str, language: str | None, top: int) -> list[list[d
         raise UserError(f"--fill {text!r}: has no {BLANK}")
     number = model.index(language)
     first, *others = map(model.tokenizer.encode, text.split(BLANK))
-    ids = [BOS, *first, *(piece for part in others for piece in (MASK, *part)), EOS]
+    vocabulary = model.tokenizer.vocabulary
+    ids = [vocabulary.bos, *first, *(piece for part in others for piece in (vocabulary.mask, *part)), vocabulary.eos]
     if len(ids) > model.length:
         raise UserError(f"--fill: {len(ids)} pieces, the model reads {model.length} at once: shorten the text")
     tokens = torch.tensor([ids], device=model.device)
     hidden = model.encoder.hidden(tokens, torch.tensor([number]), (number,))
     chances = model.encoder.logits(hidden)[0].softmax(-1).cpu()
     pieces = model.tokenizer.pieces
-    best = chances[[column for column, piece in enumerate(ids) if piece == MASK]].topk(min(top, len(pieces)))
+    best = chances[[column for column, piece in enumerate(ids) if piece == vocabulary.mask]].topk(min(top, len(pieces)))
     return [
         [{"piece": pieces[i], "probability": p} for p, i in zip(*candidates, strict=True)]
         for candidates in zip(best.values.tolist(), best.indices.tolist(), strict=True)

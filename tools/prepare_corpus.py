@@ -75,8 +75,9 @@ def _parser() -> argparse.ArgumentParser:
     vocabulary.add_argument(
         "--tokenizer",
         type=Path,
-        metavar="FILE",
-        help="use the tokenizer.model of another corpus, so that perplexities can be compared",
+        metavar="PATH",
+        help="use this vocabulary, ids and all: a corpus (so that perplexities can be compared), its tokenizer.model, or the "
+        "folder of a model of transformers, from which training then starts (init=)",
     )
     parser.add_argument(
         "--extend",
@@ -84,7 +85,8 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FOLDER",
         help="keep the vocabulary of this corpus, ids and all, and extend it to --vocab-size with pieces of the languages "
         "that it lacks, so that a model trained on it can learn them (init=); the old text may be cut differently where a "
-        "new piece spans several old ones",
+        "new piece spans several old ones. Or the folder of a model of transformers: it gets pieces of the scripts that its "
+        "vocabulary lacks, and text in others keeps its ids",
     )
     parser.add_argument(
         "--vocab-temperature",

@@ -16,9 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from mlinterf_ds.data import synthetic
-from mlinterf_ds.data.batch import FIRST_ORDINARY
 from mlinterf_ds.data.corpus import Corpus
-from mlinterf_ds.data.tokenizer import EOS
 from mlinterf_ds.errors import UserError
 
 SENTENCES = 5000  # of each language, whose characters are counted
@@ -62,8 +60,10 @@ def unigrams(corpus: Corpus, language: str) -> np.ndarray:
     tokens = corpus.tokens(language, "train")
     for first in range(0, len(tokens), 1 << 22):  # chunk by chunk, so that memory stays flat
         counts += np.bincount(tokens[first : first + (1 << 22)], minlength=len(counts))
-    counts[:FIRST_ORDINARY] = 0
-    return counts / max(1, counts.sum())
+    shares = np.zeros(len(counts))
+    ordinary = corpus.vocabulary.ordinary
+    shares[ordinary] = counts[ordinary]
+    return shares / max(1, shares.sum())
 
 
 def vocabulary_distance(left: np.ndarray, right: np.ndarray) -> float:
@@ -77,7 +77,7 @@ def sentences(corpus: Corpus, language: str, most: int) -> list[str]:
     tokens = corpus.tokens(language, "train")
     ends: list[int] = []
     for first in range(0, len(tokens), 1 << 20):
-        ends += (first + np.flatnonzero(tokens[first : first + (1 << 20)] == EOS)).tolist()
+        ends += (first + np.flatnonzero(tokens[first : first + (1 << 20)] == corpus.vocabulary.eos)).tolist()
         if len(ends) >= most:
             break
     starts = [0, *(end + 1 for end in ends)]

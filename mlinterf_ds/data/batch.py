@@ -18,10 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mlinterf_ds.data.tokenizer import BOS, EOS, MASK, SPECIAL_PIECES
+from mlinterf_ds.data.tokenizer import Vocabulary
 from mlinterf_ds.sections import RowFormat
 
-FIRST_ORDINARY = len(SPECIAL_PIECES)  # pieces from this id on are text
 REPLACED_BY_MASK, REPLACED_AT_RANDOM = 0.8, 0.1  # BERT's proportions of the masked; the remaining tenth is kept
 
 
@@ -78,7 +77,7 @@ def row_draws(source: int, step: int, start: int, stop: int, length: int, masked
 
 
 def mask_rows(
-    rows: np.ndarray, draws: np.ndarray, masked: int, vocabulary_size: int
+    rows: np.ndarray, draws: np.ndarray, masked: int, vocabulary: Vocabulary
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Masks `masked` positions of each row: returns input ids (rows, length), positions and labels (rows, masked).
 
@@ -86,18 +85,19 @@ def mask_rows(
     row with fewer than `masked` other tokens. Of the masked positions 80% become `<mask>`, 10% a uniformly drawn ordinary
     piece, and 10% keep their token.
     """
-    assert vocabulary_size > FIRST_ORDINARY and rows.shape[1] > masked, (vocabulary_size, rows.shape, masked)
+    ordinary = vocabulary.ordinary
+    assert len(ordinary) and rows.shape[1] > masked, (vocabulary.size, rows.shape, masked)
     candidates = rows.shape[1] - 1
     # Draws are below 1: adding 1 puts every </s> after all other tokens.
-    order = draws[:, :candidates] + (rows[:, 1:] == EOS)
+    order = draws[:, :candidates] + (rows[:, 1:] == vocabulary.eos)
     columns = np.argpartition(order, masked - 1, axis=1)[:, :masked]
     positions = np.sort(columns, axis=1) + 1
     labels = np.take_along_axis(rows, positions, axis=1)
     action, piece = draws[:, candidates : candidates + masked], draws[:, candidates + masked : candidates + 2 * masked]
-    random_piece = FIRST_ORDINARY + (piece * (vocabulary_size - FIRST_ORDINARY)).astype(np.int64)
+    random_piece = ordinary[(piece * len(ordinary)).astype(np.int64)]
     kept_or_random = np.where(action < REPLACED_BY_MASK + REPLACED_AT_RANDOM, random_piece, labels)
     tokens = rows.copy()
-    np.put_along_axis(tokens, positions, np.where(action < REPLACED_BY_MASK, MASK, kept_or_random), axis=1)
+    np.put_along_axis(tokens, positions, np.where(action < REPLACED_BY_MASK, vocabulary.mask, kept_or_random), axis=1)
     return tokens, positions, labels
 
 
@@ -108,7 +108,7 @@ class Masker:
     seed: int
     purpose: str
     row_format: RowFormat
-    vocabulary_size: int
+    vocabulary: Vocabulary
 
     @property
     def masked(self) -> int:
@@ -127,10 +127,10 @@ class Masker:
         start: int,
     ) -> Batch:
         """Returns the batch of these texts, which are rows `start`, `start + 1`, ... of the step's global batch."""
-        rows = np.concatenate([np.full((len(text), 1), BOS, dtype=np.int64), text], axis=1)
+        rows = np.concatenate([np.full((len(text), 1), self.vocabulary.bos, dtype=np.int64), text], axis=1)
         source = key(self.seed, "masks", self.purpose, size=16)
         draws = row_draws(source, step, start, start + len(text), self.row_format.length, self.masked)
-        tokens, positions, labels = mask_rows(rows, draws, self.masked, self.vocabulary_size)
+        tokens, positions, labels = mask_rows(rows, draws, self.masked, self.vocabulary)
         return Batch(
             tokens=torch.from_numpy(tokens),
             positions=torch.from_numpy(positions),

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from mlinterf_ds.data.tokenizer import MANY_UNKNOWN, TOO_MANY_UNKNOWN, Tokenizer
+from mlinterf_ds.data.tokenizer import MANY_UNKNOWN, TOO_MANY_UNKNOWN, Tokenizer, Vocabulary
 from mlinterf_ds.errors import UserError, refusing, warn
 from mlinterf_ds.files import sha256
 
@@ -81,6 +81,10 @@ class Corpus:
     _dtype: np.dtype
     _documents: dict[tuple[str, str], tuple[np.ndarray, np.ndarray] | None]  # see `_map_documents`
     _seen: dict[Path, tuple[int, ...]]  # each file's state when it was opened, or when its digest was last compared
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        return self.tokenizer.vocabulary
 
     @property
     def vocabulary_size(self) -> int:

@@ -10,7 +10,6 @@ import numpy as np
 
 from mlinterf_ds.data.batch import Batch, Masker, key
 from mlinterf_ds.data.stream import checked_languages
-from mlinterf_ds.data.tokenizer import EOS
 from mlinterf_ds.data.windows import TokenSource, split_windows
 from mlinterf_ds.sections import RowFormat
 
@@ -40,7 +39,7 @@ class EvaluationSet:
         self.corpus, self.language, self.split = corpus, language, split
         checked_languages(corpus, [language], row_format.length)
         self.index = list(languages).index(language)  # the model's number for the language
-        self._masker = Masker(seed, f"{split}/{language}", row_format, corpus.vocabulary_size)
+        self._masker = Masker(seed, f"{split}/{language}", row_format, corpus.vocabulary)
         self._windows = split_windows(corpus, language, split, row_format, key(seed, "windows", split, language))
         windows = self._windows.count
         self.rows = windows if max_rows is None else min(windows, max_rows)
@@ -68,11 +67,11 @@ class EvaluationSet:
     @cached_property
     def counts(self) -> np.ndarray:
         """(vocabulary,) how often each piece occurs in the language's `train`; `</s>`, which is not predicted, counts 0."""
-        counts = np.zeros(self.corpus.vocabulary_size, dtype=np.int64)
+        counts = np.zeros(self.corpus.vocabulary.size, dtype=np.int64)
         train = self.corpus.tokens(self.language, "train")
         for first in range(0, len(train), TOKENS_AT_ONCE):
             counts += np.bincount(train[first : first + TOKENS_AT_ONCE], minlength=len(counts))
-        counts[EOS] = 0
+        counts[self.corpus.vocabulary.eos] = 0
         return counts
 
     def unigram_perplexity(self) -> float:

@@ -111,7 +111,7 @@ class TrainStream:
         if not temperature > 0:
             raise UserError(f"data.temperature = {temperature}: expected a number above 0 (1 samples by size).")
         self.rows = rows
-        self._masker = Masker(seed, "train", row_format, corpus.vocabulary_size)
+        self._masker = Masker(seed, "train", row_format, corpus.vocabulary)
         self._windows = [
             split_windows(corpus, language, "train", row_format, key(seed, "windows", "train", language), half)
             for language in self.languages
@@ -203,7 +203,7 @@ class ValidationStream:
                 f"each. Set meta.batch to at least {self.per_step}, or meta.languages_per_step (2 or more) to fewer."
             )
         self.rows, self._seed = rows, seed
-        self._masker = Masker(seed, "meta", row_format, corpus.vocabulary_size)
+        self._masker = Masker(seed, "meta", row_format, corpus.vocabulary)
         self._training = training
         split = "meta" if text == "held_out" else "train"
         half: Half | None = "second" if text == "half" else None

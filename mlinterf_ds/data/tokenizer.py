@@ -1,17 +1,23 @@
-"""The normalisation of text, and a SentencePiece BPE vocabulary shared by all languages of a corpus."""
+"""The normalisation of text, and the vocabulary that all languages of a corpus share: a learned one, or another model's."""
 
+from __future__ import annotations
+
+import json
+import os
 import re
 import unicodedata
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
 
 import numpy as np
 import sentencepiece
 
-from mlinterf_ds.errors import UserError
+from mlinterf_ds.errors import UserError, refusing
 
-BOS, PAD, EOS, UNK, MASK = range(5)  # <s> <pad> </s> <unk> as in XLM-R, then <mask>
+BOS, PAD, EOS, UNK, MASK = range(5)  # of a learned vocabulary: <s> <pad> </s> <unk> as in XLM-R, then <mask>
 MANY_UNKNOWN, TOO_MANY_UNKNOWN = 0.01, 0.2  # a larger unknown share of a text is worth a warning, or no use
 SPECIAL_PIECES = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
 
@@ -48,42 +54,243 @@ def normalise(text: str) -> str:
     return " ".join(strip_invisible(text).split())
 
 
-class Tokenizer:
-    """Turns text into piece ids and back. Ids: `<s>` 0, `<pad>` 1, `</s>` 2, `<unk>` 3, `<mask>` 4, then the learned pieces.
+@dataclass(frozen=True)
+class Vocabulary:
+    """The ids of a vocabulary: how many there are, the special ones, and which are text. By default they are those of a learned one."""
 
-    Every text is normalised as in a corpus (`normalise`). No special piece is added.
+    size: int
+    bos: int = BOS  # begins a row, and stands for a whole text
+    pad: int = PAD
+    eos: int = EOS  # ends a sentence
+    unk: int = UNK
+    mask: int = MASK
+    others: tuple[int, ...] = ()  # further pieces that no text has
+    doubled: bool = False  # whether two `eos` stand between the texts of a pair, as in RoBERTa's kin
+
+    @cached_property
+    def ordinary(self) -> np.ndarray:
+        """The ids of the pieces that are text, ascending.  # (pieces,) int64"""
+        special = [self.bos, self.pad, self.eos, self.unk, self.mask, *self.others]
+        return np.setdiff1d(np.arange(self.size), special)
+
+    @property
+    def separator(self) -> list[int]:
+        """The ids between the two texts of a pair."""
+        return [self.eos] * (2 if self.doubled else 1)
+
+
+class Tokenizer:
+    """Turns text into piece ids and back. Ids of a learned vocabulary: `<s>` 0, `<pad>` 1, `</s>` 2, `<unk>` 3, `<mask>` 4, then its pieces.
+
+    The vocabulary of another model (`mlinterf_ds.data.foreign`) keeps that model's ids; `vocabulary` says what is special.
+    Texts are normalised as in a corpus (`normalise`), or as that model does it. No special piece is added.
     """
 
-    def __init__(self, path: str | Path) -> None:
-        """Loads a model file. Raises UserError if it is missing, is not a SentencePiece model, or has other special ids."""
+    def __init__(self, path: str | Path, content: bytes | None = None) -> None:
+        """Loads a vocabulary's file, or its content if that is given. Raises UserError if it is missing, or is none that
+        `prepare_corpus.py` writes."""
         self.path = Path(path)
         try:
-            self._model = sentencepiece.SentencePieceProcessor(model_proto=self.path.read_bytes())
-            self.size = len(self._model)
-            self.pieces = [self._model.id_to_piece(i) for i in range(self.size)]  # by id
+            content = self.path.read_bytes() if content is None else content
         except OSError as error:
             raise UserError(f"{path}: the tokenizer cannot be read: {error.strerror}") from None
+        self.content = content
+        self._model = Library(self.path, content) if content.startswith(b"{") else SentencePiece(self.path, content)
+        self.pieces, self.vocabulary = self._model.pieces, self._model.vocabulary
+        self.size = self.vocabulary.size
+        self.foreign = self._model.foreign  # whether it is another model's
+        self.dtype = np.uint16 if self.size < 65_500 else np.int32  # megatron's choice for an indexed dataset
+
+    @cached_property
+    def characters(self) -> set[str]:
+        """Those that no text has unknown."""
+        return self._model.characters
+
+    def encode(self, text: str) -> list[int]:
+        return self._model.encode(text)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Returns the text of `ids`. Special pieces give no text, except an unknown one, which gives " \u2047 " or its name."""
+        return self._model.decode([int(i) for i in ids])
+
+    def encode_sentence(self, words: Sequence[str]) -> list[list[int]]:
+        """Returns the ids of each word of a sentence; they stand for the words as the sentence, joined by spaces, has them."""
+        return self._model.encode_sentence(words)
+
+    def normalised(self, text: str) -> str:
+        """Returns the text in which another model's vocabulary looks for its pieces."""
+        return self._model.normalised(text)
+
+    def locate(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Returns the ids of a text, and the characters (start, end) that each stands for."""
+        return self._model.locate(text)
+
+    @property
+    def by_word(self) -> bool:
+        """Whether the ids of a sentence are those of its words, end to end, whatever stands beside them."""
+        return self._model.by_word
+
+    def encode_words(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Encodes normalised words or sentences: returns all their ids end to end, and how many ids each has.
+
+        Of vocabularies that work `by_word`, encoding the distinct words of a text once is several times as fast as encoding
+        the text.  # ids (pieces,) uint16 or int32, counts (texts,) int64
+        """
+        rows = self._model.encode_all(texts)
+        counts = np.fromiter(map(len, rows), dtype=np.int64, count=len(rows))
+        return np.fromiter(chain.from_iterable(rows), dtype=self.dtype, count=int(counts.sum())), counts
+
+
+class SentencePiece:
+    """A SentencePiece model that was learned here."""
+
+    foreign, by_word = False, True  # no piece spans a space
+
+    def __init__(self, path: Path, content: bytes) -> None:
+        try:
+            self._model = sentencepiece.SentencePieceProcessor(model_proto=content)
+            self.vocabulary = Vocabulary(len(self._model))
+            self.pieces = [self._model.id_to_piece(i) for i in range(self.vocabulary.size)]  # by id
         except (RuntimeError, UnicodeDecodeError):
             raise UserError(f"{path}: not a SentencePiece model, or damaged; prepare the corpus again") from None
         special = self._model.bos_id(), self._model.pad_id(), self._model.eos_id(), self._model.unk_id()
         if self.pieces[:5] != SPECIAL_PIECES or special != (BOS, PAD, EOS, UNK):
-            raise UserError(f"{path}: pieces 0 to 4 must be {' '.join(SPECIAL_PIECES)}; prepare the corpus again")
-        self.characters = {piece for piece in self.pieces if len(piece) == 1}  # those that no text has unknown
-        self.dtype = np.uint16 if self.size < 65_500 else np.int32  # megatron's choice for an indexed dataset
+            raise UserError(
+                f"{path}: pieces 0 to 4 must be {' '.join(SPECIAL_PIECES)}; prepare the corpus again, with the whole folder of "
+                "another model as its --tokenizer"
+            )
+
+    @property
+    def characters(self) -> set[str]:
+        return {piece for piece in self.pieces if len(piece) == 1}
 
     def encode(self, text: str) -> list[int]:
         return self._model.encode(normalise(text))
 
-    def decode(self, ids: Iterable[int]) -> str:
-        """Returns the text of `ids`. Special pieces give no text, except `<unk>`, which gives " \u2047 "."""
-        return self._model.decode([int(i) for i in ids])
+    def decode(self, ids: list[int]) -> str:
+        return self._model.decode(ids)
 
-    def encode_words(self, words: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Encodes normalised words: returns all their ids end to end, and how many ids each word has.
+    def encode_sentence(self, words: Sequence[str]) -> list[list[int]]:
+        return [self.encode(word) for word in words]
 
-        No piece spans a space, so that a sentence's ids are its words' ids end to end: encoding the distinct words of a
-        text once is several times as fast as encoding the text.  # ids (pieces,) uint16 or int32, counts (words,) int64
-        """
-        rows = self._model.encode(list(words), num_threads=1)
-        counts = np.fromiter(map(len, rows), dtype=np.int64, count=len(rows))
-        return np.fromiter(chain.from_iterable(rows), dtype=self.dtype, count=int(counts.sum())), counts
+    def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
+        return self._model.encode(list(texts), num_threads=1)
+
+    def normalised(self, text: str) -> str:
+        return normalise(text)
+
+    def locate(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """The offsets are exact in words that normalising leaves unchanged; in other words each piece stands for the whole word."""
+        ids: list[int] = []
+        offsets: list[tuple[int, int]] = []
+        for match in re.finditer(r"\S+", text):
+            word, start = match.group(), match.start()
+            of_word = self.encode(word)
+            if normalise(word) == word:
+                offsets += [(start + low, start + high) for low, high in self._within(word, of_word)]
+            else:
+                offsets += [(start, match.end())] * len(of_word)
+            ids += of_word
+        return ids, offsets
+
+    def _within(self, word: str, ids: Sequence[int]) -> list[tuple[int, int]]:
+        """Where the pieces of a word lie in it. `<unk>` stands for characters that no piece has, up to the next piece."""
+        offsets: list[tuple[int, int]] = []
+        start = 0
+        texts = [None if i == UNK else self.pieces[i].removeprefix(SPACE_PIECE) for i in ids]
+        for index, text in enumerate(texts):
+            if text is None:
+                following = next((t for t in texts[index + 1 :] if t), None)
+                end = word.find(following, start + 1) if following else len(word)
+            else:
+                end = start + len(text)
+            offsets.append((start, end))
+            start = end
+        assert start == len(word), f"{word!r}: pieces {texts} do not spell it"
+        return offsets
+
+
+class Library:
+    """A tokenizer of the library `tokenizers` (WordPiece, byte-level BPE, unigram): another model's."""
+
+    foreign = True
+
+    def __init__(self, path: Path, content: bytes) -> None:
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # many processes prepare a corpus already
+        try:
+            import tokenizers
+        except ImportError:
+            raise UserError(f"{path}: reading it needs the package tokenizers: pip install 'mlinterf_ds[hf]'") from None
+        with refusing(f"{path}: not a vocabulary, or damaged", "; prepare the corpus again"):
+            stored = json.loads(content)
+            try:
+                self._model = tokenizers.Tokenizer.from_str(json.dumps(stored["tokenizer"]))
+            except Exception as error:  # the library raises no other class
+                raise ValueError(str(error)) from None
+            size = self._model.get_vocab_size()
+            named = self._model.get_vocab()
+            self.pieces: list[str] = sorted(named, key=named.__getitem__)  # by id
+            if [named[piece] for piece in self.pieces] != list(range(size)):
+                raise ValueError("its ids are not 0, 1, 2, ...")
+            self.vocabulary = Vocabulary(
+                size, **stored["vocabulary"] | {"others": tuple(stored["vocabulary"]["others"])}
+            )
+        # Each word is cut out before it is cut into pieces. A Metaspace alone reads a word otherwise at the beginning of a text.
+        before = stored["tokenizer"]["pre_tokenizer"] or {"type": ""}
+        kinds = [part["type"] for part in before.get("pretokenizers", [before])]
+        self.by_word = kinds[0] in ("BertPreTokenizer", "WhitespaceSplit") and "ByteLevel" not in kinds
+        self._model.no_truncation()
+        self._model.no_padding()
+        self._model.encode_special_tokens = True  # "</s>" in a text ends no sentence
+        v = self.vocabulary
+        self._special = {v.bos, v.pad, v.eos, v.mask, *v.others}
+
+    @property
+    def characters(self) -> set[str]:
+        """All, if the vocabulary spells bytes; else those of its pieces that it knows."""
+        pieces = {character for piece in self.pieces for character in piece}
+        known = [*pieces, *map(chr, range(0x20, 0x3000))]
+        return {c for c, ids in zip(known, self.encode_all(known), strict=True) if self.vocabulary.unk not in ids}
+
+    def _text_ids(self, ids: list[int]) -> list[int]:
+        """The ids with `unk` in place of special ones, which a text can spell where the vocabulary lists them as pieces."""
+        return (
+            [self.vocabulary.unk if i in self._special else i for i in ids] if self._special.intersection(ids) else ids
+        )
+
+    def encode(self, text: str) -> list[int]:
+        return self._text_ids(self._model.encode(_readable(text), add_special_tokens=False).ids)
+
+    def decode(self, ids: list[int]) -> str:
+        return self._model.decode([i for i in ids if i not in self._special], skip_special_tokens=False)
+
+    def encode_sentence(self, words: Sequence[str]) -> list[list[int]]:
+        ids, offsets = self.locate(" ".join(words))
+        ends = np.cumsum([len(word) + 1 for word in words])
+        rows: list[list[int]] = [[] for _ in words]
+        for piece, (_, end) in zip(ids, offsets, strict=True):
+            rows[int(np.searchsorted(ends, end - 1, side="right"))].append(piece)
+        return rows
+
+    def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
+        encoded = self._model.encode_batch_fast([_readable(text) for text in texts], add_special_tokens=False)
+        return [self._text_ids(row.ids) for row in encoded]
+
+    def normalised(self, text: str) -> str:
+        return self._model.normalizer.normalize_str(text) if self._model.normalizer else text
+
+    def locate(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        encoded = self._model.encode(_readable(text), add_special_tokens=False)
+        return self._text_ids(encoded.ids), [_trimmed(text, *offset) for offset in encoded.offsets]
+
+
+def _readable(text: str) -> str:
+    """The text without lone surrogates, which no file can hold and no other program reads."""
+    return text if text.isascii() else re.sub("[\ud800-\udfff]", "\ufffd", text)
+
+
+def _trimmed(text: str, start: int, end: int) -> tuple[int, int]:
+    """The stretch without the white space at its beginning, but never empty."""
+    while start + 1 < end and text[start].isspace():
+        start += 1
+    return start, max(end, start + 1)

@@ -11,7 +11,7 @@ from typing import Literal, Protocol
 
 import numpy as np
 
-from mlinterf_ds.data.tokenizer import EOS
+from mlinterf_ds.data.tokenizer import EOS, Vocabulary
 from mlinterf_ds.errors import UserError
 from mlinterf_ds.sections import RowFormat
 
@@ -24,7 +24,7 @@ class TokenSource(Protocol):
     @property
     def languages(self) -> Sequence[str]: ...
     @property
-    def vocabulary_size(self) -> int: ...
+    def vocabulary(self) -> Vocabulary: ...
     def sentences(self, language: str, split: str) -> int: ...
     def characters(self, language: str, split: str) -> int: ...
     def tokens(self, language: str, split: str) -> np.ndarray: ...  # flat, memory-mapped; `</s>` ends every sentence
@@ -46,12 +46,13 @@ class Windows:
         source: int,
         starts_segment: Callable[[np.ndarray], np.ndarray] | None = None,
         unchanged: Callable[[], bool] = lambda: True,
+        eos: int = EOS,
     ) -> None:
         """`source` keys the order. `starts_segment` says of the offsets of sentences' first tokens, (n,) -> (n,) bool, which
         of them begin a segment; None: all do. `unchanged` says whether the files of the text stayed as they were since the
-        last call, and raises UserError if their contents were altered."""
+        last call, and raises UserError if their contents were altered. `eos` ends a sentence."""
         assert len(tokens) > 0 and width > 0, (len(tokens), width)
-        self._starts_segment, self._unchanged = starts_segment, unchanged
+        self._starts_segment, self._unchanged, self._eos = starts_segment, unchanged, eos
         self.tokens = np.asarray(tokens)  # flat; stays memory-mapped
         self.width = width
         self.count = max(1, len(tokens) // width)
@@ -79,7 +80,7 @@ class Windows:
         while True:
             text = self.tokens[indices].astype(np.int64)
             begins = np.zeros(text.shape, dtype=bool)
-            begins[:, 1:] = text[:, :-1] == EOS
+            begins[:, 1:] = text[:, :-1] == self._eos
             if self._starts_segment is not None:
                 begins[begins] = self._starts_segment(indices[begins]) | (indices[begins] == 0)
             if self._unchanged():  # else the files may have been altered, and put right again, during the read
@@ -122,10 +123,10 @@ def split_windows(
             f"language {language!r}: its {split!r} split is empty. {remedy} and prepare the corpus again, or take it out of "
             "`languages`."
         )
-    tokens, offset = corpus.tokens(language, split), 0
+    tokens, offset, eos = corpus.tokens(language, split), 0, corpus.vocabulary.eos
     if half:
         middle = len(tokens) // 2
-        ends = np.flatnonzero(np.asarray(tokens[middle : middle + FARTHEST_END]) == EOS)
+        ends = np.flatnonzero(np.asarray(tokens[middle : middle + FARTHEST_END]) == eos)
         middle += int(ends[0]) + 1 if len(ends) else 0
         if not 0 < middle < len(tokens):
             raise UserError(
@@ -138,7 +139,8 @@ def split_windows(
         return corpus.starts_document(language, split, offsets + offset)
 
     starts_segment = starts_document if row_format.boundaries == "document" else None
-    return Windows(tokens, row_format.length - 1, source, starts_segment, partial(corpus.unchanged, language, split))
+    unchanged = partial(corpus.unchanged, language, split)
+    return Windows(tokens, row_format.length - 1, source, starts_segment, unchanged, eos)
 
 
 def mix(x: np.ndarray) -> np.ndarray:

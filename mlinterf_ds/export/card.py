@@ -94,7 +94,9 @@ def card(model: Pretrained | Finetuned, config: dict[str, Any]) -> str:
         "",
         _task_use(model, config) if isinstance(model, Finetuned) else _use(config, pretrained.languages),
         "",
-        "The tokenizer reads `<mask>` and the other special pieces in a text as such. It gives all other text the ids of "
+        "The tokenizer is that of the model whose vocabulary the corpus took."
+        if pretrained.tokenizer().foreign
+        else "The tokenizer reads `<mask>` and the other special pieces in a text as such. It gives all other text the ids of "
         "`sentencepiece.model`, after NFC normalisation and with single spaces.",
         "",
         "## Limits and licence",
@@ -238,6 +240,8 @@ def _task_use(model: Finetuned, config: dict[str, Any]) -> str:
             "The dense layer of the classifier is the identity times "
             f"2^{math.log2(LINEAR):.0f}, where tanh is linear: this model was trained without it."
         )
+    if config["model_type"] == "xmod" and "default_language" not in config:
+        remarks.append("Its pipelines read the language that `pipeline.model.set_default_language(...)` names.")
     if head == TOKENS:
         remarks.append("A text longer than a row is cut: give sentences, or `stride=` to read it in overlapping parts.")
     lines = ["```python", "from transformers import pipeline", "", code, "```"]

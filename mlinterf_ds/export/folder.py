@@ -16,6 +16,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from mlinterf_ds.data.foreign import FAIRSEQ, vocabulary_file
+from mlinterf_ds.data.tokenizer import Tokenizer
 from mlinterf_ds.engine.space import Segment
 from mlinterf_ds.engine.weights import check_shape
 from mlinterf_ds.errors import MALFORMED, UserError, refusing
@@ -200,8 +202,10 @@ def _files(path: Path) -> dict[str, Path]:
 
 
 def stored_pieces(folder: Path) -> list[str]:
-    """The pieces of a folder's tokenizer.json, by id."""
+    """The pieces of a folder's tokenizer.json, by id; of its SentencePiece model, if it has that alone."""
     path = folder / "tokenizer.json"
+    if not path.is_file() and (folder / FAIRSEQ).is_file():
+        return Tokenizer(folder, vocabulary_file(folder)).pieces
     if not path.is_file():
         raise UserError(f"{path} is missing: save the tokenizer there with transformers' tokenizer.save_pretrained")
     with refusing(f"{path}: not a tokenizer"):

@@ -66,11 +66,14 @@ def configuration(model: Finetuned, encoder: dict[str, Any], modelling: str, pip
     architecture = architecture.removesuffix("ForMaskedLM") + f"For{head}"
     names = ["start", "end"] if head == SPAN else model.labels
     tasks, pipeline = PIPELINES[head]
+    tokenizer = model.pretrained.tokenizer()
+    # How rows are made, for the pipeline that answers questions.
+    rows = {**vars(limits), "separators": len(tokenizer.vocabulary.separator), "by_word": not tokenizer.foreign}
     config = encoder | {
         "architectures": [architecture],
         "id2label": dict(enumerate(names)),
         "label2id": {name: number for number, name in enumerate(names)},
-        "finetuned": {"task": task.name, "no_answer": "none" in model.labels, **vars(limits)},
+        "finetuned": {"task": task.name, "no_answer": "none" in model.labels, **rows},
     }
     config.pop("custom_pipelines", None)
     if not stock or head == SPAN:  # transformers has no pipeline that answers questions

@@ -17,7 +17,6 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from mlinterf_ds.data.tokenizer import BOS, EOS, PAD
 from mlinterf_ds.engine.weights import CheckpointReader
 from mlinterf_ds.errors import UserError
 from mlinterf_ds.export import heads, tokenizer
@@ -92,7 +91,8 @@ def _write(model: Pretrained | Finetuned, folder: Path) -> dict[str, Any]:
         folder / "config.json", folder / "model.safetensors"
     )  # safetensors lets only its user read the file
     vocabulary_file = folder / "sentencepiece.model"  # for tools/prepare_corpus.py --tokenizer
-    shutil.copyfile(pretrained.path / "tokenizer.model", vocabulary_file)
+    if not pretrained.tokenizer().foreign:
+        shutil.copyfile(pretrained.path / "tokenizer.model", vocabulary_file)
     longest = heads.limits_of(model).max_length if isinstance(model, Finetuned) else pretrained.positions
     tokenizer.write(pretrained.tokenizer(), folder, longest)
     for name, needed in {MODELLING: not kind, PIPELINES: "custom_pipelines" in config}.items():
@@ -110,6 +110,7 @@ def configuration(pretrained: Pretrained) -> dict[str, Any]:
     """The content of config.json."""
     shape, kind, origin = pretrained.shape(), stock_class(pretrained), pretrained.origin
     positions = shape.positions or pretrained.positions  # rows of the table
+    special = pretrained.tokenizer().vocabulary
     config: dict[str, Any] = {
         "vocab_size": int(pretrained.saved["vocabulary"]),
         "hidden_size": shape.width,
@@ -119,9 +120,9 @@ def configuration(pretrained: Pretrained) -> dict[str, Any]:
         "hidden_dropout_prob": shape.dropout,
         "attention_probs_dropout_prob": shape.attention_dropout,
         "layer_norm_eps": shape.epsilon,
-        "bos_token_id": BOS,
-        "pad_token_id": PAD,
-        "eos_token_id": EOS,
+        "bos_token_id": special.bos,
+        "pad_token_id": special.pad,
+        "eos_token_id": special.eos,
         "tie_word_embeddings": True,
         "dtype": "float32",
     } | ({key: origin.get(key) for key in SPECIAL_IDS} if origin else {})

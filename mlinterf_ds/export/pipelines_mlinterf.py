@@ -86,7 +86,7 @@ class QuestionAnswering(Pipeline):
         ids, offsets = self._pieces(inputs["context"])
         if not ids:
             raise ValueError("the context is empty: give the text in which to look for the answer")
-        start = [tokenizer.cls_token_id, *question, tokenizer.sep_token_id]
+        start = [tokenizer.cls_token_id, *question, *[tokenizer.sep_token_id] * settings["separators"]]
         room = settings["max_length"] - len(start) - 1
         rows, firsts = [], [0]
         while firsts[-1] + room < len(ids):
@@ -104,8 +104,16 @@ class QuestionAnswering(Pipeline):
         }
 
     def _pieces(self, context: str) -> tuple[list[int], list[tuple[int, int]]]:
-        """The context's pieces, and the characters that each stands for: exact in words that normalising leaves as they are,
-        in others the whole word."""
+        """The context's pieces, and the characters that each stands for.
+
+        With `by_word`, they are exact in words that normalising leaves as they are, and in others the whole word.
+        """
+        if not self.model.config.finetuned["by_word"]:
+            whole = self.tokenizer(context, add_special_tokens=False, return_offsets_mapping=True)
+            spaces = [len(context[a:b]) - len(context[a:b].lstrip()) for a, b in whole["offset_mapping"]]
+            return whole["input_ids"], [
+                (min(a + skipped, b - 1), b) for (a, b), skipped in zip(whole["offset_mapping"], spaces, strict=True)
+            ]
         normaliser = self.tokenizer.backend_tokenizer.normalizer
         words = list(re.finditer(r"\S+", context))
         encoded = self.tokenizer(

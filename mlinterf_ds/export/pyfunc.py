@@ -44,7 +44,7 @@ class Model:
         }
         # The classes of a model with language-specific modules are files of the folder.
         self.pipeline = pipeline(names[self.kind], str(folder), trust_remote_code=True)
-        self.routed = hasattr(self.pipeline.model.config, "languages")
+        self.routed = self.pipeline.model.config.model_type == "mlinterf"
 
     def predict(self, frame: Any, params: dict[str, Any] | None = None) -> list[str]:
         """One text for each row of the frame, whose columns are COLUMNS and, for models with language-specific modules, `language`.
@@ -58,9 +58,13 @@ class Model:
             "ForSequenceClassification": self._label,
             "ForQuestionAnswering": self._answer,
         }[self.kind]
-        rows = frame.to_dict("records")
-        languages = [{LANGUAGE: row[LANGUAGE]} if self.routed and row.get(LANGUAGE) else {} for row in rows]
-        return [answer(row, **language) for row, language in zip(rows, languages, strict=True)]
+        answers = []
+        for row in frame.to_dict("records"):
+            language = {LANGUAGE: row[LANGUAGE]} if row.get(LANGUAGE) else {}
+            if language and not self.routed and hasattr(self.pipeline.model, "set_default_language"):  # X-MOD
+                self.pipeline.model.set_default_language(row[LANGUAGE])
+            answers.append(answer(row, **(language if self.routed else {})))
+        return answers
 
     def _filled(self, row: dict[str, str], **language: str) -> str:
         import torch

@@ -1,4 +1,4 @@
-"""Writes a SentencePiece vocabulary as a `tokenizers` file that gives every text the same ids, special pieces apart.
+"""Writes a vocabulary as a `tokenizers` file that gives every text the same ids, special pieces apart.
 
 The exported tokenizer reads `<s>`, `<pad>`, `</s>`, `<unk>` and `<mask>` in a text as the special pieces, as every tokenizer
 of `transformers` does; `mlinterf_ds.data.tokenizer` reads them as plain text.
@@ -18,9 +18,19 @@ SPACES = "\t-\r\x1c-\x20\x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u300
 
 
 def write(tokenizer: Tokenizer, folder: Path, positions: int) -> None:
-    """Writes tokenizer.json and tokenizer_config.json; positions: length of the longest row, special pieces included."""
-    _backend(tokenizer).save(str(folder / "tokenizer.json"))
-    bos, pad, eos, unk, mask = SPECIAL_PIECES
+    """Writes tokenizer.json and tokenizer_config.json; positions: length of the longest row, special pieces included.
+
+    Another model's tokenizer.json is written as it came.
+    """
+    if not tokenizer.foreign:
+        _backend(tokenizer).save(str(folder / "tokenizer.json"))
+    else:
+        content = json.loads(tokenizer.content)["tokenizer"]
+        (folder / "tokenizer.json").write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", "utf-8")
+    special = tokenizer.vocabulary
+    bos, pad, eos, unk, mask = (
+        tokenizer.pieces[i] for i in (special.bos, special.pad, special.eos, special.unk, special.mask)
+    )
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": positions,
@@ -63,7 +73,7 @@ def _check(tokenizer: Tokenizer) -> None:
     """Refuses models that `Tokenizer.learn` does not make: another algorithm or normalisation would give other ids."""
     from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
-    model = ModelProto.FromString(tokenizer.path.read_bytes())
+    model = ModelProto.FromString(tokenizer.content)
     kind, rule = model.trainer_spec.model_type, model.normalizer_spec.name
     if kind != model.trainer_spec.BPE or rule != "identity" or model.trainer_spec.byte_fallback:
         name = type(model.trainer_spec).ModelType.Name(kind)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from mlinterf_ds.config import load_config, parser
-from mlinterf_ds.data.tokenizer import MANY_UNKNOWN, UNK
+from mlinterf_ds.data.tokenizer import MANY_UNKNOWN
 from mlinterf_ds.engine.precision import choose_precision, read_json
 from mlinterf_ds.errors import UserError
 from mlinterf_ds.finetune.config import FinetuneConfig
@@ -101,7 +101,7 @@ def prepare(
             rows[split][language], notes = task.rows(examples, tokenizer, labels, limits)
             notes = [unknown, *notes] if unknown else notes
             pieces = [piece for row in rows[split][language] for piece in row.tokens]
-            share = pieces.count(UNK) / len(pieces)
+            share = pieces.count(tokenizer.vocabulary.unk) / len(pieces)
             if share >= MANY_UNKNOWN:
                 notes = [*notes, f"{share:.0%} of the pieces are <unk>, not in the vocabulary"]
             sets.notes += [f"{split} {language}: {note}" for note in notes]

@@ -71,7 +71,7 @@ class Draws:
         self.rows = _rows(config, {code: w.count for code, w in self._windows.items()}, engine.layout.data, on_cpu)
         self._slices = engine.slices(self.rows, config.micro_batch)
         self._maskers = {
-            (code, draw): Masker(seed, f"conflict/{code}/{draw}", row_format, corpus.vocabulary_size)
+            (code, draw): Masker(seed, f"conflict/{code}/{draw}", row_format, corpus.vocabulary)
             for code in self.languages
             for draw in range(DRAWS)
         }

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mlinterf_ds.config import with_present_keys
-from mlinterf_ds.data.tokenizer import SPECIAL_PIECES, Tokenizer
+from mlinterf_ds.data.tokenizer import Tokenizer, Vocabulary
 from mlinterf_ds.engine import checkpoint
 from mlinterf_ds.engine.space import Segment
 from mlinterf_ds.engine.weights import CheckpointReader, check_shape
@@ -118,7 +118,7 @@ def weights(
             f"init={init}: has no modules of {', '.join(lacking)}; it has {has}: name a language to add in data.only, or "
             "leave it out of languages"
         )
-    return WithLanguages(start, tokenizer.size, languages)
+    return WithLanguages(start, tokenizer.vocabulary, languages)
 
 
 def _check_vocabulary(path: Path, old: list[str], tokenizer: Tokenizer) -> None:
@@ -146,10 +146,11 @@ class WithLanguages:
     languages at the mean of the old ones' embeddings, or at zero where there are none.
     """
 
-    def __init__(self, start: Start, wanted: int, languages: Sequence[str]):
+    def __init__(self, start: Start, wanted: Vocabulary, languages: Sequence[str]):
         self.start, self.source = start, start.source
         self.adapts_each = architecture(start.variant) == "adpt"  # the source has adapters of each language
-        self.old, self.new = len(start.pieces), wanted - len(start.pieces)  # pieces of the vocabulary
+        self.wanted = wanted
+        self.old, self.new = len(start.pieces), wanted.size - len(start.pieces)  # pieces of the vocabulary
         known = start.languages
         # of each language in the source's language embeddings; None: it is new
         self.rows = [known.index(language) if language in known else None for language in languages]
@@ -177,7 +178,8 @@ class WithLanguages:
         """A parameter of the vocabulary with rows for new pieces; those of its padding have the mean too."""
         assert wanted.partition_dim == 0 or tensor == 1
         whole = self.source.whole(wanted.name)[: self.old]
-        mean = whole[len(SPECIAL_PIECES) :].mean(0, keepdim=True)
+        ordinary = torch.from_numpy(self.wanted.ordinary)
+        mean = whole[ordinary[ordinary < self.old]].mean(0, keepdim=True)
         check_shape(wanted, (wanted.shape[0], *whole.shape[1:]), self.start.path)
         own = whole[wanted.shape[0] * tensor_rank :][: wanted.shape[0]]
         own = torch.cat([own, mean.expand(wanted.shape[0] - len(own), *whole.shape[1:])])

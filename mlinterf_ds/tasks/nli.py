@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlinterf_ds.data.tokenizer import BOS, EOS, Tokenizer
+from mlinterf_ds.data.tokenizer import Tokenizer
 from mlinterf_ds.errors import UserError, refusing
 from mlinterf_ds.files import write_text
 from mlinterf_ds.tasks import metrics
@@ -163,13 +163,15 @@ class Nli(Task):
     ) -> tuple[list[Row], list[str]]:
         rows: list[Row] = []
         cut = empty = 0
+        special = tokenizer.vocabulary
+        room = limits.max_length - 2 - len(special.separator)
         for index, pair in enumerate(examples):
             first, second = tokenizer.encode(pair.premise), tokenizer.encode(pair.hypothesis)
             empty += not first or not second
-            cut += len(first) + len(second) > limits.max_length - 3
-            first, second = shortened(first, second, limits.max_length - 3)
+            cut += len(first) + len(second) > room
+            first, second = shortened(first, second, room)
             target = labels.index(pair.label) if pair.label in labels else -1
-            rows.append(Row(index, [BOS, *first, EOS, *second, EOS], [0], [target]))
+            rows.append(Row(index, [special.bos, *first, *special.separator, *second, special.eos], [0], [target]))
         notes = [f"{cut} pairs are longer than {limits.max_length} pieces and were cut"] if cut else []
         return rows, notes + ([f"{empty} pairs have an empty premise or hypothesis"] if empty else [])
 

@@ -61,9 +61,11 @@ class Qa(Task):
         for index, example in enumerate(examples):
             question = tokenizer.encode(example.question)
             cut += len(question) > limits.max_question
-            ids, offsets = spans.locate(example.context, tokenizer)
+            ids, offsets = tokenizer.locate(example.context)
             span = _gold_span(example, offsets)
-            windows = list(spans.windows(index, question[: limits.max_question], ids, offsets, span, limits))
+            windows = list(
+                spans.windows(index, question[: limits.max_question], ids, offsets, span, limits, tokenizer.vocabulary)
+            )
             windowed += len(windows) > 1
             if span:
                 covered = example.context[offsets[span[0]][0] : offsets[span[1]][1]]

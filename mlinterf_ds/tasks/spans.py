@@ -1,54 +1,18 @@
-"""Contexts as pieces: where each piece lies in the text, the windows that rows read, and the best span of a window."""
+"""Contexts as pieces: the windows that rows read, and the best span of a window."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import numpy as np
 
-from mlinterf_ds.data.tokenizer import BOS, EOS, SPACE_PIECE, UNK, Tokenizer, normalise
+from mlinterf_ds.data.tokenizer import Vocabulary
 from mlinterf_ds.errors import UserError
 from mlinterf_ds.tasks.base import Limits, Row
 
 FEWEST_PIECES = 8  # of context in a window
 
 Offsets = list[tuple[int, int]]  # (start, end) of each piece in the context, in characters
-
-
-def locate(context: str, tokenizer: Tokenizer) -> tuple[list[int], Offsets]:
-    """The context's pieces, and the characters of the context that each stands for.
-
-    The offsets are exact in words that normalising leaves unchanged; in other words each piece stands for the whole word.
-    """
-    ids: list[int] = []
-    offsets: Offsets = []
-    for match in re.finditer(r"\S+", context):
-        word, start = match.group(), match.start()
-        pieces = tokenizer.encode(word)
-        if normalise(word) == word:
-            offsets += [(start + low, start + high) for low, high in _within_word(word, pieces, tokenizer.pieces)]
-        else:
-            offsets += [(start, match.end())] * len(pieces)
-        ids += pieces
-    return ids, offsets
-
-
-def _within_word(word: str, ids: Sequence[int], pieces: Sequence[str]) -> Offsets:
-    """Where the pieces of a word lie in it. `<unk>` stands for characters that no piece has, up to the next piece."""
-    offsets: Offsets = []
-    start = 0
-    texts = [None if i == UNK else pieces[i].removeprefix(SPACE_PIECE) for i in ids]
-    for index, text in enumerate(texts):
-        if text is None:
-            following = next((t for t in texts[index + 1 :] if t), None)
-            end = word.find(following, start + 1) if following else len(word)
-        else:
-            end = start + len(text)
-        offsets.append((start, end))
-        start = end
-    assert start == len(word), f"{word!r}: pieces {texts} do not spell it"
-    return offsets
 
 
 def cover(offsets: Offsets, answer: tuple[str, int]) -> tuple[int, int] | None:
@@ -59,13 +23,20 @@ def cover(offsets: Offsets, answer: tuple[str, int]) -> tuple[int, int] | None:
 
 
 def windows(
-    example: int, question: list[int], ids: list[int], offsets: Offsets, span: tuple[int, int] | None, limits: Limits
+    example: int,
+    question: list[int],
+    ids: list[int],
+    offsets: Offsets,
+    span: tuple[int, int] | None,
+    limits: Limits,
+    special: Vocabulary,
 ) -> Iterator[Row]:
     """Rows `<s> question </s> part of the context </s>`; their targets are the span where a window holds it whole.
 
     UserError if the question leaves too little room for the context.
     """
-    room = limits.max_length - len(question) - 3
+    start = [special.bos, *question, *special.separator]
+    room = limits.max_length - len(start) - 1
     if room < FEWEST_PIECES:
         raise UserError(
             f"finetune.max_length={limits.max_length} leaves {room} pieces of context beside a question of "
@@ -74,8 +45,8 @@ def windows(
     first = 0
     while True:
         end = min(first + room, len(ids))
-        tokens = [BOS, *question, EOS, *ids[first:end], EOS]
-        shift = len(question) + 2 - first
+        tokens = [*start, *ids[first:end], special.eos]
+        shift = len(start) - first
         positions = [0, *range(first + shift, end + shift)]
         targets = [0, 0]
         if span and first <= span[0] and span[1] < end:

@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mlinterf_ds.data.tokenizer import BOS, EOS, UNK, Tokenizer
+from mlinterf_ds.data.tokenizer import Tokenizer, Vocabulary
 from mlinterf_ds.errors import UserError
 from mlinterf_ds.tasks.base import Kind, Limits, Row, Task
 from mlinterf_ds.tasks.columns import Sentence, Tags, in_memory
@@ -68,20 +68,20 @@ class Tagger(Task):
         rows: list[Row] = []
         nothing: list[str] = []  # words that tokenise to nothing
         windowed = cut = 0
-        cache: dict[str, list[int]] = {}  # each word's pieces
+        special = tokenizer.vocabulary
         for index, (sentence, tags) in enumerate(zip(examples, self.gold(examples), strict=True)):
             pieces = []
-            for k, word in enumerate(sentence.words):
-                if word not in cache:
-                    cache[word] = tokenizer.encode(word)
-                if not cache[word]:
+            for k, (word, of_word) in enumerate(
+                zip(sentence.words, tokenizer.encode_sentence(sentence.words), strict=True)
+            ):
+                if not of_word:
                     nothing.append(f"{sentence.location(k)}: {word!r}")
-                pieces.append((cache[word] or [UNK])[:room])
-                cut += len(cache[word]) > room
+                pieces.append((of_word or [special.unk])[:room])
+                cut += len(of_word) > room
             targets = [self._class_of(labels, tag, sentence, k) for k, tag in enumerate(tags)]
             spans = list(windows([len(piece) for piece in pieces], room, limits.stride))
             windowed += len(spans) > 1
-            rows += [_row(index, pieces, targets, span) for span in spans]
+            rows += [_row(index, pieces, targets, span, special) for span in spans]
         notes = list(dict.fromkeys(sentence.remark for sentence in examples if sentence.remark))
         if nothing:
             notes.append(f"{len(nothing)} words tokenise to nothing and are read as <unk>; the first is {nothing[0]}")
@@ -148,11 +148,13 @@ def windows(sizes: Sequence[int], room: int, stride: int) -> Iterator[tuple[int,
         first = end
 
 
-def _row(example: int, pieces: list[list[int]], targets: list[int], span: tuple[int, int, int]) -> Row:
+def _row(
+    example: int, pieces: list[list[int]], targets: list[int], span: tuple[int, int, int], special: Vocabulary
+) -> Row:
     begin, first, end = span
-    tokens, positions = [BOS], []
+    tokens, positions = [special.bos], []
     for word in range(begin, end):
         if word >= first:
             positions.append(len(tokens))
         tokens += pieces[word]
-    return Row(example, [*tokens, EOS], positions, targets[first:end], (first, end))
+    return Row(example, [*tokens, special.eos], positions, targets[first:end], (first, end))

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlinterf_ds.data.tokenizer import BOS, EOS, Tokenizer
+from mlinterf_ds.data.tokenizer import Tokenizer
 from mlinterf_ds.files import write_text
 from mlinterf_ds.tasks import metrics
 from mlinterf_ds.tasks.base import Kind, Limits, Row, Task
@@ -54,7 +54,7 @@ class Topic(Task):
         self, examples: Sequence[LabelledText], tokenizer: Tokenizer, labels: Sequence[str], limits: Limits
     ) -> tuple[list[Row], list[str]]:
         rows: list[Row] = []
-        room, cut = limits.max_length - 2, 0
+        special, room, cut = tokenizer.vocabulary, limits.max_length - 2, 0
         for index, example in enumerate(examples):
             if example.label not in labels and not self.unlabelled:
                 message = f"label {example.label!r} does not occur in the training set, which has {', '.join(labels)}"
@@ -62,7 +62,7 @@ class Topic(Task):
             pieces = tokenizer.encode(example.text)
             cut += len(pieces) > room
             target = labels.index(example.label) if example.label in labels else -1
-            rows.append(Row(index, [BOS, *pieces[:room], EOS], [0], [target]))
+            rows.append(Row(index, [special.bos, *pieces[:room], special.eos], [0], [target]))
         return rows, [f"{cut} texts are longer than {limits.max_length} pieces and were cut"] if cut else []
 
     def predict(

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from mlinterf_ds.data.stream import TrainStream, ValidationStream
+from mlinterf_ds.data.tokenizer import Vocabulary
 from mlinterf_ds.engine import checkpoint
 from mlinterf_ds.engine.engine import Engine
 from mlinterf_ds.engine.meta_step import MetaStep
@@ -30,6 +31,7 @@ class Made:
     """A corpus in memory: each language has its own bigrams."""
 
     vocabulary_size = 90
+    vocabulary = Vocabulary(vocabulary_size)
 
     def __init__(self, languages: tuple[str, ...] = LANGUAGES):
         self.languages = list(languages)

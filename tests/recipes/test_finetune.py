@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -90,6 +91,28 @@ def test_from_a_checkpoint_to_a_table(task: str, ground: Path, tmp_path: Path) -
     text = (out / "table.md").read_text()
     assert "| te | within | 22 |" in text and "| as | zero-shot |" in text
     assert (out / "report.md").read_text().startswith("# Errors of seed0")
+    card_tells(summary, export_card(out, tmp_path / "exported"))
+
+
+def export_card(out: Path, folder: Path) -> str:
+    """The model card of the exported fine-tuning."""
+    pytest.importorskip("transformers")
+    from mlinterf_ds.export.hf import export
+
+    export(str(out), folder)
+    return (folder / "README.md").read_text()
+
+
+def card_tells(summary: dict[str, Any], card: str) -> None:
+    """The card has the languages, the first seed's scores beside the floors, and how the model was trained."""
+    metric = summary["metric"]
+    for language, values in summary["per_seed"].items():
+        cells = [language, summary["setting"][language], str(summary["examples"]["test"][language]), f"{values[0]:.1f}"]
+        floors = sorted(summary["baselines"][language].items(), reverse=True)
+        cells += [f"{scores[metric]:.1f}" for _, scores in floors]
+        assert f"| {' | '.join(cells)} |" in card and f'- "{language}"' in card
+    assert f"{summary['examples']['train']['te']} examples of te: epoch {summary['best_epoch']['0']} of 3" in card
+    assert "Pretrained for 0 steps of 4 rows" in card and "seed 0" in card
 
 
 def predicts_the_same(task: str, text: Path, language: str, out: Path, folder: Path) -> None:

@@ -14,7 +14,7 @@ from mlinterf_ds.data.batch import Masker
 from mlinterf_ds.data.corpus import Corpus
 from mlinterf_ds.data.evaluation import EvaluationSet
 from mlinterf_ds.data.prepare.main import prepare
-from mlinterf_ds.data.tokenizer import EOS
+from mlinterf_ds.data.tokenizer import EOS, Vocabulary
 from mlinterf_ds.data.windows import Windows
 from mlinterf_ds.sections import RowFormat
 from tests.model_batches import LENGTH, VARIANTS, Batch, batch, encoder, gradients, hidden
@@ -91,7 +91,7 @@ def made(boundaries: str, positions: str) -> DataBatch:
     text = np.array([10, 11, EOS, 12, EOS, 13, 14, 15])
     windows = Windows(text, 8, 0, (lambda offsets: offsets == 5) if boundaries == "document" else None)
     row_format = RowFormat(9, boundaries=boundaries, positions=positions)  # type: ignore[arg-type]
-    masker = Masker(0, "test", row_format, 20)
+    masker = Masker(0, "test", row_format, Vocabulary(20))
     return masker.batch(*windows.at(np.array([0])), np.ones(1), np.zeros(1), (0,), step=0, start=0)
 
 

@@ -9,11 +9,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlinterf_ds.data.batch import FIRST_ORDINARY, Batch, Masker, generator, key, mask_rows, row_draws
-from mlinterf_ds.data.tokenizer import BOS, EOS, MASK
+from mlinterf_ds.data.batch import Batch, Masker, generator, key, mask_rows, row_draws
+from mlinterf_ds.data.tokenizer import BOS, EOS, MASK, SPECIAL_PIECES, Vocabulary
 from mlinterf_ds.data.windows import Windows, shuffled
 from mlinterf_ds.sections import RowFormat
 
+FIRST_ORDINARY = len(SPECIAL_PIECES)
 VOCABULARY = 1000
 
 
@@ -51,7 +52,9 @@ def test_sources_and_indices_give_different_draws() -> None:
 def test_masking_changes_exactly_the_chosen_positions(length: int, share: float, eos: float, seed: int) -> None:
     rows, masked = text_rows(7, length, eos, seed), RowFormat(length, share).masked
     before = rows.copy()
-    tokens, positions, labels = mask_rows(rows, row_draws(seed, 0, 0, 7, length, masked), masked, VOCABULARY)
+    tokens, positions, labels = mask_rows(
+        rows, row_draws(seed, 0, 0, 7, length, masked), masked, Vocabulary(VOCABULARY)
+    )
     assert np.array_equal(rows, before)  # the input is left alone
     assert positions.shape == labels.shape == (7, masked)
     assert (positions >= 1).all() and (positions < length).all() and (np.diff(positions, axis=1) > 0).all()
@@ -71,7 +74,7 @@ def test_masked_per_row(length: int, expected: int) -> None:
 
 def test_eighty_ten_ten_and_uniform_positions() -> None:
     rows, masked = text_rows(4000, 65, eos_share=0), 10
-    tokens, positions, labels = mask_rows(rows, row_draws(5, 1, 0, 4000, 65, masked), masked, VOCABULARY)
+    tokens, positions, labels = mask_rows(rows, row_draws(5, 1, 0, 4000, 65, masked), masked, Vocabulary(VOCABULARY))
     now, trials = np.take_along_axis(tokens, positions, axis=1), labels.size
     same_by_chance = 0.1 / (VOCABULARY - FIRST_ORDINARY)
     assert within((now == MASK).sum(), trials, 0.8)
@@ -134,7 +137,7 @@ def test_epochs_differ_in_order_and_grid_and_leave_no_token_out() -> None:
 
 
 def test_masker_builds_a_batch_that_moves_between_devices() -> None:
-    masker = Masker(seed=1, purpose="train", row_format=RowFormat(20), vocabulary_size=VOCABULARY)
+    masker = Masker(seed=1, purpose="train", row_format=RowFormat(20), vocabulary=Vocabulary(VOCABULARY))
     text = text_rows(4, 19)
     batch = masker.batch(
         text, text == EOS, np.array([1.0, 2.0, 3.0, 4.0]), np.array([0, 0, 2, 2]), (0, 2), step=3, start=8
@@ -151,7 +154,7 @@ def test_masker_builds_a_batch_that_moves_between_devices() -> None:
 def test_dropout_seeds_tell_seed_purpose_step_and_slice_apart() -> None:
     text, weights, languages = text_rows(1, 9), np.ones(1), np.zeros(1, dtype=int)
     seeds = {
-        Masker(seed, purpose, RowFormat(10), VOCABULARY)
+        Masker(seed, purpose, RowFormat(10), Vocabulary(VOCABULARY))
         .batch(text, text == EOS, weights, languages, (0,), step=step, start=start)
         .dropout_seed
         for seed in (0, 1)
@@ -161,3 +164,21 @@ def test_dropout_seeds_tell_seed_purpose_step_and_slice_apart() -> None:
     }
     assert len(seeds) == 16
     assert all(torch.Generator().manual_seed(seed).initial_seed() == seed for seed in seeds)
+
+
+def test_another_models_special_pieces() -> None:
+    """CamemBERT's and BERT's special pieces lie elsewhere: text is masked by that vocabulary's, and drawn from its ordinary ones."""
+    vocabulary = Vocabulary(60, bos=5, pad=1, eos=6, unk=3, mask=59, others=(0, 2, 4))
+    assert vocabulary.ordinary.tolist() == list(range(7, 59))
+    rng = np.random.default_rng(3)
+    text = rng.choice(vocabulary.ordinary, size=(3000, 20))
+    text[:, ::7] = vocabulary.eos
+    masker = Masker(0, "train", RowFormat(21, 0.3), vocabulary)
+    begins, languages = np.zeros(text.shape, bool), np.zeros(len(text), int)
+    batch = masker.batch(text, begins, np.ones(len(text)), languages, (0,), step=0, start=0)
+    tokens, positions, labels = (x.numpy() for x in (batch.tokens, batch.positions, batch.labels))
+    assert (tokens[:, 0] == 5).all() and not (labels == 6).any()
+    seen = np.take_along_axis(tokens, positions, axis=1)
+    assert within((seen == 59).sum(), seen.size, 0.8)
+    drawn = seen[(seen != 59) & (seen != labels)]
+    assert np.unique(drawn).tolist() == list(range(7, 59))

@@ -13,19 +13,21 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlinterf_ds.data.batch import FIRST_ORDINARY, Batch
+from mlinterf_ds.data.batch import Batch
 from mlinterf_ds.data.evaluation import EvaluationSet, bits_per_character
 from mlinterf_ds.data.stream import Schedule, TrainStream, ValidationStream, prefetch
-from mlinterf_ds.data.tokenizer import BOS, EOS
+from mlinterf_ds.data.tokenizer import BOS, EOS, SPECIAL_PIECES, Vocabulary
 from mlinterf_ds.data.windows import Windows
 from mlinterf_ds.errors import UserError
 from mlinterf_ds.sections import RowFormat
+
+FIRST_ORDINARY = len(SPECIAL_PIECES)
 
 
 class Corpus:
     """In memory: language number j counts up from 1000 j: a row tells its language and place. Every 7th is </s>."""
 
-    vocabulary_size = 8000
+    vocabulary = Vocabulary(8000)
 
     def __init__(self, sizes: dict[str, int], eos: bool = True) -> None:
         self.languages = list(sizes)
@@ -391,7 +393,7 @@ def test_evaluation_cap_spreads_over_the_split() -> None:
 
 def test_unigram_perplexity_by_hand() -> None:
     class Skewed(Corpus):
-        vocabulary_size = 9
+        vocabulary = Vocabulary(9)
 
         def tokens(self, language: str, split: str) -> np.ndarray:
             return np.tile(np.array([5, 5, 5, 6, 7, EOS], dtype=np.int32), 50)

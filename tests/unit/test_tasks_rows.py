@@ -17,7 +17,7 @@ from mlinterf_ds.errors import UserError
 from mlinterf_ds.model.encoder import SHARED
 from mlinterf_ds.model.layers import at_positions
 from mlinterf_ds.sections import ModelConfig
-from mlinterf_ds.tasks import TASKS, Limits, Row, metrics, spans
+from mlinterf_ds.tasks import TASKS, Limits, Row, metrics
 from mlinterf_ds.tasks.batches import TrainBatches, collate, evaluation_batches
 from mlinterf_ds.tasks.columns import Sentence, in_memory
 from mlinterf_ds.tasks.heads import CLASSIFIER, TaskModel
@@ -102,7 +102,7 @@ def test_a_tag_that_training_never_saw(tokenizer: Tokenizer) -> None:
 def test_offsets_tile_every_word(tokenizer: Tokenizer) -> None:
     """Also around characters that no piece has, and words that normalising changes."""
     context = "abc  x\u00fcyz! deZa\u00fc\u00fcb  cafe\u0301 \u200bgh\tend."
-    ids, offsets = spans.locate(context, tokenizer)
+    ids, offsets = tokenizer.locate(context)
     assert ids == [piece for word in context.split() for piece in tokenizer.encode(word)]
     covered = {k for low, high in offsets for k in range(low, high)}
     assert covered >= {k for k, letter in enumerate(context) if not letter.isspace() and letter != "\u200b"}

@@ -12,6 +12,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from mlinterf_ds.data.tokenizer import Vocabulary
+
 ROOT = Path(__file__).resolve().parents[2]
 CODES = [f"l{number}" for number in range(100)]  # language codes
 
@@ -20,7 +22,7 @@ class RandomCorpus:
     """A corpus of random tokens in memory, with the methods that the streams call."""
 
     def __init__(self, languages: Sequence[str], vocabulary: int):
-        self.languages, self.vocabulary_size = list(languages), vocabulary
+        self.languages, self.vocabulary = list(languages), Vocabulary(vocabulary)
         self._tokens = np.random.default_rng(0).integers(5, vocabulary, 200_000)
 
     def sentences(self, lang: str, split: str) -> int:

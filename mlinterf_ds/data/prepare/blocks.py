@@ -5,7 +5,7 @@ N.keep.npz (which of the block's sentences are kept) and N.tokens.npz (their tok
 """
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -15,7 +15,7 @@ import numpy as np
 
 from mlinterf_ds.data.prepare.cleaning import FIRST_NUMBERS, hash_path
 from mlinterf_ds.data.prepare.splits import HISTOGRAM_BITS, SPLIT_ORDER
-from mlinterf_ds.data.tokenizer import EOS, UNK, Tokenizer
+from mlinterf_ds.data.tokenizer import Tokenizer
 from mlinterf_ds.files import read_json, write_array, write_arrays, write_json
 
 BLOCK_COUNTS = ("sentences", "words", "characters", "tokens", "unknown", "unknown_characters")
@@ -127,10 +127,9 @@ def encode_block(task: BlockTask) -> dict[str, dict[str, int]]:
         split, words = _split_of(task, block), block["words"].tobytes().decode().split("\n")
         index, lengths, document = block["index"], block["lengths"], block["document"]
     tokenizer = _tokenizer(task.tokenizer)
-    ids, counts = tokenizer.encode_words(words)
-    # </s> closes every sentence as one more word.
-    ids, counts = np.append(ids, np.array([EOS], ids.dtype)), np.append(counts, 1)
-    index = np.insert(index, np.cumsum(lengths), len(words))
+    encoded = _encoded_sentences(tokenizer, words, index, lengths)
+    eos, unk = tokenizer.vocabulary.eos, tokenizer.vocabulary.unk
+    index = np.insert(index, np.cumsum(lengths), len(words))  # the end of a sentence is one more word
     # Each word counts with the space after it; a sentence's last word has none.
     characters = np.array([len(word) + 1 for word in words] + [-1])
     known = dict.fromkeys(map(ord, tokenizer.characters))
@@ -140,18 +139,41 @@ def encode_block(task: BlockTask) -> dict[str, dict[str, int]]:
     for number, name in enumerate(SPLIT_ORDER):
         chosen = split == number
         sequence = index[np.repeat(chosen, lengths + 1)]
-        tokens = _gather(ids, counts, sequence)
-        ends = np.flatnonzero(tokens == EOS) + 1
+        tokens = encoded(chosen)
+        ends = np.flatnonzero(tokens == eos) + 1
         arrays[f"{name}.ids"] = tokens
         arrays[f"{name}.lengths"] = np.diff(ends, prepend=0).astype(np.int32)
         # The number of sentences up to the end of each document.
         arrays[f"{name}.ends"] = (np.flatnonzero(np.diff(document[chosen], append=-1)) + 1).astype(np.int32)
         of_text = chosen.sum(), lengths[chosen].sum(), characters[sequence].sum()
-        values = *of_text, len(tokens), (tokens == UNK).sum(), unknown[sequence].sum()
+        values = *of_text, len(tokens), (tokens == unk).sum(), unknown[sequence].sum()
         facts[name] = dict(zip(BLOCK_COUNTS, map(int, values), strict=True))
     write_arrays(block_path(task.folder, task.number, "tokens"), **arrays)
     write_json(facts_path, facts)
     return facts
+
+
+def _encoded_sentences(
+    tokenizer: Tokenizer, words: list[str], index: np.ndarray, lengths: np.ndarray
+) -> Callable[[np.ndarray], np.ndarray]:
+    """Encodes a block; returns the function from chosen sentences, (sentences,) bool, to their ids, `</s>` after each.
+
+    `index` has the number of every word of the sentences end to end, `lengths` the words of each sentence. Where the ids of a
+    word do not depend on its neighbours, each distinct word is encoded once, else each sentence.
+    """
+    end = np.array([tokenizer.vocabulary.eos], tokenizer.dtype)
+    if tokenizer.by_word:
+        ids, counts = tokenizer.encode_words(words)
+        ids, counts = np.append(ids, end), np.append(counts, 1)
+        sequence = np.insert(index, np.cumsum(lengths), len(words))
+        return lambda chosen: _gather(ids, counts, sequence[np.repeat(chosen, lengths + 1)])
+    ends = np.cumsum(lengths)
+    sentences = [
+        " ".join(words[i] for i in index[last - size : last]) for last, size in zip(ends, lengths, strict=True)
+    ]
+    ids, counts = tokenizer.encode_words(sentences)
+    ids = np.insert(ids, np.cumsum(counts), end)
+    return lambda chosen: _gather(ids, counts + 1, np.flatnonzero(chosen))
 
 
 def _gather(ids: np.ndarray, counts: np.ndarray, sequence: np.ndarray) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import hashlib
 import os
 import shutil
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -19,6 +20,7 @@ from mlinterf_ds.data.corpus import (
     manifest_digest,
     unknown_share,
 )
+from mlinterf_ds.data.foreign import is_folder, vocabulary_file
 from mlinterf_ds.data.prepare import stages
 from mlinterf_ds.data.prepare.inputs import STANDARD_INPUT, STANDARD_INPUT_NAME, Input, find_inputs
 from mlinterf_ds.data.prepare.vocabulary import learn
@@ -60,8 +62,9 @@ def prepare(
     `limits` caps a language's training sentences, in the order of their hashes: a smaller limit keeps a subset of what a
     larger one keeps, and what is held out stays the same. The vocabulary is learned on the training splits, language i
     weighing (sentences_i / all)^(1 / temperature), normalised. `tokenizer` takes another corpus's vocabulary instead, so
-    that perplexities can be compared. `extends` names a corpus whose vocabulary is kept, ids and all, and extended to
-    `vocabulary_size` pieces by those of the languages that it lacks. `licence` is a note for the manifest.
+    that perplexities can be compared, or that of a model's `transformers` folder. `extends` names a corpus whose vocabulary is kept,
+    ids and all, and extended to `vocabulary_size` pieces by those of the languages that it lacks; or a model's folder, whose
+    vocabulary gets pieces of the scripts that it lacks. `licence` is a note for the manifest.
 
     The result is the same, bit for bit, for any number of `workers` (default: all cores). After an interruption the same
     call goes on from there; a finished folder is opened as it is. Raises UserError for unusable inputs or numbers, for a
@@ -70,11 +73,12 @@ def prepare(
     texts = _checked_inputs(inputs)
     limits = dict(limits or {})
     _check_numbers(texts, vocabulary_size, temperature, limits, workers)
-    old = None if extends is None else Corpus.open(extends)
+    given = None if tokenizer is None else vocabulary_of(tokenizer)
+    old, known = (None, []) if extends is None else _extended(Path(extends))
     arguments = {
         "sources": {code: [text.identity() for text in of_language] for code, of_language in texts.items()},
-        "vocabulary": [vocabulary_size, temperature] if tokenizer is None else _entry(Tokenizer(tokenizer).path),
-        **({} if old is None else {"extends": _entry(old.tokenizer.path)}),
+        "vocabulary": [vocabulary_size, temperature] if given is None else _facts(given),
+        **({} if old is None else {"extends": _facts(old)}),
         "limits": limits,
         "licence": licence,
         **({"meta_split": True} if meta_split else {}),
@@ -91,7 +95,7 @@ def prepare(
         ]
         try:
             with Workers(workers or len(os.sched_getaffinity(0))) as pool:
-                manifest = _run(languages, folder, vocabulary_size, temperature, tokenizer, old, pool, progress)
+                manifest = _run(languages, folder, vocabulary_size, temperature, given, old, known, pool, progress)
         except WorkerKilled:
             raise
         except UserError:  # the arguments or the inputs must change: free the folder for other ones
@@ -108,14 +112,15 @@ def _run(
     folder: Path,
     size: int,
     temperature: float,
-    given: str | Path | None,
-    old: Corpus | None,
+    given: Tokenizer | None,
+    old: Tokenizer | None,
+    known: Collection[str],
     pool: Workers,
     show: bool,
 ) -> dict[str, Any]:
     """Takes the languages through all stages, writes the tokenizer and the shards, and returns the manifest's contents.
 
-    `given` is the tokenizer to use, `old` the corpus whose vocabulary is extended.
+    `given` is the tokenizer to use, `old` the one that is extended by pieces of the languages that are not `known` to it.
     """
     for language in languages:
         language.folder.mkdir(exist_ok=True)
@@ -125,12 +130,12 @@ def _run(
         stages.deduplicate_and_split(language, pool, show)
     path = folder / TOKENIZER
     if given is not None:
-        write_bytes(path, Path(given).read_bytes())
+        write_bytes(path, given.content)
     if path.exists():  # given, or learned before an interruption
         tokenizer = Tokenizer(path)
     elif old:
-        new = [language for language in languages if language.code not in old.languages]
-        tokenizer = learn(new or languages, size, temperature, path, pool, show, old.tokenizer)
+        new = [language for language in languages if language.code not in known]
+        tokenizer = learn(new or languages, size, temperature, path, pool, show, old)
     else:
         tokenizer = learn(languages, size, temperature, path, pool, show)
     splits = stages.encode(languages, tokenizer, folder, pool, show)
@@ -148,6 +153,25 @@ def _run(
             for language in languages
         },
     }
+
+
+def vocabulary_of(path: str | Path) -> Tokenizer:
+    """The tokenizer of a file, a corpus, a checkpoint or a model's `transformers` folder."""
+    return Tokenizer(path, vocabulary_file(Path(path)))
+
+
+def _extended(path: Path) -> tuple[Tokenizer, list[str]]:
+    """The vocabulary to extend, and the languages that it has pieces of: of a corpus or of a model's folder."""
+    if is_folder(path):
+        return vocabulary_of(path), []
+    corpus = Corpus.open(path)
+    return corpus.tokenizer, corpus.languages
+
+
+def _facts(tokenizer: Tokenizer) -> dict[str, Any]:
+    """The name, size and digest of a tokenizer."""
+    content = tokenizer.content
+    return {"file": tokenizer.path.name, "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
 
 def _entry(path: Path) -> dict[str, Any]:

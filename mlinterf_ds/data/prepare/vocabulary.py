@@ -16,6 +16,7 @@ from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
 from mlinterf_ds.data.prepare.blocks import BlockTask, count_words
 from mlinterf_ds.data.prepare.cleaning import hashes
+from mlinterf_ds.data.prepare.extension import appended
 from mlinterf_ds.data.prepare.stages import Language, bar
 from mlinterf_ds.data.prepare.workers import Workers
 from mlinterf_ds.data.tokenizer import BOS, EOS, PAD, SPACE_PIECE, SPECIAL_PIECES, UNK, Tokenizer
@@ -64,8 +65,11 @@ def learn(
         sampled[task.folder] += sentences
     weights = shares / np.maximum(1, list(sampled.values()))
     units = sampled_units([*counts.values()], shares, weights / weights.min(), size)
-    model = extended(extends, units, size) if extends else trained(units, size)
-    write_bytes(out, model.SerializeToString(deterministic=True))
+    if extends and extends.foreign:
+        write_bytes(out, with_new_scripts(extends, units, size))
+    else:
+        model = extended(extends, units, size) if extends else trained(units, size)
+        write_bytes(out, model.SerializeToString(deterministic=True))
     return Tokenizer(out)
 
 
@@ -154,8 +158,8 @@ def _thinned(units: Counter[str], characters: float) -> Mapping[str, float]:
     return {names[i]: max(counts[i], bound) for i in np.flatnonzero(chosen)}
 
 
-def trained(units: Mapping[str, int], size: int) -> ModelProto:
-    """Learns a BPE vocabulary of `size` pieces, all characters among them, on one thread: it depends on the arguments alone.
+def trained(units: Mapping[str, int], size: int, kind: str = "bpe") -> ModelProto:
+    """Learns a vocabulary (`kind`: "bpe" or "unigram") of `size` pieces, all characters among them, on one thread: it depends on the arguments alone.
 
     Raises UserError if the text has too few pieces for `size` (the message names the largest size that it allows), or if
     `size` has no room for the characters.
@@ -168,7 +172,7 @@ def trained(units: Mapping[str, int], size: int) -> ModelProto:
             sentence_iterator=(f"{unit}\t{count}" for unit, count in units.items()),
             input_format="tsv",
             model_writer=writer,
-            model_type="bpe",
+            model_type=kind,
             vocab_size=size,
             character_coverage=1.0,
             normalization_rule_name="identity",  # the text is normalised already, the same way everywhere
@@ -187,6 +191,16 @@ def trained(units: Mapping[str, int], size: int) -> ModelProto:
     model = ModelProto.FromString(writer.getvalue())
     model.normalizer_spec.add_dummy_prefix = model.normalizer_spec.remove_extra_whitespaces = True
     return model
+
+
+def at_most(units: Mapping[str, int], size: int, kind: str = "bpe") -> ModelProto:
+    """The same of `size` pieces, or of fewer where the text has no more."""
+    try:
+        return trained(units, size, kind)
+    except UserError as error:
+        if not (largest := re.search(r"at most (\d+)", str(error))):
+            raise
+        return trained(units, int(largest[1]), kind)
 
 
 def _explained(message: str, size: int) -> Exception:
@@ -214,12 +228,7 @@ def extended(old: Tokenizer, units: Mapping[str, int], size: int) -> ModelProto:
     """
     if size <= old.size:
         raise UserError(f"--vocab-size {size}: must be more than the {old.size} pieces of {old.path}")
-    try:
-        model = trained(units, size)
-    except UserError as error:
-        if not (largest := re.search(r"at most (\d+)", str(error))):
-            raise
-        model = trained(units, int(largest[1]))
+    model = at_most(units, size)
     known = set(old.pieces)
     pieces = [piece.piece for piece in model.pieces if piece.piece not in known]
     if old.size + len(pieces) < size:
@@ -234,9 +243,34 @@ def extended(old: Tokenizer, units: Mapping[str, int], size: int) -> ModelProto:
             f"--vocab-size {size}: the new text has {single} characters that {old.path} lacks; ask for "
             f"{old.size + single} or more"
         )
-    model = ModelProto.FromString(old.path.read_bytes())
+    model = ModelProto.FromString(old.content)
     score = min(piece.score for piece in model.pieces)
     for number, piece in enumerate(pieces[: size - old.size], 1):
         model.pieces.add(piece=piece, score=score - number)
     model.trainer_spec.vocab_size = size
     return model
+
+
+def with_new_scripts(old: Tokenizer, units: Mapping[str, int], size: int) -> bytes:
+    """The file of another model's vocabulary with new pieces behind its own, `size` in all: those of new scripts.
+
+    Every new piece has a character that `old` lacks, so that text spelt in its characters keeps its ids. They are learned as a
+    unigram vocabulary is, and single characters come first. Raises UserError if `old` lacks no character of the text, or unless
+    `size` has room for the lacking ones and the text has enough new pieces.
+    """
+    if size <= old.size:
+        raise UserError(f"--vocab-size {size}: must be more than the {old.size} pieces of {old.path}")
+    counts: Counter[str] = Counter()
+    for unit, count in units.items():
+        word = unit.startswith(SPACE_PIECE)
+        counts[SPACE_PIECE * word + old.normalised(unit[word:]).replace(" ", "")] += count
+    unk = old.vocabulary.unk
+    lacking = {character for character in set().union(*counts) if unk in old.encode(character)} - {SPACE_PIECE}
+    if not lacking:
+        raise UserError(f"--extend {old.path}: it has every character of the text: use it as it is, with --tokenizer")
+    model = at_most(
+        {unit: n for unit, n in counts.items() if not lacking.isdisjoint(unit)}, 2 * size - old.size, "unigram"
+    )
+    learned = [(piece.piece, piece.score) for piece in model.pieces if not lacking.isdisjoint(piece.piece)]
+    learned.sort(key=lambda piece: (len(piece[0]) > 1, -piece[1]))
+    return appended(old, learned, size)
