@@ -94,3 +94,20 @@ def test_rates_explain_the_steps_that_they_came_from(tmp_path, monkeypatch) -> N
     path.write_text('{"bf16": {"products": 0}}')
     with pytest.raises(UserError, match="rates-h100.json: not what plan.py --calibrate writes"):
         calibrate.kept_rates("h100", "bf16")
+
+
+@pytest.mark.parametrize(
+    "name, gpu",
+    [
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA A100-SXM4-80GB", "a100"),
+        ("NVIDIA A100-SXM4-40GB", "a100-40"),
+        ("NVIDIA A10", "a10"),
+        ("NVIDIA RTX 6000 Ada Generation", "rtx6000-ada"),
+        ("NVIDIA RTX A6000", "a6000"),
+        ("NVIDIA GeForce RTX 4090", "rtx4090"),
+        ("Another", ""),
+    ],
+)
+def test_names_of_devices(name: str, gpu: str) -> None:
+    assert calibrate.known_as(name) == gpu

@@ -50,11 +50,17 @@ def name_of_device() -> str:
 
     if not torch.cuda.is_available():
         raise UserError("plan.py --calibrate measures a GPU, and there is none here: run it where you will train")
-    name = torch.cuda.get_device_name().lower()
-    known = [gpu for gpu in sorted(DEVICES, key=len, reverse=True) if all(part in name for part in gpu.split("-"))]
-    if not known:
+    name = torch.cuda.get_device_name()
+    if not (gpu := known_as(name)):
         raise UserError(f"{name}: a device that plans do not know; they know {', '.join(sorted(DEVICES))}")
-    return known[0]
+    return gpu
+
+
+def known_as(name: str) -> str:
+    """What `--gpu` calls a device of this name; '' if plans do not know it."""
+    letters = name.lower().replace(" ", "")
+    known = [gpu for gpu in DEVICES if all(part in letters for part in gpu.split("-"))]
+    return max(known, key=len, default="")
 
 
 def calibrate(precision: str) -> tuple[str, pace.Rates]:
