@@ -2,7 +2,7 @@
 
 import pytest
 
-from mlinterf_ds.engine import throughput
+from mlinterf_ds.engine import engine, throughput
 from mlinterf_ds.pretrain.config import load_run
 from tests.parity import bodies, plan_bodies
 from tests.ranks import pool
@@ -84,12 +84,17 @@ def test_the_papers_large_model() -> None:
 
 
 def test_an_absent_language_costs_its_share_of_memory_and_nothing_else() -> None:
-    config = load_run(["base"])
+    config = load_run(["base"], ["train.idle_languages=device"])
     layout = arithmetic.PlannedLayout(64, 1, 1, "bf16")
     few, many = (arithmetic.parameters(config, languages, 250_000, 1) for languages in (2, 500))
     less, more = (arithmetic.memory(config, count, layout, 250_000) for count in (few, many))
     assert {kind for kind in less if less[kind] != more[kind]} == {"adapters"}
     assert more["adapters"] == pytest.approx(250 * less["adapters"])
+    away = arithmetic.memory(load_run(["base"]), many, layout, 250_000)["adapters"]
+    assert away == pytest.approx(many.own * (500 * 2 + 2 * 12 / 64)), (
+        "on the host, idle ones leave their 16-bit weights"
+    )
+    assert arithmetic.FEW_LANGUAGES == engine.FEW_LANGUAGES
     assert arithmetic.data_parallel_volume(config, few, layout) == arithmetic.data_parallel_volume(config, many, layout)
 
 

@@ -16,6 +16,7 @@ from mlinterf_ds.pretrain.config import RunConfig
 from mlinterf_ds.sections import MetaConfig, has_adapters, is_meta
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+FEW_LANGUAGES = 8  # more than that, and train.idle_languages=auto keeps idle ones on the host (engine/engine.py)
 STATE = 12  # bytes of an fp32 master weight and its two moments
 PERSISTENT = 10_000  # ZeRO 3 keeps parameters of at most so many elements whole (stage3_param_persistence_threshold)
 BUCKET = 20_000_000  # elements that are reduced at once (reduce_bucket_size)
@@ -109,7 +110,7 @@ def memory(
     size = {
         "weights": b * ((count.shared - count.small) / cut + count.small if cut > 1 else count.shared),
         "optimizer": STATE * count.shared / d,
-        "adapters": count.languages * count.own * (b / cut + STATE / d),
+        "adapters": count.own * (count.languages * b / cut + _with_state_here(config, count, on_gpu) * STATE / d),
     }
     vector, own = 4 * count.shared / d, 4 * count.own / d
     size["gradients"] = _gradients(count, layout, vector, own)
@@ -126,6 +127,14 @@ def memory(
         tokens = rows * ((config.model.layers - 1) * config.data.sequence_length + config.data.row_format.masked)
         size["activations"] -= others * b * tokens * (config.model.width + config.model.ffn / layout.tensor)
     return size
+
+
+def _with_state_here(config: RunConfig, count: ParameterCount, on_gpu: bool) -> int:
+    """How many languages' masters and moments lie on the device: all, or where idle ones lie on the host the step's and those
+    still written back from the step before."""
+    kept = config.train.idle_languages
+    on_host = kept == "host" or (kept == "auto" and on_gpu and count.languages > FEW_LANGUAGES)
+    return min(2, count.languages) if on_host else count.languages
 
 
 def _meta_vectors(meta: MetaConfig, vector: float, own: float, gradients: float) -> float:
