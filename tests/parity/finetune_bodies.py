@@ -57,14 +57,15 @@ def pretrain(
     tensor: int = 1,
     noise: float = 0.0,
 ) -> None:
-    """A checkpoint of an untrained model, with a vocabulary learnt from WORDS; noise: on biases and norms."""
+    """A checkpoint of an untrained model, with the vocabulary of the folder or one learnt from WORDS; noise: on biases and norms."""
     from mlinterf_ds.model.encoder import Encoder
 
     layout = laid_out(tensor)
     folder = Path(out)
     if layout.rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
-        write_vocabulary(folder / "tokenizer.model")
+        if not (folder / "tokenizer.model").exists():
+            write_vocabulary(folder / "tokenizer.model")
     dist.barrier()
     size = Tokenizer(folder / "tokenizer.model").size
     config = load_run([], [*SHAPE, f"variant={variant}", *settings])

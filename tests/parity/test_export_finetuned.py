@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import random
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,7 +15,8 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from mlinterf_ds.data.tokenizer import Tokenizer
+from mlinterf_ds.data.foreign import vocabulary_file
+from mlinterf_ds.data.prepare.main import vocabulary_of
 from mlinterf_ds.export.hf import export
 from mlinterf_ds.export.pyfunc import Model
 from mlinterf_ds.tasks import TASKS
@@ -22,6 +24,7 @@ from mlinterf_ds.tasks.ner import spans
 from tests.parity import finetune_bodies as bodies
 from tests.parity.bodies import REPOSITORY
 from tests.ranks import pool
+from tests.unit.test_foreign_tokenizer import make as make_tokenizer
 
 transformers = pytest.importorskip("transformers")
 import mlinterf_ds.export.modeling_mlinterf  # noqa: E402, F401  (registers its classes)
@@ -29,6 +32,11 @@ import mlinterf_ds.export.modeling_mlinterf  # noqa: E402, F401  (registers its 
 HEADS = {"ner": "Token", "pos": "Token", "qa": "QuestionAnswering", "nli": "Sequence"}
 SETTINGS = {"qa": ["finetune.max_question=4", "finetune.stride=5"], "ner": [], "pos": [], "nli": []}
 CASES = [(task, variant) for variant in ("joint", "adpt") for task in TASKS]
+# A post-norm model with a vocabulary of RoBERTa's kind: byte-level, first words without a space, two </s> between texts.
+FOREIGN = "foreign"
+CASES += [("ner", FOREIGN), ("qa", FOREIGN), ("nli", FOREIGN)]
+VARIANTS = ["joint", "adpt", FOREIGN]
+PREFIXES = {"joint": "XLMRobertaXL", "adpt": "MLInterf", FOREIGN: "XLMRoberta"}
 
 
 class Made(NamedTuple):
@@ -46,7 +54,7 @@ class Made(NamedTuple):
 
     def language(self, language: str) -> dict[str, str]:
         """The argument that a model with language-specific modules needs."""
-        return {} if self.variant == "joint" else {"language": language}
+        return {"language": language} if self.variant == "adpt" else {}
 
 
 @pytest.fixture(scope="module")
@@ -56,8 +64,18 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Made]
 
     @functools.cache
     def pretrained(variant: str) -> Path:
-        pool(1).run(bodies.pretrain, str(folder / variant), variant, [], "zero0", 1, 0.3)
-        return folder / variant
+        out = folder / variant
+        settings: list[str] = []
+        if variant == FOREIGN:
+            out.mkdir()
+            draw = random.Random(0)
+            lines = (" ".join(draw.choice(bodies.WORDS) for _ in range(6)) for _ in range(300))
+            make_tokenizer("bytes", folder / "roberta", lines, 500)
+            (out / "tokenizer.model").write_bytes(vocabulary_file(folder / "roberta"))
+            settings = ["model.norm=post", "model.embedding_norm=true"]
+        architecture = "joint" if variant == FOREIGN else variant
+        pool(1).run(bodies.pretrain, str(out), architecture, settings, "zero0", 1, 0.3)
+        return out
 
     @functools.cache
     def make(task: str, variant: str) -> Made:
@@ -75,15 +93,14 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Made]
 
 def pipeline(model: Made, name: str) -> Any:
     """A pipeline of the folder; only our own classes and the answering of questions need the folder's code."""
-    stock = model.variant == "joint" and model.task != "qa"
+    stock = model.variant != "adpt" and model.task != "qa"
     return transformers.pipeline(name, str(model.folder), trust_remote_code=not stock)
 
 
 @pytest.mark.parametrize("task, variant", CASES)
 def test_the_class_its_weights_and_its_labels(made, task: str, variant: str) -> None:
     model = made(task, variant)
-    prefix = "XLMRobertaXL" if variant == "joint" else "MLInterf"
-    name = f"{prefix}For{HEADS[task]}{'' if task == 'qa' else 'Classification'}"
+    name = f"{PREFIXES[variant]}For{HEADS[task]}{'' if task == 'qa' else 'Classification'}"
     assert json.loads((model.folder / "config.json").read_text())["architectures"] == [name]
     kind = getattr(transformers, f"AutoModelFor{name.partition('For')[2]}")
     loaded, facts = kind.from_pretrained(model.folder, output_loading_info=True)
@@ -93,7 +110,7 @@ def test_the_class_its_weights_and_its_labels(made, task: str, variant: str) -> 
     assert [loaded.config.id2label[number] for number in range(loaded.config.num_labels)] == wanted
 
 
-@pytest.mark.parametrize("variant", ["joint", "adpt"])
+@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("language", bodies.LANGUAGES)
 def test_entities_of_a_whole_file(made, variant: str, language: str) -> None:
     model = made("ner", variant)
@@ -109,7 +126,7 @@ def test_entities_of_a_whole_file(made, variant: str, language: str) -> None:
         assert [(a["entity_group"], s, a["end"]) for a, s in zip(answers, trimmed, strict=True)] == wanted
 
 
-@pytest.mark.parametrize("variant", ["joint", "adpt"])
+@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("language", bodies.LANGUAGES)
 def test_answers_of_a_whole_file(made, variant: str, language: str) -> None:
     model = made("qa", variant)
@@ -117,17 +134,17 @@ def test_answers_of_a_whole_file(made, variant: str, language: str) -> None:
     answers = answer([{"question": q.question, "context": q.context} for q in questions], **model.language(language))
     assert [given["answer"] for given in answers] == model.predictions[language]
     assert all(q.context[a["start"] : a["end"]] == a["answer"] for q, a in zip(questions, answers, strict=True))
-    tokenizer = Tokenizer(model.folder / "sentencepiece.model")
+    tokenizer = vocabulary_of(model.folder)
     assert max(len(tokenizer.encode(q.context)) for q in questions) > bodies.LENGTH  # read in windows
 
 
-@pytest.mark.parametrize("variant", ["joint", "adpt"])
+@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("language", bodies.LANGUAGES)
 def test_labels_of_pairs_of_a_whole_file(made, variant: str, language: str) -> None:
     model = made("nli", variant)
     classify = pipeline(model, "text-classification")
     pairs = [{"text": pair.premise, "text_pair": pair.hypothesis} for pair in model.examples(language)]
-    settings = {"truncation": True} if variant == "joint" else model.language(language)
+    settings = model.language(language) if variant == "adpt" else {"truncation": True}
     assert [given["label"] for given in classify(pairs, **settings)] == model.predictions[language]
 
 
