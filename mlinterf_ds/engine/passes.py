@@ -134,7 +134,7 @@ class Passes:
         with replayed(batch.dropout_seed):
             captured.graph.replay()
         if own is not None and self._slot is not None:
-            own.arriving = self._slot.arriving  # type: ignore[attr-defined]
+            own.borrow(self._slot.arriving)  # type: ignore[attr-defined]
         return captured.nll
 
     def _capture(self, batch: Any, spaces: Sequence[Space], single: Any) -> Captured:

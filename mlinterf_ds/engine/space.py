@@ -157,6 +157,7 @@ class FlatSpace(Space):
         if whole and len(self.counted) == len(self.segments):
             self._counted = [(0, 0, position)]  # the padding between parameters is zero
         self.arriving: Tensor | None = None  # the flat buffer into which a backward pass adds its gradients
+        self._borrowed = False
         self._sum: Tensor | None = None  # of the micro-batches before, fp32
 
     def _views(self, flat: Tensor) -> Iterator[tuple[nn.Parameter, Tensor]]:
@@ -189,6 +190,10 @@ class FlatSpace(Space):
             for parameter, view in self._views(arriving):
                 parameter.grad = view
 
+    def borrow(self, arriving: Tensor) -> None:
+        """Takes the gradient of one pass from another's flat buffer, into which a graph has added it."""
+        self.arriving, self._borrowed = arriving, True
+
     def absorb(self) -> None:
         assert self.arriving is not None
         if self._sum is None:
@@ -196,6 +201,8 @@ class FlatSpace(Space):
         else:
             self._sum.add_(self.arriving)
         self.arriving.zero_()
+        if self._borrowed:
+            self.arriving, self._borrowed = None, False
 
     def gradient(self) -> Vector:
         if self.arriving is not None:
