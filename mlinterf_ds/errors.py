@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import io
 import shlex
@@ -27,6 +28,15 @@ def show_any_text() -> None:
     """Has standard output show a question mark for a character that its encoding lacks, instead of ending the program."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")
+
+
+def refuse_ascii() -> None:
+    """UserError where Python takes file names and text for ASCII: then libraries fail on files of their own."""
+    if codecs.lookup(sys.getfilesystemencoding()).name == "ascii":
+        raise UserError(
+            "Python takes file names and text for ASCII here, because PYTHONUTF8=0 is set and the locale has no other encoding: "
+            "`unset PYTHONUTF8`, or `export LC_ALL=C.UTF-8`"
+        )
 
 
 def setting(key: str, value: object) -> str:

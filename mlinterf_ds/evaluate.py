@@ -12,6 +12,7 @@ import argparse
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,11 @@ def main(arguments: Sequence[str], group: Group | None = None) -> int:
         "--checkpoint", required=True, help="a run's output folder (its best checkpoint) or a checkpoint"
     )
     parser.add_argument(
-        "--text", action="append", default=[], metavar="LANG=FILE", help="one sentence a line; repeatable"
+        "--text",
+        action="append",
+        default=[],
+        metavar="LANG=FILE",
+        help="one sentence a line; lines do not see each other, as if each were a document; repeatable",
     )
     parser.add_argument(
         "--sentences", type=number(0), default=100, help="scored for pseudo-perplexity (default 100; 0: none)"
@@ -173,6 +178,8 @@ def score(model: Model, language: str, path: Path, sentences: int) -> dict[str, 
         "sentences": len(text.lines),
         "unknown": float(np.mean(text.flat == text.vocabulary.unk)),
     }
+    if old := model.saved.get("old_pieces"):
+        scores |= among_old_pieces(model, rows, old)
     if sentences:
         sums, part = np.zeros(2), text.encoded[:sentences][layout.data_rank :: layout.data]
         for ids in bar(part, f"{language}: pseudo-perplexity"):
@@ -186,6 +193,26 @@ def score(model: Model, language: str, path: Path, sentences: int) -> dict[str, 
             "pseudo_perplexity_sentences_cut": cut,
         }
     return scores
+
+
+def among_old_pieces(model: Model, rows: EvaluationSet, old: int) -> dict[str, float]:
+    """The perplexity among the first `old` pieces, those of the model that this one extends, without the competition of the new.
+
+    "old_pieces" is the share of the predictions that ask for an old piece; the others are left out.
+    """
+    layout, kept = model.layout, 0.0
+
+    def batches() -> Iterator[Batch]:
+        nonlocal kept
+        for batch in rows.batches(ROWS, layout.data_rank, layout.data):
+            weights = batch.weights * (batch.labels < old)
+            kept += float(weights.sum())
+            yield replace(batch, weights=weights)
+
+    with model.encoder.head.among_first(old):
+        nll = weighted_loss(model.encoder, batches(), model.device, layout)
+    (share,) = model.summed([kept])
+    return {"old_pieces_perplexity": math.exp(nll / share), "old_pieces": share} if share else {"old_pieces": 0.0}
 
 
 def record(model: Model, texts: dict[str, str], results: dict[str, dict[str, float]]) -> None:
@@ -256,6 +283,11 @@ def _shown(results: Any) -> str:
             lines.append(
                 f"note: {scores['unknown']:.0%} of the pieces of {language} are <unk>, not in the vocabulary: its figures "
                 "say little"
+            )
+        if "old_pieces_perplexity" in scores:
+            lines.append(
+                f"note: {language}: perplexity {scores['old_pieces_perplexity']:.2f} among the pieces of the model that this one "
+                f"extends ({scores['old_pieces']:.1%} of the predictions): what is above it comes of the new pieces"
             )
         if cut := scores.get("pseudo_perplexity_sentences_cut"):
             lines.append(

@@ -96,6 +96,14 @@ class RowFormat:
         """How many positions of a row are predicted: `round(mask_share * (length - 1))`, at least one."""
         return max(1, round(self.mask_share * (self.length - 1)))
 
+    @property
+    def departures(self) -> list[str]:
+        """How these rows differ from the paper's, in which every token sees the whole row; in words."""
+        if self.boundaries == "none":
+            return []
+        positions = ", and its position is counted from there" if self.positions == "boundary" else ""
+        return [f"a token of a packed row sees its own {self.boundaries} alone{positions}"]
+
 
 class ModelConfig(Section):
     """Shape of the encoder (paper section 3.2 and appendix B)."""
@@ -277,6 +285,22 @@ class MetaConfig(Section):
                 f"meta.reuse=true needs meta.order=simultaneous (now {self.order}): set it, or meta.reuse=false"
             )
         return self
+
+    @property
+    def departures(self) -> list[str]:
+        """How the meta step differs from Algorithm 1 with a held-out L^val; in words."""
+        texts = {
+            "train": "reads training text that the step itself does not read",
+            "half": "reads the second half of the training text, and training proper the first",
+        }
+        orders = {
+            "theta_first": "updates the shared parameters before the language's",
+            "simultaneous": "updates shared and language-specific parameters from one point",
+        }
+        said = [f"the meta step's validation loss {texts[self.text]}"] if self.text in texts else []
+        said += [f"the meta step {orders[self.order]}"] if self.order in orders else []
+        said += ["the rows of the validation loss train the shared parameters too"] * self.reuse
+        return said + ["the meta step looks ahead along Adam's step"] * (self.lookahead == "adam")
 
 
 class ConflictSection(Section):

@@ -13,7 +13,6 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 ROOT = Path(__file__).resolve().parents[1]
 PAUSE = 0.05  # seconds a unit takes
@@ -84,12 +83,14 @@ def analysed(name: str, settings: dict[str, str], _: Any) -> dict[str, Any]:
 
 def study(output: str, *settings: str, report: bool = False) -> int:
     """The study of `launch/recipes/study_ci.toml` with these settings, one job at a time; or only its report."""
-    from mlinterf_ds.study import launch, main
+    from unittest import mock
+
+    from mlinterf_ds.study import launch, main, runner
     from tests.commands import flags
 
     words = [f"output={output}", "tracking.enabled=false", "parallel=1", *settings]
     options = ["--recipe", "study_ci", *["--report"] * report]
-    with mock.patch.object(launch, "launch_command", command):
+    with mock.patch.object(launch, "launch_command", command), mock.patch.object(runner, "POLL", 0.02):
         return main.main([*options, *flags(*words)])
 
 

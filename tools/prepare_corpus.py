@@ -13,7 +13,7 @@ from pathlib import Path
 
 from mlinterf_ds.data.corpus import Corpus
 from mlinterf_ds.data.prepare.main import prepare
-from mlinterf_ds.errors import UserError, show_any_text
+from mlinterf_ds.errors import UserError, refuse_ascii, show_any_text
 
 INPUTS = """\
 inputs, as LANGUAGE=INPUT (one language may have several):
@@ -31,6 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
     show_any_text()
     started = time.perf_counter()
     try:
+        refuse_ascii()
         corpus = prepare(
             _inputs_by_language(options.inputs),
             options.out,

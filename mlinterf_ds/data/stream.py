@@ -154,14 +154,26 @@ class TrainStream:
         languages, starts = self._starts(step, 0, self.rows)
         return starts[languages == language]
 
-    def seen(self, step: int) -> dict[str, dict[str, float]]:
-        """Returns what training saw before `step`, by language: rows, tokens of text, and epochs (tokens over all tokens)."""
+    def language(self, step: int) -> int:
+        """Returns the number of the one language of a step."""
+        (index,) = np.flatnonzero(self._schedule.at(step)[1])
+        return int(index)
+
+    def seen(self, step: int, validation: ValidationStream | None = None) -> dict[str, dict[str, float]]:
+        """Returns what training saw before `step`, by language: rows, tokens of text, and epochs (tokens over all tokens).
+
+        validation: given where the rows of the validation loss train the shared parameters too (`meta.reuse`).
+        """
         before, _ = self._schedule.at(step)
-        seen: dict[str, dict[str, float]] = {}
-        for language, windows, rows in zip(self.languages, self._windows, before.tolist(), strict=True):
-            tokens = rows * windows.width
-            seen[language] = {"rows": rows, "tokens": tokens, "epochs": tokens / len(windows.tokens)}
-        return seen
+        sizes = [len(windows.tokens) for windows in self._windows]
+        if validation:
+            before = before + validation.rows_before(step)
+            sizes = [own + other for own, other in zip(sizes, validation.further_tokens(), strict=True)]
+        width = self._windows[0].width
+        return {
+            language: {"rows": rows, "tokens": rows * width, "epochs": rows * width / size}
+            for language, rows, size in zip(self.languages, before.tolist(), sizes, strict=True)
+        }
 
 
 class ValidationStream:
@@ -186,9 +198,13 @@ class ValidationStream:
         languages_per_step: int | None = None,
         text: MetaText = "held_out",
         training: TrainStream | None = None,
+        every: int = 1,
     ) -> None:
-        """`training` is the stream whose rows those of text="train" avoid. Raises UserError for unusable settings."""
-        assert (text == "train") == (training is not None), text
+        """`training` is the stream whose rows those of text="train" avoid; every `every`-th of its steps is a meta step.
+
+        Raises UserError for unusable settings.
+        """
+        assert text != "train" or training is not None
         self.languages = checked_languages(corpus, languages, row_format.length)
         total = len(self.languages)
         self.per_step = total if languages_per_step is None else languages_per_step
@@ -204,7 +220,9 @@ class ValidationStream:
             )
         self.rows, self._seed = rows, seed
         self._masker = Masker(seed, "meta", row_format, corpus.vocabulary)
-        self._training = training
+        self._training, self._every, self._beside = training, every, text == "train"
+        # a step, and the rows of each language in the meta steps before it
+        self._counted = 0, np.zeros(total, dtype=np.int64)
         split = "meta" if text == "held_out" else "train"
         half: Half | None = "second" if text == "half" else None
         self._windows = [
@@ -228,10 +246,26 @@ class ValidationStream:
 
     def crowded(self) -> list[str]:
         """Returns the languages whose training text may leave a step's validation rows no room beside its own."""
-        if self._training is None:
+        if self._training is None or not self._beside:
             return []
         pairs = zip(self.languages, self._windows, strict=True)
         return [language for language, windows in pairs if windows.count < 2 * self._training.rows]
+
+    def rows_before(self, step: int) -> np.ndarray:
+        """Returns how many rows of each language the meta steps before `step` read: (languages,)."""
+        assert self._training is not None
+        counted, rows = self._counted
+        if step < counted:
+            counted, rows = 0, np.zeros_like(rows)
+        for earlier in range(-(-counted // self._every) * self._every, step, self._every):
+            chosen, _, counts = self.plan(earlier, self._training.language(earlier))
+            rows[chosen] += counts
+        self._counted = step, rows
+        return rows.copy()
+
+    def further_tokens(self) -> list[int]:
+        """Returns how many tokens of each language's text it reads that training proper does not."""
+        return [0 if self._beside else len(windows.tokens) for windows in self._windows]
 
     def plan(self, step: int, language: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Returns the step's languages, ascending, their weights in the loss and their rows: three arrays (per_step,)."""
@@ -268,7 +302,7 @@ class ValidationStream:
         draws = generator(key(self._seed, "meta windows", size=16), step).random(self.rows)
         for language, own in zip(chosen, np.split(draws, np.cumsum(counts)[:-1]), strict=True):
             windows = self._windows[language]
-            if self._training is not None:
+            if self._training is not None and self._beside:
                 starts.append(windows.beside(self._training.read(step, language), own))
             else:
                 # Visits are numbered by the step alone, with room for an extra row: there is no state, and no window comes

@@ -15,7 +15,7 @@ from mlinterf_ds.data.tokenizer import EOS, Vocabulary
 from mlinterf_ds.errors import UserError
 from mlinterf_ds.sections import RowFormat
 
-FARTHEST_END = 1 << 16  # tokens from the middle of a text in which the end of a sentence is looked for
+FARTHEST_END = 1 << 16  # tokens from the middle of a text in which a document or a sentence must begin
 
 
 class TokenSource(Protocol):
@@ -118,16 +118,20 @@ def split_windows(
     Raises UserError if the split is empty.
     """
     if corpus.sentences(language, split) == 0:
-        remedy = "Set meta.text=train, or add --meta-split" if split == "meta" else "Give it more text"
-        raise UserError(
-            f"language {language!r}: its {split!r} split is empty. {remedy} and prepare the corpus again, or take it out of "
-            "`languages`."
-        )
+        remedy = "Give it more text and prepare the corpus again, or take it out of `languages`."
+        if split == "meta":
+            remedy = (
+                "Set meta.text=train or meta.text=half; only a corpus that tools/prepare_corpus.py prepared with --meta-split "
+                "has one, and synthetic ones and those of studies have none."
+            )
+        raise UserError(f"language {language!r}: its {split!r} split is empty. {remedy}")
     tokens, offset, eos = corpus.tokens(language, split), 0, corpus.vocabulary.eos
     if half:
         middle = len(tokens) // 2
-        ends = np.flatnonzero(np.asarray(tokens[middle : middle + FARTHEST_END]) == eos)
-        middle += int(ends[0]) + 1 if len(ends) else 0
+        ends = middle + np.flatnonzero(np.asarray(tokens[middle : middle + FARTHEST_END]) == eos) + 1
+        ends = ends[ends < len(tokens)]  # where sentences begin
+        documents = ends[corpus.starts_document(language, split, ends)] if len(ends) else ends
+        middle = int(next(iter([*documents[:1], *ends[:1]]), middle))
         if not 0 < middle < len(tokens):
             raise UserError(
                 f"language {language!r}: its {split!r} split is too short to be read in two halves: give it more text and "

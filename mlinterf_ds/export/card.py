@@ -10,7 +10,7 @@ from typing import Any
 from mlinterf_ds.export.heads import LINEAR, SPAN, TEXT, TOKENS, default_language, head_of
 from mlinterf_ds.files import read_json, sha256
 from mlinterf_ds.pretrained import Finetuned, Pretrained
-from mlinterf_ds.sections import has_adapters, is_meta, is_routed
+from mlinterf_ds.sections import MetaConfig, has_adapters, is_meta, is_routed
 from mlinterf_ds.tasks import TASKS
 
 ROUTED = {
@@ -21,12 +21,6 @@ ROUTED = {
     "mono": "the model knows one language",
     "joint": "all languages share all parameters",
 }
-DEPARTURES = """\
-The model departs from the paper in these ways: {norm}adapters use GELU unless stated otherwise
-and {place}; the variants `ffn` and `attn` share the norms; a token
-of a packed row sees its own sentence or document alone, unless `data.boundaries` is `none`; all models of a study share one
-vocabulary. Perplexities of models with different vocabularies cannot be compared."""
-
 STOCK_USE = """\
 ```python
 from transformers import AutoModelForMaskedLM, AutoTokenizer
@@ -75,9 +69,6 @@ def card(model: Pretrained | Finetuned, config: dict[str, Any]) -> str:
     adapters = (
         f", adapters of width {shape.adapter_width} ({shape.adapter_activation})" if has_adapters(variant) else ""
     )
-    norm = "it is pre-norm (XLM is post-norm); " if shape.norm == "pre" else ""
-    place = "stand before the residual sum, after the sublayer's dropout"
-    place = "stand after the residual sum" if shape.adapter_on == "sum" else place
     lines = [
         *(_task_heading(model) if isinstance(model, Finetuned) else _heading(pretrained)),
         f"- Variant `{variant}`: {ROUTED[pretrained.variant]}{trained}.",
@@ -101,7 +92,7 @@ def card(model: Pretrained | Finetuned, config: dict[str, Any]) -> str:
         "",
         "## Limits and licence",
         "",
-        DEPARTURES.format(norm=norm, place=place),
+        _departures(pretrained),
         "",
         _licence(
             model.saved.get("source", {})
@@ -246,6 +237,28 @@ def _task_use(model: Finetuned, config: dict[str, Any]) -> str:
         remarks.append("A text longer than a row is cut: give sentences, or `stride=` to read it in overlapping parts.")
     lines = ["```python", "from transformers import pipeline", "", code, "```"]
     return "\n".join([*lines, *(["", " ".join(remarks)] if remarks else [])])
+
+
+def _departures(pretrained: Pretrained) -> str:
+    """How the model and its training differ from the paper's."""
+    config, variant, shape = pretrained.saved["config"], pretrained.variant, pretrained.shape()
+    said = ["it is pre-norm (XLM is post-norm)"] * (shape.norm == "pre")
+    said += ["the embeddings have no LayerNorm"] * (not shape.embedding_norm)
+    if has_adapters(variant):
+        place = (
+            "before the residual sum, after the sublayer's dropout"
+            if shape.adapter_on != "sum"
+            else "after the residual sum"
+        )
+        said.append(f"adapters use {shape.adapter_activation} and stand {place}")
+    said += ["all languages share the norms"] * (variant in ("ffn", "attn"))
+    said += pretrained.row_format.departures
+    said += MetaConfig(**config["meta"]).departures if is_meta(pretrained.run_variant) and "meta" in config else []
+    said.append("all models of a study share one vocabulary")
+    return (
+        f"The model departs from the paper in these ways: {'; '.join(said)}. Perplexities of models with different vocabularies "
+        "cannot be compared."
+    )
 
 
 def _licence(source: dict[str, Any]) -> str:

@@ -7,7 +7,7 @@ dropout are the same on all of them.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from hashlib import blake2b
 from typing import Protocol
 
@@ -117,6 +117,20 @@ class MaskedHead(nn.Module):
         whole = torch.zeros(columns * self.group.size())
         whole[: len(logits)] = logits
         self.bias.copy_(whole.narrow(0, columns * self.group.rank(), columns))
+
+    @contextlib.contextmanager
+    def among_first(self, count: int) -> Iterator[None]:
+        """A context in which the first `count` pieces of the vocabulary alone take part in the softmax.
+
+        The surprisal of any other piece is large there, but finite, so that a weight of 0 leaves it out.
+        """
+        before = self.excluded
+        pieces = torch.arange(len(before), device=before.device) + len(before) * self.group.rank()
+        self.excluded = before.masked_fill(pieces >= count, -1e4)
+        try:
+            yield
+        finally:
+            self.excluded = before
 
     def forward(self, hidden: Tensor, embedding: Tensor) -> Tensor:
         """hidden: (..., width); embedding: this rank's (columns, width) of the word embeddings. Returns (..., columns)."""

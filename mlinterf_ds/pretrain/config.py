@@ -94,6 +94,13 @@ class RunConfig(Section):
     parallel: ParallelConfig = key(ParallelConfig(), mark=RESUMABLE)
     tracking: TrackingConfig = key(TrackingConfig(), mark=ADDRESS)
 
+    def rows_seen(self, steps: int) -> int:
+        """How many rows have trained the shared parameters after so many steps, with `meta.reuse` those of the validation loss too."""
+        rows = steps * self.train.batch
+        if is_meta(self.variant) and self.meta.reuse:
+            rows += -(-steps // self.meta.every) * (self.meta.batch or self.train.batch)
+        return rows
+
     @property
     def routing(self) -> str:
         """Which module is language-specific, however it is trained: the variant without 'meta_'."""

@@ -116,7 +116,8 @@ class PretrainingRun:
             seed=config.train.seed,
             languages_per_step=config.meta.languages_per_step,
             text=config.meta.text,
-            training=self.stream if config.meta.text == "train" else None,
+            training=self.stream,
+            every=config.meta.every,
             row_format=row_format,
         )
         if self.first and (crowded := self.validation.crowded()):
@@ -175,9 +176,11 @@ class PretrainingRun:
         said = fit_micro_batch(self.engine, self.tried_from, batches, VECTORS["meta" if self.meta else "plain"])
         self.start = "; ".join(filter(None, [self.start, said]))
 
-    def _mfu(self, steps_per_second: float) -> float:
+    def _mfu(self, tokens_per_second: float) -> float:
         """The share of the peak that the products of all passes take, those over validation rows and displaced weights included."""
-        return steps_per_second * self.step_flops / self.peak
+        steps = self.config.meta.every  # of which one is a meta step
+        tokens = self.config.rows_seen(steps) / steps * self.config.data.sequence_length
+        return tokens_per_second / tokens * self.step_flops / self.peak
 
     def greeting(self, reason: str) -> str:
         """Describes the run in words, for the screen; `reason`: why it has this precision."""
@@ -279,6 +282,10 @@ class PretrainingRun:
                 train, validation = ([batch.pinned() for batch in batches] for batches in (train, validation))
             yield train, validation
 
+    def seen(self) -> dict[str, dict[str, float]]:
+        """What training has seen of each language: rows, tokens and epochs of its text."""
+        return self.stream.seen(self.engine.step, self.validation if self.config.meta.reuse else None)
+
     def step(self, train: list[Batch], validation: list[Batch]) -> Mapping[str, float]:
         """One step of the run's variant; its facts, which the device may still be computing."""
         if self.meta:
@@ -294,7 +301,7 @@ class PretrainingRun:
         if not self.history[self.languages[0]]:
             self.evaluate()
         bar = tqdm(total=train.steps, initial=engine.step, disable=not self.first, unit="step", mininterval=1)
-        started_at, before = engine.step, self.seconds
+        rows, before = self.config.rows_seen(engine.step), self.seconds
         with self.saver:
             stopped = self._train_steps(signals, bar)
             bar.close()
@@ -303,19 +310,20 @@ class PretrainingRun:
                 self._measure_conflict()
             if self.saved_step != engine.step:
                 self.save()
-        return self._finish(stopped, (engine.step - started_at) / max(1e-9, self.seconds - before))
+        tokens = (self.config.rows_seen(engine.step) - rows) * self.config.data.sequence_length
+        return self._finish(stopped, tokens / max(1e-9, self.seconds - before))
 
     def _train_steps(self, signals: Signals, bar: Any) -> str:
         """The steps to come; returns what stopped them before the last one."""
         train, engine = self.config.train, self.engine
-        started_at, before, clock = engine.step, self.seconds, time.perf_counter()
+        rows, before, clock = self.config.rows_seen(engine.step), self.seconds, time.perf_counter()
         hours = f"train.max_hours={train.max_hours}"
         for batches, validation in prefetch(self.batches()):
             self._measure_conflict()
             facts = self.step(batches, validation)
             spent = time.perf_counter() - clock
             self.seconds = before + spent
-            rate = (engine.step - started_at) * train.batch * self.config.data.sequence_length / spent
+            rate = (self.config.rows_seen(engine.step) - rows) * self.config.data.sequence_length / spent
             if loss := self._after_step(facts, rate):
                 bar.set_postfix_str(f"loss {loss:.3f}, {rate:,.0f} tokens/s", refresh=False)
             bar.update()
@@ -386,9 +394,9 @@ class PretrainingRun:
             return
         metrics = {f"train/{name}": value for name, value in facts.items()}
         metrics["system/tokens_per_second"] = rate
-        metrics["system/mfu"] = self._mfu(rate / (self.config.train.batch * self.config.data.sequence_length))
+        metrics["system/mfu"] = self._mfu(rate)
         metrics["system/peak_gib"] = peak_memory(self.engine.device) / 2**30
-        for language, seen in self.stream.seen(step).items():
+        for language, seen in self.seen().items():
             metrics |= {f"seen/{name}/{language}": seen[name] for name in ("tokens", "epochs")}
         self.records.tracker.log(metrics, step)
 
@@ -403,8 +411,8 @@ class PretrainingRun:
             loss = self.engine.evaluate(rows.batches(at_once, self.layout.data_rank, self.layout.data))
             perplexity = math.exp(min(loss, 80.0))
             self.history[language].append((step, perplexity))
-            metrics[f"valid/perplexity/{language}"] = perplexity
-            metrics[f"valid/bits_per_character/{language}"] = rows.bits_per_character(loss)
+            metrics[f"eval/perplexity/{language}"] = perplexity
+            metrics[f"eval/bits_per_character/{language}"] = rows.bits_per_character(loss)
         metrics["perplexity"] = math.exp(self._mean_loss())  # the first chart: names without a slash come first
         self.records.evaluated(metrics, self.history, self.unigrams, step)
 
@@ -414,9 +422,8 @@ class PretrainingRun:
             return math.inf
         return sum(math.log(points[-1][1]) for points in self.history.values()) / len(self.history)
 
-    def _finish(self, stopped: str, steps_per_second: float) -> dict[str, Any]:
-        """The summary of the run, recorded; `stopped`: what ended it before its last step."""
-        rows = steps_per_second * self.config.train.batch
+    def _finish(self, stopped: str, rate: float) -> dict[str, Any]:
+        """The summary of the run, recorded; `stopped`: what ended it before its last step. rate: tokens per second."""
         losses = {language: math.log(points[-1][1]) for language, points in self.history.items()}
         summary = {
             "variant": self.config.variant,
@@ -424,8 +431,8 @@ class PretrainingRun:
             "steps": self.engine.step,
             "skipped": self.engine.skipped,
             "seconds": round(self.seconds, 3),
-            "tokens_per_second": rows * self.config.data.sequence_length,
-            "mfu": self._mfu(steps_per_second),
+            "tokens_per_second": rate,
+            "mfu": self._mfu(rate),
             "valid_perplexity": {language: points[-1][1] for language, points in self.history.items()},
             "valid_bits_per_character": {
                 language: rows.bits_per_character(losses[language]) for language, rows in self.evaluation.items()
@@ -436,5 +443,5 @@ class PretrainingRun:
             "stopped_by": stopped,
         }
         figures = self.conflict.draw() if self.conflict else []
-        self.records.finish(summary, self.stream.seen(self.engine.step), figures)
+        self.records.finish(summary, self.seen(), figures)
         return summary

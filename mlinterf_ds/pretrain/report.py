@@ -63,7 +63,7 @@ class Records:
         """Add the line of a step to train.csv."""
         if self.losses:
             losses = {name.removeprefix("loss/"): v for name, v in facts.items() if name.startswith("loss/")}
-            tokens = step * self.config.train.batch * (self.config.data.sequence_length - 1)
+            tokens = self.config.rows_seen(step) * (self.config.data.sequence_length - 1)
             self.losses.add(step, losses, facts["lr"], tokens)
 
     def evaluated(self, metrics: Mapping[str, float], history: History, baselines: dict[str, float], step: int) -> None:
@@ -162,7 +162,8 @@ def why_risen(language: str, config: RunConfig) -> str:
     if config.train.freeze == "shared":  # all that its old pieces are predicted from stays as it was
         return (
             f"{untrained}, and the new pieces of the vocabulary now compete with its own; its own weights are as they were, so "
-            f"score and use it with the model of init={config.init}, or train it too (without data.only)"
+            f"use it with the model of init={config.init}, or train it too (without data.only); launch/evaluate.py tells its "
+            "perplexity among the old pieces"
         )
     return (
         f"{untrained}, and the shared parameters move away from it; train it too (without data.only), or keep them as they are "

@@ -85,6 +85,12 @@ def distance_worsens(records: Records) -> Finding:
         near, far = (extreme(known, key=known.__getitem__) for extreme in (min, max))
         if known[far] - known[near] < TIE:
             tie = f"the distances tie: {far} at {known[far]:.3f}, {near} at {known[near]:.3f}"
+        second = records.second_distances
+        if not tie and {near, far} <= second.keys() and second[far] < second[near]:
+            tie = (
+                "the distances disagree: by the pieces that the texts share it is the other way round, "
+                f"{far} at {second[far]:.3f}, {near} at {second[near]:.3f}"
+            )
     parts = {}
     for task in records.tasks if near != far else ():
         close, distant = (records.pick("joint", paper.WITHIN, task, records.source, group) for group in (near, far))

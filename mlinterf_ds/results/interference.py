@@ -75,6 +75,12 @@ def compare_bits(
         alone[language] = seeds
     comparisons, notes = [], []
     for setup, seeds in joint.items():
+        seed, *others = seeds
+        for other in others:
+            if unlike := seeds[seed].settings_unlike(seeds[other]):
+                notes.append(
+                    f"{setup.variant} on {setup.joined}: seeds {seed} and {other} differ in {', '.join(unlike)}"
+                )
         for code in (code for code in setup.languages if code in languages):
             name = f"{code} in {setup.joined} ({setup.variant})"
             pairs = paired(alone.get(code, {}), seeds)

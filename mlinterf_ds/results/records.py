@@ -89,6 +89,7 @@ class Records:
     status: list[dict[str, Any]] = field(default_factory=list)  # of each job: name, kind, state, reason, seconds
     distances: dict[str, float] = field(default_factory=dict)  # set -> distance of its first two languages
     distance: str = ""  # how these were measured
+    second_distances: dict[str, float] = field(default_factory=dict)  # the same by the pieces that the texts share
     departures: list[str] = field(default_factory=list)  # from the paper's protocol: notes under every table
     sizes: dict[str, dict[str, int]] = field(default_factory=dict)  # language -> sentences, tokens of train
     source: str = ""  # the language that zero-shot transfer starts from

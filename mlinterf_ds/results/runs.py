@@ -18,17 +18,17 @@ import numpy as np
 from pydantic import TypeAdapter
 
 from mlinterf_ds.data.corpus import Corpus, synthetic_folder
-from mlinterf_ds.data.stream import TrainStream
+from mlinterf_ds.data.stream import TrainStream, ValidationStream
 from mlinterf_ds.engine import checkpoint
 from mlinterf_ds.errors import UserError, refusing, resumption
 from mlinterf_ds.files import read_csv, read_json
 from mlinterf_ds.pretrain.report import COLUMNS
 from mlinterf_ds.pretrained import Pretrained
-from mlinterf_ds.sections import LANGUAGE_PATTERN, is_meta
+from mlinterf_ds.sections import LANGUAGE_PATTERN, MetaConfig, is_meta
 
 History = dict[str, list[tuple[int, float]]]  # language -> (step, value), ascending
 # Settings that do not shape a model: two runs that differ in these alone compare without a note.
-IMMATERIAL = {"data.synthetic_sentences", "data.eval_rows"}
+IMMATERIAL = {"data.synthetic_sentences", "data.eval_rows", "meta.check_every"}
 IMMATERIAL |= {
     f"train.{key}" for key in ("seed", "max_hours", "save_steps", "keep", "micro_batch", "precision", "epoch_steps")
 }
@@ -126,18 +126,29 @@ class PretrainedRun:
     def epochs(self, corpus: Corpus) -> dict[str, float]:
         """How often the best checkpoint had seen the training text of each language."""
         data, train = self.config["data"], self.config["train"]
-        halved = is_meta(self.config["variant"]) and self.config["meta"]["text"] == "half"
+        meta = MetaConfig(**self.config["meta"]) if is_meta(self.config["variant"]) else None
+        common: dict[str, Any] = {"row_format": self.pretrained.row_format, "seed": train["seed"]}
         stream = TrainStream(
-            corpus, self.pretrained.languages, rows=train["batch"], row_format=self.pretrained.row_format,
-            seed=train["seed"], temperature=data["temperature"], mixed=data["mixed"],
-            only=data.get("only"), half="first" if halved else None,
+            corpus, self.pretrained.languages, rows=train["batch"], temperature=data["temperature"], mixed=data["mixed"],
+            only=data.get("only"), half="first" if meta and meta.text == "half" else None, **common,
         )  # fmt: skip
-        return {code: facts["epochs"] for code, facts in stream.seen(self.step).items()}
+        validation = None
+        if meta and meta.reuse:
+            validation = ValidationStream(
+                corpus, self.pretrained.languages, rows=meta.batch or train["batch"], every=meta.every,
+                languages_per_step=meta.languages_per_step, text=meta.text, training=stream, **common,
+            )  # fmt: skip
+        return {code: facts["epochs"] for code, facts in stream.seen(self.step, validation).items()}
 
     def settings_unlike(self, other: PretrainedRun) -> list[str]:
-        """The settings that shape a model, beside languages, variant and seed, in which two runs differ, in words."""
+        """The settings that shape a model, beside languages, variant and seed, in which two runs differ, in words.
+
+        Those of the meta step count where both runs take one.
+        """
+        parts = ["model", "data", "train"]
+        parts += ["meta"] * (is_meta(self.config["variant"]) and is_meta(other.config["variant"]))
         ours, theirs = (
-            {f"{part}.{key}": value for part in ("model", "data", "train") for key, value in run.config[part].items()}
+            {f"{part}.{key}": value for part in parts for key, value in run.config[part].items()}
             for run in (self, other)
         )
         unlike = [key for key in ours if key not in IMMATERIAL and ours[key] != theirs.get(key)]

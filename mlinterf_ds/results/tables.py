@@ -23,7 +23,6 @@ VOCABULARY = "one vocabulary for the study (the paper learns one for each model)
 DEPARTURES = [
     "adapters with GELU, unless a recipe says otherwise; routed ffn and attn share their norms",
     VOCABULARY,
-    "packed rows in which a token sees its own sentence or document alone; the meta step's validation loss reads training text",
     "paper's numbers in brackets: its models, data and sizes are not ours; its average is over the languages shown, of which "
     "it must have every one, but beside synthetic languages over its own",
 ]

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from mlinterf_ds.errors import UserError, show_any_text
+from mlinterf_ds.errors import UserError, refuse_ascii, show_any_text
 from mlinterf_ds.runtime.launchers import adopt, find_home
 
 NOISY = ("DeepSpeed", "megatron", "mlflow", "alembic", "torch", "matplotlib")
@@ -167,6 +167,7 @@ def main(run: Callable[[Sequence[str]], int], arguments: Sequence[str] | None = 
     faulthandler.enable()
     show_any_text()
     try:
+        refuse_ascii()
         find_home()
         adopt()
         status = run(sys.argv[1:] if arguments is None else arguments)

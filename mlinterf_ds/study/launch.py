@@ -45,7 +45,13 @@ def write_job(job: Job, config: StudyConfig, output: Path, deepspeed_config: str
 
 
 def launch_command(folder: Path, ranks: int, port: str) -> list[str]:
-    """The command that starts a job's ranks with DeepSpeed's launcher, which meet at a free port."""
+    """The command that starts a job's ranks: with DeepSpeed's launcher, and they meet at a free port; or one rank by itself.
+
+    The launcher's two processes import DeepSpeed as well, which is half of the time that a short job takes.
+    """
+    if ranks == 1:
+        variables = ["RANK=0", "WORLD_SIZE=1", "LOCAL_RANK=0", "LOCAL_WORLD_SIZE=1"]  # whatever started the study
+        return ["env", *variables, sys.executable, "-u", str(SCRIPT), "--job", str(folder)]
     deepspeed = shutil.which("deepspeed", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}")
     if deepspeed is None:
         raise UserError(

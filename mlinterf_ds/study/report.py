@@ -13,6 +13,7 @@ from mlinterf_ds.pretrain.config import load_run
 from mlinterf_ds.results.findings import Finding
 from mlinterf_ds.results.records import Records
 from mlinterf_ds.results.statistics import VERDICTS
+from mlinterf_ds.sections import is_meta
 from mlinterf_ds.study.config import SYNTHETIC, StudyConfig
 from mlinterf_ds.study.corpora import Corpora
 from mlinterf_ds.study.folders import Outcome
@@ -37,6 +38,7 @@ def write(
     records.departures = [*notes, *departures(config)]
     records.status = [outcome.row() for outcome in outcomes]
     records.distances, records.distance = distances(config, corpora)
+    records.second_distances = shared_pieces(config, corpora)
     records.sizes = training_sizes(config, corpora)
     for job in jobs:
         for unit in job.units:
@@ -56,15 +58,18 @@ def write(
 
 def departures(config: StudyConfig) -> list[str]:
     """How the study's models and its protocol differ from the paper's, a sentence each."""
-    models = [load_run(config.recipes, [*config.settings, *group.settings]).model for group in config.sets]
+    runs = [load_run(config.recipes, [*config.settings, *group.settings]) for group in config.sets]
     norms = {
-        "pre-norm" if model.norm == "pre" else "without LayerNorm on the embeddings"
-        for model in models
-        if model.norm == "pre" or not model.embedding_norm
+        "pre-norm" if run.model.norm == "pre" else "without LayerNorm on the embeddings"
+        for run in runs
+        if run.model.norm == "pre" or not run.model.embedding_norm
     }
-    places = {f"adapters on the sublayer's {model.adapter_on}" for model in models}
     said = [f"the Transformer is {' or '.join(sorted(norms))} (XLM is post-norm, with one there)"] if norms else []
-    return [*said, *sorted(places), *config.departures]
+    said += sorted({f"adapters on the sublayer's {run.model.adapter_on}" for run in runs})
+    metas = any(is_meta(variant) for variant in config.variants)
+    for run in runs:
+        said += run.data.row_format.departures + (run.meta.departures if metas else [])
+    return [*dict.fromkeys(said), *config.departures]
 
 
 def training_sizes(config: StudyConfig, corpora: Corpora) -> dict[str, dict[str, int]]:
@@ -100,6 +105,19 @@ def distances(config: StudyConfig, corpora: Corpora) -> tuple[dict[str, float], 
     counts = {code: ngrams(sentences(corpus, code, SENTENCES)) for pair in pairs.values() for code in pair}
     measured = {name: character_distance(counts[left], counts[right]) for name, (left, right) in pairs.items()}
     return measured, "between the texts' characters, 1 to 3 in a row"
+
+
+def shared_pieces(config: StudyConfig, corpora: Corpora) -> dict[str, float]:
+    """A second distance of each pair set, by the pieces that the two texts share; none for synthetic languages, where the first is the truth."""
+    from mlinterf_ds.analysis.distance import unigrams, vocabulary_distance
+
+    folder, manifest_hash = corpora.of({})
+    if not manifest_hash or (config.corpus.folder == SYNTHETIC and not config.corpus.text):
+        return {}
+    pairs = {group.name: group.languages[:2] for group in config.sets if group.kind == "pair"}
+    corpus = Corpus.open(folder)
+    shares = {code: unigrams(corpus, code) for code in {code for pair in pairs.values() for code in pair}}
+    return {name: vocabulary_distance(shares[left], shares[right]) for name, (left, right) in pairs.items()}
 
 
 def announce(records: Records, findings: Sequence[Finding], output: Path) -> int:

@@ -26,8 +26,8 @@ from mlinterf_ds.engine.checkpoint import MOMENTS, verify
 from mlinterf_ds.engine.weights import CheckpointReader
 
 ROOT = Path(__file__).resolve().parents[2]
-RANKS, STEPS = 2, 60
-SETTINGS = [f"train.steps={STEPS}", "train.epoch_steps=20", "train.save_steps=2", "train.batch=8", "train.warmup=2"]
+RANKS, STEPS = 2, 30
+SETTINGS = [f"train.steps={STEPS}", "train.epoch_steps=10", "train.save_steps=2", "train.batch=8", "train.warmup=2"]
 SETTINGS += ["model.width=32", "model.ffn=64", "model.dropout=0.1", "data.eval_rows=8", "data.synthetic_sentences=600"]
 SETTINGS += ["tracking.enabled=false", "parallel.timeout=2"]
 MARK = "KILL_MANY"

@@ -53,6 +53,7 @@ def test_a_closed_terminal_ends_a_run_as_sigterm_does() -> None:
         path = Path(folder) / "received"
         process, terminal = pty.fork()
         if process == 0:
+            signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which `nohup pytest` has the system ignore
             os.execv(sys.executable, [sys.executable, "-c", code, str(path)])
         assert b"ready" in os.read(terminal, 100)
         os.close(terminal)

@@ -120,6 +120,22 @@ def test_a_50_megabyte_line_is_dropped_and_never_held(tmp_path: Path) -> None:
     assert plain.exists()
 
 
+def test_memory_is_flat(tmp_path: Path) -> None:
+    """Ten times the text, a third of it duplicates, takes hardly more memory."""
+    lines = some_lines(50_000)
+    size = sum(len(line) + 1 for line in lines)
+    peaks = []
+    for name, wanted in (("small", 3e6), ("large", 30e6)):
+        with (tmp_path / name).open("w") as file:
+            for copy in range(round(wanted / size)):
+                mark = "" if copy % 3 == 2 else f"{copy} "  # every third copy is the same
+                file.write("".join(f"{mark}{line}\n" for line in lines))
+        options = ["--out", f"{name}.corpus", "--vocab-size", "500", "--workers", "1", f"en={name}"]
+        peaks.append(peak_memory(options, tmp_path))
+    assert peaks[1] < peaks[0] + 60e6, peaks
+    assert peaks[1] < 300e6, peaks
+
+
 def test_damaged_archives_and_dumps(tmp_path: Path) -> None:
     packed = gzip.compress("\n".join(some_lines(3000)).encode())
     for name, data in (("short.gz", packed[:-2000]), ("bad.gz", packed[:2000] + b"\x55" * 50 + packed[2050:])):

@@ -83,6 +83,43 @@ def test_sentences_longer_than_a_row_are_counted_and_said(ground: Path) -> None:
     assert found["pseudo_perplexity_sentences_cut"] == 1 and "the beginning of 1 sentences of as" in shown
 
 
+def grown(ground: str, tensor: int, old: int) -> tuple[float, float, dict[str, Any], str]:
+    """(perplexity and share of the old pieces with plain logits, what `score` says of both, what is shown)."""
+    from mlinterf_ds.data.evaluation import EvaluationSet
+    from mlinterf_ds.evaluate import Model, Text, _shown, score
+
+    model = Model(f"{ground}/model", laid_out(tensor), "fp32")
+    model.saved["old_pieces"] = old
+    found = score(model, "as", Path(ground) / "text", 0)
+    text = Text(Path(ground) / "text", "as", model.tokenizer)
+    rows = EvaluationSet(text, "as", "test", languages=model.languages, row_format=model.row_format)
+    sums = [0.0, 0.0, 0.0]
+    with torch.no_grad():
+        for batch in rows.batches(8):
+            where = {"segment_ids": batch.segment_ids, "position_ids": batch.position_ids}
+            hidden = model.encoder.hidden(batch.tokens, batch.languages, batch.step_languages, **where)
+            for row, columns in enumerate(batch.positions):
+                for number, column in enumerate(columns):
+                    if not batch.weights[row, number]:  # a row that only fills the batch
+                        continue
+                    label = int(batch.labels[row, number])
+                    sums[2] += 1
+                    if label < old and tensor == 1:
+                        chances = model.encoder.logits(hidden[row : row + 1])[0, column, :old].log_softmax(-1)
+                        sums[0] -= float(chances[label])
+                    sums[1] += label < old
+    return math.exp(sums[0] / sums[1]), sums[1] / sums[2], found, _shown({"as": found})
+
+
+def test_perplexity_among_the_pieces_of_the_model_that_was_extended(ground: Path) -> None:
+    ((perplexity, share, found, shown),) = pool(1).run(grown, str(ground), 1, 40)
+    assert 0.2 < share < 1 and found["old_pieces"] == pytest.approx(share, rel=1e-6)
+    assert found["old_pieces_perplexity"] == pytest.approx(perplexity, rel=1e-5)
+    assert f"perplexity {perplexity:.2f} among the pieces of the model that this one extends" in shown
+    for *_, sharded, _ in pool(2).run(grown, str(ground), 2, 40):
+        assert sharded == pytest.approx(found, rel=1e-5)
+
+
 def strange(ground: str) -> tuple[dict[str, Any], str]:
     from mlinterf_ds.evaluate import Model, _shown, score
 

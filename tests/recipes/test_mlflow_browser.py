@@ -51,7 +51,7 @@ def run(
     )  # fmt: skip
     points = [(step, scale * (100.0 - step)) for step in range(0, 50, 10)] if scale else []
     for step, value in points:
-        values = {"valid/perplexity/syn": value, "valid/perplexity/syn-close": value + 5, "train/loss": value / 20}
+        values = {"eval/perplexity/syn": value, "eval/perplexity/syn-close": value + 5, "train/loss": value / 20}
         tracker.log(values, step)
     if scale:
         perplexity_curves({"syn": points}, folder / "perplexity.png", title=name)
@@ -104,7 +104,7 @@ def test_a_run_shows_curves_and_figure(addresses: Addresses, page: Browser, tmp_
     page.wait(f"[...document.links].some((a) => a.innerText === {STUDY!r})")  # the run it is nested in
     page.picture(tmp_path / "run.png")
     page.open(addresses[JOINT].replace("?", "/model-metrics?"))
-    page.wait(says("valid/perplexity", "(2)", "syn-close"))  # names group by language
+    page.wait(says("eval/perplexity", "(2)", "syn-close"))  # names group by language
     page.wait(f"{curves(1)} >= 3")
     page.picture(tmp_path / "curves.png")
     page.open(addresses[JOINT].replace("?", "/artifacts?"))

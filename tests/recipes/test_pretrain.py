@@ -58,7 +58,7 @@ def test_mlflow_has_one_finished_run_with_curves(folder: Path, default) -> None:
     assert found.data.params["train.steps"] == "6" and found.data.params["variant"] == "meta_adpt"
     assert found.data.tags["variant"] == "meta_adpt"
     language = json.loads((folder / "runs/default/summary.json").read_text())["languages"][0]
-    points = client.get_metric_history(found.info.run_id, f"valid/perplexity/{language}")
+    points = client.get_metric_history(found.info.run_id, f"eval/perplexity/{language}")
     assert sorted({point.step for point in points}) == [0, 3, 6]
     assert {"train/loss", "train/lr", "perplexity", "system/tokens_per_second"} <= found.data.metrics.keys()
     names = {artifact.path for artifact in client.list_artifacts(found.info.run_id)}

@@ -155,7 +155,7 @@ def test_threads_are_shared_out_to_ranks(tmp_path: Path, monkeypatch: pytest.Mon
 def test_without_the_launcher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch.shutil, "which", lambda *_, **__: None)
     with pytest.raises(UserError, match="no deepspeed beside"):
-        launch.launch_command(tmp_path, 1, "29500")
+        launch.launch_command(tmp_path, 2, "29500")
 
 
 def test_two_studies_don_t_share_a_folder(tmp_path: Path) -> None:
@@ -350,9 +350,7 @@ def test_slurm_jobs_depend_on_what_they_need(slurm: Path, tmp_path: Path) -> Non
     assert f"--dependency=afterany:{everything} " in lines["report"]
     script = Path(lines["finetune.joint.close.seed0"].split()[-1]).read_text()
     assert "#SBATCH --partition=cpu" in script and "#SBATCH --job-name=study_ci.finetune.joint.close.seed0" in script
-    assert re.search(
-        r"exec \S*deepspeed --num_gpus 1 --master_port \$\(\(.*\)\) \S*launch/study.py --job \S*finetune.joint", script
-    )
+    assert re.search(r"exec env RANK=0 WORLD_SIZE=1 .* \S*launch/study.py --job \S*finetune.joint", script)
     assert "--report" in Path(lines["report"].split()[-1]).read_text()
     assert subprocess.run(["bash", "-n", lines["report"].split()[-1]]).returncode == 0
 
@@ -375,6 +373,8 @@ def test_slurm_keeps_what_is_queued(slurm: Path, tmp_path: Path) -> None:
     first = json.loads((out / "slurm.json").read_text())
     scripts = [Path(line.split()[-1]).read_text() for line in slurm.read_text().splitlines()]
     assert all("#SBATCH --cpus-per-task=2\n" in script for script in scripts)
+    several = r"exec \S*deepspeed --num_gpus 2 --master_port \$\(\(.*\)\) \S*launch/study.py --job \S*pretrain.mono"
+    assert re.search(several, scripts[0])
     gone = "finetune.joint.close.seed0"
     slurm.with_name("log.queue").write_text("\n".join(n for name, n in first.items() if name != gone))
     (out / "slurm.json").unlink()  # as after an error midway

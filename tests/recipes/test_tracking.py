@@ -17,8 +17,9 @@ import pytest
 from mlinterf_ds import tracking
 from mlinterf_ds.tracking import Tracker, dataset, environment_facts
 from mlinterf_ds.tracking.__main__ import main
-from mlinterf_ds.tracking.facts import clean_name, flatten, is_secret, scrub, tracking_uri
+from mlinterf_ds.tracking.facts import clean_name, flatten, is_secret, scrub, sqlite_uri, tracking_uri
 from mlinterf_ds.tracking.spool import SENT, SPOOL, SpoolWriter, read_spool
+from mlinterf_ds.tracking.store import create_database
 from tests.commands import wait_until
 from tests.mlflow_server import empty_store, points, runs_of
 
@@ -83,6 +84,12 @@ def test_a_run_has_a_description_its_data_and_the_use_of_its_host(workplace: Pat
     assert json.loads(entry.dataset.source) == {"uri": "corpora/en-sw"} and entry.tags[0].value == "training"
     assert run.data.tags["mlflow.note.content"] == "what it is"
     assert {"system/cpu_utilization_percentage", "system/system_memory_usage_megabytes"} <= run.data.metrics.keys()
+
+
+def test_the_stores_folder_is_made(tmp_path: Path) -> None:
+    path = tmp_path / "new%20?" / "folder" / "mlflow.db"
+    create_database(sqlite_uri(path))
+    assert path.is_file() and [file.name for file in path.parent.iterdir()] == ["mlflow.db"]
 
 
 def test_off_does_nothing(workplace: Path) -> None:

@@ -23,13 +23,18 @@ def texts(figure: Figure) -> list[str]:
     return [text.get_text() for axes in figure.axes for text in axes.texts]
 
 
+def test_a_heat_map_is_a_picture_a_drawing_and_a_table(tmp_path: Path) -> None:
+    heatmaps({"model": np.eye(2)}, ["a", "b"], ["a", "b"], tmp_path / "m.png", title="t", label="cosine")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["m.csv", "m.png", "m.svg"]
+    assert (tmp_path / "m.png").stat().st_size > 1000 and "</svg>" in (tmp_path / "m.svg").read_text("utf-8")
+
+
 def test_a_heat_map_shows_its_numbers_and_writes_them(tmp_path: Path, drawn: list[Figure]) -> None:
     values = {"model": np.array([[0.8, -0.25], [-0.25, np.nan]]), "ffn": np.full((2, 2), 0.5)}
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         path = tmp_path / "m.png"
         heatmaps(values, ["русский", "العربية"], ["a", "b"], path, title="t", label="cosine", signed=True)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["m.csv", "m.png", "m.svg"]
     assert texts(drawn[0])[:3] == ["0.80", "-0.25", "-0.25"] and texts(drawn[0]).count("0.50") == 4
     with path.with_suffix(".csv").open(encoding="utf-8") as file:
         rows = {(row["panel"], row["row"], row["column"]): row["value"] for row in csv.DictReader(file)}

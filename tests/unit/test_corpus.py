@@ -467,22 +467,6 @@ prepare_corpus.main(sys.argv[1:]); print(open('/proc/self/status').read().split(
     return int(done.stdout.split()[-1]) * 1024
 
 
-def test_memory_is_flat(tmp_path: Path) -> None:
-    """Ten times the text, a third of it duplicates, takes hardly more memory."""
-    lines = some_lines(50_000)
-    size = sum(len(line) + 1 for line in lines)
-    peaks = []
-    for name, wanted in (("small", 3e6), ("large", 30e6)):
-        with (tmp_path / name).open("w") as file:
-            for copy in range(round(wanted / size)):
-                mark = "" if copy % 3 == 2 else f"{copy} "  # every third copy is the same
-                file.write("".join(f"{mark}{line}\n" for line in lines))
-        options = ["--out", f"{name}.corpus", "--vocab-size", "500", "--workers", "1", f"en={name}"]
-        peaks.append(peak_memory(options, tmp_path))
-    assert peaks[1] < peaks[0] + 60e6, peaks
-    assert peaks[1] < 300e6, peaks
-
-
 def test_real_text(tmp_path: Path, shared_data: Path) -> None:
     """Languages in nine scripts: next to nothing is unknown, and it reads back."""
     codes = ["en", "ar", "hi", "th", "ko", "ka", "am", "ru", "te"]

@@ -51,6 +51,16 @@ def test_a_terminal_that_lacks_characters_shows_question_marks() -> None:
     assert (done.returncode, done.stdout.decode("latin-1")) == (0, "? e\u00e9\n"), done.stderr
 
 
+@pytest.mark.parametrize("command", ["launch/pretrain.py", "tools/prepare_corpus.py"])
+def test_a_locale_of_ascii_alone_is_refused_with_the_remedy(command: str) -> None:
+    environment = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    words = ["--out", "x", "en=gr\u00f6"] if "prepare" in command else ["--set", "name=gr\u00f6"]
+    line = [sys.executable, str(ROOT / command), *words]
+    done = subprocess.run(line, env=environment, cwd=ROOT, capture_output=True)
+    said = done.stderr.decode()
+    assert done.returncode and "unset PYTHONUTF8" in said and "Traceback" not in said, said
+
+
 def test_results_are_written_before_they_are_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from mlinterf_ds import evaluate
 

@@ -18,9 +18,19 @@ from mlinterf_ds.data.synthetic import write_sentences
 from mlinterf_ds.errors import UserError
 from mlinterf_ds.plots import bars, curves
 from mlinterf_ds.plots.bars import Value
+from mlinterf_ds.pretrain.config import RunConfig
 from mlinterf_ds.pretrain.report import LossTable
-from mlinterf_ds.results.interference import BITS, Comparison, InterferenceResults, compare_scores, transfer
-from mlinterf_ds.results.runs import FineTunedRun, Setup, read_losses
+from mlinterf_ds.pretrained import Pretrained
+from mlinterf_ds.results.interference import (
+    BITS,
+    Comparison,
+    InterferenceResults,
+    compare_bits,
+    compare_scores,
+    transfer,
+)
+from mlinterf_ds.results.runs import FineTunedRun, PretrainedRun, Setup, read_losses
+from mlinterf_ds.sections import MetaConfig
 from tests.commands import table
 
 EN_SW = Setup(("en", "sw"), "joint")
@@ -40,6 +50,19 @@ def test_pairing_by_hand() -> None:
 
 
 # --- distances -------------------------------------------------------------------------------------------------------
+def test_settings_of_the_meta_step_count_between_meta_models() -> None:
+    def run(variant: str, **meta: Any) -> PretrainedRun:
+        config = RunConfig(variant=variant, meta=MetaConfig(**meta)).model_dump()
+        return PretrainedRun("folder", Pretrained(Path("folder"), {"config": config, "languages": ["en", "sw"]}))
+
+    reused = run("meta_adpt", order="simultaneous", reuse=True, check_every=7)
+    unlike = run("meta_adpt").settings_unlike(reused)
+    assert unlike == ["meta.order phi_first against simultaneous", "meta.reuse False against True"]
+    assert run("adpt").settings_unlike(reused) == [], "a plain model takes no meta step"
+    _, notes = compare_bits({}, {reused.setup: {0: run("meta_adpt"), 1: reused}}, {}, [])
+    assert notes == [f"meta_adpt on en-sw: seeds 0 and 1 differ in {', '.join(unlike)}"]
+
+
 def test_vocabulary_distance_by_hand() -> None:
     left, right = np.array([0.5, 0.5, 0.0]), np.array([0.25, 0.25, 0.5])
     assert distance.vocabulary_distance(left, right) == distance.vocabulary_distance(right, left) == 0.5

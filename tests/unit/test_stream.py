@@ -286,7 +286,7 @@ def test_validation_with_one_language() -> None:
         (
             validation,
             {"corpus": Corpus({"en": 200, "sw": 0}), "languages": ["en", "sw"]},
-            ["'sw'", "'meta' split is empty"],
+            ["'sw'", "'meta' split is empty", "meta.text=train", "--meta-split", "synthetic ones"],
         ),
         (validation, {"languages": ["en", "en"]}, ["['en', 'en']", "en, sw, te, pt"]),
         (train, {"languages": ["en", "xx"]}, ["xx", "en, sw, te, pt"]),
@@ -336,15 +336,41 @@ def test_validation_rows_of_the_training_text_are_not_the_steps_own(step: int) -
     assert same(joined(parts), batch), "slices join to the whole"
 
 
-def test_halves_share_no_token_and_end_with_a_sentence() -> None:
+def test_halves_share_no_token_and_end_with_a_document() -> None:
     first = train(half="first", rows=40, languages=["en"])
     second = validation(text="half", languages=["en"])
     read = {int(t) for step in range(30) for t in np.unique(original(first.batch(step)))} - {EOS}
     held = {int(t) for step in range(60) for t in np.unique(original(second.batch(step, 0)))} - {EOS}
     assert max(read) < min(held) and read | held == set(CORPUS.tokens("en", "train").tolist()) - {EOS}
-    assert first.seen(3)["en"]["epochs"] == pytest.approx(3 * 40 * 15 / 455), (
-        "450 is inside a sentence, which ends at 455"
+    assert first.seen(3)["en"]["epochs"] == pytest.approx(3 * 40 * 15 / 462), (
+        "450 is inside a document, which ends at 462; its sentence ends at 455"
     )
+
+
+@pytest.mark.parametrize("text", ["train", "half", "held_out"])
+@pytest.mark.parametrize("per_step, every", [(None, 1), (2, 3)])
+def test_what_is_seen_counts_the_rows_of_the_validation_loss(text: str, per_step: int | None, every: int) -> None:
+    """Where they train the shared parameters too: counted by walking through the batches of all meta steps."""
+    half = "first" if text == "half" else None
+
+    def streams() -> tuple[TrainStream, ValidationStream]:
+        training = train(half=half)
+        options = {"text": text, "training": training, "languages_per_step": per_step, "every": every}
+        return training, validation(**options)
+
+    training, rows = streams()
+    walked: Counter[str] = Counter()
+    for step in range(20):
+        batches = [training.batch(step)]
+        if step % every == 0:
+            batches.append(rows.batch(step, batches[0].step_languages[0]))
+        walked.update(LANGUAGES[language] for batch in batches for language in batch.languages.tolist())
+        seen = training.seen(step + 1, rows)
+        assert {language: facts["rows"] for language, facts in seen.items()} == {n: walked[n] for n in LANGUAGES}
+    resumed, rows = streams()
+    assert resumed.seen(20, rows) == seen, "also where nothing was counted before"
+    size = 350 * (2 if text == "held_out" else 1)  # tokens; here the meta split is as long as the training text
+    assert seen["sw"]["epochs"] == pytest.approx(walked["sw"] * 15 / size)
 
 
 def test_a_language_too_small_for_two_separate_rows_is_refused() -> None:

@@ -149,6 +149,9 @@ def test_one_example_of_300_at_chance_decides_nothing(tmp_path: Path) -> None:
     records.distances = {"close": 0.53629, "far": 0.53633}
     row = by_name(records)["distance_worsens_interference"]
     assert row.verdict == "undecided" and row.reason == "the distances tie: far at 0.536, close at 0.536"
+    records.distances, records.second_distances = {"close": 0.2, "far": 0.95}, {"close": 0.7, "far": 0.6}
+    row = by_name(records)["distance_worsens_interference"]
+    assert row.verdict == "undecided" and "other way round, far at 0.600, close at 0.700" in row.reason
 
 
 def test_what_would_decide_is_said(tmp_path: Path) -> None:

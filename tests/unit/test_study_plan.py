@@ -46,6 +46,24 @@ def test_the_cpu_study_is_what_the_issue_asks_for(jobs: list[Job]) -> None:
     assert analyses == {"conflict", "prune", "interference", "conflict-training"}
 
 
+def test_departures_are_those_of_the_studys_models() -> None:
+    def said(*settings: str, variants: str = "joint,adpt,meta_adpt") -> str:
+        config = load_config(StudyConfig, ["study_ci"], [f"variants={variants}"])
+        more = {"settings": [*config.settings, *settings], "departures": ["text is small"]}
+        config = config.model_copy(update=more)
+        return "; ".join(report.departures(config))
+
+    assert said().startswith("the Transformer is pre-norm") and said().endswith(
+        "; a token of a packed row sees its own document alone, and its position is counted from there; the meta step's "
+        "validation loss reads training text that the step itself does not read; text is small"
+    )
+    plain = said("data.boundaries=none", variants="joint,adpt")
+    assert plain.endswith("text is small") and "token" not in plain and "meta" not in plain
+    reused = said("meta.order=simultaneous", "meta.reuse=true", "meta.text=held_out", "data.positions=row")
+    assert "from one point" in reused and "train the shared parameters too" in reused
+    assert "reads" not in reused and "counted" not in reused
+
+
 def test_what_the_analyses_of_all_models_are_given(jobs: list[Job]) -> None:
     last = jobs[-1]
     by_name = {unit.name: dict(word.split("=", 1) for word in unit.arguments if "=" in word) for unit in last.units}

@@ -10,7 +10,6 @@ from sqlalchemy.engine import make_url
 
 from mlinterf_ds.errors import resumption, setting
 from mlinterf_ds.tracking import facts
-from mlinterf_ds.tracking.store import create_database
 from tools.doctor.hosts import read_hostfile, starters
 from tools.doctor.machine import unlaunchable
 
@@ -23,12 +22,6 @@ def test_the_default_store_lies_in_the_working_directory(name: str, tmp_path: Pa
     uri = facts.tracking_uri()
     assert make_url(uri).database == str(tmp_path / name / "mlflow.db")
     assert facts.sqlite_path(uri) == tmp_path / name / "mlflow.db"
-
-
-def test_the_stores_folder_is_made(tmp_path: Path) -> None:
-    path = tmp_path / "new%20?" / "folder" / "mlflow.db"
-    create_database(facts.sqlite_uri(path))
-    assert path.is_file() and [file.name for file in path.parent.iterdir()] == ["mlflow.db"]
 
 
 def test_hints_can_be_pasted() -> None:
