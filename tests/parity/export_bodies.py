@@ -89,8 +89,10 @@ def started(
     return engine.evaluate([batch]), ""
 
 
-def pretrained(folder: str, settings: Sequence[str], json_name: str = "zero2") -> Any:
+def pretrained(
+    folder: str, settings: Sequence[str], json_name: str = "zero2", recipes: Sequence[str] = ("tiny",)
+) -> Any:
     """`launch/pretrain.py`'s run in this folder: its summary."""
     os.chdir(folder)
     deepspeed = read_json(REPOSITORY / f"ds_configs/{json_name}.json")
-    return main.run(load_run(["tiny"], list(settings)), deepspeed, joined())
+    return main.run(load_run(recipes, list(settings)), deepspeed, joined())

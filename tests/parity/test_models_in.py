@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from mlinterf_ds.data.prepare.main import prepare
 from mlinterf_ds.data.tokenizer import Tokenizer
 from mlinterf_ds.errors import UserError
 from mlinterf_ds.export import tokenizer as tokenizer_files
@@ -27,6 +28,8 @@ from mlinterf_ds.sections import ModelConfig
 from tests.parity import export_bodies as bodies
 from tests.parity import finetune_bodies
 from tests.ranks import pool
+from tests.unit.test_corpus import some_lines
+from tests.unit.test_foreign_tokenizer import make
 
 transformers = pytest.importorskip("transformers")
 import mlinterf_ds.export.modeling_mlinterf  # noqa: E402, F401  (registers its classes)
@@ -156,6 +159,57 @@ def test_a_language_is_added_to_an_xmod(tmp_path: Path) -> None:
         (again,) = pool(1).run(bodies.logits, str(tmp_path / "run"), tokens.tolist(), [LENGTH] * 4, [3, 0, 3, 1])
         new = loaded(tokens, lang_ids=torch.tensor([3, 0, 3, 1])).logits
     torch.testing.assert_close(again, new, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind, vocabulary", [("Roberta", "bytes"), ("Bert", "wordpiece")])
+def test_a_run_from_a_folder_with_its_own_vocabulary(kind: str, vocabulary: str, tmp_path: Path) -> None:
+    """A corpus in the folder's vocabulary, a run whose steps move nothing, and out: the same model and tokenizer."""
+    lines = {
+        code: [*some_lines(300, seed, words)]
+        for seed, (code, words) in enumerate({"te": "ba da ko", "as": "mi su la"}.items())
+    }
+    before = make(vocabulary, tmp_path / "in", (line for text in lines.values() for line in text), 300)
+    shape = SHAPE | {
+        "vocab_size": len(before),
+        "pad_token_id": before.pad_token_id,
+        "bos_token_id": before.cls_token_id,
+    }
+    config = getattr(transformers, f"{kind}Config")(**shape, eos_token_id=before.sep_token_id)
+    theirs = getattr(transformers, f"{kind}ForMaskedLM")(config).eval()
+    theirs.save_pretrained(tmp_path / "in")
+    for code, text in lines.items():
+        (tmp_path / f"{code}.txt").write_text("\n".join(text))
+    prepare(
+        {code: [tmp_path / f"{code}.txt"] for code in lines}, tmp_path / "corpus", tokenizer=tmp_path / "in", workers=1
+    )
+    settings = [
+        "corpus=corpus",
+        "init=in",
+        "output=run",
+        "variant=joint",
+        "train.steps=1",
+        "train.lr=1e-30",
+        "train.batch=4",
+    ]
+    settings += [
+        "train.micro_batch=4",
+        "train.warmup=0",
+        "data.sequence_length=16",
+        "data.eval_rows=4",
+        "tracking.enabled=false",
+    ]
+    pool(1).run(bodies.pretrained, str(tmp_path), settings, "zero2", ["continue"])
+    export(str(tmp_path / "run"), tmp_path / "out")
+    loaded = transformers.AutoModelForMaskedLM.from_pretrained(tmp_path / "out")
+    first, second = theirs.state_dict(), loaded.state_dict()
+    assert type(loaded) is type(theirs) and first.keys() == second.keys()
+    for name in first:  # biases that are 0 move by the rate
+        torch.testing.assert_close(second[name], first[name], rtol=0, atol=1e-29)
+    again = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    for text in (lines["te"][0], f"{lines['as'][0]} {before.mask_token}"):
+        assert again(text)["input_ids"] == before(text)["input_ids"]
+    for name in ("pad_token_id", "bos_token_id", "eos_token_id", "max_position_embeddings", "type_vocab_size"):
+        assert getattr(loaded.config, name) == getattr(theirs.config, name)
 
 
 @pytest.mark.parametrize(
