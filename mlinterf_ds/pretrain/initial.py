@@ -130,10 +130,7 @@ def _check_vocabulary(path: Path, old: list[str], tokenizer: Tokenizer) -> None:
     differ = f"{len(old)} pieces there, {len(new)} here"
     if differences:
         differ = f"piece {differences[0]} is {old[differences[0]]!r} there, {new[differences[0]]!r} here"
-    remedy = "start from a model with this vocabulary"
-    for name in ("sentencepiece.model", "tokenizer.model"):
-        if (path / name).is_file():
-            remedy = f"prepare the corpus with --tokenizer {shlex.quote(str(path / name))} (or --extend its corpus)"
+    remedy = f"prepare the corpus with --tokenizer {shlex.quote(str(path))} (or --extend its corpus or folder)"
     raise UserError(f"{path}: its vocabulary is not that of {tokenizer.path} ({differ}); {remedy}")
 
 
