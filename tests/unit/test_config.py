@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 
-from mlinterf_ds.config import REMOVED, decisive, describe, differences, fields, with_present_keys
+from mlinterf_ds.config import REMOVED, decisive, describe, differences, fields, load_config, with_present_keys
 from mlinterf_ds.engine.optimizer import LossScale
 from mlinterf_ds.engine.precision import choose_precision, read_json, resolve
 from mlinterf_ds.errors import UserError
+from mlinterf_ds.finetune.config import FinetuneConfig
 from mlinterf_ds.pretrain.config import RunConfig, load_run, read_arguments
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -120,11 +121,11 @@ def test_bad_recipes_are_named(tmp_path: Path) -> None:
 
 
 def test_a_removed_key_is_refused_with_its_reason_and_ignored_in_a_checkpoints_record() -> None:
-    with pytest.raises(UserError, match=rf"model\.compile \(--set model.compile=true\).*{REMOVED['model.compile']}"):
-        load_run([], ["model.compile=true"])
-    saved = load_run().model_dump()
-    older = saved | {"model": saved["model"] | {"compile": False}}
-    assert with_present_keys(older) == saved
+    key = "finetune.eval_batch"
+    with pytest.raises(UserError, match=rf"{key} \(--set {key}=8\) is no longer a key: {REMOVED[key]}"):
+        load_config(FinetuneConfig, [], [f"{key}=8"])
+    saved = {"finetune": {"epochs": 3}}
+    assert with_present_keys({"finetune": {"epochs": 3, "eval_batch": 8}}) == saved
 
 
 def test_a_key_that_came_later_has_the_meaning_of_before_in_an_older_record() -> None:
