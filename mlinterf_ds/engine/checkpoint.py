@@ -30,6 +30,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from mlinterf_ds.engine.optimizer import kept
 from mlinterf_ds.engine.space import FlatSpace
 from mlinterf_ds.engine.weights import CheckpointReader, Weights
 from mlinterf_ds.errors import UserError, refusing, resumption, setting
@@ -240,7 +241,7 @@ def _shard(engine: Engine, on_host: Callable[[dict[str, Tensor]], dict[str, Tens
             key = f"{name}/{shard}"
             tensors[f"{key}/master"] = master.detach()
             tensors[f"{key}/step"] = adam["step"].detach().reshape(1)
-            tensors |= {f"{key}/{moment}": adam[moment] for moment in MOMENTS}
+            tensors |= {f"{key}/{moment}": adam[moment] for moment in MOMENTS if kept(adam[moment])}
         table += [{"space": name, **asdict(segment)} for segment in space.segments]
     metadata = {"segments": json.dumps(table), "tensor_rank": str(engine.layout.tensor_rank)}
     return on_host({key: tensor.contiguous() for key, tensor in tensors.items()}), metadata
@@ -336,6 +337,8 @@ def fill(engine: Engine, weights: Weights, kinds: Sequence[str] = ("master",), m
             master = space.masters[segment.shard]
             for kind in kinds:
                 target = master.detach() if kind == "master" else engine.optimizers[name].state[master][kind]
+                if not kept(target):
+                    continue
                 elements = weights.read(segment, kind, engine.layout.tensor, engine.layout.tensor_rank)
                 target[segment.offset : segment.offset + segment.length].copy_(elements)
         space.write()

@@ -87,7 +87,8 @@ class Engine:
             model=self.model, optimizer=placeholder, config=resolved, mpu=ModelParallelUnit(), dist_init_required=False
         )
         self.spaces = self._make_spaces(groups, torch.device("cpu") if offload else self.device)
-        self.optimizers = {name: adamw(space.masters, training) for name, space in self.spaces.items()}
+        frozen = [SHARED] if self.frozen else []
+        self.optimizers = {name: adamw(space.masters, training, name in frozen) for name, space in self.spaces.items()}
         self.passes = Passes(self)
         on_host = training.idle_languages == "host"
         if training.idle_languages == "auto":
@@ -109,7 +110,10 @@ class Engine:
             if name == SHARED and self.partitioned:
                 spaces[name] = shared_space(self.deepspeed, parameters, dims, self.layout.tensor_rank)
             else:
-                spaces[name] = kind(name, parameters, dims, self.layout.tensor_rank, data_group, device=masters_on)
+                own = kind(name, parameters, dims, self.layout.tensor_rank, data_group, device=masters_on)
+                if isinstance(own, FlatSpace):
+                    own.lasting = name == SHARED
+                spaces[name] = own
         return spaces
 
     # -- steps -------------------------------------------------------------------------------------------------------
@@ -150,6 +154,13 @@ class Engine:
         """The groups that a step over these languages trains: the shared one first, unless it is frozen."""
         names = [SHARED, *(self.languages[index] for index in step_languages)]
         return [name for name in names[self.frozen :] if name in self.spaces]
+
+    def train_new_rows(self, old: int) -> None:
+        """Trains the vocabulary's pieces from number `old` on, although the shared parameters are frozen."""
+        if self.frozen:
+            space = self.spaces[SHARED]
+            self.optimizers[SHARED] = adamw(space.masters, self.training)
+            self.new_rows = NewRows(space, old, self.layout.tensor_rank)
 
     @property
     def frozen(self) -> bool:

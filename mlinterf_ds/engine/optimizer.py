@@ -37,8 +37,11 @@ def clip_factor(norm: Tensor, limit: float) -> Tensor:
     return (limit / (norm + 1e-6)).clamp(max=1.0) if limit else torch.ones_like(norm)
 
 
-def adamw(masters: list[Tensor], training: TrainConfig) -> torch.optim.AdamW:
-    """torch's AdamW over one space's shards, with moments from step 0, so that every checkpoint has them."""
+def adamw(masters: list[Tensor], training: TrainConfig, frozen: bool = False) -> torch.optim.AdamW:
+    """torch's AdamW over one space's shards, with moments from step 0, so that every checkpoint has them.
+
+    frozen: the shards are never updated; their moments are zeros that take no memory (see `kept`).
+    """
     optimizer = torch.optim.AdamW(
         masters,
         lr=training.lr,
@@ -48,12 +51,17 @@ def adamw(masters: list[Tensor], training: TrainConfig) -> torch.optim.AdamW:
         fused=all(master.device.type in ("cpu", "cuda") for master in masters),
     )
     for master in masters:
-        optimizer.state[master] = {
-            "step": torch.zeros((), dtype=torch.float32, device=master.device),
-            "exp_avg": torch.zeros_like(master, requires_grad=False),
-            "exp_avg_sq": torch.zeros_like(master, requires_grad=False),
-        }
+        nothing = torch.zeros((), dtype=torch.float32, device=master.device)
+        moments = [
+            nothing.expand(master.shape) if frozen else torch.zeros_like(master, requires_grad=False) for _ in range(2)
+        ]
+        optimizer.state[master] = {"step": nothing.clone(), "exp_avg": moments[0], "exp_avg_sq": moments[1]}
     return optimizer
+
+
+def kept(moment: Tensor) -> bool:
+    """Whether a moment has memory of its own; those of frozen parameters are one zero, seen many times."""
+    return moment.numel() <= 1 or moment.stride(0) != 0
 
 
 def apply(

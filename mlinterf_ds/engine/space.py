@@ -19,8 +19,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from mlinterf_ds.model.encoder import SHARED
-
 Vector = list[Tensor]
 BUCKET = 1 << 22  # elements reduced or gathered at once
 ALIGNMENT = 64  # elements: where a parameter begins in a flat buffer, so that products read it at full speed
@@ -157,6 +155,7 @@ class FlatSpace(Space):
         if whole and len(self.counted) == len(self.segments):
             self._counted = [(0, 0, position)]  # the padding between parameters is zero
         self.arriving: Tensor | None = None  # the flat buffer into which a backward pass adds its gradients
+        self.lasting = False  # whether the buffer stays while the group sits passes out
         self._borrowed = False
         self._sum: Tensor | None = None  # of the micro-batches before, fp32
 
@@ -175,7 +174,7 @@ class FlatSpace(Space):
         super().require_grad(flag)
         if flag and self.arriving is None:
             self.receive_in(torch.zeros_like(self.working))
-        elif not flag and self.name != SHARED:  # a group that sits a step out holds no buffer
+        elif not flag and not self.lasting:
             self.receive_in(None)
 
     def receive_in(self, arriving: Tensor | None) -> None:

@@ -24,11 +24,10 @@ from mlinterf_ds.engine.meta_step import AGREEMENT, MetaStep
 from mlinterf_ds.engine.passes import make_fast
 from mlinterf_ds.engine.pcgrad import pcgrad_step
 from mlinterf_ds.engine.precision import DTYPES
-from mlinterf_ds.engine.space import NewRows
 from mlinterf_ds.engine.throughput import flops_per_row, peak_flops, peak_memory, rows_passed
 from mlinterf_ds.errors import UserError, warn
 from mlinterf_ds.gradients.measure import Draws, Monitor
-from mlinterf_ds.model.encoder import SHARED, Encoder, partition_dim
+from mlinterf_ds.model.encoder import Encoder, partition_dim
 from mlinterf_ds.pretrain import initial
 from mlinterf_ds.pretrain.config import RunConfig
 from mlinterf_ds.pretrain.report import Records
@@ -72,8 +71,6 @@ class PretrainingRun:
         self.old_pieces: int | None = None  # size of the vocabulary that this run's extends
         self.tried_from = self.engine.micro  # rows of the largest micro-batch that train.micro_batch=auto tries
         self.start = self._restore()  # how the run starts, for the user; '' from random weights
-        if config.train.freeze == "shared" and self.old_pieces:
-            self.engine.new_rows = NewRows(self.engine.spaces[SHARED], self.old_pieces, self.layout.tensor_rank)
         self.records = Records(config, session)
         self.conflict = self._monitor() if config.conflict.every else None
         self._measure_speed()
@@ -201,6 +198,8 @@ class PretrainingRun:
         path = checkpoint.find(output if config.resume == "auto" else config.resume)
         saved = agreed(lambda: checkpoint.verify(path))
         self._refuse_other_settings(path, saved)
+        if saved.get("old_pieces"):
+            self.engine.train_new_rows(saved["old_pieces"])
         state = checkpoint.load(path, self.engine, state=saved)
         self.history = {language: [tuple(p) for p in points] for language, points in state["history"].items()}
         self.best, self.seconds, self.run_id = state["best"], state["seconds"], state["run_id"]
@@ -219,7 +218,9 @@ class PretrainingRun:
         config = self.config
         source = initial.weights(init, config.model, self.corpus.tokenizer, self.languages, config.data.only)
         checkpoint.fill(self.engine, source, missing=True)
-        self.old_pieces = source.old if source.new else None
+        if source.new:
+            self.old_pieces = source.old
+            self.engine.train_new_rows(source.old)
         self.origin = source.start.origin
         note = f"; {source.new} new pieces start at the mean of its {source.old}" if source.new else ""
         if lost := source.left_out(name for name, _ in self.engine.model.named_parameters()):

@@ -61,8 +61,10 @@ def make(
     tensor: int = 1,
     languages: tuple[str, ...] = LANGUAGES,
     bucket: int | None = None,
+    freeze: str = "none",
 ) -> Any:
-    """(engine, stream, config) on the ranks that run this; bucket: elements DeepSpeed reduces at once."""
+    """(engine, stream, config) on the ranks that run this; bucket: elements DeepSpeed reduces at once; freeze: train.freeze,
+    which the configuration grants only to a run that starts from a model."""
     from mlinterf_ds.model.encoder import Encoder
 
     layout = laid_out(tensor)
@@ -95,7 +97,8 @@ def make(
                 "stage3_prefetch_bucket_size": bucket,
                 "stage3_max_live_parameters": bucket,
             }
-    engine = Engine(model, config.train, deepspeed_json, config.train.precision, layout)
+    training = config.train.model_copy(update={"freeze": freeze})
+    engine = Engine(model, training, deepspeed_json, config.train.precision, layout)
     make_fast(engine, config.model.compile, config.train.graphs, True)
     return engine, stream, config
 

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mlinterf_ds.engine.engine import Engine
 from mlinterf_ds.engine.meta_step import MetaStep
+from mlinterf_ds.model.encoder import SHARED
 from tests.parity import bodies
 from tests.ranks import pool
 
@@ -94,6 +95,30 @@ def trained(settings: list[str], steps: int = 6) -> tuple[list[dict[str, float]]
         facts = bodies.advance(engine, stream, config, steps)
     masters = [master.detach().flatten().cpu() for space in engine.spaces.values() for master in space.masters]
     return facts, torch.cat(masters), len(engine.passes.captured)
+
+
+def frozen(settings: list[str], json_name: str) -> tuple[int, bool, bool]:
+    """After three steps with the shared parameters frozen: bytes of their moments and gradients, whether they and whether the
+    languages' moved (in a rank of a pool)."""
+    engine, stream, config = bodies.make(settings, json_name, freeze="shared")
+    before = {name: [master.detach().clone() for master in space.masters] for name, space in engine.spaces.items()}
+    bodies.advance(engine, stream, config, 3)
+    shared = engine.spaces[SHARED]
+    state = engine.optimizers[SHARED].state
+    held = [tensor for master in shared.masters for name, tensor in state[master].items() if name != "step"]
+    held += [parameter.grad for parameter in shared.parameters.values() if parameter.grad is not None]
+    moved = {
+        name: any(not torch.equal(old, new) for old, new in zip(before[name], space.masters, strict=True))
+        for name, space in engine.spaces.items()
+    }
+    size = sum({tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in held}.values())
+    return size, moved.pop(SHARED), any(moved.values())
+
+
+@pytest.mark.parametrize(("json_name", "ranks"), [("zero0", 1), ("zero2", 2)])
+def test_frozen_parameters_have_no_moments_and_no_gradients(json_name: str, ranks: int) -> None:
+    for size, shared_moved, own_moved in pool(ranks).run(frozen, ["variant=adpt"], json_name):
+        assert size <= 8 and not shared_moved and own_moved
 
 
 @pytest.mark.parametrize("variant", ["adpt", "meta_adpt"])
