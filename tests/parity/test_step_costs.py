@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from mlinterf_ds.engine import checkpoint
 from mlinterf_ds.engine.engine import Engine
 from mlinterf_ds.engine.meta_step import MetaStep
 from mlinterf_ds.model.encoder import SHARED
@@ -95,6 +97,27 @@ def trained(settings: list[str], steps: int = 6) -> tuple[list[dict[str, float]]
         facts = bodies.advance(engine, stream, config, steps)
     masters = [master.detach().flatten().cpu() for space in engine.spaces.values() for master in space.masters]
     return facts, torch.cat(masters), len(engine.passes.captured)
+
+
+def resumed(settings: list[str], folder: str) -> tuple[list[dict[str, float]], list[dict[str, float]]]:
+    """The facts of four steps, and of the last two of them from the checkpoint of the second (in a rank of a pool)."""
+    engine, stream, config = bodies.make(settings, "zero1")
+    facts = bodies.advance(engine, stream, config, 2)
+    path = checkpoint.save(Path(folder), engine, {}, {}, keep=1)
+    facts += bodies.advance(engine, stream, config, 4)
+    again, stream, config = bodies.make(settings, "zero1")
+    checkpoint.load(path, again)
+    return facts, bodies.advance(again, stream, config, 4)
+
+
+def test_compiled_steps_equal_eager_ones_and_resume_digit_for_digit(tmp_path: Path) -> None:
+    settings = ["variant=joint", "model.layers=2", "model.compile=true"]
+    ((compiled, after),) = pool(1).run(resumed, settings, str(tmp_path / "compiled"))
+    assert compiled[2:] == after
+    ((eager, _),) = pool(1).run(resumed, settings[:2], str(tmp_path / "eager"))
+    for ours, others in zip(compiled, eager, strict=True):
+        for name in ("loss", "gradient_norm"):
+            assert ours[name] == pytest.approx(others[name], rel=1e-5), name
 
 
 def frozen(settings: list[str], json_name: str) -> tuple[int, bool, bool]:

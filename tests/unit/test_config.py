@@ -212,3 +212,13 @@ def test_why_a_perplexity_rises_depends_on_what_is_trained() -> None:
     assert "data.only=yo" in why(["yo"], "shared") and "new pieces" in why(["yo"], "shared")
     assert "the model of init=runs/en-sw" in why(["yo"], "shared") and "overfitted" not in why(["yo"], "shared")
     assert "shared parameters move away" in why(["yo"], "none") and "train.freeze=shared" in why(["yo"], "none")
+
+
+def test_true_and_false_beside_auto(tmp_path: Path) -> None:
+    recipe = tmp_path / "fast.toml"
+    recipe.write_text("[model]\ncompile = false\n[train]\ngraphs = true\n", "utf-8")
+    config = load_run([recipe], [])
+    assert config.model.compile is False and config.train.graphs is True
+    assert RunConfig.model_validate(config.model_dump()) == config
+    with pytest.raises(UserError, match=r"model\.compile"):
+        load_run([], ["model.compile=perhaps"])
