@@ -28,7 +28,7 @@ def test_gated_groups_equal_adamw_run_per_language() -> None:
         language = ("as", "te")[step % 3 == 0]
         gradient, lr = torch.randn(7), 0.01 / (step + 1)
         idle = {other: ours[other][0].detach().clone() for other in ours if other != language}
-        apply(optimizers[language], ours[language], [gradient.clone()], lr)
+        apply(optimizers[language], ours[language], [4 * gradient], lr, torch.tensor(4.0), torch.tensor(False))
         separate[language].param_groups[0]["lr"] = lr
         reference[language].grad = gradient
         separate[language].step()
@@ -37,6 +37,20 @@ def test_gated_groups_equal_adamw_run_per_language() -> None:
     for language in start:
         torch.testing.assert_close(ours[language][0], reference[language], rtol=1e-6, atol=1e-7)
     assert torch.equal(ours["en"][0], start["en"]) and optimizers["en"].state[ours["en"][0]]["step"] == 0
+
+
+def test_a_skipped_update_changes_nothing_whatever_the_gradient() -> None:
+    config = TrainConfig(lr=0.01)  # type: ignore[call-arg]
+    masters = [torch.randn(7).requires_grad_()]
+    optimizer = adamw(masters, config)
+    divisor = torch.tensor(2.0, dtype=torch.float64)
+    apply(optimizer, masters, [torch.randn(7)], 0.01, divisor, torch.tensor(False))
+    state = [masters[0], *optimizer.state[masters[0]].values()]
+    before = [tensor.detach().clone() for tensor in state]
+    apply(optimizer, masters, [torch.full((7,), math.nan)], 0.01, divisor, torch.tensor(True))
+    assert all(torch.equal(old, new) for old, new in zip(before, state, strict=True))
+    apply(optimizer, masters, [torch.randn(7)], 0.01, divisor, torch.tensor(False))
+    assert not any(torch.equal(old, new) for old, new in zip(before, state, strict=True))
 
 
 def test_schedules() -> None:
@@ -61,9 +75,13 @@ def test_loss_scale_follows_deepspeeds(monkeypatch) -> None:
         raise_error_at_min_scale=False, dtype=torch.float16,
     )  # fmt: skip
     for overflow in (torch.rand(400) < 0.2).tolist():
+        ours.foresee(torch.tensor(overflow), torch.tensor(False))
         ours.update(overflow)
         reference.update_scale(overflow)
-        assert ours.value == reference.cur_scale
+        assert ours.value == reference.cur_scale == ours.tensor.item(), "the device knows it a step before the host"
+    before = ours.value
+    ours.foresee(torch.tensor(True), torch.tensor(True))
+    assert ours.tensor.item() == before, "a spike explains an overflow"
     assert LossScale(False, {}).value == 1.0
     fixed = LossScale(True, {"loss_scale": 128})
     fixed.update(True)
