@@ -23,8 +23,8 @@ from mlinterf_ds.tasks import TASKS
 from mlinterf_ds.tasks.ner import spans
 from tests.parity import finetune_bodies as bodies
 from tests.parity.bodies import REPOSITORY
+from tests.parity.test_foreign_tokenizer import make as make_tokenizer
 from tests.ranks import pool
-from tests.unit.test_foreign_tokenizer import make as make_tokenizer
 
 transformers = pytest.importorskip("transformers")
 import mlinterf_ds.export.modeling_mlinterf  # noqa: E402, F401  (registers its classes)

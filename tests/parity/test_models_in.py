@@ -27,9 +27,9 @@ from mlinterf_ds.runtime.parallel import Layout
 from mlinterf_ds.sections import ModelConfig
 from tests.parity import export_bodies as bodies
 from tests.parity import finetune_bodies
+from tests.parity.test_foreign_tokenizer import make
 from tests.ranks import pool
 from tests.unit.test_corpus import some_lines
-from tests.unit.test_foreign_tokenizer import make
 
 transformers = pytest.importorskip("transformers")
 import mlinterf_ds.export.modeling_mlinterf  # noqa: E402, F401  (registers its classes)

@@ -254,7 +254,7 @@ def test_loss_of_labels_by_hand() -> None:
         places = at_positions(hidden, alone.positions)[0]
         scores = (places @ encoder.classifier.weight.T + encoder.classifier.bias).log_softmax(-1)
         torch.testing.assert_close(logits[index].log_softmax(-1), scores.detach(), rtol=1e-4, atol=1e-5)
-        by_hand -= sum(0.2 * float(scores[k, t]) for k, t in enumerate(row.targets) if t >= 0)
+        by_hand -= sum(0.2 * float(scores[k, t].detach()) for k, t in enumerate(row.targets) if t >= 0)
     assert float(loss) == pytest.approx(by_hand, rel=1e-5)
     trained, nll = encoder.train()(batch)
     assert float(trained) == pytest.approx(by_hand, rel=1e-5) and nll.shape == (3, 1)
