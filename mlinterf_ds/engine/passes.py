@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 WARM = 2  # passes of a kind before it is captured: compilers and allocators have then settled
 MOST_GRAPHS = 64
+MOST_KINDS = 1000  # of passes that are counted at a time
 MOST_LANGUAGES = 16  # of a model whose passes over several languages are captured: each language has a graph of its own
 
 
@@ -107,6 +108,8 @@ class Passes:
         key = (shapes, route, self.engine.spaces[SHARED] in spaces)
         if key in self.captured:
             return key
+        if len(self._seen) > MOST_KINDS:  # mixed batches may differ in every step
+            self._seen.clear()
         self._seen[key] = self._seen.get(key, 0) + 1
         return key if self._seen[key] > WARM and len(self.captured) < MOST_GRAPHS else None
 
