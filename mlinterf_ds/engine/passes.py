@@ -151,10 +151,10 @@ class Passes:
         for space in own:
             assert slot is not None
             space.receive_in(slot.arriving)
-        factor = engine.scale.tensor * engine.layout.data if engine.layout.data > 1 else engine.scale.tensor
 
         def forward_and_backward() -> Tensor:
             loss, nll = engine.model.loss(static)
+            factor = engine.scale.tensor * engine.layout.data  # read by the graph, since the scale moves
             (loss * factor.to(loss.dtype)).backward()
             return nll
 
