@@ -93,7 +93,11 @@ def _elements(stored: Sequence[Stored], kind: str, start: int, length: int) -> T
         low, high = max(start, segment.start), min(start + length, segment.start + segment.length)
         if low < high:
             first = segment.offset + low - segment.start
-            elements[low - start : high - start] = opened.get_slice(f"{key}/{kind}")[first : first + high - low]
+            into = elements[low - start : high - start]
+            if kind != "master" and f"{key}/{kind}" not in opened.keys():  # noqa: SIM118 (not a dict)
+                into.zero_()  # frozen parameters are saved without moments
+            else:
+                into.copy_(opened.get_slice(f"{key}/{kind}")[first : first + high - low])
             filled += high - low
     if filled != length:
         raise UserError(f"{stored[0][0].name}: {filled} of {length} elements are in the checkpoint: it is damaged")
