@@ -59,6 +59,3 @@ class StepFacts(Mapping[str, float]):
 
     def __len__(self) -> int:
         return len(self.read())
-
-    def __or__(self, others: Mapping[str, float]) -> dict[str, float]:
-        return self.read() | dict(others)

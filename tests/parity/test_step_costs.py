@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mlinterf_ds.engine import checkpoint
 from mlinterf_ds.engine.engine import Engine
+from mlinterf_ds.engine.idle import IdleSpaces
 from mlinterf_ds.engine.meta_step import MetaStep
 from mlinterf_ds.model.encoder import SHARED
 from tests.parity import bodies
@@ -99,22 +101,26 @@ def trained(settings: list[str], steps: int = 6) -> tuple[list[dict[str, float]]
     return facts, torch.cat(masters), len(engine.passes.captured)
 
 
-def resumed(settings: list[str], folder: str) -> tuple[list[dict[str, float]], list[dict[str, float]]]:
-    """The facts of four steps, and of the last two of them from the checkpoint of the second (in a rank of a pool)."""
+def resumed(settings: list[str], folder: str) -> tuple[list[dict[str, float]], list[dict[str, float]], int]:
+    """The facts of four steps, of the last two of them from the checkpoint of the second, and how many regions of the model
+    were compiled (in a rank of a pool)."""
     engine, stream, config = bodies.make(settings, "zero1")
     facts = bodies.advance(engine, stream, config, 2)
     path = checkpoint.save(Path(folder), engine, {}, {}, keep=1)
     facts += bodies.advance(engine, stream, config, 4)
     again, stream, config = bodies.make(settings, "zero1")
     checkpoint.load(path, again)
-    return facts, bodies.advance(again, stream, config, 4)
+    after = bodies.advance(again, stream, config, 4)
+    regions = again.model.router.regions
+    return facts, after, len(regions.compiled) if regions else 0
 
 
 def test_compiled_steps_equal_eager_ones_and_resume_digit_for_digit(tmp_path: Path) -> None:
     settings = ["variant=joint", "model.layers=2", "model.compile=true"]
-    ((compiled, after),) = pool(1).run(resumed, settings, str(tmp_path / "compiled"))
-    assert compiled[2:] == after
-    ((eager, _),) = pool(1).run(resumed, settings[:2], str(tmp_path / "eager"))
+    ((compiled, after, regions),) = pool(1).run(resumed, settings, str(tmp_path / "compiled"))
+    assert compiled[2:] == after and regions == 3, "embeddings, layers, head with loss"
+    ((eager, _, none),) = pool(1).run(resumed, settings[:2], str(tmp_path / "eager"))
+    assert none == 0
     for ours, others in zip(compiled, eager, strict=True):
         for name in ("loss", "gradient_norm"):
             assert ours[name] == pytest.approx(others[name], rel=1e-5), name
@@ -142,6 +148,41 @@ def frozen(settings: list[str], json_name: str) -> tuple[int, bool, bool]:
 def test_frozen_parameters_have_no_moments_and_no_gradients(json_name: str, ranks: int) -> None:
     for size, shared_moved, own_moved in pool(ranks).run(frozen, ["variant=adpt"], json_name):
         assert size <= 8 and not shared_moved and own_moved
+
+
+def lent() -> tuple[bool, bool, bool]:
+    """A gradient that a graph left in a buffer of its own, then an eager pass of the same language (in a rank of a pool)."""
+    engine, stream, _ = bodies.make(["variant=adpt"], "zero0")
+    batch = stream.batch(0)
+    space: Any = engine.spaces[engine.languages[batch.step_languages[0]]]
+    engine.accumulate([batch], [engine.spaces[SHARED], space])
+    (wanted,) = space.gradient()
+    buffer = torch.ones_like(space.working)
+    space.borrow(buffer)
+    (gradient,) = space.gradient()
+    engine.accumulate([batch], [engine.spaces[SHARED], space])
+    return bool((gradient == 1).all()), not buffer.any(), torch.equal(space.gradient()[0], wanted)
+
+
+def test_an_eager_pass_after_a_graph_has_a_buffer_of_its_own() -> None:
+    assert pool(1).run(lent) == [(True, True, True)]
+
+
+def test_idle_groups_lie_on_the_host_between_their_steps_and_keep_what_a_step_did() -> None:
+    master = torch.zeros(3).requires_grad_()
+    optimizer = torch.optim.AdamW([master])
+    optimizer.state[master] = {"step": torch.zeros(()), "exp_avg": torch.zeros(3)}
+    group: Any = SimpleNamespace(name="sw", masters=[master])
+    idle = IdleSpaces([group], {"sw": optimizer}, torch.device("cpu"))
+    host = master.data_ptr()
+    idle.fetch([group])
+    assert master.data_ptr() != host, "the step works on a copy"
+    with torch.no_grad():
+        master.add_(1)
+        optimizer.state[master]["exp_avg"].add_(2)
+    idle.release([group])
+    assert master.data_ptr() == host and master.tolist() == [1.0] * 3
+    assert optimizer.state[master]["exp_avg"].tolist() == [2.0] * 3
 
 
 @pytest.mark.parametrize("variant", ["adpt", "meta_adpt"])
