@@ -86,7 +86,7 @@ class Part:
         """(seeds, examples): what each example contributes to the sum; None where counts of the examples are not kept."""
         tables = []
         for weight, scores in self.terms.values():
-            counts = read_counts([score.counts for score in scores if score.seed in seeds])
+            counts = example_counts([score for score in scores if score.seed in seeds])
             if counts is None:
                 return None
             tables.append(weight * example_shares(counts))
@@ -112,13 +112,19 @@ class Part:
 
 def above_floor(scores: Sequence[TaskScore], floor: float, confidence: float) -> float:
     """By how many points a row surely scores more than the floor: the lower end of its interval over the test examples."""
-    mean, counts = (
-        statistics.fmean(score.score for score in scores) - floor,
-        read_counts([score.counts for score in scores]),
-    )
+    mean, counts = statistics.fmean(score.score for score in scores) - floor, example_counts(scores)
     if counts is None:
         return mean
     return mean - Effect.of([mean], [example_shares(counts)]).half(1 - confidence)
+
+
+def example_counts(scores: Sequence[TaskScore]) -> np.ndarray | None:
+    """(scores, examples, 3) counts of (right, predicted, gold), each the mean over a model's fine-tunings; None if not known."""
+    tables = [read_counts(score.counts) for score in scores]
+    known = [table.mean(axis=0) for table in tables if table is not None]
+    return (
+        np.stack(known) if known and len({len(table) for table in known}) == 1 and len(known) == len(tables) else None
+    )
 
 
 def difference(

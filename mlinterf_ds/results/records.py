@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import statistics
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -37,7 +38,7 @@ class StudyModel(AnalysedModel):
 
 @dataclass(frozen=True)
 class TaskScore(StudyModel):
-    """A task's score on one language by one model of one seed, in percent."""
+    """A task's score on one language by one pretrained model, in percent: the mean over its fine-tunings."""
 
     task: str
     metric: str
@@ -47,7 +48,9 @@ class TaskScore(StudyModel):
     majority: float  # what always guessing the most frequent class scores
     others: dict[str, float] = field(default_factory=dict)  # further metrics
     lexical: float | None = None  # what each word's commonest label in the training data scores; None: no such baseline
-    counts: str = ""  # file of (right, predicted, gold) for each example
+    counts: list[str] = field(
+        default_factory=list
+    )  # files of (right, predicted, gold) for each example, one a fine-tuning
 
     @property
     def within(self) -> bool:
@@ -202,11 +205,10 @@ def _task_scores(folder: Path, summary: dict[str, Any], facts: Mapping[str, Any]
     run, rows = FineTunedRun.of(str(folder), summary), []
     common = _common(facts, "kind", "control", "task", "train")
     for language, scores in run.scores.items():
-        ((seed, score),) = scores.items()  # a study tunes each model with one seed
-        counts = run.counts_file(language, seed)
+        score, counts = statistics.fmean(scores.values()), [run.counts_file(language, seed) for seed in scores]
         row = TaskScore(
             **common, metric=run.metric, language=language, score=score, majority=run.majority[language], lexical=run.lexical.get(language),
-            others=run.others[language], counts=str(counts) if counts.is_file() else "",
+            others=run.others[language], counts=[str(path) for path in counts if path.is_file()],
         )  # fmt: skip
         rows.append(row)
     return rows

@@ -63,6 +63,7 @@ class TaskSection(Section):
     task: TaskName = key("ner", "name of the task")
     recipes: list[str] = key([], "fine-tuning recipes")
     settings: list[str] = key([], "further settings of fine-tuning")
+    repeats: int = key(1, "fine-tunings of each model, with seeds of their own, whose scores are averaged", ge=1)
     within: bool = key(True, "also fine-tune on each target language (the paper does not for nli)")
     train: dict[Language, str] = key({}, "LANG = FILE of training examples; default: synthetic")
     dev: dict[Language, str] = key(

@@ -26,6 +26,7 @@ from mlinterf_ds.study.jobs import Job, Model, Unit
 SPLIT = "split"  # stands for a share of the training data, where a file of examples is expected
 FROZEN = "finetune.freeze=language"
 FILE_EXAMPLES = 3000  # examples of a data file, for the cost estimate: files are not read before they are needed
+FAR = 1000  # between the seeds of a model's fine-tunings, so that those of different models differ
 WINDOWS = {"qa": 6}  # rows of 64 pieces that one example of a TyDiQA file makes, for the cost estimate
 EVALUATED = 1 / 3  # cost of an evaluated row, in trained rows
 
@@ -61,7 +62,8 @@ def finetunings(config: StudyConfig, model: Model, pretrained: RunConfig) -> Ite
     for task in config.tasks:
         for language in _training_languages(config, model, task):
             data = _splits(config, model, task, language)
-            settings = [*task.settings, f"task={task.task}", f"finetune.seeds={model.seed}"]
+            seeds = ",".join(str(model.seed + FAR * repeat) for repeat in range(task.repeats))
+            settings = [*task.settings, f"task={task.task}", f"finetune.seeds={seeds}"]
             settings += [f"finetune.unseen={language}"] * (model.kind == "mono")
             yield _finetuning(task, language, data, settings, model, "", pretrained)
             frozen = is_routed(model.variant) and task.task in config.controls.freeze
@@ -133,6 +135,7 @@ def _finetuning_work(run: FinetuneConfig, data: dict[str, dict[str, str]], pretr
     }
     trained = section.epochs * counts["train"]
     rows = trained + (section.epochs * counts["dev"] + counts["test"]) * EVALUATED
+    trained, rows = trained * len(section.seeds), rows * len(section.seeds)
     return {
         "steps": trained / section.batch[0],
         "tokens": rows * pretrained.data.sequence_length,

@@ -132,7 +132,7 @@ def with_counts(records: Records, right: dict[tuple[str, int], np.ndarray], fold
         if answers is not None:
             path = folder / f"{s.set}-{s.variant}-{s.train}-{s.language}-{s.seed}.csv"
             path.write_text("right,predicted,gold\n" + "".join(f"{answer:g},1,1\n" for answer in answers))
-            s = replace(s, counts=str(path), score=100 * float(answers.mean()), metric="accuracy", majority=100 / 3)
+            s = replace(s, counts=[str(path)], score=100 * float(answers.mean()), metric="accuracy", majority=100 / 3)
         scores.append(s)
     return replace(records, scores=scores)
 

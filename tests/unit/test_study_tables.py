@@ -171,13 +171,13 @@ def test_significance_from_counts_of_examples(records: Records, tmp_path: Path) 
         np.savetxt(
             path, np.stack([right, np.ones(500), np.ones(500)], 1), delimiter=",", header="r,p,g", comments="", fmt="%g"
         )
-        with_counts.append(replace(s, counts=str(path), score=100 * float(right.mean())))
+        with_counts.append(replace(s, counts=[str(path)], score=100 * float(right.mean())))
     tables = all_tables(replace(records, scores=with_counts))
     table, found = tables[1], {t.number: t for t in tables}
     third, size = rows(found[4]), rows(found[5])
     assert {line["mark"] for line in [*third.values(), *size.values()]} == {""}  # all joint: the same counts
     better = [
-        replace(s, counts=str(tmp_path / "attn.csv"), score=82.0) if s.kind in ("triple", "mono") else s
+        replace(s, counts=[str(tmp_path / "attn.csv")], score=82.0) if s.kind in ("triple", "mono") else s
         for s in with_counts
     ]
     found = {t.number: t for t in all_tables(replace(records, scores=better))}
