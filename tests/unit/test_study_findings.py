@@ -13,7 +13,7 @@ import pytest
 from scipy import stats
 
 from mlinterf_ds.results.claims import all_findings
-from mlinterf_ds.results.findings import Finding, compared, finding, markdown
+from mlinterf_ds.results.findings import Finding, compared, example_counts, finding, markdown
 from mlinterf_ds.results.records import Records
 from mlinterf_ds.results.statistics import Effect, adjusted, combined, example_shares, f1, negligible, positive
 from tests.study_records import LEXICAL, MAJORITY, planted
@@ -135,6 +135,18 @@ def with_counts(records: Records, right: dict[tuple[str, int], np.ndarray], fold
             s = replace(s, counts=[str(path)], score=100 * float(answers.mean()), metric="accuracy", majority=100 / 3)
         scores.append(s)
     return replace(records, scores=scores)
+
+
+def test_fine_tunings_of_one_model_are_averaged(tmp_path: Path) -> None:
+    """Two fine-tunings right on other examples count as half right on each; a lost file leaves the examples unknown."""
+    files = []
+    for number, answers in enumerate([[1, 1, 0, 0], [1, 0, 1, 0]]):
+        files.append(str(tmp_path / f"{number}.csv"))
+        Path(files[-1]).write_text("right,predicted,gold\n" + "".join(f"{answer},1,1\n" for answer in answers))
+    score = next(s for s in planted(seeds=1).scores)
+    counts = example_counts([replace(score, counts=files), replace(score, counts=files[:1])])
+    assert counts is not None and counts[..., 0].tolist() == [[1, 0.5, 0.5, 0], [1, 1, 0, 0]]
+    assert example_counts([replace(score, counts=files), replace(score, counts=[])]) is None
 
 
 def test_one_example_of_300_at_chance_decides_nothing(tmp_path: Path) -> None:

@@ -33,15 +33,16 @@ def jobs() -> list[Job]:
     return expanded("study_cpu")
 
 
-def test_the_cpu_study_is_what_the_issue_asks_for(jobs: list[Job]) -> None:
-    assert len(jobs) <= 150
-    pairs = {
-        (j.model.set, j.model.variant, j.model.seed) for j in jobs if j.kind == "pretrain" and j.model.kind == "pair"
-    }
-    variants = ("joint", "ffn", "attn", "adpt", "share_adpt", "meta_adpt")
-    assert pairs == {(s, v, seed) for s in ("close", "far") for v in variants for seed in (0, 1, 2)}
+def test_the_cpu_study_has_every_variant_and_analysis(jobs: list[Job]) -> None:
+    pairs: dict[str, set[str]] = {}
+    for job in jobs:
+        if job.kind == "pretrain" and job.model.kind == "pair" and not job.model.control:
+            pairs.setdefault(job.model.set, set()).add(job.model.variant)
+    assert pairs["close"] == {"joint", "ffn", "attn", "adpt", "share_adpt", "meta_adpt"}
+    assert pairs["mid"] < pairs["far"] < pairs["close"] and pairs.keys() == {"close", "mid", "far"}
+    assert {job.model.seed for job in jobs if job.kind == "pretrain"} == {0, 1, 2, 3, 4}
     tasks = {u.facts["task"] for j in jobs if j.kind == "finetune" for u in j.units}
-    assert tasks == {"ner", "pos", "qa", "nli"}
+    assert tasks == {"ner", "pos"}
     analyses = {u.facts["analysis"] for j in jobs if j.kind == "analyze" for u in j.units}
     assert analyses == {"conflict", "prune", "interference", "conflict-training"}
 
@@ -69,7 +70,7 @@ def test_what_the_analyses_of_all_models_are_given(jobs: list[Job]) -> None:
     by_name = {unit.name: dict(word.split("=", 1) for word in unit.arguments if "=" in word) for unit in last.units}
     inputs = by_name["interference.all"]
     mono, joint = (inputs[f"interference.{kind}"].split(",") for kind in ("mono", "joint"))
-    assert len(mono) == 3 * 3 and len(joint) == 2 * 3 and len(inputs["interference.larger"].split(",")) == 3
+    assert len(mono) == 4 * 5 and len(joint) == 3 * 5 and len(inputs["interference.larger"].split(",")) == 5
     assert len(inputs["interference.tasks"].split(",")) == sum(len(j.units) for j in last.needs if j.kind == "finetune")
     curves = by_name["conflict-training.all"]["conflict.runs"].split(",")
     assert [name.rpartition("/")[2] for name in curves] == ["joint.close.seed0", "joint.far.seed0"]
@@ -80,7 +81,7 @@ def test_what_the_analyses_of_all_models_are_given(jobs: list[Job]) -> None:
 def test_shared_work_is_done_once_and_in_order(jobs: list[Job]) -> None:
     assert len({j.name for j in jobs}) == len({j.digest for j in jobs}) == len(jobs)
     mono = [j.model.set for j in jobs if j.kind == "pretrain" and j.model.variant == "mono" and j.model.seed == 0]
-    assert sorted(mono) == ["syn", "syn-close", "syn-far", "syn-far@400"]
+    assert sorted(mono) == ["syn", "syn-close", "syn-far", "syn-far@500", "syn-mid"]
     seen: set[str] = set()
     for job in jobs:
         assert {need.name for need in job.needs} <= seen
@@ -95,15 +96,15 @@ def test_what_is_fine_tuned_and_tested(jobs: list[Job]) -> None:
         return [b for a, b in zip(unit.arguments, unit.arguments[1:], strict=False) if a == "--test"]
 
     joint = units("joint.far.seed1")
-    assert set(joint) == {"ner-syn", "ner-syn-far", "pos-syn", "pos-syn-far", "qa-syn", "qa-syn-far", "nli-syn"}
+    assert set(joint) == {"ner-syn", "ner-syn-far", "pos-syn", "pos-syn-far"}
     assert tested(joint["ner-syn"]) == ["syn=synthetic", "syn-far=synthetic"] and tested(joint["ner-syn-far"]) == [
         "syn-far=synthetic"
     ]
-    assert "finetune.seeds=1" in joint["ner-syn"].arguments
+    assert "finetune.seeds=1,1001" in joint["ner-syn"].arguments
     floor = units("mono.syn.seed0")["pos-syn"]  # a model that never saw the other languages
-    assert len(tested(floor)) == 4 and "finetune.unseen=syn" in floor.arguments
+    assert len(tested(floor)) == 5 and "finetune.unseen=syn" in floor.arguments
     assert {"pos-syn-freeze", "pos-syn-far-freeze"} <= set(units("adpt.far.seed0"))
-    assert "pos-syn-freeze" not in units("share_adpt.far.seed0")
+    assert "pos-syn-freeze" not in units("share_adpt.close.seed0")
     assert set(units("joint.far-tri.seed0")) == set(joint)  # the third language is tested on, not trained on
 
 
@@ -128,7 +129,7 @@ def test_controls() -> None:
     direct, compute = jobs["pretrain.meta_adpt-direct.far.seed4"], jobs["pretrain.adpt-compute.far.seed4"]
     assert "meta.terms=direct" in direct.units[0].arguments
     plain = jobs["pretrain.adpt.far.seed4"].units[0].facts
-    assert compute.units[0].facts["steps"] == 4 * plain["steps"] and compute.model.variant == "adpt"
+    assert compute.units[0].facts["steps"] == 2 * plain["steps"] and compute.model.variant == "adpt"
 
 
 def test_the_larger_study_finds_the_smaller_ones_models(jobs: list[Job]) -> None:
