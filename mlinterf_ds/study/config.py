@@ -115,6 +115,10 @@ class StudyConfig(Section):
         [], "departures from the paper's protocol, a sentence each; they become notes under every table"
     )
     sbatch: list[str] = key([], "options of sbatch for --executor slurm, such as --partition=gpu")
+    pilot: dict[str, float] = key(
+        {},
+        "CLAIM = standard deviation of its effect over the seeds of an earlier study, for --dry-run to tell which effect could be detected",
+    )
     corpus: CorpusSection = CorpusSection()
     controls: ControlsSection = ControlsSection()
     tracking: TrackingConfig = TrackingConfig()

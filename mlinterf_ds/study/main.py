@@ -20,7 +20,9 @@ from mlinterf_ds.config import describe, load_config
 from mlinterf_ds.config import parser as launcher_parser
 from mlinterf_ds.errors import UserError
 from mlinterf_ds.files import write_json
-from mlinterf_ds.study import cost, mlflow_run, plan, report, runner, slurm, worker
+from mlinterf_ds.results import power
+from mlinterf_ds.results.findings import Finding
+from mlinterf_ds.study import cost, mlflow_run, plan, report, runner, sequential, slurm, worker
 from mlinterf_ds.study.config import AnalysisSection, SetSection, StudyConfig, TaskSection
 from mlinterf_ds.study.corpora import Corpora
 from mlinterf_ds.study.folders import Outcome, last_known, read_outcome, try_lock
@@ -40,10 +42,12 @@ def main(arguments: Sequence[str]) -> int:
         return worker.work(options.job)
     study = Study(load_config(StudyConfig, options.recipe, options.set), options.deepspeed_config)
     if options.dry_run:
-        print(study.show(by_job=True))
+        print(study.show(by_job=True), study.power(), sep="\n")
         return 0
     if options.report:
         return study.report_alone()
+    if options.until_decided:
+        return _until_decided(study, options.until_decided)
     if options.executor == "local":
         return study.run()
     own_arguments = [word for recipe in options.recipe for word in ("--recipe", recipe)]
@@ -62,9 +66,34 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--report", action="store_true", help="only make tables, findings and report of the jobs that have finished"
     )
+    parser.add_argument(
+        "--until-decided",
+        type=float,
+        metavar="HOURS",
+        help="add seeds, one at a time, for as long as claims are open that more seeds could decide; every look at the results is held to a stricter level",
+    )
     parser.add_argument("--executor", choices=("local", "slurm"), default="local", help="run here, or submit to Slurm")
     parser.add_argument("--job", type=Path, help=argparse.SUPPRESS)  # given to the processes of a job
     return parser
+
+
+def _until_decided(study: Study, hours: float) -> int:
+    """Runs the study with more and more seeds; 1 if a job failed."""
+    failed = 0
+
+    def look(seeds: list[int], confidence: float) -> Sequence[Finding]:
+        nonlocal failed
+        config = study.config.model_copy(update={"seeds": seeds, "confidence": confidence})
+        again = Study(config, study.deepspeed_config)
+        failed |= again.run()
+        return again.findings
+
+    looks = sequential.until_decided(look, study.config.seeds, study.config.confidence, hours)
+    write_json(study.output / "looks.json", {"decided": looks.decided, "open": looks.open})
+    print(
+        f"{len(looks.decided)} claims are decided over all looks, {len(looks.open)} are open: {study.output}/looks.json"
+    )
+    return failed
 
 
 class Study:
@@ -79,10 +108,16 @@ class Study:
         self.deepspeed_config = str(path.resolve())
         self.corpora = Corpora(config, self.output)
         self.jobs = plan.expand(config, self.corpora, self.deepspeed_config)
+        self.findings: Sequence[Finding] = ()  # of the last report
 
     def show(self, by_job: bool = False) -> str:
         """The jobs and their estimated cost as text."""
         return cost.show(self.jobs, self.output, len(runner.slots(self.config)), by_job)
+
+    def power(self) -> str:
+        """Which effects the study could detect, as text: by its own findings so far, else by the recipe's pilot; '' without both."""
+        known = power.spreads(self.output / "findings.json") or self.config.pilot
+        return power.show(known, len(self.config.seeds), self.config.confidence) if known else ""
 
     def run(self) -> int:
         """Run on this machine what has not finished, then report; 1 if a job failed."""
@@ -156,6 +191,7 @@ class Study:
             folders = [self.output / job.folder / unit.name for job in self.jobs for unit in job.units]
             send_rest(folders, lambda message: print(f"warning: {message}", flush=True))
         records, findings = report.write(self.config, self.corpora, self.output, self.jobs, in_order, notes)
+        self.findings = findings
         mlflow_run.record(tracker, self.output, findings, self.jobs)
         failed = report.announce(records, findings, self.output)
         if run_id:

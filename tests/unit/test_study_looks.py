@@ -1,0 +1,51 @@
+"""A study that adds seeds until its claims are decided: when it stops, and that many looks do not decide by chance."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from mlinterf_ds.results.findings import Finding, judged
+from mlinterf_ds.results.statistics import Effect, positive
+from mlinterf_ds.study.sequential import level, until_decided
+
+
+def of(values: list[float], confidence: float) -> Finding:
+    effect = Effect.of(values, confidence=confidence)
+    return judged(Finding("claim", "a claim", "points", "not measured", effect), positive(effect), confidence)
+
+
+def test_the_levels_add_up_to_alpha() -> None:
+    assert sum(level(0.05, look) for look in range(1, 100_000)) == pytest.approx(0.05, rel=1e-4)
+
+
+def test_it_stops_where_nothing_is_open_or_the_time_is_over() -> None:
+    values = [1.0, 3.0, 2.2, 1.7, 2.4, 1.9, 2.1]
+    asked: list[list[int]] = []
+
+    def study(seeds: list[int], confidence: float) -> list[Finding]:
+        asked.append(seeds)
+        return [of(values[: len(seeds)], confidence)]
+
+    looks = until_decided(study, [0, 1], 0.95, hours=1.0)
+    assert looks.decided["claim"]["verdict"] == "holds" and not looks.open
+    assert asked[0] == [0, 1] and asked[-1] == list(range(int(str(looks.decided["claim"]["seeds"])))) and len(asked) > 1
+    ticks = iter(range(0, 10**6, 1000))  # every question takes 1,000 seconds
+    asked.clear()
+    looks = until_decided(study, [0, 1], 0.95, hours=0.5, clock=lambda: float(next(ticks)))
+    assert looks.open == ["claim"] and len(asked) == 1
+
+
+def test_many_looks_are_rarely_wrong_where_nothing_is() -> None:
+    """Of 400 studies of no effect that may look nine times, at most a share of .05 decides one (and three standard errors)."""
+    wrong = 0
+    for draw in range(400):
+        values = np.random.default_rng(draw).normal(0, 1, 10).tolist()
+        looks = until_decided(
+            lambda seeds, confidence, v=values: [of(v[: len(seeds)], confidence)] if len(seeds) < 11 else [],
+            [0, 1],
+            0.95,
+            1.0,
+        )  # type: ignore[misc]
+        wrong += bool(looks.decided)
+    assert wrong / 400 <= 0.05 + 3 * (0.05 * 0.95 / 400) ** 0.5
