@@ -52,6 +52,10 @@ def all_findings(records: Records) -> list[Finding]:
         meta_beats(records, "adpt", "meta beats plain adapters"),
         meta_beats(records, "meta_adpt-direct", "the second-order term helps"),
         meta_beats(records, "adpt-compute", "meta beats plain adapters of equal compute"),
+        meta_predicts_better(records, "adpt", "meta adapters predict text better than plain ones"),
+        meta_predicts_better(
+            records, "adpt-compute", "meta adapters predict text better than plain ones of equal compute"
+        ),
     ]
     return corrected(claims, records.confidence)
 
@@ -178,14 +182,29 @@ def meta_is_best(records: Records, setting: str) -> Finding:
 
 
 def meta_beats(records: Records, row: str, claim: str) -> Finding:
-    """Against a control, over both settings together."""
+    """Against a control, over both settings and all sets of two languages together."""
     parts: dict[str, Part] = {}
     for setting in SETTINGS:
-        for key, part in compared(records, "meta_adpt", row, setting).items():
+        for key, part in compared(records, "meta_adpt", row, setting, low=True).items():
             terms = {f"{name} {setting}": term for name, term in part.terms.items()}
             parts[f"{setting} {key}"] = replace(part, terms=terms)
     name = f"meta_adpt_beats_{row.replace('-', '_')}"
     return finding(records, name, f"{claim}, both settings together", parts)
+
+
+def meta_predicts_better(records: Records, row: str, claim: str) -> Finding:
+    """By the validation loss (the logarithm of perplexity), the mean over a set's languages, against a control."""
+
+    def losses(group: str, variant: str, control: str) -> PerSeed:
+        models = [m for m in records.models if (m.set, m.variant, m.control) == (group, variant, control)]
+        return {m.seed: statistics.fmean(math.log(value) for value in m.perplexity.values()) for m in models}
+
+    variant, _, control = row.partition("-")
+    parts = {}
+    for group in dict.fromkeys(m.set for m in records.models if m.variant == "meta_adpt" and not m.control):
+        sides = losses(group, variant, control), losses(group, "meta_adpt", "")
+        parts[group] = {seed: plain - meta for seed, (plain, meta) in paired(*sides).items()}
+    return measured(records, f"meta_adpt_predicts_better_than_{row.replace('-', '_')}", claim, parts, "nats")
 
 
 def meta_converges(records: Records) -> Finding:

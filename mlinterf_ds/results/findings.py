@@ -146,12 +146,15 @@ def cells(records: Records) -> list[tuple[str, str, str]]:
     return [(task, language, group) for task in records.tasks for language, group in records.targets.items()]
 
 
-def compared(records: Records, left: str, right: str, setting: str) -> dict[str, Part]:
-    """Task and language -> two rows of the tables."""
+def compared(records: Records, left: str, right: str, setting: str, low: bool = False) -> dict[str, Part]:
+    """Task and language -> two rows of the tables. low: also of the sets with a low-resource language."""
     parts = {}
-    for cell in cells(records):
+    for cell in [*cells(records), *(records.groups("low") if low else ())]:
         ours, theirs = (records.pick(row, setting, *cell) for row in (left, right))
-        parts[f"{cell[0]} {cell[1]}"] = difference(ours, theirs, (left, right), unseen(records, setting, *cell))
+        name = f"{cell[0]} {cell[1]}"
+        parts[f"{name} ({cell[2]})" if name in parts else name] = difference(
+            ours, theirs, (left, right), unseen(records, setting, *cell)
+        )
     return parts
 
 

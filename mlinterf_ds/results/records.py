@@ -148,7 +148,7 @@ class Records:
         if row in ("low", "triple"):
             return self.chosen(kind=row, set=group, variant="joint", **on)
         variant, _, control = row.partition("-")
-        return self.chosen(kind="pair", set=group, variant=variant, control=control, **on)
+        return self.chosen(set=group, variant=variant, control=control, **on)
 
     def models_of(self, group: str, variant: str) -> dict[int, TrainedModel]:
         """Seed -> model of this set and variant, controls left out."""

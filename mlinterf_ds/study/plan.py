@@ -69,12 +69,12 @@ def _monolingual(config: StudyConfig, group: SetSection, seed: int) -> Iterator[
 
 
 def _multilingual(config: StudyConfig, group: SetSection, seed: int) -> Iterator[Model]:
-    """A model of each variant of a set, and the controls of the meta variants of a pair."""
+    """A model of each variant of a set, and the controls of the meta variants of two languages."""
     limits, settings = tuple(sorted(group.limits.items())), tuple(group.settings)
     common = (group.name, group.kind, tuple(group.languages))
     for variant in group.variants or (config.variants if group.kind == "pair" else ["joint"]):
         yield Model(*common, variant, seed, settings, limits)
-        if is_meta(variant) and group.kind == "pair":
+        if is_meta(variant) and group.kind in ("pair", "low"):
             if config.controls.direct:
                 yield Model(*common, variant, seed, (*settings, "meta.terms=direct"), limits, "direct")
             if config.controls.compute:

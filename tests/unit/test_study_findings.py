@@ -16,9 +16,11 @@ from mlinterf_ds.results.claims import all_findings
 from mlinterf_ds.results.findings import Finding, compared, example_counts, finding, markdown
 from mlinterf_ds.results.records import Records
 from mlinterf_ds.results.statistics import Effect, adjusted, combined, example_shares, f1, negligible, positive
-from tests.study_records import LEXICAL, MAJORITY, planted
+from tests.study_records import LEXICAL, MAJORITY, planted, score
 
-UNASKED = {"meta_adpt_beats_meta_adpt_direct", "meta_adpt_beats_adpt_compute"}  # planted() has no controls
+UNASKED = {  # planted() has no controls
+    "meta_adpt_beats_meta_adpt_direct", "meta_adpt_beats_adpt_compute", "meta_adpt_predicts_better_than_adpt_compute"
+}  # fmt: skip
 
 
 def verdicts(records: Records) -> dict[str, str]:
@@ -48,6 +50,8 @@ def test_planted_effects_are_measured() -> None:
     assert of["gradients_conflict_across_languages"].effect.mean == pytest.approx(0.32)
     assert of["lower_layers_shared_more"].effect.mean == pytest.approx(0.3 + 0.03)
     assert of["attention_shared_more"].effect.mean == pytest.approx(0.2 - 0.01)
+    predicted = [-math.log(0.9 + 0.001 * seed) for seed in range(5)]
+    assert of["meta_adpt_predicts_better_than_adpt"].effect.values == pytest.approx(predicted)
     assert of["meta_adpt_converges_faster"].effect.mean == pytest.approx(0.5, abs=0.01)
     beside = of["ffn_collapses_zero_shot"].beside
     assert beside["never saw it"] == pytest.approx(30, abs=0.2) and beside["majority"] == 10
@@ -121,6 +125,18 @@ def test_controls_are_compared_by_their_own_rows() -> None:
     direct = of["meta_adpt_beats_meta_adpt_direct"]
     assert direct.verdict == "holds" and direct.effect.mean == pytest.approx(1.54)
     assert of["meta_adpt_best_within"].effect.mean == pytest.approx(2.0, abs=0.05)  # the control is no rival
+
+
+def test_meta_is_compared_on_small_languages_too() -> None:
+    """Two pairs with a gain of two points within and six zero-shot; a small language with one of ten."""
+    records = planted()
+    facts = {"set": "small", "kind": "low", "languages": ["syn", "syn-far"]}
+    for seed in range(5):
+        for variant, gain in (("adpt", 0.0), ("meta_adpt", 10.0)):
+            records.scores.append(score(facts | {"variant": variant}, seed, 0, "syn-far", "syn-far", 50.0 + gain))
+    row = by_name(records)["meta_adpt_beats_adpt"]
+    assert row.parts["within pos syn-far (small)"] == pytest.approx(10, abs=0.1) and len(row.parts) == 5
+    assert row.effect.mean == pytest.approx((2 + 2 + 6 + 6 + 10) / 5, abs=0.1)
 
 
 # --- real numbers ------------------------------------------------------------------------------------------------------
