@@ -55,16 +55,16 @@ def main(arguments: Sequence[str], group: Group | None = None) -> int:
         help="one sentence a line; lines do not see each other, as if each were a document; repeatable",
     )
     parser.add_argument(
-        "--sentences", type=number(0), default=100, help="scored for pseudo-perplexity (default 100; 0: none)"
+        "--sentences", type=number(0), default=100, help="sentences scored by pseudo-perplexity (default 100; 0: none)"
     )
     parser.add_argument("--fill", metavar="TEXT", help=f"predict every {BLANK} of this text")
-    parser.add_argument("--language", help="of --fill")
-    parser.add_argument("--top", type=number(1), default=5, help="candidates shown for a mask (default 5)")
+    parser.add_argument("--language", help="language of the text that --fill gives")
+    parser.add_argument("--top", type=number(1), default=5, help="number of candidates shown for a mask (default 5)")
     parser.add_argument(
         "--precision",
         default="auto",
         choices=("auto", *DTYPES),
-        help="of weights and arithmetic (default: the fastest that this device has)",
+        help="precision of weights and arithmetic (default: the fastest that this device has)",
     )
     parser.add_argument("--tensor", type=number(1), default=1, help="ranks that share the model (tensor parallel)")
     parser.add_argument("--out", type=Path, help="write the results to this JSON file too")
@@ -167,11 +167,9 @@ def score(model: Model, language: str, path: Path, sentences: int) -> dict[str, 
     layout = model.layout
     rows = EvaluationSet(text, language, "test", languages=model.languages, row_format=model.row_format)
     bar = partial(tqdm, disable=None if layout.rank == 0 else True, leave=False)  # None: shown on a terminal only
-    batches, number_of_batches = (
-        rows.batches(ROWS, layout.data_rank, layout.data),
-        -(-rows.rows // (ROWS * layout.data)),
-    )
-    nll = weighted_loss(model.encoder, bar(batches, f"{language}: perplexity", number_of_batches), model.device, layout)
+    batches = rows.batches(ROWS, layout.data_rank, layout.data)
+    shown = bar(batches, f"{language}: perplexity", -(-rows.rows // (ROWS * layout.data)))
+    nll = weighted_loss(model.encoder, shown, model.device, layout)
     scores = {
         "perplexity": math.exp(nll),
         "bits_per_character": rows.bits_per_character(nll),
@@ -196,7 +194,7 @@ def score(model: Model, language: str, path: Path, sentences: int) -> dict[str, 
 
 
 def among_old_pieces(model: Model, rows: EvaluationSet, old: int) -> dict[str, float]:
-    """The perplexity among the first `old` pieces, those of the model that this one extends, without the competition of the new.
+    """The perplexity of predictions among the first `old` pieces, those of the model that this one extends.
 
     "old_pieces" is the share of the predictions that ask for an old piece; the others are left out.
     """
@@ -287,7 +285,7 @@ def _shown(results: Any) -> str:
         if "old_pieces_perplexity" in scores:
             lines.append(
                 f"note: {language}: perplexity {scores['old_pieces_perplexity']:.2f} among the pieces of the model that this one "
-                f"extends ({scores['old_pieces']:.1%} of the predictions): what is above it comes of the new pieces"
+                f"extends ({scores['old_pieces']:.1%} of the predictions); the rest of the perplexity is due to the new pieces"
             )
         if cut := scores.get("pseudo_perplexity_sentences_cut"):
             lines.append(

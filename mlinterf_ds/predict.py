@@ -63,7 +63,7 @@ def main(arguments: Sequence[str], group: Group | None = None) -> int:
         "--probabilities", type=Path, metavar="FILE", help="write probabilities to this file, a JSON object an example"
     )
     parser.add_argument(
-        "--precision", choices=("auto", *DTYPES), help="of weights and arithmetic (default: as in the fine-tuning)"
+        "--precision", choices=("auto", *DTYPES), help="precision of weights and arithmetic (default: as fine-tuned)"
     )
     parser.add_argument("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
@@ -146,10 +146,10 @@ def probabilities(
     labels: list[str],
     limits: Limits,
 ) -> list[dict[str, Any]]:
-    """What is written of each example: its prediction and the probabilities of it.
+    """The prediction of each example with its probabilities, as they are written.
 
-    Of labels: of every label, for each word. Of an answer: its share among all spans of at most `limits.max_answer` pieces
-    of all windows, and "no answer" where the model may give it.
+    A task with labels gives the probability of every label, for each word or text. A question's answer has its share of the
+    probability of all spans of at most `limits.max_answer` pieces in all windows, and of "no answer" where that is possible.
     """
     from scipy.special import softmax
 

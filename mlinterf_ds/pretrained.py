@@ -1,4 +1,4 @@
-"""A checkpoint of a pretraining or of a fine-tuning, as all that come after it open it."""
+"""Opens a checkpoint of a pretraining or of a fine-tuning; every later use of a checkpoint goes through this file."""
 
 from __future__ import annotations
 
@@ -172,7 +172,7 @@ class Finetuned:
 
     @property
     def summary(self) -> dict[str, Any]:
-        """The results of the fine-tuning's command (summary.json), if it lies in their folder and they are of this model; or {}."""
+        """The summary.json of the fine-tuning's command, if the checkpoint lies in its folder and the summary is of it; or {}."""
         file = self.path.parents[2] / "summary.json" if len(self.path.parents) > 2 else Path()
         if not file.is_file():
             return {}

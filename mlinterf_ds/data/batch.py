@@ -149,8 +149,7 @@ class Masker:
         ids = {"segment_ids": torch.from_numpy(begins.cumsum(axis=1, dtype=np.int32))}
         if self.row_format.positions == "boundary":
             columns = np.arange(begins.shape[1])
-            before = np.maximum.accumulate(
-                np.where(begins, columns - 1, 0), axis=1
-            )  # the column where `<s>` would stand
+            # the column where the `<s>` of each token's segment would stand
+            before = np.maximum.accumulate(np.where(begins, columns - 1, 0), axis=1)
             ids["position_ids"] = torch.from_numpy(columns - before)
         return ids

@@ -1,8 +1,9 @@
 """The vocabulary of another model, read from its `transformers` folder: every piece keeps the id that the model gives it.
 
-A `tokenizer.json` is kept as it is and read by the library `tokenizers`; around it the file of a corpus says which pieces are
-special (`mlinterf_ds.data.tokenizer.Library`). A SentencePiece model without one has other ids than the embeddings (fairseq's
-order: its own special pieces first). It becomes what transformers makes of it: the same library's, each piece at its id.
+A `tokenizer.json` is kept as it is and read by the library `tokenizers`; the corpus's file wraps it and says which pieces are
+special (`mlinterf_ds.data.tokenizer.Library`). Where a folder has only a SentencePiece model, the ids in it are not those of
+the embeddings, which are in fairseq's order (its own special pieces come first). It is converted, as transformers does, to
+a tokenizer of the library with every piece at its id.
 """
 
 from __future__ import annotations
@@ -17,28 +18,24 @@ from sentencepiece.sentencepiece_model_pb2 import ModelProto
 from mlinterf_ds.data.tokenizer import SPECIAL_PIECES
 from mlinterf_ds.errors import UserError, refusing
 
-OWN = "sentencepiece.model"  # of a folder that was exported from here: its ids are the model's
-FAIRSEQ = (
-    "sentencepiece.bpe.model"  # the name in XLM-R's and CamemBERT's folders, although these models are unigram ones
-)
+OWN = "sentencepiece.model"  # in a folder that this package exported; its ids are the model's
+FAIRSEQ = "sentencepiece.bpe.model"  # in XLM-R's and CamemBERT's folders, although their models are unigram ones
 LIBRARY = "tokenizer.json"
-# The pieces of fairseq's order before those of the SentencePiece model, and the number of its pieces that these replace.
+# The pieces that fairseq's order puts first, and the number of the SentencePiece model's first pieces that they replace.
 ORDERS: dict[str, tuple[list[str], int]] = {
     "xlm-roberta": (["<s>", "<pad>", "</s>", "<unk>"], 3),
     "camembert": (["<s>NOTUSED", "<pad>", "</s>NOTUSED", "<unk>", "<unk>NOTUSED"], 1),
 }
 KIN = {"xlm-roberta": "xlm-roberta", "xlm-roberta-xl": "xlm-roberta", "xmod": "xlm-roberta", "camembert": "camembert"}
-ROLES: dict[str, tuple[str, ...]] = {
-    "bos": ("cls_token", "bos_token"),
-    "eos": ("sep_token", "eos_token"),
-}  # of a row, by preference
+# For each special piece of ours, its names in a tokenizer's configuration, by preference.
+ROLES: dict[str, tuple[str, ...]] = {"bos": ("cls_token", "bos_token"), "eos": ("sep_token", "eos_token")}
 ROLES |= {"pad": ("pad_token",), "unk": ("unk_token",), "mask": ("mask_token",)}
 
 
 def vocabulary_file(path: Path) -> bytes:
-    """The content of a corpus's tokenizer file for a tokenizer file, or for the folder of a model or of a corpus.
+    """The content that a corpus's tokenizer file has for this path: a tokenizer file, or the folder of a model or of a corpus.
 
-    UserError names the file that is missing or that cannot be used.
+    Raises UserError, which names the file, if one is missing or cannot be used.
     """
     if not path.is_dir():
         try:
@@ -68,7 +65,7 @@ def _order(path: Path) -> str:
         kind = json.loads((path / "config.json").read_bytes())["model_type"]
     if kind not in KIN:
         raise UserError(
-            f"{path}: the ids of a {FAIRSEQ} are known of models of type {', '.join(KIN)}, not {kind}: save its {LIBRARY} "
+            f"{path}: the ids of a {FAIRSEQ} are known for models of type {', '.join(KIN)}, not {kind}: save its {LIBRARY} "
             "there with transformers' AutoTokenizer.from_pretrained(...).save_pretrained"
         )
     return KIN[kind]
@@ -84,7 +81,7 @@ def _converted(file: Path, order: str) -> bytes:
     if [piece.piece for piece in model.pieces[:3]] != ["<unk>", "<s>", "</s>"]:
         raise UserError(f"{file}: its first pieces are not <unk> <s> </s>, as fairseq's order needs them")
     if model.trainer_spec.model_type != model.trainer_spec.UNIGRAM or model.trainer_spec.byte_fallback:
-        raise UserError(f"{file}: not a unigram model without bytes, as fairseq's are")
+        raise UserError(f"{file}: expected a unigram model without byte pieces, as fairseq's models have")
     first, replaced = ORDERS[order]
     pieces = [(piece, 0.0) for piece in first] + [(piece.piece, piece.score) for piece in model.pieces[replaced:]]
     pieces.append((SPECIAL_PIECES[-1], 0.0))
@@ -132,7 +129,7 @@ def _library(path: Path) -> bytes:
         piece = next((named[name] for name in names if name in named), None)
         if piece not in ids:
             raise UserError(
-                f"{path}: its tokenizer has no {names[0]} ({piece!r}): a masked language model needs one; save the tokenizer "
+                f"{path}: its tokenizer has no {names[0]} ({piece!r}), which a masked language model needs; save the tokenizer "
                 "there with save_pretrained"
             )
         roles[role] = ids[piece]

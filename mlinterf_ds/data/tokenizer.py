@@ -56,7 +56,7 @@ def normalise(text: str) -> str:
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """The ids of a vocabulary: how many there are, the special ones, and which are text. By default they are those of a learned one."""
+    """The ids of a vocabulary: their number, the special ones, and those of text. The defaults are a learned vocabulary's."""
 
     size: int
     bos: int = BOS  # begins a row, and stands for a whole text
@@ -80,15 +80,16 @@ class Vocabulary:
 
 
 class Tokenizer:
-    """Turns text into piece ids and back. Ids of a learned vocabulary: `<s>` 0, `<pad>` 1, `</s>` 2, `<unk>` 3, `<mask>` 4, then its pieces.
+    """Turns text into piece ids and back.
 
-    The vocabulary of another model (`mlinterf_ds.data.foreign`) keeps that model's ids; `vocabulary` says what is special.
-    Texts are normalised as in a corpus (`normalise`), or as that model does it. No special piece is added.
+    A learned vocabulary begins with `<s>` 0, `<pad>` 1, `</s>` 2, `<unk>` 3, `<mask>` 4. The vocabulary of another model
+    (`mlinterf_ds.data.foreign`) keeps that model's ids; `vocabulary` says which are special. Texts are normalised as in a
+    corpus (`normalise`), or as that model normalises them. No special piece is added.
     """
 
     def __init__(self, path: str | Path, content: bytes | None = None) -> None:
-        """Loads a vocabulary's file, or its content if that is given. Raises UserError if it is missing, or is none that
-        `prepare_corpus.py` writes."""
+        """Loads a vocabulary's file, or its content if that is given. Raises UserError if the file is missing, or is not as
+        `prepare_corpus.py` writes it."""
         self.path = Path(path)
         try:
             content = self.path.read_bytes() if content is None else content
@@ -103,7 +104,7 @@ class Tokenizer:
 
     @cached_property
     def characters(self) -> set[str]:
-        """Those that no text has unknown."""
+        """The characters that are never `<unk>`, in whatever text."""
         return self._model.characters
 
     def encode(self, text: str) -> list[int]:
@@ -114,11 +115,11 @@ class Tokenizer:
         return self._model.decode([int(i) for i in ids])
 
     def encode_sentence(self, words: Sequence[str]) -> list[list[int]]:
-        """Returns the ids of each word of a sentence; they stand for the words as the sentence, joined by spaces, has them."""
+        """Returns the ids of each word of a sentence, as they are in the words joined by spaces."""
         return self._model.encode_sentence(words)
 
     def normalised(self, text: str) -> str:
-        """Returns the text in which another model's vocabulary looks for its pieces."""
+        """Returns the text after normalisation, in which the vocabulary looks for its pieces."""
         return self._model.normalised(text)
 
     def locate(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
@@ -235,7 +236,7 @@ class Library:
             self.vocabulary = Vocabulary(
                 size, **stored["vocabulary"] | {"others": tuple(stored["vocabulary"]["others"])}
             )
-        # Each word is cut out before it is cut into pieces. A Metaspace alone reads a word otherwise at the beginning of a text.
+        # These split text into words before pieces are looked for; a Metaspace alone reads a text's first word differently.
         before = stored["tokenizer"]["pre_tokenizer"] or {"type": ""}
         kinds = [part["type"] for part in before.get("pretokenizers", [before])]
         self.by_word = kinds[0] in ("BertPreTokenizer", "WhitespaceSplit") and "ByteLevel" not in kinds
@@ -247,7 +248,7 @@ class Library:
 
     @property
     def characters(self) -> set[str]:
-        """All, if the vocabulary spells bytes; else those of its pieces that it knows."""
+        """Of a vocabulary that spells bytes all characters; else those in its pieces, where it knows them alone too."""
         pieces = {character for piece in self.pieces for character in piece}
         known = [*pieces, *map(chr, range(0x20, 0x3000))]
         return {c for c, ids in zip(known, self.encode_all(known), strict=True) if self.vocabulary.unk not in ids}

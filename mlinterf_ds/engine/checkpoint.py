@@ -43,7 +43,7 @@ if TYPE_CHECKING:  # reading a checkpoint needs neither DeepSpeed nor megatron
 FORMAT = 1
 MOMENTS = ("exp_avg", "exp_avg_sq")
 POLL = 0.05  # seconds between rank 0's looks for the other ranks' files
-PATIENCE = 10.0  # seconds that a run which fails gives the save under way
+PATIENCE = 10.0  # seconds that a failing run waits for the save under way
 
 Shard = tuple[dict[str, Tensor], dict[str, str]]  # a rank's tensors, and the metadata of their file
 
@@ -52,16 +52,16 @@ class Saver:
     """Saves a run's checkpoints while the run goes on, never two at once. All ranks call the same methods in the same order.
 
     Training waits only while masters and moments are copied to host memory. A thread of each rank then writes and hashes
-    that rank's files. The threads use no collectives, since training uses them meanwhile: each of them tells that of rank 0
-    by a file in the unfinished folder, and that one lists all files in complete.json and renames the folder. A Saver is a
-    context at whose end the save under way has ended, too.
+    that rank's files. The threads use no collectives, because training uses them meanwhile: a thread leaves a file in the
+    unfinished folder when it is done, and rank 0's thread, once it sees all of these, lists every file in complete.json and
+    renames the folder. A Saver is a context manager that waits at its end for the save under way.
     """
 
     def __init__(self, run: Path, keep: int):
         """keep: how many of the newest checkpoints stay."""
         self.run, self.keep = run, keep
         self._writing: _Writing | None = None  # the save under way
-        self._copies: dict[str, Tensor] = {}  # of this rank's tensors, in host memory that the next save uses again
+        self._copies: dict[str, Tensor] = {}  # this rank's tensors in host memory, which every save overwrites
 
     def __enter__(self) -> Saver:
         return self
@@ -70,11 +70,11 @@ class Saver:
         if kind is None:
             self.finish()
         elif self._writing:
-            self._writing.thread.join(PATIENCE)  # other ranks may be lost: what is not whole then is none
+            self._writing.thread.join(PATIENCE)  # other ranks may be lost; an unfinished folder is no checkpoint
 
     @property
     def failed(self) -> bool:
-        """Whether this rank could not save; `finish` then says why, on all ranks."""
+        """Whether this rank failed to save; `finish` then raises the reason on all ranks."""
         return self._writing is not None and bool(self._writing.problem)
 
     def begin(self, engine: Engine, state: Mapping[str, Any], files: Mapping[str, Path], best: bool = False) -> None:
@@ -148,7 +148,7 @@ class _Writing:
         self.thread.start()
 
     def finish(self) -> None:
-        """Waits until the checkpoint is complete; UserError on all ranks if one of them could not write."""
+        """Waits until the checkpoint is complete. Raises UserError on all ranks if one of them could not write."""
         self._written.wait()
         if problems := self._problems():
             self._abandoned.set()
@@ -203,7 +203,7 @@ class _Writing:
         return self._complete(listed)
 
     def _list_of(self, rank: int) -> Path:
-        """The file by which a rank tells rank 0 that its part is written: the facts of its files."""
+        """The file that tells rank 0 that a rank has written its part; it holds the facts of that rank's files."""
         return self.unfinished / f"rank-{rank:05d}.json"
 
     def _complete(self, listed: dict[str, Any]) -> None:
@@ -230,7 +230,7 @@ def _run_json(engine: Engine, state: Mapping[str, Any]) -> str:
 
 
 def _shard(engine: Engine, on_host: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> Shard:
-    """This rank's masters, moments and segments, in host memory; no tensors if other ranks hold all of them."""
+    """This rank's masters, moments and segments in host memory; no tensors if other ranks save all of them."""
     tensors: dict[str, Tensor] = {}
     table = []
     for name, space in engine.spaces.items():

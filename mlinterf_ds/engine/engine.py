@@ -63,7 +63,7 @@ class Engine:
         self.languages: tuple[str, ...] = tuple(model.languages)
         self.scale = LossScale(precision == "fp16", deepspeed_json.get("fp16", {}), self.device)
         self._updates = self._skipped = self.skipped_in_a_row = 0
-        self._unread: StepFacts | None = None  # of the newest step, which the counters do not know yet
+        self._unread: StepFacts | None = None  # the newest step's, as long as the counters do not include it
         self.new_rows: NewRows | None = None  # if set, the other shared parameters are frozen
         self.spikes = Spikes(training.spike)
         self._no_spike = torch.zeros((), dtype=torch.bool, device=self.device)
@@ -199,9 +199,9 @@ class Engine:
     def accumulate(self, batches: Sequence[Rows], spaces: Sequence[Space], losses: bool = True) -> Tensor:
         """Forward and backward over this rank's micro-batches; only the gradients of `spaces` are computed.
 
-        Returns (step's languages, 2) float64: sum of nll and count, this rank's rows (nothing without `losses`). The loss is multiplied by the
-        loss scale and by the number of data-parallel ranks (gradients are averaged over them, the weights of a batch
-        sum to one over all of them).
+        Returns the sum of nll and the count of predictions in this rank's rows, (step's languages, 2) float64, or an empty
+        tensor without `losses`. The loss is multiplied by the loss scale and by the number of data-parallel ranks:
+        gradients are averaged over the ranks, while the weights of a batch sum to one over all of them.
         """
         step_languages = batches[0].step_languages
         sums = self._no_sums
@@ -219,7 +219,10 @@ class Engine:
         return sums
 
     def reduced(self, values: Tensor, sums: Tensor) -> tuple[Tensor, Tensor]:
-        """Both summed over all ranks in one collective; sums (languages, 2) of which tensor-parallel ranks hold replicas."""
+        """Returns both tensors summed over all ranks, in one collective.
+
+        sums: (languages, 2), of which the ranks of a tensor-parallel group hold replicas.
+        """
         if self.layout.world == 1:
             return values, sums
         both = torch.cat([values.view(-1), sums.view(-1) / self.layout.tensor])
@@ -237,7 +240,7 @@ class Engine:
         return {prefix: total[0] / total[1]} | dict(zip(names, by_language.unbind(), strict=True))
 
     def spiking(self, computed: Mapping[str, Tensor]) -> Tensor:
-        """Whether a loss among these facts of a step is a spike (a bool scalar); knows the steps before (see `settle`)."""
+        """Whether a loss among these facts of a step is a spike (a bool scalar); the step before must be settled."""
         losses = {
             name.removeprefix(LOSS_PREFIX): loss for name, loss in computed.items() if name.startswith(LOSS_PREFIX)
         }
@@ -255,10 +258,10 @@ class Engine:
         spiked: Tensor,
         counted: Callable[[Mapping[str, float]], None] | None = None,
     ) -> StepFacts:
-        """The facts of a step whose work is launched. Whoever reads them, and the next step at the latest, counts the step.
+        """The facts of a step whose work is launched. Reading them counts the step; the next step reads them at the latest.
 
-        finite: whether all gradients are; if not, the loss scale falls. spiked: whether a loss is a spike, which skips the
-        step too, and leaves the loss scale as it is. counted: called with the facts if the step counts.
+        finite: whether all gradients are finite; if not, the loss scale falls. spiked: whether a loss is a spike, which
+        also skips the step but leaves the loss scale as it is. counted: called with the facts if the step counts.
         """
         self.scale.foresee(~finite, spiked)
         verdict = {"finite": finite, "spiked": spiked}
@@ -278,7 +281,7 @@ class Engine:
         self._unread = None
         finite, spiked = bool(facts.pop("finite")), bool(facts.pop("spiked"))
         self.spiked = self.spikes.spike(facts) if spiked else ""
-        if not spiked:  # else the spike explains an overflow
+        if not spiked:  # a spike explains an overflow by itself
             self.scale.update(not finite)
         if finite and not spiked:
             self._updates, self.skipped_in_a_row = self._updates + 1, 0
@@ -291,7 +294,7 @@ class Engine:
         return {"skipped": float(self._skipped)}
 
     def _refuse_to_go_on(self) -> None:
-        """UserError after PATIENCE steps in a row that did not count."""
+        """Raises UserError after PATIENCE steps in a row that did not count."""
         if self.skipped_in_a_row >= PATIENCE:
             reason = f"the loss spiked ({self.spiked})" if self.spiked else "the gradient was not finite"
             hint = f", or raise train.spike={self.spikes.limit:g}" if self.spiked else ""

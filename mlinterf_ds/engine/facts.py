@@ -15,9 +15,9 @@ def on_device(numbers: Sequence[float], device: torch.device) -> Tensor:
 
 
 class StepFacts(Mapping[str, float]):
-    """Facts by name. They are read from the device, once, when somebody asks for one of them.
+    """Facts by name, which are copied from the device once, when the first of them is read.
 
-    settle: called with the facts before anyone sees them; it brings the engine's counters up to date and returns further
+    settle: called with the facts before they are returned; it brings the engine's counters up to date and returns further
     facts.
     """
 
@@ -27,7 +27,7 @@ class StepFacts(Mapping[str, float]):
         computed: Mapping[str, Tensor],
         settle: Callable[[dict[str, float]], Mapping[str, float]],
     ):
-        """known: what the host knows already. computed: scalars on the device, numbers or bools."""
+        """known: the facts that the host has already. computed: scalars on the device, numbers or bools."""
         self._names, self._facts, self._settle = list(computed), dict(known), settle
         values = torch.stack(list(computed.values()))  # bools become numbers
         self._values: Tensor | None = values
@@ -52,7 +52,7 @@ class StepFacts(Mapping[str, float]):
         return self.read()[name]
 
     def __contains__(self, name: object) -> bool:
-        return name in self._facts or name in self._names  # asks nobody for a value
+        return name in self._facts or name in self._names  # without waiting for the values
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.read())

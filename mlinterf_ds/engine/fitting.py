@@ -1,8 +1,8 @@
-"""`train.micro_batch=auto`: the largest micro-batch whose passes fit the accelerator's memory, decided by trying.
+"""`train.micro_batch=auto`: finds by trying the largest micro-batch whose passes fit into the accelerator's memory.
 
-What is tried are the forward and backward passes of one micro-batch beside memory for the vectors that a step holds. They
-go through neither DeepSpeed nor collectives: a size that does not fit leaves nothing behind, and no rank waits for one
-that ran out of memory. The ranks then agree, so that all of them take the same size.
+An attempt runs the forward and backward passes of one micro-batch while it holds as much memory as the vectors of a step
+take. It uses neither DeepSpeed nor collectives, so that a size that does not fit leaves nothing behind, and no rank waits
+for one that ran out of memory. The ranks then agree on a size that fits all of them.
 """
 
 from __future__ import annotations
@@ -20,16 +20,17 @@ from mlinterf_ds.model.encoder import SHARED
 if TYPE_CHECKING:
     from mlinterf_ds.engine.engine import Engine, Rows
 
-LEAST = 4  # rows; activations are recomputed rather than that a micro-batch has fewer
-UNTRIED = 16  # rows under ZeRO 3 and tensor parallelism, whose passes no rank can try alone
-ROOM = 0.9  # share of the memory that may be used; the rest goes to fragmentation and the libraries
+LEAST = 4  # rows of a micro-batch; where fewer would fit, activations are recomputed first
+UNTRIED = 16  # rows of a micro-batch under ZeRO 3 and tensor parallelism, where no rank can run a pass alone
+ROOM = 0.9  # share of the memory that may be used; the rest is left to fragmentation and the libraries
 
 
 def fit_micro_batch(engine: Engine, most: int, batches: Callable[[int], Sequence[Rows]], vectors: int) -> str:
-    """Sets the engine's micro-batch to the largest power of two up to `most` rows that fits; tells in words what it did.
+    """Sets the engine's micro-batch to the largest power of two up to `most` rows that fits; returns a note for the user.
 
-    batches: the batches of a number of rows whose passes are tried. vectors: how many fp32 vectors as long as the shared
-    parameters a step holds beside the masters and moments. On a CPU a rank takes all its rows at once.
+    batches: makes the batches, of a given number of rows, whose passes are tried. vectors: the number of fp32 vectors as
+    long as the shared parameters that a step holds beside masters and moments. On a CPU a rank takes all its rows at once,
+    and the note is empty. Raises UserError if not even one row fits.
     """
     if engine.device.type == "cpu":
         return ""
@@ -59,7 +60,7 @@ def fit_micro_batch(engine: Engine, most: int, batches: Callable[[int], Sequence
 
 
 def largest(most: int, least: int, attempt: Callable[[int], None], device: torch.device) -> int:
-    """The largest power of two up to `most` whose attempt raises torch.OutOfMemoryError on no rank; 0 if none is `least`."""
+    """The largest power of two from `least` to `most` whose attempt raises torch.OutOfMemoryError on no rank; 0 if none."""
     size = 1 << (most.bit_length() - 1)
     least = min(least, size)
     while size >= least:
@@ -68,7 +69,7 @@ def largest(most: int, least: int, attempt: Callable[[int], None], device: torch
             attempt(size)
         except torch.OutOfMemoryError:
             fits = False
-        _release(device)  # out here, where the error no longer holds the attempt's tensors
+        _release(device)  # after the `except`, in which the error still holds the attempt's tensors
         agreed = torch.tensor(float(fits), device=device)
         dist.all_reduce(agreed, op=dist.ReduceOp.MIN)
         if agreed.item():
@@ -78,7 +79,10 @@ def largest(most: int, least: int, attempt: Callable[[int], None], device: torch
 
 
 def _pass_over(engine: Engine, batches: Sequence[Rows], vectors: int) -> None:
-    """Forward and backward over each batch, without an effect; OutOfMemoryError if less than a tenth of the memory is left."""
+    """Runs forward and backward over each batch, and changes nothing.
+
+    Raises torch.OutOfMemoryError if less than a tenth of the memory is left.
+    """
     from deepspeed.accelerator import get_accelerator
 
     accelerator = get_accelerator()

@@ -1,6 +1,7 @@
-"""Masters and moments of languages that sit a step out, in host memory: device memory then hardly grows with the languages.
+"""Keeps masters and moments of languages that a step does not train in host memory, so that device memory hardly grows with
+the number of languages.
 
-They are fetched while the passes of a step run, which do not need them, and written back while the next step runs.
+The step's own are fetched while its passes run, which do not need them, and are written back while the next step runs.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from mlinterf_ds.engine.space import Space
 class IdleSpaces:
     """Keeps the masters and moments of some parameter groups in host memory between their steps.
 
-    The tensors stay the same objects; their data moves. `fetch` and `release` cost the host nothing but the launch of copies.
+    The tensors stay the same objects; their data moves. For `fetch` and `release` the host only launches copies.
     """
 
     def __init__(self, spaces: Iterable[Space], optimizers: dict[str, torch.optim.AdamW], device: torch.device):
@@ -43,18 +44,18 @@ class IdleSpaces:
             tensor.data = data
 
     def fetch(self, spaces: Iterable[Space]) -> None:
-        """Begins to copy these groups to the device; `wait` before they are read there."""
+        """Begins to copy these groups to the device; call `wait` before they are read there."""
         with self._aside():
             for name in self._kept(spaces):
                 self._point(name, [host.to(self.device, non_blocking=True, copy=True) for host in self._host[name]])
 
     def wait(self) -> None:
-        """What the device does from now on comes after the copies of `fetch`."""
+        """Makes the device do all later work after the copies of `fetch`."""
         if self.stream is not None:
             torch.cuda.current_stream().wait_stream(self.stream)
 
     def release(self, spaces: Iterable[Space]) -> None:
-        """Begins to write these groups back, after the work that the device has been given; `finish` before the host reads
+        """Begins to write these groups back after the work that the device already has; call `finish` before the host reads
         them."""
         if self.stream is not None:
             self.stream.wait_stream(torch.cuda.current_stream())

@@ -1,8 +1,8 @@
 """Algorithm 1 on the engine, one step at a time: phase 1 updates phi_i by the hypergradient, phase 2 theta at the new phi_i.
 
-`meta/bilevel.py` has the mathematics. Here are the passes over micro-batches that it asks for, the AdamW updates, and what
-happens on an overflow: any pass may have one, and then phi_i, theta and all moments stay as they were before the step; only
-the loss scale and the count of skipped steps move. The device decides that; the host reads a step's facts when the next one
+`meta/bilevel.py` has the mathematics. This file has the passes over micro-batches that it calls, the AdamW updates, and the
+handling of overflows: after one in any pass, phi_i, theta and all moments stay as they were before the step, and only the
+loss scale and the count of skipped steps change. The device decides that; the host reads a step's facts when the next step
 begins.
 """
 
@@ -33,10 +33,10 @@ from mlinterf_ds.meta.bilevel import (
 from mlinterf_ds.model.encoder import SHARED
 from mlinterf_ds.sections import MetaConfig
 
-SEARCH = 12  # radii that a run's first step may try; later steps follow the one it ends with
+SEARCH = 12  # radii that a run's first step may try; later steps start from the last of them
 AGREEMENT = 0.8  # below this cosine of two radii's estimates, the difference is called noise
-# Relative change of phi's gradient that the radius aims at: above the round-off of the precision, below the curvature
-# (which a one-sided difference feels in the first order).
+# The relative change of phi's gradient that the radius is set for: large against the round-off of the precision, and small
+# enough that curvature does not matter (it enters a one-sided difference in the first order, hence smaller numbers there).
 TARGETS = {
     "central": {"fp32": 0.01, "bf16": 0.15, "fp16": 0.1},
     "one_sided": {"fp32": 0.005, "bf16": 0.08, "fp16": 0.02},
@@ -87,11 +87,10 @@ class Phases:
         self.rate, self.radius = self.engine.learning_rate, meta.radius.radius
         self.known = {"lr": self.rate, "loss_scale": self.engine.scale.value}
         self.computed: dict[str, Tensor] = {}
-        self.lengths = torch.zeros(
-            (), dtype=torch.float64, device=self.engine.device
-        )  # sum of norms: finite if all are
+        # the sum of all norms so far, which is finite if each of them is
+        self.lengths = torch.zeros((), dtype=torch.float64, device=self.engine.device)
         self.spiked = torch.zeros_like(self.lengths, dtype=torch.bool)
-        self._finite = (self.lengths, ~self.spiked)  # the sum that was asked last, and whether it is finite
+        self._finite = (self.lengths, ~self.spiked)  # the sum that was last tested, and whether it is finite
         self.engine.idle.fetch([self.phi])
         self.train = self._gradients_of(batches, "loss")
         self.validation = self._gradients_of(validation, "meta/validation")
@@ -120,12 +119,12 @@ class Phases:
             theta = [(first + second) / 2 for first, second in zip(theta, h.passes.value, strict=True)]
             phi = [first + second for first, second in zip(phi, h.passes.own, strict=True)]
         of_theta, of_phi = norm(self.theta, theta), norm(self.phi, phi)
-        self.lengths = self.lengths + of_theta + of_phi  # both are asked before either update
+        self.lengths = self.lengths + of_theta + of_phi  # either update tests both
         self._update(self.phi, phi, "meta/gradient_norm", of_phi)
         self._update(self.theta, theta, "gradient_norm", of_theta)
 
     def in_turn(self, space: Space, first: Callable[[], None], second: Callable[[], None]) -> None:
-        """Two updates, of which the second sees the first one's result; the first, of `space`, is undone if the second fails."""
+        """Makes two updates, the second with the first one's result; the first, of `space`, is undone if the second fails."""
         self.engine.idle.wait()
         state = self.engine.optimizers[space.name].state
         tensors = [tensor.detach() for master in space.masters for tensor in (master, *state[master].values())]
@@ -144,13 +143,13 @@ class Phases:
 
     @property
     def finite(self) -> Tensor:
-        """Whether all passes so far were (a bool scalar)."""
+        """Whether all passes so far were finite (a bool scalar)."""
         if self._finite[0] is not self.lengths:
             self._finite = self.lengths, torch.isfinite(self.lengths)
         return self._finite[1]
 
     def finish(self) -> StepFacts:
-        """The step's facts. The radius follows when they are read."""
+        """The step's facts. The radius of the next difference is set when they are read."""
         self.engine.idle.release([self.phi])
         return self.engine.finish_step(self.known, self.computed, self.finite, self.spiked, self._settle)
 
@@ -159,7 +158,7 @@ class Phases:
         self.meta.radius.update(facts.get("meta/change", math.nan))
 
     def _hypergradient(self, keep_passes: bool = False) -> Hypergradient:
-        """h_i, noted in the facts. A run's first step tries radii until one is near the target."""
+        """Computes h_i and notes it in the facts. A run's first step tries radii until the change is near the target."""
         config, radius = self.config, self.meta.radius
         beta = self.rate if config.beta is None else config.beta
         for tries_left in reversed(range(SEARCH if self.engine.updates == 0 and not radius.fixed else 1)):
@@ -189,7 +188,7 @@ class Phases:
         self.engine.update(space, gradient, divisor, self.rate, self.skip)
 
     def _gradients_of(self, batches: Sequence[Rows], name: str) -> Gradients:
-        """The passes over these micro-batches; the losses of the first one become the step's facts under `name`."""
+        """The function that runs passes over these micro-batches; the first pass's losses become facts under `name`."""
 
         def gradients(spaces: Sequence[Space]) -> list[Vector]:
             engine = self.engine
@@ -224,7 +223,7 @@ class Phases:
         if h.mixed is None or h.mixed_norm is None or h.direction is None:
             return
         facts["meta/second_order_norm"] = beta * h.mixed_norm
-        # of the two terms as they enter h_i
+        # the cosine of the two terms as they enter h_i
         facts["meta/cosine"] = -cosine(self.phi, h.direct, h.mixed, h.direct_norm * h.mixed_norm)
         self.known["meta/radius"], facts["meta/change"] = self.radius, h.change
         if self.config.check_every and self.engine.step % self.config.check_every == 0:

@@ -1,6 +1,6 @@
-"""AdamW on flat fp32 shards, XLM's learning-rate schedules, and what decides whether a step counts.
+"""AdamW on flat fp32 shards, XLM's learning-rate schedules, and the rules by which a step counts or is skipped.
 
-A step does not count if a gradient overflows (`LossScale` then lowers fp16's scale) or if a loss jumps (`Spikes`).
+A step is skipped if a gradient overflows (`LossScale` then lowers fp16's scale) or if a loss jumps (`Spikes`).
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from torch import Tensor
 
 from mlinterf_ds.sections import TrainConfig
 
-FEWEST = 20  # steps with a language before its loss is judged
-WINDOW = 100  # of its steps that the mean and variance look back
+FEWEST = 20  # steps with a language before a loss of it can be a spike
+WINDOW = 100  # steps of a language over which its mean and variance are taken
 LEAST = 1.0  # a loss less than this many nats above the mean is never a spike
-LOSS_PREFIX = "loss/"  # of a language's loss in a step's facts
+LOSS_PREFIX = "loss/"  # the name of a language's loss in a step's facts begins so
 
 
 def learning_rate(training: TrainConfig, update: int) -> float:
@@ -60,7 +60,7 @@ def adamw(masters: list[Tensor], training: TrainConfig, frozen: bool = False) ->
 
 
 def kept(moment: Tensor) -> bool:
-    """Whether a moment has memory of its own; those of frozen parameters are one zero, seen many times."""
+    """Whether a moment has memory of its own; one of frozen parameters is a single zero that all elements share."""
     return moment.numel() <= 1 or moment.stride(0) != 0
 
 
@@ -79,7 +79,7 @@ def apply(
     group, device = optimizer.param_groups[0], masters[0].device
     group["lr"] = rate
     divisor, skip = divisor.to(device, torch.float32), skip.to(device, torch.float32)
-    if not group["fused"]:  # a device without torch's fused kernel, which reads these two itself
+    if not group["fused"]:  # torch's fused kernel would read divisor and skip itself, but this device has none
         if skip.item():
             return
         gradient = [shard.div_(divisor) for shard in gradient]
@@ -95,15 +95,17 @@ class LossScale:
     """The dynamic loss scale of fp16: halved on overflow, doubled after `window` steps without one; 1 in other precisions.
 
     Reads DeepSpeed's `fp16` section (`loss_scale`, `initial_scale_power`, `loss_scale_window`, `hysteresis`,
-    `min_loss_scale`). The rule is that of DeepSpeed's own DynamicLossScaler; it stands here because a meta step has
-    several passes and must advance the scale once.
+    `min_loss_scale`). The rule is that of DeepSpeed's DynamicLossScaler, which advances whenever DeepSpeed's optimizer steps; a
+    meta step has several passes and must advance the scale once.
     """
 
     def __init__(self, enabled: bool, fp16: Mapping[str, Any], device: torch.device | str = "cpu"):
         fp16 = {key: value for key, value in fp16.items() if value != "auto"}
         static = float(fp16.get("loss_scale", 0))
         self.dynamic = enabled and static == 0
-        self.tensor = torch.ones((), dtype=torch.float64, device=device)  # the scale, a step before the host knows it
+        self.tensor = torch.ones(
+            (), dtype=torch.float64, device=device
+        )  # the device's scale, a step ahead of the host's
         self.value = 1.0 if not enabled else static or 2.0 ** int(fp16.get("initial_scale_power", 16))
         self.window = int(fp16.get("loss_scale_window", 1000))
         self.hysteresis = int(fp16.get("hysteresis", 2))
@@ -112,7 +114,7 @@ class LossScale:
 
     @property
     def value(self) -> float:
-        """The scale of the next step, as far as the host knows the steps before."""
+        """The scale of the next step by the steps whose facts the host has read."""
         return self._value
 
     @value.setter
@@ -150,11 +152,11 @@ class LossScale:
 
 
 class Spikes:
-    """Which losses are spikes, by a running mean and variance of each language's loss; the same on all ranks.
+    """Tells which losses are spikes by a running mean and variance of each language's loss; the same on all ranks.
 
-    A language is judged after FEWEST of its own steps, so that warm-up, few observations and rare languages raise no
-    alarm; while the loss still falls steeply, its variance is large. A skipped step does not enter the statistics. They
-    are part of a checkpoint: a resumed run decides as the uninterrupted one.
+    A language's losses can be spikes after FEWEST of its own steps, so that warm-up, few observations and rare languages
+    raise no alarm; while the loss still falls steeply, its variance is large. A skipped step does not enter the statistics.
+    They are part of a checkpoint, so that a resumed run decides as the uninterrupted one.
 
     limit: standard deviations above the mean from which a loss is a spike; None switches the check off.
     """
@@ -164,7 +166,7 @@ class Spikes:
         self.seen: dict[str, list[float]] = {}  # language -> [observations, mean, variance]
 
     def bound(self, language: str) -> float:
-        """The loss above which this language's next one is a spike; infinite where none is."""
+        """The loss above which this language's next loss is a spike; infinite where no loss can be one."""
         count, mean, variance = self.seen.get(language, [0, 0.0, 0.0])
         if self.limit is None or count < FEWEST:
             return math.inf
@@ -182,7 +184,7 @@ class Spikes:
         return ""
 
     def add(self, facts: Mapping[str, float]) -> None:
-        """Learns the losses of a step that counted: exact moments of the first WINDOW, then exponentially weighted ones."""
+        """Enters the losses of a step that counted: moments are exact up to WINDOW steps, then exponentially weighted."""
         for language, loss in _losses(facts).items():
             if math.isfinite(loss):
                 count, mean, variance = self.seen.get(language, [0, 0.0, 0.0])

@@ -1,8 +1,9 @@
-"""One pass: forward and backward of one micro-batch, as it stands or replayed as a CUDA graph.
+"""One pass: forward and backward of one micro-batch, run by Python or replayed as a CUDA graph.
 
-A graph replays kernels without Python, on the memory of its capture. The batch, the weights of the one language whose modules
-the rows go through, and that language's gradient therefore lie in fixed places, of which one graph serves all languages.
-Dropout is replayed by its seed. DeepSpeed's hooks are Python, so what it partitions is never captured.
+A graph replays kernels without Python, on the same memory as when it was captured. So the batch, the weights of the one
+language whose modules the rows go through, and that language's gradient are copied to and from fixed buffers, and one
+graph serves all languages. Dropout is replayed by its seed. DeepSpeed's hooks are Python, so that passes over parameters
+which it partitions are never captured.
 """
 
 from __future__ import annotations
@@ -23,20 +24,20 @@ from mlinterf_ds.runtime.parallel import replayed
 if TYPE_CHECKING:
     from mlinterf_ds.engine.engine import Engine
 
-WARM = 2  # passes of a kind before it is captured: compilers and allocators have then settled
+WARM = 2  # passes of a kind before it is captured: by then compilers and allocators have done their work
 MOST_GRAPHS = 64
-MOST_KINDS = 1000  # of passes that are counted at a time
-MOST_LANGUAGES = 16  # of a model whose passes over several languages are captured: each language has a graph of its own
+MOST_KINDS = 1000  # kinds of passes whose number is remembered at a time
+MOST_LANGUAGES = 16  # languages up to which passes over several of them are captured; each language has its own graph
 
 
 def make_fast(engine: Engine, compiled: bool | Literal["auto"], graphs: bool | Literal["auto"], first: bool) -> None:
     """Compiles the regions of an engine's model and captures its passes, as far as device and layout allow.
 
-    The first rank warns of what was asked for in so many words and is not to be had.
+    The first rank warns where the configuration says `true`, not `auto`, and it cannot be done.
     """
     reason = ""
     if engine.layout.tensor > 1 or engine.stage == 3:
-        reason = "tensor parallelism and ZeRO 3 run the model as it stands"
+        reason = "tensor parallelism and ZeRO 3 run the model uncompiled"
     else:
         engine.model.router.regions = regions(compiled, engine.device, first)
     if reason and compiled is True and first:
@@ -57,12 +58,15 @@ class Passes:
         self._slot: Slot | None = None  # of the language that a pass goes through
 
     def capture(self, wanted: bool | str) -> str:
-        """Captures passes from now on, where that is possible; returns why it is not, else ''. "auto": on CUDA devices."""
+        """Captures passes from now on where that is possible; returns the reason where it is not, else ''.
+
+        wanted: False switches captures off.
+        """
         engine, reason = self.engine, ""
         if engine.device.type != "cuda":
             reason = f"a {engine.device.type} device has no CUDA graphs"
         elif engine.partitioned or engine.layout.tensor > 1:
-            reason = "what DeepSpeed partitions, and tensor parallelism, run uncaptured"
+            reason = "passes over partitioned parameters and under tensor parallelism run uncaptured"
         elif engine.model.embeddings.language is not None:
             reason = "language embeddings run uncaptured"
         self.graphs = wanted is not False and not reason
@@ -93,7 +97,7 @@ class Passes:
             space.require_grad(space in spaces)
 
     def _kind(self, batch: Any, spaces: Sequence[Space]) -> Hashable | None:
-        """What two passes have in common that one graph can serve; None: a pass that is not captured."""
+        """A key that two passes share if one graph can serve both; None for a pass that is not captured."""
         languages = batch.step_languages
         own = [space.name for space in spaces if space.name != SHARED]
         if len(own) > 1 or not self._grouped(batch):
@@ -115,7 +119,7 @@ class Passes:
 
     @staticmethod
     def _grouped(batch: Any) -> bool:
-        """Whether the rows are in the order of the step's languages, so that none are moved."""
+        """Whether the rows are in the order of the step's languages already."""
         if len(batch.step_languages) == 1:
             return True
         rows = batch.languages.tolist()
@@ -141,7 +145,7 @@ class Passes:
         return captured.nll
 
     def _capture(self, batch: Any, spaces: Sequence[Space], single: Any) -> Captured:
-        """Records the kernels of this pass; no gradient is changed by it."""
+        """Records the kernels of this pass; gradients stay as they are."""
         engine, slot = self.engine, self._slot
         self._require(spaces)
         own = [space for space in spaces if isinstance(space, FlatSpace) and space.name != SHARED]
@@ -178,7 +182,7 @@ class Passes:
 
 
 class Slot:
-    """Fixed places for the working weights and the gradient of whatever language a pass goes through."""
+    """Fixed buffers for the working weights and the gradient of the one language whose modules a pass uses."""
 
     def __init__(self, language: Any):
         self.working = torch.zeros_like(language.working)
@@ -186,7 +190,7 @@ class Slot:
 
 
 class Captured:
-    """A captured pass: its graph, and the batch and nll that it reads and writes."""
+    """A captured pass: its graph, the batch that the graph reads and the nll that it writes."""
 
     def __init__(self, graph: torch.cuda.CUDAGraph, batch: Any, nll: Tensor):
         self.graph, self.batch, self.nll = graph, batch, nll

@@ -1,7 +1,8 @@
 """PCGrad (Yu et al. 2020), the paper's reference for gradient conflict: a baseline beside the meta step.
 
-Each language's gradient is projected off those it conflicts with (negative cosine), in a random order of the others;
-the shared parameters follow the sum. Gradients are this rank's shards; inner products are over all ranks.
+Each language's gradient loses its components along the gradients that it conflicts with (negative cosine), one after the
+other in random order; the shared parameters step along the sum. Gradients are this rank's shards; inner products are over
+all ranks.
 """
 
 from __future__ import annotations
@@ -46,8 +47,8 @@ def project(gradients: Sequence[Vector], products: np.ndarray, random: np.random
 def pcgrad_step(engine: Engine, batches: Sequence[Any], seed: int) -> StepFacts:
     """One update of the shared parameters on a mixed batch by the languages' projected gradients; the step's facts.
 
-    Each language has a pass over the same micro-batches, in which the other languages' positions have weight zero: so
-    every rank does the same collectives, whatever rows it holds. `seed` and the step decide the order of projections.
+    Each language has a pass over the same micro-batches, in which the other languages' positions have weight zero, so that
+    every rank takes part in the same collectives whatever rows it holds. `seed` and the step decide the order of projections.
     """
     space, languages = engine.spaces[SHARED], batches[0].step_languages
     gradients: list[Vector] = []

@@ -2,8 +2,8 @@
 
 A `Space` is one parameter group (the shared parameters, or one language's) seen as this rank's share of the fp32
 master weights. DeepSpeed keeps the *shared* parameters (`engine/zero.py`). A *language's* parameters are kept here, sharded in
-the same way, because DeepSpeed visits every one of its groups in every step: with a group for each of 100 languages a step
-took twice to three times as long.
+the same way, because DeepSpeed visits all of its groups in every step: with a group for each of 100 languages a step took
+two to three times as long.
 
 Legend: shard = 1-d fp32 tensor; Vector = list of shards, one for each of the space's masters.
 """
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 Vector = list[Tensor]
 BUCKET = 1 << 22  # elements reduced or gathered at once
-ALIGNMENT = 64  # elements: where a parameter begins in a flat buffer, so that products read it at full speed
+ALIGNMENT = 64  # elements: parameters begin at multiples of it in a flat buffer, where products read them at full speed
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Space:
         raise NotImplementedError
 
     def absorb(self) -> None:
-        """Adds the gradients of one micro-batch to the sum that `gradient` returns, if more are to come."""
+        """Adds the gradients of one micro-batch, unless it is the last, to the sum that `gradient` returns."""
 
     def write(self, offset: Vector | None = None, scale: float | Tensor = 0.0) -> None:
         """Working weights := cast(master + scale * offset); the masters never move."""
@@ -70,7 +70,7 @@ class Space:
             self.write()
 
     def dot(self, left: Vector, right: Vector) -> Tensor:
-        """<left, right> over all ranks, replicas counted once: a scalar, for which the host need not wait."""
+        """<left, right> over all ranks, replicas counted once; a scalar for which the host does not wait."""
         total = self.share_of_dot(left, right)
         if dist.get_world_size() > 1:
             total = total.to(self.device, torch.float64)
@@ -122,8 +122,8 @@ class Space:
 
 
 class FlatSpace(Space):
-    """A group kept here whole, the same on every data-parallel rank (ZeRO 0): one flat buffer each for working weights,
-    gradients and masters, so that no step's cost grows with the number of parameters."""
+    """A group that every data-parallel rank holds whole (ZeRO 0), in one flat buffer each for working weights, gradients
+    and masters, so that the number of launches in a step does not grow with the number of parameters."""
 
     partitions = 1
 
@@ -155,9 +155,9 @@ class FlatSpace(Space):
         if whole and len(self.counted) == len(self.segments):
             self._counted = [(0, 0, position)]  # the padding between parameters is zero
         self.arriving: Tensor | None = None  # the flat buffer into which a backward pass adds its gradients
-        self.lasting = False  # whether the buffer stays while the group sits passes out
+        self.lasting = False  # whether the buffer is kept during passes that do not train the group
         self._borrowed = False
-        self._sum: Tensor | None = None  # of the micro-batches before, fp32
+        self._sum: Tensor | None = None  # the gradients of the micro-batches before, fp32
 
     def _views(self, flat: Tensor) -> Iterator[tuple[nn.Parameter, Tensor]]:
         """Every parameter with its part of a flat buffer."""
@@ -178,7 +178,7 @@ class FlatSpace(Space):
             self.receive_in(None)
 
     def receive_in(self, arriving: Tensor | None) -> None:
-        """Makes backward passes add this group's gradients into a flat buffer of zeros; None: into none."""
+        """Makes backward passes add this group's gradients into this flat buffer of zeros; None takes the buffer away."""
         if arriving is None and self.arriving is None:
             return
         self.arriving = arriving
@@ -190,7 +190,7 @@ class FlatSpace(Space):
                 parameter.grad = view
 
     def borrow(self, arriving: Tensor) -> None:
-        """Takes the gradient of one pass from another's flat buffer, into which a graph has added it."""
+        """Takes the gradient of one pass from a flat buffer of a graph, into which its replay has added it."""
         self.arriving, self._borrowed = arriving, True
 
     def absorb(self) -> None:
@@ -338,9 +338,9 @@ def shape_numel(shape: tuple[int, ...]) -> int:
 
 
 class NewRows:
-    """The elements of the shared space that belong to the vocabulary's pieces from number `old` on, on this rank.
+    """This rank's elements of the shared space that belong to the vocabulary's pieces from number `old` on.
 
-    With the shared parameters frozen and the vocabulary extended, these are trained all the same.
+    They are trained even where the shared parameters are frozen, because no model has trained them before.
     """
 
     ROWS = ("embeddings.word.weight", "head.bias")  # parameters with a row for each piece

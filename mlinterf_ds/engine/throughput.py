@@ -1,4 +1,4 @@
-"""The FLOPs of a row and the rows of a step's passes, which with the device's peak give model FLOPs utilisation (MFU); peak memory."""
+"""FLOPs of a row, rows of a step's passes and a device's peak, which give model FLOPs utilisation (MFU); peak memory."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ def flops_per_row(
 
 
 def passes(variant: str, meta: MetaConfig) -> dict[str, float]:
-    """The passes of an average step by kind: "forward" passes, backward passes to "shared" and to "own" gradients, "write"s of
-    displaced weights, and of the forward passes those over the rows of the "validation" loss.
+    """The number of passes of an average step by kind: "forward" passes, backward passes to "shared" and to "own" gradients,
+    "write"s of displaced weights, and the forward passes over the rows of the "validation" loss.
 
     A plain step has one pass of each kind and displaces nothing. A meta step adds up its descent, its validation pass, the
     passes of the finite difference, and phase 2 (none of its own where both updates start from one point).
@@ -55,10 +55,9 @@ def passes(variant: str, meta: MetaConfig) -> dict[str, float]:
 
 
 def rows_passed(variant: str, meta: MetaConfig, rows: int) -> float:
-    """Rows of an average step as whole passes: `rows` of training text, and those of the validation loss.
+    """The rows that an average step passes over, `rows` of training text and those of the validation loss, in whole passes.
 
-    A pass to the gradients of one language alone skips the products of the shared weights' gradients, a third of a whole
-    pass.
+    A pass to the gradients of one language alone counts two thirds: it skips the products of the shared weights' gradients.
     """
     times = passes(variant, meta)
     over_training = times["shared"] - times["validation"] + (times["forward"] - times["shared"]) * 2 / 3

@@ -140,9 +140,7 @@ class Zero3Space(SharedSpace):
                 torch.cat([piece.reshape(-1) for piece in zero.averaged_gradients[shard]]).float()
                 for shard in range(len(self.masters))
             ]
-        for number, segment in enumerate(
-            self.segments
-        ):  # beyond a parameter's end is padding, which DeepSpeed leaves unset
+        for number, segment in enumerate(self.segments):  # DeepSpeed leaves the padding after a parameter unset
             following = self.segments[number + 1 : number + 2]
             last = following[0].offset if following and following[0].shard == segment.shard else None
             gradient[segment.shard][segment.offset + segment.length : last].zero_()
@@ -184,8 +182,8 @@ class Zero3ShardedSpace(ShardedSpace):
 def release_small_parameters(engine: Any, groups: Mapping[str, Mapping[str, Any]]) -> None:
     """Under ZeRO 3, lets DeepSpeed release small language-specific parameters like large ones.
 
-    It keeps small ('persistent') parameters whole on every rank and gathers all of them in every step: a cost that would grow
-    with the number of languages that the step does not train.
+    It keeps small ('persistent') parameters whole on every rank and gathers all of them in every step, which would cost more
+    with every language, though the step does not train it.
     """
     shared = {id(parameter) for parameter in groups[SHARED].values()}
     persistent = engine.optimizer.persistent_parameters

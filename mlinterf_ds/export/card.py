@@ -60,7 +60,7 @@ answer(question="...", context="...")""",
 
 
 def card(model: Pretrained | Finetuned, config: dict[str, Any]) -> str:
-    """The text of README.md: what the model is, what it scores, how it was trained and how to load it; config: of config.json."""
+    """The text of README.md: what the model is and scores, how it was trained and how to load it; config: its config.json."""
     tuned = isinstance(model, Finetuned)
     pretrained = model.pretrained if isinstance(model, Finetuned) else model
     variant, shape = pretrained.run_variant, pretrained.shape()
@@ -104,7 +104,7 @@ def card(model: Pretrained | Finetuned, config: dict[str, Any]) -> str:
 
 
 def _yaml(languages: list[str], pipeline: str, tags: list[str]) -> list[str]:
-    """The part of the card that programs read."""
+    """The head of the card, in YAML, which programs read."""
     lines = ["---", "language:", *(f"- {json.dumps(code)}" for code in languages)]
     return [
         *lines,
@@ -144,7 +144,7 @@ def _pretraining(pretrained: Pretrained) -> list[str]:
 
 
 def _perplexities(pretrained: Pretrained) -> list[str]:
-    """The last validation perplexity of each language before the checkpoint, beside that of the pieces' frequencies, as a table."""
+    """A table of each language's last validation perplexity before the checkpoint, beside that of its unigrams."""
     history = {code: points[-1] for code, points in pretrained.saved.get("history", {}).items() if points}
     if not history:
         return ["It was not evaluated during its training."]
@@ -195,7 +195,7 @@ def _finetuning(model: Finetuned) -> list[str]:
 
 
 def _task_scores(model: Finetuned) -> list[str]:
-    """The scores of this seed on every test set beside those of the baselines, as a table; else on the dev sets."""
+    """A table of this seed's scores on every test set beside the baselines'; without a summary, of those on the dev sets."""
     summary, progress = model.summary, model.saved["progress"]
     if not summary:
         rows = [f"| {code} | {score:.1f} |" for code, score in progress["dev"][progress["best_epoch"] - 1].items()]
@@ -262,9 +262,9 @@ def _departures(pretrained: Pretrained) -> str:
 
 
 def _licence(source: dict[str, Any]) -> str:
-    """The licences of the texts: the note in the corpus manifest, if the corpus still exists unchanged.
+    """A sentence on the licences of the texts, with the note in the corpus's manifest if the corpus still exists unchanged.
 
-    source: the pretraining's corpus and the digest of its manifest.
+    source: the corpus of the pretraining and the digest of its manifest.
     """
     note, corpus = "", source.get("corpus") or ""
     manifest = Path(corpus) / "manifest.json"

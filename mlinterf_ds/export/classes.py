@@ -1,7 +1,7 @@
-"""Encoders of `transformers` that are ours under other names: their configuration and their parameters, both ways.
+"""Classes of `transformers` with the same graph as this encoder: translates configurations and parameters both ways.
 
 One table names the parameters. A parameter of ours is one of theirs, except that our joint projection holds each head's
-query, key and value side by side where they have three projections.
+query, key and value side by side where they have three projections. ("Ours" is this package's, "theirs" the class's.)
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ LANGUAGE = r"copies\.language_([^.]+)\."  # in the name of a routed module's par
 
 @dataclass(frozen=True)
 class Stock:
-    """A model class of `transformers`: where its parameters differ in name or place from XLM-RoBERTa's."""
+    """A model class of `transformers`, described by the names in which it differs from XLM-RoBERTa's."""
 
     architecture: str  # its class with the head that predicts masked tokens
     base: str = "roberta"
@@ -48,7 +48,7 @@ STOCK = {
 }
 PRE_NORM = ("input_layernorm", "pre_mlp_layernorm")
 POST_NORM = ("post_attention_layernorm", "post_mlp_layernorm")
-# What may be left at its default in a config.json: the classes' own defaults.
+# The classes' own defaults of keys that a config.json may leave out.
 DEFAULTS = {
     "type_vocab_size": 2,
     "layer_norm_eps": 1e-12,
@@ -60,7 +60,7 @@ DEFAULTS = {
     "adapter_reuse_layer_norm": True,
     "ln_before_adapter": True,
 }
-# Settings that no weight shows, and the one value that this encoder has.
+# Settings that do not show in the weights, and the only value of each that this encoder can have.
 FIXED = {
     "hidden_act": "gelu",
     "tie_word_embeddings": True,
@@ -70,16 +70,16 @@ FIXED = {
 }
 
 
-# Keys of `model` that our own class's config.json has under the same names.
+# Keys of `model` that have the same names in the config.json of our own class.
 OF_ADAPTERS = ("adapter_after", "adapter_on", "adapter_norm", "adapter_skip")
 OWN_KEYS = ("norm", "embedding_norm", "position_offset", "token_types", *OF_ADAPTERS)
 SPECIAL_IDS = ("bos_token_id", "pad_token_id", "eos_token_id")
 
 
 class Names:
-    """The names of our encoder's parameters in a model class of `transformers`.
+    """The names of this encoder's parameters in a model class of `transformers`.
 
-    languages: the class's name of each language of ours that has modules of its own.
+    languages: for each of our language codes with modules of its own, the class's name of the language.
     """
 
     def __init__(self, model_type: str, languages: Mapping[str, str] | None = None):
@@ -110,7 +110,7 @@ class Names:
                 )
 
     def theirs(self, name: str) -> tuple[str, ...]:
-        """Their names of our parameter: one, three for the joint projection, none where they have no such parameter."""
+        """The class's names for our parameter: one, three for the joint projection, or none if it has no such parameter."""
         module, _, kind = name.rpartition(".")
         if match := re.fullmatch(r"block\.layers\.(\d+)\.(.+)", module):
             part = self.in_layer.get(match[2])
@@ -121,12 +121,12 @@ class Names:
         return (f"{self.modules[module]}.{kind}",) if module in self.modules else ()
 
     def ours(self, name: str, read: Callable[[str], Tensor], heads: int) -> Tensor:
-        """Our parameter of this name in its full shape; read: returns theirs by its name."""
+        """Our parameter of this name in its full shape; read: returns one of the class's parameters by its name."""
         parts = [read(theirs) for theirs in self.theirs(name)]
         return joined(parts, heads) if len(parts) > 1 else parts[0]
 
     def converted(self, weights: Mapping[str, Tensor], heads: int) -> dict[str, Tensor]:
-        """Their parameters, of all of ours."""
+        """All of our parameters as the class's, by its names."""
         converted: dict[str, Tensor] = {}
         for name, weight in weights.items():
             theirs = self.theirs(name)
@@ -138,7 +138,7 @@ class Names:
 
 
 def joined(parts: Sequence[Tensor], heads: int) -> Tensor:
-    """Our joint projection of `heads` heads, of their query's, key's and value's (heads * width of a head, ...) each."""
+    """Our joint projection from three: query, key and value projections, each (heads * head width, ...)."""
     return torch.stack([part.unflatten(0, (heads, -1)) for part in parts], dim=1).flatten(0, 2)
 
 
@@ -146,7 +146,7 @@ def joined(parts: Sequence[Tensor], heads: int) -> Tensor:
 
 
 def check(config: Mapping[str, Any], where: str) -> None:
-    """UserError where the model of a config.json is of another class, or has another graph than this encoder.
+    """Raises UserError if the model of a config.json is of an unknown class, or has another graph than this encoder.
 
     where: the file, for the message.
     """
@@ -154,15 +154,15 @@ def check(config: Mapping[str, Any], where: str) -> None:
     if kind != OURS and kind not in STOCK:
         known = ", ".join((OURS, *STOCK))
         raise UserError(
-            f"{where}: a model of type {kind!r}; this encoder has the graph of {known} alone: take one of them"
+            f"{where}: a model of type {kind!r}; this encoder can only be a model of type {known}: take one of these"
         )
     for key, expected in FIXED.items():
         if (value := config.get(key, expected)) != expected:
-            raise UserError(f"{where}: {key} is {value!r}, this encoder has {expected!r}: take a model that has it")
+            raise UserError(f"{where}: {key} is {value!r}, but this encoder needs {expected!r}: take a model with that")
 
 
 def model_keys(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The keys of `model` (`ModelConfig`) that give the model of a config.json, those of adapters only where it has some."""
+    """The keys of `model` (`ModelConfig`) that describe the model of a config.json; those of adapters only if it has any."""
     kind = config["model_type"]
     values: dict[str, Any] = DEFAULTS | {key: value for key, value in config.items() if value is not None}
     keys: dict[str, Any] = {
@@ -203,12 +203,12 @@ def model_keys(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def first_position(kind: str, config: Mapping[str, Any]) -> int:
-    """The row of a stock class's position table that a text's first token has."""
+    """The row of a stock class's position table that belongs to a text's first token."""
     return int(config.get("pad_token_id", 1)) + 1 if STOCK[kind].after_padding else 0
 
 
 def stock_type(shape: ModelConfig, variant: str) -> str | None:
-    """The model type of `transformers` that is this model; None: only our own class is."""
+    """The model type of `transformers` that has this model's graph; None if only our own class has."""
     if shape.heads * shape.kv_channels != shape.width or shape.language_embeddings:
         return None
     if variant in ("mono", "joint"):
@@ -220,7 +220,7 @@ def stock_type(shape: ModelConfig, variant: str) -> str | None:
 
 
 def stock_config(kind: str, shape: ModelConfig, positions: int) -> dict[str, Any]:
-    """What config.json says of a model of this type, apart from what all types share; positions: rows of its table."""
+    """The keys of config.json that are particular to this model type; positions: rows of its position table."""
     config = {
         "model_type": kind,
         "architectures": [STOCK[kind].architecture],
@@ -240,7 +240,7 @@ def stock_config(kind: str, shape: ModelConfig, positions: int) -> dict[str, Any
 
 
 def with_first_rows(weights: Mapping[str, Tensor], rows: int) -> dict[str, Tensor]:
-    """Our parameters with what a stock class has and they may lack: `rows` before the first position, a token type."""
+    """Our parameters, completed for a stock class: `rows` rows of zeros before the first position, and a token type."""
     complete, position = dict(weights), weights["embeddings.position.weight"]
     complete["embeddings.position.weight"] = torch.cat([position.new_zeros(rows, position.shape[1]), position])
     complete.setdefault("embeddings.token_type.weight", position.new_zeros(1, position.shape[1]))
@@ -251,9 +251,9 @@ def with_first_rows(weights: Mapping[str, Tensor], rows: int) -> dict[str, Tenso
 
 
 def language_of(code: str, names: Sequence[str], where: object) -> str | None:
-    """Which of X-MOD's languages (en_XX, zh_CN) a code of ours means (en, zh_cn); None if none.
+    """The language of X-MOD (en_XX, zh_CN) that a code of ours (en, zh_cn) stands for; None if there is none.
 
-    Raises UserError where the code fits several.
+    Raises UserError if the code fits several.
     """
     for name in names:
         if name.lower() == code:

@@ -1,7 +1,7 @@
 """Reads the weights of a `transformers` model folder, from which a pretraining run can start.
 
-It reads what `mlinterf_ds.export.hf` wrote, and any encoder of the classes in `mlinterf_ds.export.classes`: a tensor at a
-time, and of a large one only the rows that are wanted. It needs safetensors and json alone, not transformers, and unpickles
+It reads the folders that `mlinterf_ds.export.hf` wrote, and any encoder of the classes in `mlinterf_ds.export.classes`, one
+tensor at a time, and only the rows of the word embeddings that are needed. It works without transformers, and unpickles
 nothing.
 """
 
@@ -52,9 +52,9 @@ def verify(path: Path) -> None:
 
 
 def read_config(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What config.json of a model folder says, and the keys of `model` that give its shape.
+    """The content of a model folder's config.json, and the keys of `model` that give its shape.
 
-    Raises UserError where it is no model of the classes that this encoder can be.
+    Raises UserError if this encoder cannot be a model of its class.
     """
     where = path / "config.json"
     with refusing(f"{where}: not a model's configuration"):
@@ -64,9 +64,9 @@ def read_config(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 class Folder:
-    """A model folder as a source of weights (`mlinterf_ds.engine.weights.Weights`), by our parameters' names.
+    """A model folder as a source of weights (`mlinterf_ds.engine.weights.Weights`), which are asked for by our names.
 
-    languages: codes of ours; those that the model has modules for are read under its names for them.
+    languages: our codes of the languages whose modules are wanted; the model may have other names for them.
     """
 
     def __init__(self, path: Path, languages: Sequence[str] = ()):
@@ -79,24 +79,24 @@ class Folder:
         matched: dict[str, str | None] = {code: code for code in theirs}
         if not self.ours:
             matched = {code: language_of(code, theirs, path) for code in languages}
-        self.languages = {code: name for code, name in matched.items() if name}  # our code: its name
+        self.languages = {code: name for code, name in matched.items() if name}  # our code -> the model's name
         self.others = [name for name in theirs if name not in self.languages.values()]
         self.table = None if self.ours else Names(self.config["model_type"], self.languages)
-        self.files = _files(path)  # name of a tensor: the file that holds it
+        self.files = _files(path)  # name of a tensor -> the file that holds it
 
     @property
     def names(self) -> list[str]:
-        """The names of all its tensors, as it calls them."""
+        """The folder's own names of all its tensors."""
         return list(self.files)
 
     @property
     def variant(self) -> str:
-        """Which module is language-specific: the variant of ours that has the model's modules."""
+        """The variant that has the model's modules, which says which of them is language-specific."""
         return str(self.config.get("variant", "joint")) if self.ours else "adpt" if "adapter" in self.keys else "joint"
 
     @property
     def origin(self) -> dict[str, Any]:
-        """What a model that starts here keeps, so that it goes out as it came in: class, special ids, languages' names."""
+        """What a run that starts here keeps for its own export: the class, the special ids and the languages' names."""
         kept = ("model_type", *SPECIAL_IDS)
         present = {key: self.config[key] for key in kept if self.config.get(key) is not None}
         return {} if self.ours else present | {"languages": self.languages}
@@ -107,8 +107,8 @@ class Folder:
         pieces = stored_pieces(self.path)
         if len(pieces) != self.vocabulary:
             raise UserError(
-                f"{self.path}: the tokenizer has {len(pieces)} pieces and the model {self.vocabulary}: they are not of "
-                "one model"
+                f"{self.path}: the tokenizer has {len(pieces)} pieces and the model {self.vocabulary}, so that they do not "
+                "belong together"
             )
         return pieces
 
@@ -122,7 +122,7 @@ class Folder:
         return bool(theirs) and all(part in self.files for part in theirs)
 
     def read(self, wanted: Segment, kind: str, tensor: int, tensor_rank: int) -> Tensor:
-        """The elements of one segment (1-d fp32) at the reader's layout. kind must be 'master': a folder has no moments."""
+        """The elements of one segment (1-d, fp32) at the reader's layout. kind: 'master', since a folder has no moments."""
         assert kind == "master", f"{self.path}: a model folder has no {kind}"
         names, dim = self.theirs(wanted.name), wanted.partition_dim
         if wanted.name in VOCABULARY:
@@ -138,7 +138,7 @@ class Folder:
         return joined(parts, self.heads) if len(parts) > 1 else parts[0]
 
     def _vocabulary_rows(self, name: str, wanted: Segment, tensor_rank: int) -> Tensor:
-        """Elements of a parameter of the vocabulary: the rows that hold them, zeros where they are its padding."""
+        """Elements of a parameter of the vocabulary, with zeros for its padding; only the rows that hold them are read."""
         width = torch.Size(wanted.shape[1:]).numel()
         first, last = wanted.start // width, -(-(wanted.start + wanted.length) // width)
         with self._opened(name) as file:
@@ -147,7 +147,7 @@ class Folder:
             check_shape(wanted, (wanted.shape[0], *others), self.path)
             if rows != self.vocabulary:
                 raise UserError(
-                    f"{self.path}: {name} has {rows} rows, vocab_size is {self.vocabulary}: not of one model"
+                    f"{self.path}: {name} has {rows} rows, but vocab_size is {self.vocabulary}: they do not belong together"
                 )
             offset = wanted.shape[0] * tensor_rank
             low, high = min(rows, offset + first), min(rows, offset + last)
@@ -168,11 +168,11 @@ class Folder:
             return part.float()
 
     def _opened(self, name: str) -> Any:
-        """The file that holds a tensor, opened anew, so that what was read does not stay in memory."""
+        """Opens the file that holds a tensor. Every read opens it anew, so that no tensor stays in memory."""
         if name not in self.files:
             raise UserError(
-                f"{self.path}: has no parameter {name}: its variant, languages or shape are others than this run's, or it "
-                "was saved without the head that predicts masked tokens (save it from AutoModelForMaskedLM)"
+                f"{self.path}: has no parameter {name}: its variant, languages or shape differ from this run's, or it was "
+                "saved without the head that predicts masked tokens (save it from AutoModelForMaskedLM)"
             )
         return safe_open(self.files[name], framework="pt")
 
@@ -202,7 +202,7 @@ def _files(path: Path) -> dict[str, Path]:
 
 
 def stored_pieces(folder: Path) -> list[str]:
-    """The pieces of a folder's tokenizer.json, by id; of its SentencePiece model, if it has that alone."""
+    """The pieces of a folder's vocabulary, by id: of its tokenizer.json, or else of its SentencePiece model."""
     path = folder / "tokenizer.json"
     if not path.is_file() and (folder / FAIRSEQ).is_file():
         return Tokenizer(folder, vocabulary_file(folder)).pieces

@@ -13,14 +13,15 @@ from mlinterf_ds.tasks import TASKS, Limits, Task
 from mlinterf_ds.tasks.tagging import Tagger
 
 TOKENS, TEXT, SPAN = "TokenClassification", "SequenceClassification", "QuestionAnswering"
-# The pipelines of each head: the names of the task in `transformers`, and our class (see pipelines_mlinterf.py).
+# For each head, the names of its pipeline in `transformers`, and our class for it (see pipelines_mlinterf.py).
 PIPELINES = {
     TOKENS: (("token-classification", "ner"), "TokenClassification"),
     TEXT: (("text-classification",), "TextClassification"),
     SPAN: (("question-answering",), "QuestionAnswering"),
 }
-# Transformers' classifier of texts has a dense layer and a tanh before its output, ours has none. With the identity times
-# this as the dense layer, tanh returns what it gets, up to 1e-6 of it for features up to 30; a power of two rounds nothing.
+# Transformers' classifier of texts has a dense layer and a tanh before its output, while ours has neither. If the dense
+# layer multiplies by this small number, tanh returns its input with a relative error of at most 1e-6 for features up to 30;
+# multiplying by a power of two rounds nothing.
 LINEAR = 2.0**-14
 
 
@@ -32,7 +33,7 @@ def head_of(task: Task) -> str:
 def weights(model: Finetuned, classifier: Mapping[str, Tensor], kind: str | None) -> dict[str, Tensor]:
     """The classifier's parameters, converted from ours: weight (classes, width) and bias (classes,).
 
-    kind: the model type of transformers' own class; None for those of modeling_mlinterf.py, which have ours.
+    kind: the model type of transformers' own class; None for the classes of modeling_mlinterf.py, which use our names.
     """
     weight, bias = classifier["classifier.weight"], classifier["classifier.bias"]
     if kind is None:
@@ -55,9 +56,10 @@ def weights(model: Finetuned, classifier: Mapping[str, Tensor], kind: str | None
 
 
 def configuration(model: Finetuned, encoder: dict[str, Any], modelling: str, pipelines: str) -> dict[str, Any]:
-    """The content of config.json for a fine-tuning; encoder: that of its encoder with the head for masked pieces.
+    """The content of config.json for a fine-tuning.
 
-    modelling, pipelines: the names of the files in the folder that hold our classes.
+    encoder: the content for its encoder with the head for masked pieces. modelling, pipelines: the names of the files in
+    the folder that hold our classes.
     """
     task = TASKS[model.saved["config"]["task"]]
     head, limits = head_of(task), limits_of(model)
@@ -67,7 +69,7 @@ def configuration(model: Finetuned, encoder: dict[str, Any], modelling: str, pip
     names = ["start", "end"] if head == SPAN else model.labels
     tasks, pipeline = PIPELINES[head]
     tokenizer = model.pretrained.tokenizer()
-    # How rows are made, for the pipeline that answers questions.
+    # The settings by which the pipeline that answers questions makes rows.
     rows = {**vars(limits), "separators": len(tokenizer.vocabulary.separator), "by_word": not tokenizer.foreign}
     config = encoder | {
         "architectures": [architecture],
@@ -88,12 +90,12 @@ def configuration(model: Finetuned, encoder: dict[str, Any], modelling: str, pip
 
 
 def limits_of(model: Finetuned) -> Limits:
-    """How long the rows of the fine-tuning are."""
+    """The limits on the length of rows in the fine-tuning."""
     return Limits.of(model.saved["config"]["finetune"], model.pretrained.positions)
 
 
 def default_language(model: Finetuned) -> str | None:
-    """The language whose modules read every text (finetune.route=source); None if they are those of the text's language."""
+    """The language whose modules read every text (finetune.route=source); None if those of the text's own language do."""
     settings, trained_on = model.saved["config"]["finetune"], model.saved.get("trained_on", [])
     if settings["route"] != "source" or not trained_on:
         return None

@@ -1,8 +1,8 @@
 """Writes a checkpoint, of a pretraining or a fine-tuning, as a `transformers` model folder: weights, configuration, tokenizer, card.
 
-Transformers loads a model as a class of its own where one is the same model (XLM-RoBERTa, X-MOD, XLM-RoBERTa-XL, or the class
-that it came from). It loads all others as `MLInterfForMaskedLM`, whose file the export copies to the folder. DeepSpeed and
-megatron are not needed.
+Transformers loads a model as a class of its own where one has the same graph (XLM-RoBERTa, X-MOD, XLM-RoBERTa-XL, or the class
+that the model came from). It loads all others as `MLInterfForMaskedLM`, whose file the export copies to the folder. An
+export needs neither DeepSpeed nor megatron.
 """
 
 from __future__ import annotations
@@ -59,14 +59,14 @@ def export(source: str, out: Path) -> dict[str, Any]:
 
 
 def stock_class(pretrained: Pretrained) -> str | None:
-    """The model type of `transformers`' own class that is the same model: the one it came from, or XLM-RoBERTa and its kin."""
+    """The model type of the class of `transformers` with the same graph, by preference that which the model came from; or None."""
     kind = stock_type(pretrained.shape(), pretrained.variant)
     origin = pretrained.origin.get("model_type")
     return origin if kind == "xlm-roberta" and origin in ("roberta", "camembert", "bert") else kind
 
 
 def _first_rows(pretrained: Pretrained, kind: str) -> int:
-    """The rows that the class has before a row's first position, where our table has none of them."""
+    """The number of rows that the class's position table has before the first position, and ours does not."""
     return first_position(kind, pretrained.origin) - pretrained.shape().position_offset
 
 
@@ -87,9 +87,8 @@ def _write(model: Pretrained | Finetuned, folder: Path) -> dict[str, Any]:
         config = heads.configuration(model, config, MODELLING, PIPELINES)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n", "utf-8")
-    shutil.copymode(
-        folder / "config.json", folder / "model.safetensors"
-    )  # safetensors lets only its user read the file
+    # safetensors makes a file that only its owner can read
+    shutil.copymode(folder / "config.json", folder / "model.safetensors")
     vocabulary_file = folder / "sentencepiece.model"  # for tools/prepare_corpus.py --tokenizer
     if not pretrained.tokenizer().foreign:
         shutil.copyfile(pretrained.path / "tokenizer.model", vocabulary_file)

@@ -37,7 +37,7 @@ from transformers.modeling_outputs import (
 
 Activation = Callable[[Tensor], Tensor]
 ACTIVATIONS: dict[str, Activation] = {"gelu": F.gelu, "relu": F.relu, "tanh": torch.tanh, "silu": F.silu}
-# (language, indices (n,) of its rows or None for all rows) of each language; empty if the model needs no language.
+# For each language, its code and the indices (n,) of its rows, None for all rows; empty if the model needs no language.
 Route = Sequence[tuple[str, Tensor | None]]
 
 
@@ -256,7 +256,7 @@ class Head(nn.Module):
 
 
 class Encoder(PreTrainedModel):
-    """What the models below share: the encoder, which may have language-specific modules."""
+    """The base of the models below: an encoder, which may have language-specific modules."""
 
     config_class = MLInterfConfig
     base_model_prefix = "block"
@@ -375,7 +375,7 @@ class MLInterfForMaskedLM(Encoder):
 
 
 class Classifier(Encoder):
-    """What the fine-tuned models share: the encoder with a linear classifier."""
+    """The base of the fine-tuned models: the encoder with a linear classifier."""
 
     _keys_to_ignore_on_load_unexpected = [r"^head\."]  # noqa: RUF012 (transformers' name)
 

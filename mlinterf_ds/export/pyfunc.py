@@ -9,7 +9,7 @@ from typing import Any
 
 MASK = "<mask>"
 LANGUAGE = "language"  # the column that models with language-specific modules read
-# The columns of a request, by what the model's class ends with (LANGUAGE may follow), and those that it needs.
+# The columns of a request by the ending of the model's class; models with language-specific modules also read LANGUAGE.
 COLUMNS = {
     "ForMaskedLM": ["text"],
     "ForTokenClassification": ["text"],
@@ -19,7 +19,7 @@ COLUMNS = {
 
 
 def kind_of(folder: Path) -> str:
-    """What the class of a folder's model ends with: one of COLUMNS."""
+    """The ending of the class of a folder's model: a key of COLUMNS."""
     (architecture,) = json.loads((folder / "config.json").read_bytes())["architectures"]
     return "For" + str(architecture).rpartition("For")[2]
 
@@ -47,10 +47,10 @@ class Model:
         self.routed = self.pipeline.model.config.model_type == "mlinterf"
 
     def predict(self, frame: Any, params: dict[str, Any] | None = None) -> list[str]:
-        """One text for each row of the frame, whose columns are COLUMNS and, for models with language-specific modules, `language`.
+        """Returns one text for each row of the frame, which has the columns that COLUMNS and LANGUAGE name.
 
-        It is the text with every `<mask>` filled, a label for each word with spaces between, the label of the text or pair, or
-        the answer.
+        By the model's class it is the text with every `<mask>` filled, the labels of the words with spaces between them, the
+        label of the text or pair, or the answer.
         """
         answer: Callable[..., str] = {
             "ForMaskedLM": self._filled,

@@ -1,4 +1,4 @@
-"""Writes a vocabulary as a `tokenizers` file that gives every text the same ids, special pieces apart.
+"""Writes a vocabulary as a file of the library `tokenizers` that gives every text the same ids, special pieces apart.
 
 The exported tokenizer reads `<s>`, `<pad>`, `</s>`, `<unk>` and `<mask>` in a text as the special pieces, as every tokenizer
 of `transformers` does; `mlinterf_ds.data.tokenizer` reads them as plain text.
@@ -13,7 +13,7 @@ from typing import Any
 from mlinterf_ds.data.tokenizer import BOS, EOS, INVISIBLE, SPACE_PIECE, SPECIAL_PIECES, UNK, Tokenizer
 from mlinterf_ds.errors import UserError
 
-# The whitespace of `str.split`, by which `mlinterf_ds.data.tokenizer.normalise` splits, and the piece for a space.
+# The whitespace characters at which `str.split`, and so `mlinterf_ds.data.tokenizer.normalise`, splits; the piece for a space.
 SPACES = "\t-\r\x1c-\x20\x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000" + SPACE_PIECE
 
 
@@ -70,7 +70,7 @@ def _backend(tokenizer: Tokenizer) -> Any:
 
 
 def _check(tokenizer: Tokenizer) -> None:
-    """Refuses models that `Tokenizer.learn` does not make: another algorithm or normalisation would give other ids."""
+    """Refuses models that preparing a corpus does not make: another algorithm or normalisation would give other ids."""
     from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
     model = ModelProto.FromString(tokenizer.content)

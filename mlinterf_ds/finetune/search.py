@@ -154,9 +154,7 @@ class Search:
         now = json.loads(json.dumps(self._identity()))
         with refusing(f"{path}: not what a fine-tuning writes", "; choose another output"):
             saved = json.loads(text)
-            defaults = FinetuneConfig.model_validate(
-                {"checkpoint": "-"}
-            ).model_dump()  # of keys that the job did not have
+            defaults = FinetuneConfig.model_validate({"checkpoint": "-"}).model_dump()  # for keys newer than the job
             kept = {key: value for key, value in saved["identity"].items() if key not in REMOVED}
             before = decisive(FinetuneConfig, defaults) | kept
             run_id = saved["run_id"]

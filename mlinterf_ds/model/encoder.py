@@ -31,7 +31,7 @@ VOCABULARY_MULTIPLE = 64  # whatever the number of ranks, so that checkpoints do
 
 
 class Batch(Protocol):
-    """What a forward pass reads of a batch."""
+    """The attributes of a batch that a forward pass reads."""
 
     @property
     def tokens(self) -> Tensor: ...  # (rows, length) int64
@@ -145,8 +145,9 @@ class Encoder(nn.Module):
 
     variant: which module is language-specific: none (`mono`, `joint`, `share_adpt`), `ffn`, `attn` or `adpt`.
     languages: codes, in the order of the indices that batches carry. vocabulary: number of pieces, without padding.
-    positions: the longest row, where `config.positions` says no more. Equal seeds give equal weights at any tensor-parallel size. Each parameter is drawn by
-    its name, so parameters that two models share start alike, whatever other modules or languages they have.
+    positions: the longest row, unless `config.positions` says more. Equal seeds give equal weights at any tensor-parallel
+    size. Each parameter is drawn by its name, so that parameters which two models share start alike, whatever other modules
+    or languages they have.
     """
 
     twice_differentiable = False  # set by tests of second derivatives: attention without fused kernels, one rank
@@ -239,7 +240,7 @@ class Encoder(nn.Module):
             return self.loss(batch)
 
     def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """The same (see `forward`), with the ambient random numbers."""
+        """The loss and the nll as `forward` returns them, with dropout from the ambient random state."""
         with sdpa_kernel(SDPBackend.MATH) if self.twice_differentiable else contextlib.nullcontext():
             hidden = self.hidden(
                 batch.tokens,
@@ -287,7 +288,7 @@ def attention_mask(padding: Tensor | None, segment_ids: Tensor | None, read: Ten
     return text if mask is None else mask & text
 
 
-# -- regions: what a compiler takes as one function -----------------------------------------------------------------
+# -- regions: functions that are compiled as a whole ---------------------------------------------------------------
 
 
 def embed(embeddings: Embeddings, tokens: Tensor, languages: Tensor, position_ids: Tensor | None) -> Tensor:

@@ -1,6 +1,6 @@
 """The model's regions (embeddings, a layer, head and loss) as `torch.compile` makes them.
 
-A region is a plain function of a module and tensors. Equal layers share what is compiled for one of them, and so do the
+A region is a plain function of a module and tensors. Layers of one shape share one compiled function, and so do the
 languages of a routed module, whose copies are looked up outside of the regions (`routing.Routed.follow`).
 """
 
@@ -14,16 +14,18 @@ import torch
 from mlinterf_ds.errors import warn
 
 Region = Callable[..., Any]
-MOST_LANGUAGES = 8  # of a pass whose regions are compiled: every language's copies are written out in them
-MOST_KINDS = 64  # compiled forms of a region: by shape, by whether it trains, and by whose gradients are computed
+MOST_LANGUAGES = 8  # languages of a pass up to which regions are compiled, since the code repeats for each of them
+MOST_KINDS = (
+    64  # compiled forms of a region, which differ by shape, by training or not, and by whose gradients it computes
+)
 
 
 def regions(
     wanted: bool | Literal["auto"], device: torch.device, first: bool = True
 ) -> Callable[[Region, int], Region] | None:
-    """What runs the regions of a model on this device; None: they run as they stand.
+    """Returns the function that compiles the regions of a model on this device, or None where they run uncompiled.
 
-    auto: compiled on accelerators. Where nothing can be compiled, the first rank says so and the run goes on without.
+    wanted: "auto" compiles on accelerators. Where nothing can be compiled, the first rank warns and the run goes on.
     """
     if wanted is False or (wanted == "auto" and device.type == "cpu"):
         return None
@@ -34,7 +36,7 @@ def regions(
             reason = str(error).strip().splitlines()
             warn(
                 f"model.compile={str(wanted).lower()}: nothing can be compiled here "
-                f"({type(error).__name__}: {reason[0] if reason else ''}); the model runs as it stands, more slowly"
+                f"({type(error).__name__}: {reason[0] if reason else ''}); the model runs uncompiled, more slowly"
             )
         return None
     return Compiled()

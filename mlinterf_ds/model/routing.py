@@ -27,7 +27,7 @@ class Route:
 class Router:
     """Sets the route of the forward pass in progress; the routed modules of all layers share one router.
 
-    It also says how a region of the model runs: as it stands, or compiled (`model/regions.py`).
+    It also runs the model's regions, uncompiled or compiled (`model/regions.py`).
     """
 
     def __init__(self, languages: Sequence[str]):
@@ -38,7 +38,7 @@ class Router:
         self.regions: Callable[[Callable[..., Any], int], Callable[..., Any]] | None = None
 
     def run(self, region: Callable[..., Any], *arguments: Any) -> Any:
-        """The value of a region of the model for these arguments."""
+        """Runs a region of the model with these arguments and returns its value."""
         if self.regions is not None:
             region = self.regions(region, len(self.route.slices) if self.route else 1)
         return region(*arguments)
@@ -89,9 +89,9 @@ class Router:
 class Routed(nn.Module):
     """One copy of a module for each language; every row goes through its language's copy.
 
-    The copies take hidden states (rows, length, width). Every rank visits all of the step's languages in one order, also
-    those without rows on it: they get gradients of zero rather than none, and collectives inside them (tensor parallel,
-    ZeRO 3's gathers) line up.
+    The copies take hidden states (rows, length, width). Every rank visits all of the step's languages in one order, those
+    without rows on it too: their gradients are then zero rather than missing, and collectives inside the modules (tensor
+    parallel, ZeRO 3's gathers) line up.
     """
 
     def __init__(self, router: Router, build: Callable[[], nn.Module]):
@@ -107,7 +107,8 @@ class Routed(nn.Module):
         return self.copies[f"language_{code}"]
 
     def follow(self, route: Route | None) -> None:
-        """Looks the route's copies up, outside of what is compiled: one compiled region then serves all languages."""
+        """Looks up the copies that the route visits. This happens outside of compiled regions, so that one serves all
+        languages."""
         slices = () if route is None else route.slices
         self.parts = tuple((self.language(self.languages[language]), first, end) for language, first, end in slices)
 

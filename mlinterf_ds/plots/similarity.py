@@ -153,9 +153,8 @@ def layers_figure(
     ]
     write_csv(path.with_suffix(".csv"), ["component", "line", "layer", "mean", "p10", "p90"], rows)
     count = max(len(by_layer) for by_layer in matrices.values())
-    order = list(
-        dict.fromkeys(name for of_part in lines.values() for name in of_part)
-    )  # a line looks alike in all panels
+    # a line has the same look in all panels
+    order = list(dict.fromkeys(name for of_part in lines.values() for name in of_part))
     figure = style.new_figure(1.2 + len(lines) * max(2.6, 0.3 * count), 3.9)
     grid = figure.subplots(1, len(lines), sharey=True, squeeze=False)[0]
     for axes, (part, of_part) in zip(grid, lines.items(), strict=True):

@@ -27,11 +27,11 @@ from mlinterf_ds.sections import ModelConfig, architecture, has_adapters, is_rou
 
 LANGUAGE_ROWS = "embeddings.language.weight"
 FREE = ("dropout", "attention_dropout", "output_bias", "recompute")  # keys of `model` that no weight depends on
-TIED = (".decoder.weight", ".decoder.bias", ".position_ids")  # names of tensors that repeat another, or count
+TIED = (".decoder.weight", ".decoder.bias", ".position_ids")  # endings of tensors that repeat another, or just count up
 
 
 def model_keys(init: str | Path) -> dict[str, Any]:
-    """The keys of `model` that give the model which `init` names: those of adapters only where it has some."""
+    """The keys of `model` that describe the model which `init` names; those of adapters only if it has any."""
     if folder.is_folder(Path(init)):
         _, keys = folder.read_config(Path(init))
         _as_model(init, keys)
@@ -47,7 +47,7 @@ def _as_model(init: str | Path, keys: Mapping[str, Any]) -> ModelConfig:
 
 
 def _keys_of(saved: Mapping[str, Any]) -> dict[str, Any]:
-    """The same of what a checkpoint saved in run.json."""
+    """The keys of `model` that describe the model of a checkpoint; saved: the content of its run.json."""
     config = with_present_keys(saved.get("pretrained", saved["config"]))  # of the encoder
     shape = ModelConfig(**config["model"])
     keys = {key: value for key, value in shape if key != "recompute"}
@@ -56,7 +56,7 @@ def _keys_of(saved: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_model(init: str, keys: Mapping[str, Any], model: ModelConfig) -> None:
-    """UserError, which names the key, where `model` contradicts the keys of the model that `init` names."""
+    """Raises UserError, which names the key, if `model` contradicts the keys of the model that `init` names."""
     source = _as_model(init, keys)
     for key in keys.keys() - set(FREE):
         compared = {"head_width": "kv_channels", "adapter": "adapter_width"}.get(key, key)
@@ -105,8 +105,8 @@ def weights(
 ) -> WithLanguages:
     """The weights that `init` names, for a run with this shape, vocabulary and languages; the ranks call it together.
 
-    only: the languages that the run trains, None for all. Raises UserError where the weights would load and mean
-    something else: another shape or other pieces, or a language without modules that the run does not ask to add.
+    only: the languages that the run trains, None for all. Raises UserError for weights that could be loaded but would mean
+    something else: of another shape or with other pieces, or without modules of a language that the run does not add.
     """
     start = Start.of_folder(Path(init), languages) if folder.is_folder(Path(init)) else Start.of_checkpoint(init)
     check_model(init, start.keys, model)
@@ -149,11 +149,11 @@ class WithLanguages:
         self.wanted = wanted
         self.old, self.new = len(start.pieces), wanted.size - len(start.pieces)  # pieces of the vocabulary
         known = start.languages
-        # of each language in the source's language embeddings; None: it is new
+        # each language's row in the source's language embeddings; None for a new language
         self.rows = [known.index(language) if language in known else None for language in languages]
 
     def has(self, name: str) -> bool:
-        """False only for what a new adapter is initialised with."""
+        """Whether `read` gives this parameter; all but those with which a new adapter is initialised."""
         return not self._is_new(name) or name.endswith(".up.weight")
 
     def read(self, wanted: Segment, kind: str, tensor: int, tensor_rank: int) -> Tensor:
@@ -172,7 +172,7 @@ class WithLanguages:
         return self.source.read(Segment(**vars(wanted) | {"name": name}), kind, tensor, tensor_rank)
 
     def _grown(self, wanted: Segment, tensor: int, tensor_rank: int) -> Tensor:
-        """A parameter of the vocabulary with rows for new pieces; those of its padding have the mean too."""
+        """Elements of a parameter of the vocabulary with rows for new pieces and for padding, which hold the mean row."""
         assert wanted.partition_dim == 0 or tensor == 1
         whole = self.source.whole(wanted.name)[: self.old]
         ordinary = torch.from_numpy(self.wanted.ordinary)

@@ -204,9 +204,8 @@ class PretrainingRun:
         self.history = {language: [tuple(p) for p in points] for language, points in state["history"].items()}
         self.best, self.seconds, self.run_id = state["best"], state["seconds"], state["run_id"]
         self.old_pieces, self.origin = state.get("old_pieces"), state.get("origin", {})
-        self.tried_from = min(
-            self.tried_from, state.get("micro_batch") or self.tried_from
-        )  # a resumed run keeps its size
+        # a resumed run keeps its size
+        self.tried_from = min(self.tried_from, state.get("micro_batch") or self.tried_from)
         if self.meta and not self.meta.radius.fixed:
             self.meta.radius.radius = state["radius"]
         if self.first and path.parent.parent == output and self._mean_loss() == self.best < math.inf:

@@ -36,11 +36,11 @@ class Finding:
     unit: str
     verdict: Verdict  # after the correction for the number of claims
     effect: Effect
-    beside: dict[str, float] = field(default_factory=dict)  # mean scores and floors to see the effect beside
+    beside: dict[str, float] = field(default_factory=dict)  # mean scores and floors, which are shown beside the effect
     parts: dict[str, float] = field(default_factory=dict)  # the effect by task, language or rival
     note: str = ""
     uncorrected: Verdict = "not measured"  # by the interval alone
-    p: float = 1.0  # of a claim that has an effect: the level from which on its interval decides
+    p: float = 1.0  # the least level at which the interval decides; 1 without an effect
     adjusted_p: float = 1.0  # corrected for the number of claims
     reason: str = ""  # why it is undecided
 
@@ -184,7 +184,7 @@ def finding(
 
 
 def mean_effect(parts: Sequence[Part], confidence: float) -> tuple[Effect, int]:
-    """The mean of the parts over their common seeds, and of how many the counts of each example are not known."""
+    """The mean of the parts over their common seeds, and the number of parts without counts of each example."""
     per_seed = averaged(part.per_seed for part in parts)
     tables: dict[tuple[str, str, int], list[np.ndarray]] = {}  # of each test set: task, language and size
     for part in parts:
@@ -207,7 +207,7 @@ def _beside(parts: Sequence[Part]) -> dict[str, float]:
 
 
 def measured(records: Records, name: str, claim: str, parts: Mapping[str, PerSeed], unit: str) -> Finding:
-    """Judges a claim about what is not a score of a task: only the seeds vary."""
+    """Judges a claim about a quantity that is not a score of a task, so that it varies over seeds only."""
     effect = Effect.of(list(averaged(parts.values()).values()), confidence=records.confidence)
     means = {key: statistics.fmean(part.values()) for key, part in parts.items() if part}
     result = Finding(name, claim, unit, "not measured", effect, {}, means)
@@ -292,7 +292,7 @@ def below_lexical(finding: Finding) -> str:
 
 
 def caution(findings: Sequence[Finding], confidence: float) -> str:
-    """What a reader of many verdicts must know."""
+    """The sentence under the verdicts that says how they are corrected for their number."""
     count = sum(finding.effect.has_interval for finding in findings)
     return (
         f"Verdicts are corrected for there being {count} of them (Benjamini and Hochberg): of those that are decided, a share of "

@@ -64,7 +64,7 @@ class Comparison:
 def compare_bits(
     mono: Groups, joint: Groups, bits: Mapping[str, Mapping[str, np.ndarray]], languages: Sequence[str]
 ) -> tuple[list[Comparison], list[str]]:
-    """Bits per character of every language of every joint model, and notes on what has no partner or another setting.
+    """Compares bits per character of every language of every joint model; notes what has no partner or other settings.
 
     bits: run's folder -> language -> (rows,). UserError if mono runs of one language are of several variants.
     """
@@ -283,7 +283,7 @@ class InterferenceResults:
         return "\n".join([*lines, "positive: joint training hurts", *(f"note: {note}" for note in notes)])
 
     def cautions(self) -> list[str]:
-        """What is not to be read from the comparisons: scores below the lexical baseline, and intervals that lack a part."""
+        """Warnings against reading too much into the comparisons: scores below the lexical baseline, incomplete intervals."""
         notes = []
         for comparison in self.comparisons:
             name = f"{comparison.metric}, {comparison.language} in {comparison.setup.joined}"

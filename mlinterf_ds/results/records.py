@@ -1,4 +1,4 @@
-"""What a study's finished jobs measured, as plain rows: everything that its tables, findings and page are made of."""
+"""The results of a study's finished jobs as plain rows, from which its tables, findings and page are made."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from mlinterf_ds.results.runs import FineTunedRun, early_loss, finished_summary,
 
 @dataclass(frozen=True)
 class AnalysedModel:
-    """What every row says of the model that it belongs to."""
+    """The fields by which every row names its model."""
 
     __pydantic_config__ = ConfigDict(extra="forbid")
     set: str
@@ -30,7 +30,7 @@ class AnalysedModel:
 
 @dataclass(frozen=True)
 class StudyModel(AnalysedModel):
-    """What the rows of a study's own models say beside that."""
+    """The further fields by which a row names one of the study's own models."""
 
     kind: str  # pair, low, triple, many, mono
     control: str  # "", direct, compute, freeze
@@ -74,7 +74,7 @@ class TrainedModel(StudyModel):
 
 @dataclass(frozen=True)
 class AnalysisSummary(AnalysedModel):
-    """What an analysis says of a model, or of all models together."""
+    """The results of an analysis of a model, or of all models together."""
 
     analysis: str
     facts: dict[str, Any]

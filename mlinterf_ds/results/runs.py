@@ -1,4 +1,4 @@
-"""Run folders, read: what a pretraining run or a fine-tuning says of itself in the files that it wrote.
+"""Reads run folders: the results and settings that pretraining runs and fine-tunings left in their files.
 
 `launch/analyze.py analysis=interference` and `launch/study.py` read run folders through this module. Nothing here evaluates a
 model.
@@ -182,7 +182,7 @@ class FineTunedRun:
     majority: dict[str, float]  # tested language -> what always guessing the most frequent class scores
     lexical: dict[
         str, float
-    ]  # tested language -> what each word's commonest label in training scores, if there is such
+    ]  # tested language -> what each word's commonest label in training scores, if that is known
     others: dict[str, dict[str, float]]  # tested language -> further metrics, means over the fine-tuning seeds
 
     @classmethod

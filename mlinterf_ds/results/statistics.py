@@ -156,8 +156,8 @@ def combined(judgements: Sequence[Judgement]) -> Judgement:
 
 
 def adjusted(ps: Sequence[float]) -> list[float]:
-    """The p-values corrected for their number (Benjamini and Hochberg, 1995): what is called decided below a level q is wrong in
-    a share of at most q on average."""
+    """The p-values corrected for their number (Benjamini and Hochberg, 1995): of the claims with a value below q, on average
+    at most the share q is decided wrongly."""
     from scipy.stats import false_discovery_control
 
     return false_discovery_control(ps).tolist() if len(ps) else []

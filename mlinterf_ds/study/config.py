@@ -110,7 +110,7 @@ class StudyConfig(Section):
     ranks: int = key(1, "processes of a job", ge=1)
     parallel: int | None = key(None, "jobs that run at once; default: cores / ranks", ge=1)
     margin: float = key(1.0, "points within which two scores count as the same", gt=0)
-    confidence: float = key(0.95, "of every interval and verdict", gt=0.5, lt=1)
+    confidence: float = key(0.95, "confidence of every interval and verdict", gt=0.5, lt=1)
     departures: list[str] = key(
         [], "departures from the paper's protocol, a sentence each; they become notes under every table"
     )

@@ -69,8 +69,8 @@ def record(tracker: Tracker, output: Path, findings: Sequence[Finding], jobs: Se
 def best(records: Records) -> TrainedModel | None:
     """The pair model with the best zero-shot score, averaged over tasks and target languages.
 
-    A model that lacks a score which others of its set have comes last: a hard task that failed must not raise its average. Among
-    models without scores, the one with the fewest bits per character is the best.
+    A model that lacks a score which others of its set have comes last, because without a hard task its average would be
+    higher. Among models without scores, the one with the fewest bits per character is the best.
     """
     models = [model for model in records.models if model.kind == "pair" and not model.control]
     scores: dict[tuple[str, str, int], dict[tuple[str, str], float]] = {}

@@ -108,7 +108,8 @@ def distances(config: StudyConfig, corpora: Corpora) -> tuple[dict[str, float], 
 
 
 def shared_pieces(config: StudyConfig, corpora: Corpora) -> dict[str, float]:
-    """A second distance of each pair set, by the pieces that the two texts share; none for synthetic languages, where the first is the truth."""
+    """A second distance of each pair set, by the pieces that the two texts share; none for synthetic languages, whose planted
+    distance is the truth."""
     from mlinterf_ds.analysis.distance import unigrams, vocabulary_distance
 
     folder, manifest_hash = corpora.of({})

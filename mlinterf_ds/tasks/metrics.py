@@ -142,7 +142,7 @@ def voted(train: Sequence[tuple[str, str]], texts: Sequence[str]) -> list[str]:
 def wilson(right: float, total: int) -> tuple[float, float]:
     """95% interval in percent of a share of `right` out of `total` (Wilson, 1927).
 
-    `right` need not be whole, as scipy's interval demands: here it is a mean over seeds.
+    scipy's interval takes whole numbers only, but here `right` is a mean over seeds.
     """
     z = 1.959964  # the normal distribution's 97.5% point
     share, spread = right / total, z * z / total

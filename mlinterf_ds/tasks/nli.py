@@ -135,9 +135,7 @@ class Nli(Task):
                 label = fields[names[2]] if len(names) == 3 else NO_LABEL
                 label = label if type(label) is int else typed(label, str, names[-1])
                 code = typed(fields.get("language", language), str, "language")
-                json.dumps(
-                    fields, ensure_ascii=False
-                ).encode()  # fails on half a surrogate pair, which no file can hold
+                json.dumps(fields, ensure_ascii=False).encode()  # fails on half a surrogate pair
             if code != language:
                 skipped.add(code)
                 continue

@@ -52,7 +52,8 @@ class Question:
 def read_questions(path: Path, language: str, answered: bool = True) -> list[Question]:
     """The questions of a file. Of a file with all of TyDiQA's languages, only those in `language`.
 
-    answered: False for new text, whose answers, if it has any, are not read. UserError names the file, the line and the path in the JSON tree of a mistake.
+    answered: False for new text, whose answers, if it has any, are not read. Raises UserError that names the file, the line
+    and the path in the JSON tree of a mistake.
     """
     text = read_text(path)
     with refusing(f"{path}: not in SQuAD's format", FILE):

@@ -9,9 +9,8 @@ from typing import Any
 from mlinterf_ds.data.tokenizer import SPACE_PIECE, Tokenizer
 from mlinterf_ds.errors import UserError
 
-Pieces = Sequence[
-    tuple[str, float]
-]  # spelt as SentencePiece does, and their log probabilities; single characters first
+# Pieces as SentencePiece spells them and their log probabilities, single characters first.
+Pieces = Sequence[tuple[str, float]]
 
 
 def appended(old: Tokenizer, learned: Pieces, size: int) -> bytes:
@@ -54,7 +53,7 @@ def _as_words(learned: Pieces, prefix: str) -> list[tuple[str, float]]:
 
 
 def _append(tokenizer: dict[str, Any], pieces: Sequence[str], new: Pieces) -> None:
-    """Appends to a tokenizer.json. Pieces that it only lists as added ones go into the model's own list first, at their ids."""
+    """Appends new pieces to a tokenizer.json, after entering the pieces that it lists only as added ones at their ids."""
     vocabulary = tokenizer["model"]["vocab"]
     if isinstance(vocabulary, dict):
         vocabulary |= {piece: number for number, piece in enumerate([*pieces, *(piece for piece, _ in new)])}

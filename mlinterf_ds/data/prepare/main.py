@@ -56,15 +56,15 @@ def prepare(
     A sentence is a line; in inputs with documents (dumps, <doc> files, datasets) it is a sentence of a paragraph.
     Sentences are normalised (`mlinterf_ds.data.tokenizer`). Empty ones, lines that are not UTF-8, lines over 64 KiB and exact
     duplicates within a language are dropped and counted. Valid and test, with `meta_split` also meta, get
-    `splits.held_out` sentences of a language each, chosen by the hash of the line, or of the document where the input has documents (which are never torn
-    apart). A language needs 50 distinct sentences or documents.
+    `splits.held_out` sentences of a language each, chosen by the hash of the line, or of the document where the input has
+    documents (which are never torn apart). A language needs 50 distinct sentences or documents.
 
     `limits` caps a language's training sentences, in the order of their hashes: a smaller limit keeps a subset of what a
     larger one keeps, and what is held out stays the same. The vocabulary is learned on the training splits, language i
     weighing (sentences_i / all)^(1 / temperature), normalised. `tokenizer` takes another corpus's vocabulary instead, so
-    that perplexities can be compared, or that of a model's `transformers` folder. `extends` names a corpus whose vocabulary is kept,
-    ids and all, and extended to `vocabulary_size` pieces by those of the languages that it lacks; or a model's folder, whose
-    vocabulary gets pieces of the scripts that it lacks. `licence` is a note for the manifest.
+    that perplexities can be compared, or that of a model's `transformers` folder. `extends` names a corpus whose vocabulary
+    is kept, ids and all, and extended to `vocabulary_size` pieces by those of the languages that it lacks; or a model's
+    folder, whose vocabulary gets pieces of the scripts that it lacks. `licence` is a note for the manifest.
 
     The result is the same, bit for bit, for any number of `workers` (default: all cores). After an interruption the same
     call goes on from there; a finished folder is opened as it is. Raises UserError for unusable inputs or numbers, for a

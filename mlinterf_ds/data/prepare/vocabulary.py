@@ -23,12 +23,13 @@ from mlinterf_ds.data.tokenizer import BOS, EOS, PAD, SPACE_PIECE, SPECIAL_PIECE
 from mlinterf_ds.errors import UserError
 from mlinterf_ds.files import write_bytes
 
-# A vocabulary is learned from this many characters of distinct units for each piece, and from SAMPLE_RATIO times as many of
-# running text; up to UNREPEATED times as many where units hardly repeat (no spaces). SentencePiece needs about 65 bytes a character, so that 32,000 pieces are learned in 200 MB.
+# A vocabulary is learned from this many characters of distinct units for each piece, and from SAMPLE_RATIO times as many
+# characters of running text; from up to UNREPEATED times as many where units hardly repeat (no spaces). SentencePiece needs
+# about 65 bytes a character, so that 32,000 pieces are learned in 200 MB.
 CHARACTERS_PER_PIECE, FEWEST_CHARACTERS = 75, 500_000
 SAMPLE_RATIO, UNREPEATED = 20, 4
-# So much of each language's text consists of characters that are in the vocabulary: the first share whose characters take no
-# more than that part of the pieces. (XLM-R has 0.9995 of all text.)
+# share of each language's text whose characters are in the vocabulary -> the part of all pieces that these may take. The
+# first share that fits is used. (XLM-R covers 0.9995 of all text.)
 COVERAGE = {0.99995: 0.25} | dict.fromkeys((0.9995, 0.999, 0.998, 0.995, 0.99, 0.98, 0.95), 0.75)
 LONGEST_UNIT = 32  # characters: longer runs without a space, such as sentences of Thai, are cut; a piece has 16 at most
 
@@ -159,10 +160,10 @@ def _thinned(units: Counter[str], characters: float) -> Mapping[str, float]:
 
 
 def trained(units: Mapping[str, int], size: int, kind: str = "bpe") -> ModelProto:
-    """Learns a vocabulary (`kind`: "bpe" or "unigram") of `size` pieces, all characters among them, on one thread: it depends on the arguments alone.
+    """Learns a vocabulary of `size` pieces, all characters among them, on one thread, so that only the arguments decide it.
 
-    Raises UserError if the text has too few pieces for `size` (the message names the largest size that it allows), or if
-    `size` has no room for the characters.
+    kind: "bpe" or "unigram". Raises UserError if the text has too few pieces for `size` (the message names the largest size
+    that it allows), or if `size` has no room for the characters.
     """
     if size <= len(SPECIAL_PIECES):
         raise UserError(f"vocabulary size {size}: must be more than the {len(SPECIAL_PIECES)} special pieces")
@@ -194,7 +195,7 @@ def trained(units: Mapping[str, int], size: int, kind: str = "bpe") -> ModelProt
 
 
 def at_most(units: Mapping[str, int], size: int, kind: str = "bpe") -> ModelProto:
-    """The same of `size` pieces, or of fewer where the text has no more."""
+    """Learns a vocabulary as `trained` does, with fewer pieces if the text has not enough."""
     try:
         return trained(units, size, kind)
     except UserError as error:
