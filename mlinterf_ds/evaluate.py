@@ -38,7 +38,7 @@ from mlinterf_ds.tasks.sources import parse
 from mlinterf_ds.tracking import Tracker, dataset, environment_facts
 
 BLANK = "<mask>"
-ROWS = 64  # evaluated at once
+ROWS = 64  # rows that are evaluated at once
 
 
 def main(arguments: Sequence[str], group: Group | None = None) -> int:

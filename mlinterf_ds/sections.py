@@ -87,7 +87,7 @@ class RowFormat:
     """
 
     length: int  # tokens of a row, `<s>` included
-    mask_share: float = MASK_SHARE  # of a row's text is predicted
+    mask_share: float = MASK_SHARE  # the share of a row's text that is predicted
     boundaries: Boundaries = "document"
     positions: Positions = "boundary"
 

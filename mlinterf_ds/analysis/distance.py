@@ -19,7 +19,7 @@ from mlinterf_ds.data import synthetic
 from mlinterf_ds.data.corpus import Corpus
 from mlinterf_ds.errors import UserError
 
-SENTENCES = 5000  # of each language, whose characters are counted
+SENTENCES = 5000  # sentences of each language whose characters are counted
 ORDERS = (1, 2, 3)  # lengths of the sequences of characters that are counted
 
 

@@ -13,7 +13,7 @@ from mlinterf_ds.data.stream import checked_languages
 from mlinterf_ds.data.windows import TokenSource, split_windows
 from mlinterf_ds.sections import RowFormat
 
-TOKENS_AT_ONCE = 1 << 22  # of a text whose pieces are counted: memory stays flat on any corpus
+TOKENS_AT_ONCE = 1 << 22  # tokens that are counted at once, so that memory stays flat on any corpus
 
 
 class EvaluationSet:

@@ -29,7 +29,7 @@ from mlinterf_ds.model.encoder import SHARED, partition_dim
 from mlinterf_ds.runtime.parallel import Layout, ModelParallelUnit
 from mlinterf_ds.sections import TrainConfig
 
-FEW_LANGUAGES = 8  # up to which train.idle_languages=auto keeps all of them on the device
+FEW_LANGUAGES = 8  # languages up to which train.idle_languages=auto keeps all on the device
 PATIENCE = 25  # steps skipped in a row before a run is declared lost
 
 

@@ -55,7 +55,7 @@ class Passes:
         self._seen: dict[Hashable, int] = {}
         self.captured: dict[Hashable, Captured] = {}
         self._pool: Any = None
-        self._slot: Slot | None = None  # of the language that a pass goes through
+        self._slot: Slot | None = None  # the buffers of the language whose modules a pass uses
 
     def capture(self, wanted: bool | str) -> str:
         """Captures passes from now on where that is possible; returns the reason where it is not, else ''.

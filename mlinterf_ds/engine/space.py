@@ -29,7 +29,7 @@ class Segment:
     """`length` elements of parameter `name`, from element `start` on, lie at `offset` of master `shard`."""
 
     name: str
-    shape: tuple[int, ...]  # of this tensor-parallel rank's parameter
+    shape: tuple[int, ...]  # the shape of this tensor-parallel rank's part of the parameter
     start: int
     length: int
     shard: int
@@ -44,7 +44,7 @@ class Space:
     _counted: list[tuple[int, int, int]]  # `counted` as (shard, begin, end), neighbours joined
 
     def __init__(self, name: str, parameters: Mapping[str, nn.Parameter]):
-        self.name = name  # of the group: `SHARED`, a language's code, ...
+        self.name = name  # the group's name: `SHARED`, a language's code, ...
         self.parameters = dict(parameters)
         self.masters: Vector = []
         self.segments: list[Segment] = []

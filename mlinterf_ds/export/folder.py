@@ -25,7 +25,7 @@ from mlinterf_ds.export.classes import OURS, SPECIAL_IDS, Names, check, joined, 
 from mlinterf_ds.files import check_files
 
 LISTING = "export.json"  # the file that holds size and digest of every other
-INDEX = "model.safetensors.index.json"  # of weights in several files
+INDEX = "model.safetensors.index.json"  # lists the tensors where weights lie in several files
 VOCABULARY = ("embeddings.word.weight", "head.bias")  # exported without the padding of the vocabulary
 CONVERT = (
     "convert it once with transformers, on a machine where you trust the file: AutoModelForMaskedLM.from_pretrained(FOLDER)"

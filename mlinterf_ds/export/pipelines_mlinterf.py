@@ -45,7 +45,7 @@ class TokenClassification(_WithLanguage, TokenClassificationPipeline):
 
     def _forward(self, model_inputs: dict[str, Any], language: str | None = None) -> Any:
         outputs = super()._forward(model_inputs, language)
-        outputs.pop("language")  # of the inputs, which the outputs repeat
+        outputs.pop("language")  # the outputs repeat the inputs, which hold it
         return outputs
 
 
@@ -99,8 +99,8 @@ class QuestionAnswering(Pipeline):
             "attention_mask": padded["attention_mask"],
             "context": inputs["context"],
             "offsets": offsets,
-            "columns": [(len(start), len(row) - 1) for row in rows],  # of the context in each row
-            "firsts": firsts,  # its first piece there
+            "columns": [(len(start), len(row) - 1) for row in rows],  # the columns that the context has in each row
+            "firsts": firsts,  # the number of the context's first piece in each row
         }
 
     def _pieces(self, context: str) -> tuple[list[int], list[tuple[int, int]]]:

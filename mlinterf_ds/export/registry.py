@@ -9,7 +9,7 @@ from pathlib import Path
 
 from mlinterf_ds.export.pyfunc import COLUMNS, LANGUAGE, kind_of
 
-REQUIREMENTS = ["mlinterf_ds", "torch", "transformers>=5", "pandas"]  # of a registered model
+REQUIREMENTS = ["mlinterf_ds", "torch", "transformers>=5", "pandas"]  # packages that a registered model needs
 
 
 def register(folder: Path, name: str, run_id: str | None, model: str, tags: Mapping[str, str]) -> str:

@@ -93,7 +93,7 @@ class Progress:
     best: float = -1.0  # mean over dev languages; scores are 0 to 100
     best_epoch: int = 0
     best_step: int = 0
-    epoch_loss: list[float] = field(default_factory=list)  # of the epoch in progress
+    epoch_loss: list[float] = field(default_factory=list)  # losses of the steps in the present epoch
 
 
 class Trial:

@@ -30,9 +30,9 @@ from mlinterf_ds.sections import ConflictSection, RowFormat
 if TYPE_CHECKING:
     from mlinterf_ds.plots.similarity import Curves
 
-PAPERS_ROWS, CPU_ROWS = 4096, 64  # rows of a gradient
+PAPERS_ROWS, CPU_ROWS = 4096, 64  # rows of a gradient in the paper, and by default on a CPU
 MOST_EXACT = 4  # languages up to which sketch=auto keeps whole gradients
-DIMENSION = 4096  # of the projection beyond
+DIMENSION = 4096  # dimension of the projection for more languages
 FIELDS = ["step", "scope", "left", "right", "cosine"]  # columns of conflict.csv
 LOGGED_PAIRS = 28  # pairs of languages with a curve of their own in MLflow: 8 languages
 

@@ -67,7 +67,7 @@ class Embeddings(nn.Module):
         )
         mark_split(self.word.weight, 0)
         self.position = nn.Embedding(config.positions or positions, width)
-        self.offset = config.position_offset  # of a text's first position
+        self.offset = config.position_offset  # the row of the position table for a text's first token
         self.token_type = nn.Embedding(config.token_types, width) if config.token_types else None
         self.language = nn.Embedding(languages, width) if languages else None
         self.norm = nn.LayerNorm(width, eps=config.epsilon) if config.embedding_norm else None

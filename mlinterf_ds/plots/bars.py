@@ -16,7 +16,7 @@ from mlinterf_ds.plots.style import DARK_GREY, DASHED
 FLOORS = {"majority": DASHED, "lexical": (0, (1, 1.2))}  # series that are lines across their categories
 HATCHES = ["", "////", "....", "xxxx", "\\\\\\\\"]  # tell bars apart in grey print
 MOST_ACROSS = 22  # how many bars a row has at most
-MOST_CATEGORIES = 40  # drawn; the CSV has all
+MOST_CATEGORIES = 40  # categories that are drawn; the CSV has all
 
 
 class Value(NamedTuple):

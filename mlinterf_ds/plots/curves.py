@@ -16,8 +16,8 @@ from mlinterf_ds.plots import style
 from mlinterf_ds.plots.style import DARK_GREY, DASHED, GREY, Look, Points
 
 MOST_LABELS = 20  # more lines than this are drawn grey, and only the extremes are named
-EXTREMES = 4  # named at each end
-MOST_PANELS = 24  # languages drawn; the CSV has all
+EXTREMES = 4  # curves that are named at either end of the order
+MOST_PANELS = 24  # languages that are drawn; the CSV has all
 BASELINE = "mono"  # the model that is dashed
 BINS = 40  # points of a curve of training losses
 
@@ -38,7 +38,9 @@ def perplexity_curves(
     curves = {name: sorted(point for point in points if 0 < point[1] < math.inf) for name, points in history.items()}
     curves = {name: points for name, points in curves.items() if points}
     floors = {name: value for name, value in (baselines or {}).items() if name in curves and 0 < value < math.inf}
-    order = sorted(curves, key=lambda name: curves[name][-1][1], reverse=True)  # as the lines end, from above
+    order = sorted(
+        curves, key=lambda name: curves[name][-1][1], reverse=True
+    )  # from the highest line end to the lowest
     named = order if len(order) <= MOST_LABELS else order[:EXTREMES] + order[-EXTREMES:]
     figure = style.new_figure(7.2, max(4.2, 0.235 * len(named) + 1.2))
     axes = figure.add_subplot()

@@ -48,7 +48,7 @@ def _as_model(init: str | Path, keys: Mapping[str, Any]) -> ModelConfig:
 
 def _keys_of(saved: Mapping[str, Any]) -> dict[str, Any]:
     """The keys of `model` that describe the model of a checkpoint; saved: the content of its run.json."""
-    config = with_present_keys(saved.get("pretrained", saved["config"]))  # of the encoder
+    config = with_present_keys(saved.get("pretrained", saved["config"]))  # a fine-tuning has both
     shape = ModelConfig(**config["model"])
     keys = {key: value for key, value in shape if key != "recompute"}
     keys |= {"positions": shape.positions or config["data"]["sequence_length"], "adapter": shape.adapter_width}
@@ -75,8 +75,8 @@ class Start:
 
     path: Path  # its folder
     source: CheckpointReader | Folder
-    keys: dict[str, Any]  # of `model`
-    pieces: list[str]  # of its vocabulary, by id
+    keys: dict[str, Any]  # the keys of `model` that describe it
+    pieces: list[str]  # the pieces of its vocabulary, by id
     languages: list[str]  # codes of ours
     variant: str
     origin: dict[str, Any] = field(default_factory=dict)  # see `Folder.origin`

@@ -61,11 +61,11 @@ class PretrainingRun:
         # (step, validation perplexity) of each language
         self.history: dict[str, list[tuple[int, float]]] = {language: [] for language in self.languages}
         self.best = math.inf  # mean validation loss of the best checkpoint, in nats
-        self.seconds = 0.0  # of training, those before a resume included
+        self.seconds = 0.0  # seconds of training, those before a resume included
         self.warned_of_spike = False
         self._unrecorded: tuple[Mapping[str, float], int] | None = None  # the newest step's facts, and its number
         self.saver = checkpoint.Saver(session.output, config.train.keep)
-        self.saved_step = -1  # of the newest checkpoint that this process began to write
+        self.saved_step = -1  # the step of the newest checkpoint that this process began to write
         self.run_id: str | None = None  # MLflow's, of a run that is resumed
         self.origin: dict[str, Any] = {}  # what a model from a transformers folder keeps of it (`Folder.origin`)
         self.old_pieces: int | None = None  # size of the vocabulary that this run's extends
@@ -175,7 +175,7 @@ class PretrainingRun:
 
     def _mfu(self, tokens_per_second: float) -> float:
         """The share of the peak that the products of all passes take, those over validation rows and displaced weights included."""
-        steps = self.config.meta.every  # of which one is a meta step
+        steps = self.config.meta.every  # steps of which one is a meta step
         tokens = self.config.rows_seen(steps) / steps * self.config.data.sequence_length
         return tokens_per_second / tokens * self.step_flops / self.peak
 
@@ -228,7 +228,7 @@ class PretrainingRun:
 
     def _refuse_other_settings(self, path: Path, saved: dict[str, Any]) -> None:
         """UserError where a key that decides the data, the model or a step is not as it was in the checkpoint."""
-        defaults = flat(RunConfig().model_dump())  # of keys that are newer than the checkpoint
+        defaults = flat(RunConfig().model_dump())  # for keys that are newer than the checkpoint
         before = decisive(RunConfig, defaults | flat(with_present_keys(saved["config"])))
         now = decisive(RunConfig, self.config.model_dump())
         if not is_meta(self.config.variant):  # keys that the run never reads

@@ -24,7 +24,7 @@ if TYPE_CHECKING:  # the session needs megatron, the columns of train.csv do not
     from mlinterf_ds.runtime.session import Session
 
 History = dict[str, list[tuple[int, float]]]  # (step, validation perplexity) of each language
-COLUMNS = ["step", "language", "loss", "lr", "tokens"]  # of train.csv
+COLUMNS = ["step", "language", "loss", "lr", "tokens"]  # columns of train.csv
 
 
 class Records:

@@ -27,10 +27,10 @@ class Comparison:
 
     metric: str  # "bits per character", or a task's, such as "ner f1"
     language: str
-    setup: Setup  # of the joint models
-    seeds: tuple[int, ...]  # of pretraining
+    setup: Setup  # the setup of the joint models
+    seeds: tuple[int, ...]  # the seeds of pretraining
     rows: int  # scored for each seed: rows of text, or fine-tuning seeds
-    mono: tuple[float, ...]  # by seed
+    mono: tuple[float, ...]  # the scores by seed
     joint: tuple[float, ...]
     effect: Effect
     floors: dict[str, float] = field(default_factory=dict)  # "majority" and, if the task has it, "lexical"
@@ -139,7 +139,7 @@ def _compared(
     common = [sorted(mono.scores[code].keys() & joint.scores[code].keys()) for mono, joint in runs.values()]
     if not all(common):
         raise UserError(f"{metric} in {code}: the fine-tunings have none of finetune.seeds in common")
-    count = min(map(len, common))  # of fine-tuning seeds, as many for each pretraining seed
+    count = min(map(len, common))  # fine-tuning seeds that are used of each pretraining seed
     tables, shares = [], []
     for side in zip(*runs.values(), strict=True):
         chosen = [(run, seed) for run, seeds in zip(side, common, strict=True) for seed in seeds[:count]]

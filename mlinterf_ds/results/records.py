@@ -62,7 +62,7 @@ class TrainedModel(StudyModel):
     """A pretrained model."""
 
     steps: int
-    tokens: int  # of text trained on
+    tokens: int  # tokens of text that it was trained on
     seconds: float
     perplexity: dict[str, float]
     bits_per_character: dict[str, float]
@@ -97,7 +97,7 @@ class Records:
     sizes: dict[str, dict[str, int]] = field(default_factory=dict)  # language -> sentences, tokens of train
     source: str = ""  # the language that zero-shot transfer starts from
     margin: float = 1.0  # points that count as no difference
-    confidence: float = 0.95  # of the intervals
+    confidence: float = 0.95  # confidence of the intervals
 
     @property
     def of_models(self) -> list[TaskScore | TrainedModel]:

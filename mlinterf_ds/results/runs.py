@@ -173,9 +173,9 @@ class FineTunedRun:
     folder: str
     task: str
     metric: str  # the task's main one
-    setup: Setup  # of the pretrained model
+    setup: Setup  # the setup of the pretrained model
     checkpoint: str
-    seed: int  # of pretraining
+    seed: int  # the seed of pretraining
     train: tuple[str, ...]  # languages
     tests: dict[str, str]  # tested language -> its test data
     scores: dict[str, dict[int, float]]  # tested language -> fine-tuning seed -> score in percent

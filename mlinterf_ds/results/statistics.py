@@ -26,7 +26,7 @@ Right = TypeVar("Right")
 Verdict = Literal["holds", "fails", "undecided", "not measured"]
 VERDICTS: tuple[Verdict, ...] = ("holds", "fails", "undecided", "not measured")
 LEAST_P = 1e-12  # p-values are not told below this
-MOST_SEEDS = 1000  # beyond which `seeds_needed` gives up
+MOST_SEEDS = 1000  # seeds at which `seeds_needed` gives up
 
 
 def paired(left: Mapping[int, Left], right: Mapping[int, Right]) -> dict[int, tuple[Left, Right]]:

@@ -43,7 +43,7 @@ try:
 finally:
     torch.compile = _compile
 
-ARRIVAL = datetime.timedelta(minutes=10)  # that the first rank waits for the last to start
+ARRIVAL = datetime.timedelta(minutes=10)  # how long the first rank waits for the last to start
 
 
 @dataclass(frozen=True)

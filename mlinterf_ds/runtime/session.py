@@ -67,7 +67,7 @@ def session(
 
     def prepare() -> None:
         with writing(folder):
-            log.with_name("failed").unlink(missing_ok=True)  # of an earlier attempt
+            log.with_name("failed").unlink(missing_ok=True)  # an earlier attempt may have left it
         refuse(folder)
 
     with in_group(group, parallel) as layout:

@@ -100,7 +100,10 @@ def register(records: Records, name: str, output: Path, run_id: str) -> str:
     if chosen is None:
         return "no joint model to register"
     mlflow.set_tracking_uri(tracking_uri())
-    client, label = mlflow.MlflowClient(), Path(chosen.folder).parent.name  # its job with the hash
+    client, label = (
+        mlflow.MlflowClient(),
+        Path(chosen.folder).parent.name,
+    )  # the name of its job's folder, with the hash
     versions = client.search_model_versions(f"name='{name}'")
     if label in {version.tags.get("job") for version in versions}:
         return f"the best model is still {label}, registered as {name}"

@@ -20,7 +20,7 @@ from mlinterf_ds.runtime.parallel import Layout
 from mlinterf_ds.tasks.base import Kind, Row
 from mlinterf_ds.tasks.heads import TaskBatch
 
-PREDICTED_ROWS = 64  # that a rank predicts at once
+PREDICTED_ROWS = 64  # rows that a rank predicts at once
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from mlinterf_ds.runtime.parallel import replayed
 from mlinterf_ds.sections import ModelConfig
 from mlinterf_ds.tasks.base import Kind
 
-HEAD_STD = 0.02  # of a new classifier, as BERT
+HEAD_STD = 0.02  # standard deviation of a new classifier's weights, as in BERT
 CLASSIFIER = "task classifier"  # the name of its parameter group, in checkpoints too
 
 
@@ -36,7 +36,7 @@ class TaskBatch:
     targets: Tensor  # (rows, targets) int64: classes (0 where there is none), or indices into `positions`
     weights: Tensor  # (rows, targets) float32: they sum to 1 over the global batch; 0 where there is no target
     languages: Tensor  # (rows,) int64: index into the encoder's languages
-    step_languages: tuple[int, ...]  # of the whole global batch, ascending: the same on all ranks
+    step_languages: tuple[int, ...]  # languages of the global batch, ascending: the same on all ranks
     dropout_seed: int
 
     def to(self, device: torch.device | str) -> TaskBatch:

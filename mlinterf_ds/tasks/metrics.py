@@ -24,7 +24,7 @@ def entity_scores(gold: Tags, predicted: Tags) -> dict[str, float]:
 
     lists = [list(tags) for tags in gold], [list(tags) for tags in predicted]
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that a metric without predictions is set to 0, as `zero_division` asks
+        warnings.simplefilter("ignore")  # seqeval warns that it sets a metric without predictions to 0, which is wanted
         scores = precision_recall_fscore_support(*lists, average="micro", zero_division=0)
     return {name: 100 * float(score) for name, score in zip(("precision", "recall", "f1"), scores, strict=False)}
 

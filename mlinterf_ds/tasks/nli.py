@@ -215,7 +215,7 @@ class Nli(Task):
 
 def shortened(first: list[int], second: list[int], room: int) -> tuple[list[int], list[int]]:
     """Cuts both sequences to `room` pieces together: the longer one loses its last piece, again and again."""
-    kept = max(room // 2, room - len(second))  # of the first
+    kept = max(room // 2, room - len(second))  # pieces that the first sequence keeps
     return first[:kept], second[: room - min(kept, len(first))]
 
 

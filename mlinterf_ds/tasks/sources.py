@@ -17,8 +17,8 @@ from mlinterf_ds.tasks.base import Task
 SPLITS = ("train", "dev", "test")
 Options = dict[str, dict[str, str]]  # split -> language -> file, 'synthetic' or 'split'
 SYNTHETIC_SPLIT = {"train": "train", "dev": "valid", "test": "test"}
-SHARE = 0.1  # of train, that LANG=split takes
-NAMED = 10  # questions of unusable answers that a note names
+SHARE = 0.1  # the share of train that LANG=split takes
+NAMED = 10  # how many questions with unusable answers a note names
 SEED = 0  # fixed: synthetic examples and splits are the same for every seed of a fine-tuning
 
 

@@ -10,7 +10,7 @@ from mlinterf_ds.data.tokenizer import Vocabulary
 from mlinterf_ds.errors import UserError
 from mlinterf_ds.tasks.base import Limits, Row
 
-FEWEST_PIECES = 8  # of context in a window
+FEWEST_PIECES = 8  # pieces of context that a window must have room for
 
 Offsets = list[tuple[int, int]]  # (start, end) of each piece in the context, in characters
 

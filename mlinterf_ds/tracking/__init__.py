@@ -50,7 +50,7 @@ log = logging.getLogger(__name__)
 
 NOTE = "mlflow.note.content"  # tag that MLflow's browser shows as the run's description
 LOCAL_UI = "http://127.0.0.1:5000"  # where `mlflow ui` listens
-MAX_STEP = 2**63 - 1  # of a SQL store
+MAX_STEP = 2**63 - 1  # the largest step that a SQL store can hold
 INTERVAL = 2.0  # seconds between two looks at the spool
 LONGEST_PAUSE = 30.0  # seconds between two attempts while the server is away
 CLOSING_TIMEOUT = 30.0  # seconds that a finished job waits for the server

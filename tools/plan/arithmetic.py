@@ -29,7 +29,7 @@ class PlannedLayout:
 
     ranks: int
     tensor: int  # ranks of a tensor-parallel group
-    stage: int  # of ZeRO
+    stage: int  # ZeRO's stage
     precision: str
 
     @property
@@ -47,10 +47,10 @@ class ParameterCount:
     """The number of elements that one tensor-parallel rank holds, before ZeRO divides them."""
 
     shared: int
-    own: int  # of one language
+    own: int  # one language's own parameters
     languages: int  # how many languages have parameters of their own
-    small: int  # of the shared parameters, those that ZeRO 3 never divides
-    matrix: int  # of the largest matrix of a layer
+    small: int  # the shared parameters that ZeRO 3 never divides
+    matrix: int  # the largest matrix of a layer
 
     @property
     def total(self) -> int:
@@ -190,11 +190,11 @@ def activations(config: RunConfig, rows: int, vocabulary: int, layout: PlannedLa
     n, m = rows * config.data.sequence_length, rows * config.data.row_format.masked
     inner = model.heads * model.kv_channels / tensor
     layer, last = _saved_by_layer(config, layout, n, n, on_gpu), _saved_by_layer(config, layout, n, m, on_gpu)
-    last += b * m * w  # of the last layer's first norm, the outputs that are read are copied
+    last += b * m * w  # the outputs of the last layer's first norm that are read are copied
     if tensor > 1:
         last += b * n * inner  # all queries are computed, and those that are read copied
     layers = model.layers * b * n * w + layer if model.recompute else (model.layers - 1) * layer + last
-    dropped = (1 if on_gpu else b) * n * w if model.dropout else 0.0  # of the embeddings
+    dropped = (1 if on_gpu else b) * n * w if model.dropout else 0.0  # the mask of the embeddings' dropout
     v = -(-vocabulary // 64) * 64 / tensor
     head = (
         b * m * 5 * w + 8 * m + 4 * m * v

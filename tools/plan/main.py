@@ -37,9 +37,9 @@ class Plan:
     layout: arithmetic.PlannedLayout
     micro: int  # rows of a micro-batch
     memory: dict[str, float]  # bytes by kind
-    seconds: dict[str, float]  # of a step, by cause
+    seconds: dict[str, float]  # seconds of a step, by cause
     sent: dict[str, float]  # bytes that a rank sends in a step, by collective
-    days: float  # of the whole run
+    days: float  # days of the whole run
     fits: bool
 
     @property

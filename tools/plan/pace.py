@@ -52,7 +52,9 @@ def moved(config: RunConfig, layout: PlannedLayout, vocabulary: int, rows: float
     token = (38 if model.dropout else 28) * w + 9 * i + 6 * f
     if has_adapters(config.variant):
         token += model.adapters * (10 * w + 6 * model.adapter_width / layout.tensor)
-    tokens = rows * ((model.layers - 1) * config.data.sequence_length + masked)  # of the last layer what is read
+    tokens = rows * (
+        (model.layers - 1) * config.data.sequence_length + masked
+    )  # the last layer computes only what is read
     logits = rows * masked * vocabulary / layout.tensor
     return b * token * tokens * (RECOMPUTED if model.recompute else 1) + (44 + 5 * b) * logits
 

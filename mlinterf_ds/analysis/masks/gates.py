@@ -38,7 +38,7 @@ class Site:
     matrix: str  # the matrix whose rows these are; '' for heads and neurons
     start: int
     size: int
-    parameters: int  # in one group
+    parameters: int  # parameters in one group
     split: bool  # whether tensor-parallel ranks share the groups out; else every rank has all
     module: nn.Module
 

@@ -34,7 +34,7 @@ from mlinterf_ds.model.encoder import Encoder
 from mlinterf_ds.runtime.parallel import Layout
 from mlinterf_ds.sections import RowFormat
 
-RANDOM = 3  # random prunings, with which a learned one is compared
+RANDOM = 3  # random prunings with which a learned one is compared
 EVALUATED = 64  # rows that are scored at once
 EPS = 1e-15  # Adam's epsilon; gradients shrink as the number of groups grows
 Report = Callable[[Mapping[str, float], int], None]  # takes metrics and their step

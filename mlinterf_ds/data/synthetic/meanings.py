@@ -57,13 +57,13 @@ GIVEN, FAMILY, TOWN, TOWN_TAIL, FIRM, FIRM_TAIL = (
 
 # --- probabilities ---------------------------------------------------------------------------------------------------
 ZIPF_OFFSET = 1.5  # the k-th most frequent of a list has weight 1 / (k + 1.5), k from 0
-RANDOM_PHRASES = 0.08  # of noun phrases ignore what the verb or adposition selects
-NAMED = 0.5  # of phrases of a class that has names are a name
-REUSED = 0.4  # of organisation names start with a person's or a place's word: only context tells
-TWO_WORDS = {HUMAN: 0.5, PLACE: 0.2, GROUP: 0.4}  # of names have a second word
+RANDOM_PHRASES = 0.08  # share of noun phrases that ignore what the verb or adposition selects
+NAMED = 0.5  # share of names among the phrases of a class that has names
+REUSED = 0.4  # share of organisations' names that start with a person's or a place's word
+TWO_WORDS = {HUMAN: 0.5, PLACE: 0.2, GROUP: 0.4}  # share of names with a second word
 PLURAL, DETERMINED, MODIFIED = 0.25, 0.8, 0.35
 NEGATIVE, ADVERB, ADJUNCT, SECOND_CLAUSE, QUESTION = 0.1, 0.35, 0.4, 0.27, 0.06
-INTRANSITIVE = 0.25  # of verb pairs
+INTRANSITIVE = 0.25  # share of intransitive verb pairs
 # What the verbs select, in turn from the most frequent: a class with names, or None for one of the nine others.
 SUBJECT_CLASSES = (HUMAN, GROUP, None, HUMAN, None, GROUP, HUMAN, PLACE)
 OBJECT_CLASSES = (None, HUMAN, None, PLACE, None, GROUP, None)
