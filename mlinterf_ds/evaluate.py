@@ -124,7 +124,7 @@ class Model:
 
     @torch.no_grad()
     def surprisals(self, batch: Batch) -> torch.Tensor:
-        """(rows, masked) fp32, in nats."""
+        """The surprisal of each predicted piece in nats, (rows, masked) fp32."""
         return self.encoder(batch.to(self.device))[1].cpu()
 
     def summed(self, values: Sequence[float]) -> list[float]:

@@ -72,7 +72,7 @@ class Pretrained:
 
     @property
     def row_format(self) -> RowFormat:
-        """How text became rows in its pretraining."""
+        """The rules by which text became rows in its pretraining."""
         data = self.saved["config"]["data"]
         return RowFormat(int(data["sequence_length"]), float(data["mask"]), data["boundaries"], data["positions"])
 
@@ -137,7 +137,7 @@ class Point:
 
     @property
     def name(self) -> str:
-        """The name of its folder."""
+        """The name of the folder of this fine-tuning."""
         head = "" if self.head_lr == self.lr else f"-head{self.head_lr:g}"
         return f"seed{self.seed}-batch{self.batch}-lr{self.lr:g}{head}"
 

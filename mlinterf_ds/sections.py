@@ -175,12 +175,12 @@ class ModelConfig(Section):
 
     @property
     def adapters(self) -> int:
-        """Adapters of a layer."""
+        """The number of adapters in a layer."""
         return 1 if self.adapter_after == "ffn" else 2
 
     @property
     def kv_channels(self) -> int:
-        """Width of one attention head."""
+        """The width of one attention head."""
         return self.head_width or self.width // self.heads
 
     @property

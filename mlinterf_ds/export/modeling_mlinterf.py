@@ -327,7 +327,7 @@ class Encoder(PreTrainedModel):
 
 
 class MLInterfModel(Encoder):
-    """The encoder alone: hidden states."""
+    """The encoder without a head; it returns hidden states."""
 
     _keys_to_ignore_on_load_unexpected = [r"^(head|classifier)\."]  # noqa: RUF012 (transformers' name)
 

@@ -185,7 +185,7 @@ class Trial:
         return rates | {CLASSIFIER: rate * (self.point.head_lr / self.point.lr)}
 
     def _end_epoch(self) -> None:
-        """Dev scores and a checkpoint."""
+        """Scores the dev sets, saves a checkpoint and logs both."""
         progress, epoch = self.progress, len(self.progress.dev) + 1
         scores = {language: self.score("dev", language)[self.job.task.metric] for language in self.job.rows["dev"]}
         progress.dev.append(scores)
@@ -239,17 +239,17 @@ class Trial:
     # -- answers -----------------------------------------------------------------------------------------------------
 
     def load_best(self) -> None:
-        """The weights of the epoch with the best dev score."""
+        """Loads the weights of the epoch with the best dev score."""
         path = self.folder / "checkpoints" / f"step-{self.progress.best_step:08d}"
         checkpoint.load(path, self.engine, moments=False)
 
     def score(self, split: str, language: str) -> dict[str, float]:
-        """Metrics of a set, the same on all ranks."""
+        """The metrics of a dev or test set, the same on all ranks."""
         predictions, examples = self.predict(split, language), self.job.sets.examples[split][language]
         return from_first(self.job.task.score(examples, predictions) if self.job.first else None)
 
     def predict(self, split: str, language: str) -> list[Any]:
-        """One prediction an example, on rank 0 (elsewhere none)."""
+        """A prediction for each example on rank 0; an empty list on other ranks."""
         job, rows = self.job, self.job.rows[split][language]
         engine = self.engine
         scores = outputs(engine.model, job.task.kind, rows, job.modules[split][language], job.layout, engine.device)

@@ -132,7 +132,7 @@ class Exact:
 
     @property
     def bytes(self) -> int:
-        """Bytes that this rank holds."""
+        """The bytes that this rank holds."""
         return sum(shard.nbytes for vector in self._gradients for shard in vector)
 
     def add(self, vector: Vector) -> None:

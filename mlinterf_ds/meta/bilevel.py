@@ -150,7 +150,7 @@ class Lookahead(Protocol):
     """The update rule P of the lookahead, and the transpose of its derivative."""
 
     def step(self, gradient: Vector) -> Vector:
-        """P(gradient)."""
+        """The step P(gradient), before it is multiplied by -beta."""
 
     def pull_back(self, gradient: Vector, cotangent: Vector) -> Vector:
         """(dP/dg)^T cotangent, with the derivative at `gradient`."""

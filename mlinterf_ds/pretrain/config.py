@@ -58,7 +58,7 @@ class DataConfig(Section):
 
     @property
     def row_format(self) -> RowFormat:
-        """How text becomes rows."""
+        """The rules by which text becomes rows."""
         return RowFormat(self.sequence_length, self.mask, self.boundaries, self.positions)
 
 

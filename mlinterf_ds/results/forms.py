@@ -35,12 +35,12 @@ class Cell:
 
     @property
     def ours(self) -> str:
-        """For example `86.1 ± 0.4†`."""
+        """Our mean with its spread and mark as text, for example `86.1 ± 0.4†`."""
         spread = "" if self.std is None else f" ± {self.std:.1f}"
         return self.text or ("" if self.mean is None else f"{self.mean:.1f}{spread}{self.mark}")
 
     def shown(self, bold: Callable[[str], str], escaped: Callable[[str], str] = str) -> str:
-        """For example `86.1 ± 0.4† [88.9]`, ours in bold if it is the best."""
+        """The whole cell as text, for example `86.1 ± 0.4† [88.9]`, our number in bold if it is the best."""
         ours = escaped(self.ours)
         ours = bold(ours) if self.best and ours else ours
         return f"{ours} [{self.paper:.1f}]".strip() if self.paper is not None else ours

@@ -42,7 +42,7 @@ class Setup(NamedTuple):
 
     @property
     def joined(self) -> str:
-        """For example "en-hi"."""
+        """The languages joined by hyphens, for example "en-hi"."""
         return "-".join(self.languages)
 
     def partners(self, language: str) -> tuple[str, ...]:
@@ -231,7 +231,7 @@ class FineTunedRun:
 
     @property
     def score_name(self) -> str:
-        """For example "ner f1"."""
+        """The task and its metric, for example "ner f1"."""
         return f"{self.task} {self.metric}"
 
     @property

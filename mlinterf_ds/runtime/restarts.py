@@ -31,7 +31,7 @@ FINAL = (0, 2, 130)  # exit codes after which nothing is started again: done, a 
 
 
 class Supervisor:
-    """Supervises one rank."""
+    """Supervises one rank: starts it as a child process, and again after a fault of any rank."""
 
     def __init__(self, restarts: int, timeout: float, remedy: str):
         """restarts: attempts after the first. timeout: minutes to wait for other ranks. remedy: what a user does after them."""

@@ -19,7 +19,7 @@ from mlinterf_ds.sections import ParallelConfig
 
 @dataclass(frozen=True)
 class Session:
-    """One run on this rank."""
+    """One run of a recipe on this rank: its layout, folder and log."""
 
     layout: Layout
     output: Path  # the run's folder

@@ -66,7 +66,7 @@ class Task(ABC):
     unlabelled: bool = False  # the files are new text: answers that they have are not read
 
     def configured(self, **settings: Any) -> Self:
-        """This task with other settings."""
+        """A copy of this task with these settings in place of the defaults."""
         task = copy.copy(self)
         vars(task).update(settings, mapped=set())
         return task

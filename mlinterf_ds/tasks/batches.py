@@ -34,7 +34,7 @@ class TrainBatches:
 
     @property
     def epoch_steps(self) -> int:
-        """Steps in an epoch."""
+        """The number of steps in an epoch."""
         return -(-len(self.rows) // self.batch)
 
     def at(self, step: int, start: int, stop: int) -> TaskBatch:
