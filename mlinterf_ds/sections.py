@@ -137,7 +137,13 @@ class ModelConfig(Section):
     )
     embedding_norm: bool = key(False, "LayerNorm on the embeddings (XLM, BERT, RoBERTa)")
     epsilon: float = key(1e-5, "added to a LayerNorm's variance", gt=0)
-    positions: int | None = key(None, "rows of the position table; default: data.sequence_length", ge=1)
+    position_kind: Literal["learned", "rotary"] = key(
+        "learned",
+        "a table of learned positions is added to the embeddings, or queries and keys are rotated by theirs (Su et al., 2021)",
+    )
+    positions: int | None = key(
+        None, "the longest row with its offset, and rows of the position table; default: data.sequence_length", ge=1
+    )
     position_offset: int = key(0, "row of a text's first position (fairseq's models: 2, after the padding's)", ge=0)
     token_types: int = key(0, "rows of a token-type table, whose first is added to every token (BERT: 2)", ge=0)
     language_embeddings: bool = key(False, "add a learned embedding of the row's language")
@@ -159,6 +165,20 @@ class ModelConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _rotates_pairs_of_channels(self) -> ModelConfig:
+        if self.position_kind == "rotary" and self.kv_channels % 2:
+            raise ValueError(
+                f"model.position_kind=rotary turns pairs of a head's channels, and a head has {self.kv_channels}: "
+                "set model.head_width to an even number"
+            )
+        if self.position_kind == "rotary" and self.position_offset:
+            raise ValueError(
+                f"model.position_offset={self.position_offset} is a row of the position table, which a model with "
+                "model.position_kind=rotary lacks: leave one of them out"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _adapters_stand_somewhere(self) -> ModelConfig:
         normed = self.adapter_norm != "none"
         if (normed and self.adapter_on != "sum") or (self.adapter_skip == "normed" and not normed):
@@ -170,7 +190,7 @@ class ModelConfig(Section):
 
     @property
     def longest_row(self) -> int | None:
-        """The longest row that the position table has room for, in tokens; None: data.sequence_length."""
+        """The longest row that the model reads, in tokens; None: data.sequence_length."""
         return None if self.positions is None else self.positions - self.position_offset
 
     @property

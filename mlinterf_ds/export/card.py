@@ -244,6 +244,7 @@ def _departures(pretrained: Pretrained) -> str:
     config, variant, shape = pretrained.saved["config"], pretrained.variant, pretrained.shape()
     said = ["it is pre-norm (XLM is post-norm)"] * (shape.norm == "pre")
     said += ["the embeddings have no LayerNorm"] * (not shape.embedding_norm)
+    said += ["queries and keys are rotated by their positions (XLM adds a table's)"] * (shape.position_kind == "rotary")
     if has_adapters(variant):
         place = (
             "before the residual sum, after the sublayer's dropout"

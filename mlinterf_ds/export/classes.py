@@ -72,7 +72,7 @@ FIXED = {
 
 # Keys of `model` that have the same names in the config.json of our own class.
 OF_ADAPTERS = ("adapter_after", "adapter_on", "adapter_norm", "adapter_skip")
-OWN_KEYS = ("norm", "embedding_norm", "position_offset", "token_types", *OF_ADAPTERS)
+OWN_KEYS = ("norm", "embedding_norm", "position_kind", "position_offset", "token_types", *OF_ADAPTERS)
 SPECIAL_IDS = ("bos_token_id", "pad_token_id", "eos_token_id")
 
 
@@ -173,6 +173,7 @@ def model_keys(config: Mapping[str, Any]) -> dict[str, Any]:
         "dropout": float(values["hidden_dropout_prob"]),
         "attention_dropout": float(values["attention_probs_dropout_prob"]),
         "epsilon": float(values["layer_norm_eps"]),
+        "position_kind": "learned",  # in stock classes, and in exports of before
         "positions": int(values["max_position_embeddings"]),
     }
     if kind == OURS:
@@ -209,7 +210,7 @@ def first_position(kind: str, config: Mapping[str, Any]) -> int:
 
 def stock_type(shape: ModelConfig, variant: str) -> str | None:
     """The model type of `transformers` that has this model's graph; None if only our own class has."""
-    if shape.heads * shape.kv_channels != shape.width or shape.language_embeddings:
+    if shape.heads * shape.kv_channels != shape.width or shape.language_embeddings or shape.position_kind == "rotary":
         return None
     if variant in ("mono", "joint"):
         kinds = {("post", True): "xlm-roberta", ("pre", False): "xlm-roberta-xl"}

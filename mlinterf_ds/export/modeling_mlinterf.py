@@ -58,6 +58,7 @@ class MLInterfConfig(PreTrainedConfig):
     language_embeddings: bool = False
     norm: str = "pre"
     embedding_norm: bool = False
+    position_kind: str = "learned"
     position_offset: int = 0
     token_types: int = 0
     adapter_size: int = 128
@@ -81,13 +82,14 @@ class Routed(nn.Module):
         super().__init__()
         self.copies = nn.ModuleDict({f"language_{code}": build() for code in languages})
 
-    def forward(self, hidden: Tensor, route: Route, mask: Tensor | None = None) -> Tensor:
+    def forward(self, hidden: Tensor, route: Route, *others: Tensor | None) -> Tensor:
+        """others: tensors with an entry a row along dimension 0, or None."""
         output = torch.zeros_like(hidden)
         for code, rows in route:
             copy = self.copies[f"language_{code}"]
             if rows is None:
-                return copy(hidden, route, mask)
-            routed = copy(hidden[rows], route, None if mask is None else mask[rows])
+                return copy(hidden, route, *others)
+            routed = copy(hidden[rows], route, *(None if other is None else other[rows] for other in others))
             output = output.index_copy(0, rows, routed.to(output.dtype))
         return output
 
@@ -102,13 +104,33 @@ class Attention(nn.Module):
         self.linear_qkv = nn.Linear(config.hidden_size, 3 * inner)
         self.linear_proj = nn.Linear(inner, config.hidden_size)
 
-    def forward(self, hidden: Tensor, _route: Route, mask: Tensor | None = None) -> Tensor:
-        """mask: (rows, 1, 1, length) bool, True = attend, or None."""
+    def forward(self, hidden: Tensor, _route: Route, mask: Tensor | None, turns: Tensor | None) -> Tensor:
+        """mask: (rows, 1, 1, length) bool, True = attend, or None; turns: see `rotary_turns`."""
         joint = self.linear_qkv(hidden).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         query, key, value = joint.chunk(3, dim=-1)  # each (rows, heads, length, head width)
+        if turns is not None:
+            query, key = rotated(query, turns), rotated(key, turns)
         dropout = self.dropout if self.training else 0.0
         mixed = F.scaled_dot_product_attention(query, key, value, mask, dropout)
         return self.linear_proj(mixed.transpose(1, 2).flatten(2))
+
+
+def rotary_turns(positions: Tensor, head_width: int, dtype: torch.dtype) -> Tensor:
+    """The cosines, then the sines by which a head's pairs of channels turn at positions (rows, length): (rows, length, head width).
+
+    Pair k is channel k with channel k + head width / 2; at position p it turns by p * 10000^(-2 k / head width).
+    """
+    pairs = head_width // 2
+    exponents = torch.arange(pairs, device=positions.device, dtype=torch.promote_types(dtype, torch.float32)) / -pairs
+    angles = positions[:, :, None] * 10_000.0**exponents
+    return torch.cat([angles.cos(), angles.sin()], dim=-1).to(dtype)
+
+
+def rotated(heads: Tensor, turns: Tensor) -> Tensor:
+    """Queries or keys (rows, heads, length, head width), turned by their positions (Su et al., 2021)."""
+    cosine, sine = turns[:, None].chunk(2, dim=-1)
+    first, second = heads.chunk(2, dim=-1)
+    return torch.cat([first * cosine - second * sine, second * cosine + first * sine], dim=-1)
 
 
 class FeedForward(nn.Module):
@@ -119,7 +141,7 @@ class FeedForward(nn.Module):
         self.linear_fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
         self.linear_fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
 
-    def forward(self, hidden: Tensor, _route: Route, _mask: Tensor | None = None) -> Tensor:
+    def forward(self, hidden: Tensor, _route: Route) -> Tensor:
         return self.linear_fc2(F.gelu(self.linear_fc1(hidden)))
 
 
@@ -132,7 +154,7 @@ class Adapter(nn.Module):
         self.down = nn.Linear(config.hidden_size, config.adapter_size)
         self.up = nn.Linear(config.adapter_size, config.hidden_size)
 
-    def forward(self, hidden: Tensor, _route: Route, _mask: Tensor | None = None) -> Tensor:
+    def forward(self, hidden: Tensor, _route: Route) -> Tensor:
         return self.up(self.activation(self.down(hidden)))
 
 
@@ -189,13 +211,13 @@ class Layer(nn.Module):
         self.mlp_bda = Residual(config, True)
         self.pre_norm = config.norm == "pre"
 
-    def forward(self, hidden: Tensor, route: Route, mask: Tensor | None) -> Tensor:
+    def forward(self, hidden: Tensor, route: Route, mask: Tensor | None, turns: Tensor | None) -> Tensor:
         if self.pre_norm:
             first, second = self.input_layernorm, self.pre_mlp_layernorm
-            hidden = self.self_attn_bda(self.self_attention(first(hidden), route, mask), hidden, route, first)
+            hidden = self.self_attn_bda(self.self_attention(first(hidden), route, mask, turns), hidden, route, first)
             return self.mlp_bda(self.mlp(second(hidden), route), hidden, route, second)
         first, second = self.post_attention_layernorm, self.post_mlp_layernorm
-        hidden = first(self.self_attn_bda(self.self_attention(hidden, route, mask), hidden, route, first))
+        hidden = first(self.self_attn_bda(self.self_attention(hidden, route, mask, turns), hidden, route, first))
         return second(self.mlp_bda(self.mlp(hidden, route), hidden, route, second))
 
 
@@ -209,22 +231,26 @@ class Block(nn.Module):
         if config.norm == "pre":
             self.final_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
-    def forward(self, hidden: Tensor, route: Route, mask: Tensor | None) -> tuple[Tensor, ...]:
+    def forward(self, hidden: Tensor, route: Route, mask: Tensor | None, turns: Tensor | None) -> tuple[Tensor, ...]:
         """The input of each layer, and the (normalised) output of the last."""
         states = [hidden]
         for layer in self.layers:
-            states.append(layer(states[-1], route, mask))
+            states.append(layer(states[-1], route, mask, turns))
         return tuple(states) if self.final_layernorm is None else (*states[:-1], self.final_layernorm(states[-1]))
 
 
 class Embeddings(nn.Module):
-    """Word + position (+ token type + language) embeddings, with LayerNorm where the model has one, and with dropout."""
+    """Word (+ position + token type + language) embeddings, with LayerNorm where the model has one, and with dropout.
+
+    Rotary positions have no table.
+    """
 
     def __init__(self, config: MLInterfConfig):
         super().__init__()
         self.dropout, self.offset = config.hidden_dropout_prob, config.position_offset
         self.word = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.position = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        learned, rows = config.position_kind == "learned", config.max_position_embeddings
+        self.position = nn.Embedding(rows, config.hidden_size) if learned else None
         self.token_type = nn.Embedding(config.token_types, config.hidden_size) if config.token_types else None
         embedded = len(config.languages) if config.language_embeddings else 0
         self.language = nn.Embedding(embedded, config.hidden_size) if embedded else None
@@ -232,7 +258,9 @@ class Embeddings(nn.Module):
 
     def forward(self, tokens: Tensor, positions: Tensor, languages: Tensor | None) -> Tensor:
         """tokens and positions (rows, length), languages (rows,) or None."""
-        hidden = self.word(tokens) + self.position(positions + self.offset)
+        hidden: Tensor = self.word(tokens)
+        if self.position is not None:
+            hidden = hidden + self.position(positions + self.offset)
         if self.token_type is not None:
             hidden = hidden + self.token_type.weight[0]
         if self.language is not None:
@@ -298,7 +326,11 @@ class Encoder(PreTrainedModel):
         else:
             mask = attention_mask.bool()[:, None, None]
             positions = (attention_mask.long().cumsum(1) - 1).clamp(min=0)  # padding on the left takes no position
-        states: tuple[Tensor, ...] = self.block(self.embeddings(input_ids, positions, languages), route, mask)
+        embedded = self.embeddings(input_ids, positions, languages)
+        turns = None
+        if self.config.position_kind == "rotary":
+            turns = rotary_turns(positions.expand(input_ids.shape), self.config.head_dim, embedded.dtype)
+        states: tuple[Tensor, ...] = self.block(embedded, route, mask, turns)
         return states
 
     def _known(self, language: str) -> int:

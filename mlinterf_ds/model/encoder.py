@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mlinterf_ds.errors import UserError
-from mlinterf_ds.model.layers import Block, mark_split, parallel_config
+from mlinterf_ds.model.layers import Block, mark_split, parallel_config, rotary_turns
 from mlinterf_ds.model.routing import Routed, Router
 from mlinterf_ds.sections import ModelConfig
 
@@ -56,7 +56,10 @@ class Batch(Protocol):
 
 
 class Embeddings(nn.Module):
-    """Word + position (+ token type + language) embeddings, with LayerNorm if the model has one there, and with dropout."""
+    """Word (+ position + token type + language) embeddings, with LayerNorm if the model has one there, and with dropout.
+
+    Rotary positions have no table: they turn queries and keys instead (`turns`).
+    """
 
     def __init__(self, config: ModelConfig, vocabulary: int, positions: int, languages: int):
         super().__init__()
@@ -66,27 +69,36 @@ class Embeddings(nn.Module):
             padded(vocabulary), width, init_method=nn.init.zeros_, config=parallel_config(), tp_group=group
         )
         mark_split(self.word.weight, 0)
-        self.position = nn.Embedding(config.positions or positions, width)
+        rotary, rows = config.position_kind == "rotary", config.positions or positions
+        self.position = None if rotary else nn.Embedding(rows, width)
         self.offset = config.position_offset  # the row of the position table for a text's first token
+        self.longest, self.rotary_width = rows - self.offset, config.kv_channels if rotary else 0
         self.token_type = nn.Embedding(config.token_types, width) if config.token_types else None
         self.language = nn.Embedding(languages, width) if languages else None
         self.norm = nn.LayerNorm(width, eps=config.epsilon) if config.embedding_norm else None
 
     def forward(self, tokens: Tensor, languages: Tensor, position_ids: Tensor | None = None) -> Tensor:
         """(rows, length, width) of tokens (rows, length), languages (rows,) and position ids (rows, length), or columns."""
-        length, most = tokens.shape[1], self.position.num_embeddings - self.offset
+        length, most = tokens.shape[1], self.longest
         if length > most:
             raise UserError(f"rows of {length} tokens, the model has {most} positions: cut the rows to {most} tokens")
-        if position_ids is None:
-            position_ids = torch.arange(length, device=tokens.device)
-        hidden = self.word(tokens) + self.position(position_ids + self.offset)
+        hidden = self.word(tokens)
+        if self.position is not None:
+            hidden = hidden + self.position(positions_of(tokens, position_ids) + self.offset)
         if self.token_type is not None:
-            hidden = hidden + self.token_type(position_ids.new_zeros(1))
+            hidden = hidden + self.token_type(tokens.new_zeros(1))
         if self.language is not None:
             hidden = hidden + self.language(languages.to(tokens.device))[:, None]
         if self.norm is not None:
             hidden = self.norm(hidden)
         return F.dropout(hidden, self.dropout, self.training)
+
+    def turns(self, tokens: Tensor, position_ids: Tensor | None) -> Tensor | None:
+        """What turns queries and keys by their positions (`rotary_turns`); None: the model has learned positions."""
+        if not self.rotary_width:
+            return None
+        ids = positions_of(tokens, position_ids).expand(tokens.shape)
+        return rotary_turns(ids, self.rotary_width, self.word.weight.dtype)
 
 
 class MaskedHead(nn.Module):
@@ -223,9 +235,9 @@ class Encoder(nn.Module):
                 None if value is None else value[order] for value in (padding, segment_ids, position_ids, read)
             )
         with self.router.following(route):
-            embedded = self.router.run(embed, self.embeddings, tokens, languages, position_ids)
+            embedded, turns = self.router.run(embed, self.embeddings, tokens, languages, position_ids)
             mask, read_mask = attention_mask(padding, segment_ids), attention_mask(padding, segment_ids, read)
-            hidden: Tensor = self.block(embedded, mask, read, read_mask)
+            hidden: Tensor = self.block(embedded, mask, read, read_mask, turns)
         if order is None:
             return hidden
         given_order = torch.tensor(order, device=hidden.device).argsort()
@@ -288,12 +300,19 @@ def attention_mask(padding: Tensor | None, segment_ids: Tensor | None, read: Ten
     return text if mask is None else mask & text
 
 
+def positions_of(tokens: Tensor, position_ids: Tensor | None) -> Tensor:
+    """The position ids given, (rows, length), or the columns of tokens (rows, length), (1, length)."""
+    return torch.arange(tokens.shape[1], device=tokens.device)[None] if position_ids is None else position_ids
+
+
 # -- regions: functions that are compiled as a whole ---------------------------------------------------------------
 
 
-def embed(embeddings: Embeddings, tokens: Tensor, languages: Tensor, position_ids: Tensor | None) -> Tensor:
-    """The embeddings of a batch; see `Embeddings.forward`."""
-    return embeddings(tokens, languages, position_ids)
+def embed(
+    embeddings: Embeddings, tokens: Tensor, languages: Tensor, position_ids: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """The embeddings of a batch, and what turns queries and keys; see `Embeddings`."""
+    return embeddings(tokens, languages, position_ids), embeddings.turns(tokens, position_ids)
 
 
 def masked_loss(

@@ -34,6 +34,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "tanh": torch.tanh,
     "silu": F.silu,
 }
+ROTARY_BASE = 10_000.0  # of the wavelengths of rotary positions (Su et al., 2021)
 
 
 def parallel_config() -> ModelParallelConfig:
@@ -182,9 +183,38 @@ class SelfAttention(nn.Module):
         self.linear_proj = RowLinear(config.heads * config.kv_channels, config.width)
         self.linear_qkv = QueryKeyValue(config)
 
-    def forward(self, hidden: Tensor, mask: Tensor | None = None, read: Tensor | None = None) -> Tensor:
-        """(rows, length, width) to (rows, length, width), or with `read` (rows, read) to those columns' (rows, read, width)."""
-        return self.linear_proj(self.core_attention(*self.linear_qkv(hidden, read), mask))
+    def forward(
+        self, hidden: Tensor, mask: Tensor | None = None, read: Tensor | None = None, turns: Tensor | None = None
+    ) -> Tensor:
+        """(rows, length, width) to (rows, length, width), or with `read` (rows, read) to those columns' (rows, read, width).
+
+        turns: see `rotary_turns`; None: queries and keys are not rotated.
+        """
+        query, key, value = self.linear_qkv(hidden, read)
+        if turns is not None:
+            query = rotated(query, turns if read is None else at_positions(turns, read))
+            key = rotated(key, turns)
+        return self.linear_proj(self.core_attention(query, key, value, mask))
+
+
+def rotary_turns(position_ids: Tensor, head_width: int, dtype: torch.dtype) -> Tensor:
+    """By which angles rotary positions turn a head's pairs of channels: (rows, length, head width), cosines, then sines.
+
+    position_ids: (rows, length). Pair k is channel k with channel k + head width / 2; at position p it turns by
+    p * 10000^(-2 k / head width).
+    """
+    pairs = head_width // 2
+    precise = torch.promote_types(dtype, torch.float32)
+    exponents = torch.arange(pairs, device=position_ids.device, dtype=precise) / -pairs
+    angles = position_ids[:, :, None] * ROTARY_BASE**exponents
+    return torch.cat([angles.cos(), angles.sin()], dim=-1).to(dtype)
+
+
+def rotated(heads: Tensor, turns: Tensor) -> Tensor:
+    """Queries or keys (rows, length, heads, head width), each pair of channels turned; turns: see `rotary_turns`."""
+    cosine, sine = turns[:, :, None].chunk(2, dim=-1)
+    first, second = heads.chunk(2, dim=-1)
+    return torch.cat([first * cosine - second * sine, second * cosine + first * sine], dim=-1)
 
 
 class FeedForward(nn.Module):
@@ -270,32 +300,36 @@ class Layer(nn.Module):
         else:
             self.post_attention_layernorm, self.post_mlp_layernorm = layer_norm(config), layer_norm(config)
 
-    def forward(self, hidden: Tensor, mask: Tensor | None = None, read: Tensor | None = None) -> Tensor:
+    def forward(
+        self, hidden: Tensor, mask: Tensor | None = None, read: Tensor | None = None, turns: Tensor | None = None
+    ) -> Tensor:
         """hidden: (rows, length, width); mask: (rows, 1, 1 or read, length) bool, True = attend, or None.
 
         read: (rows, read) columns; the result is that of these columns alone, (rows, read, width); None: of all.
+        turns: see `rotary_turns`; None: the model has learned positions.
         """
         if not (self.recompute and self.training and torch.is_grad_enabled()):
-            return self.router.run(run_layer, self, hidden, mask, read)
+            return self.router.run(run_layer, self, hidden, mask, read, turns)
         route = self.router.route
 
         def with_route(hidden: Tensor) -> Tensor:
             with self.router.following(route):  # the backward pass runs this outside the forward pass's route
-                return self.router.run(run_layer, self, hidden, mask, read)
+                return self.router.run(run_layer, self, hidden, mask, read, turns)
 
         return checkpoint(with_route, hidden, use_reentrant=False)
 
 
-def run_layer(layer: Layer, hidden: Tensor, mask: Tensor | None, read: Tensor | None) -> Tensor:
+def run_layer(layer: Layer, hidden: Tensor, mask: Tensor | None, read: Tensor | None, turns: Tensor | None) -> Tensor:
     """A layer's arithmetic, one region for a compiler; the arguments are those of `Layer.forward`."""
+    reading = {"mask": mask, "read": read, "turns": turns}
     residual = hidden if read is None else at_positions(hidden, read)
     if layer.pre_norm:
         first, second = layer.input_layernorm, layer.pre_mlp_layernorm
-        attended = layer.self_attention(first(hidden), mask=mask, read=read)
+        attended = layer.self_attention(first(hidden), **reading)
         residual = layer.self_attn_bda(attended, residual, first)
         return layer.mlp_bda(layer.mlp(second(residual)), residual, second)
     first, second = layer.post_attention_layernorm, layer.post_mlp_layernorm
-    residual = first(layer.self_attn_bda(layer.self_attention(hidden, mask=mask, read=read), residual, first))
+    residual = first(layer.self_attn_bda(layer.self_attention(hidden, **reading), residual, first))
     return second(layer.mlp_bda(layer.mlp(residual), residual, second))
 
 
@@ -320,14 +354,15 @@ class Block(nn.Module):
         mask: Tensor | None = None,
         read: Tensor | None = None,
         read_mask: Tensor | None = None,
+        turns: Tensor | None = None,
     ) -> Tensor:
         """(rows, length, width) to (rows, length, width), or to (rows, read, width) where `read` (rows, read) names columns.
 
-        The last layer then computes these columns alone; read_mask is the mask of their queries.
+        The last layer then computes these columns alone; read_mask is the mask of their queries. turns: see `rotary_turns`.
         """
         for layer in self.layers[:-1]:
-            hidden = layer(hidden, mask)
-        hidden = self.layers[-1](hidden, mask if read is None else read_mask, read)
+            hidden = layer(hidden, mask, None, turns)
+        hidden = self.layers[-1](hidden, mask if read is None else read_mask, read, turns)
         return hidden if self.final_layernorm is None else self.final_layernorm(hidden)
 
 

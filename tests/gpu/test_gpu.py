@@ -50,6 +50,7 @@ def calibrated() -> pace.Rates:
 
 
 FAST = [["variant=joint"], ["variant=adpt"], ["variant=ffn"], ["variant=meta_adpt", "meta.check_every=4"]]
+FAST += [["variant=adpt", "model.position_kind=rotary"]]
 EAGER = ["model.compile=false", "train.graphs=false"]
 
 

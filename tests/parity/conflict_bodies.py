@@ -33,7 +33,7 @@ class Same(Draws):
 
 def drawn(engine: Engine, languages: tuple[str, ...], micro: int, rows: int = ROWS, kind: type[Draws] = Draws) -> Draws:
     config = ConflictConfig(sequences=rows, micro_batch=micro)  # type: ignore[call-arg]
-    length = engine.model.embeddings.position.num_embeddings
+    length = engine.model.embeddings.longest
     known = engine.languages
     return kind(
         bodies.Made(known), languages, known, config=config, row_format=RowFormat(length), seed=4, engine=engine

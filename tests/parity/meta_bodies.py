@@ -35,7 +35,7 @@ class Exact:
             variant=model.variant,
             languages=model.languages,
             vocabulary=model.vocabulary,
-            positions=model.embeddings.position.num_embeddings,
+            positions=model.embeddings.longest,
         ).double()
         self.model.twice_differentiable = True
         self.model.train()

@@ -35,7 +35,7 @@ CASES: dict[str, tuple[str, list[str], str, int, int]] = {
     "share_adpt": ("share_adpt", ["model.adapter_activation=relu"], "zero1", 2, 2),
     "meta_adpt": ("meta_adpt", [], "zero3", 2, 2),
     "ffn": ("ffn", ["model.language_embeddings=true"], "zero2", 2, 1),
-    "attn": ("attn", [], "zero1", 2, 2),
+    "attn": ("attn", ["model.position_kind=rotary"], "zero1", 2, 2),
 }
 STOCK = ["joint"]
 
@@ -245,6 +245,7 @@ def edit(**changes: Any) -> Callable[[bytes], bytes]:
             False,
             ["adapter_activation=tanh", "model.adapter_activation=gelu"],
         ),
+        ("config.json", edit(position_kind="rotary"), False, ["position_kind=rotary", "model.position_kind=learned"]),
         ("config.json", edit(vocab_size=51), False, ["50 pieces", "51"]),
         ("tokenizer.json", swapped, False, ["vocabulary", "piece 9 is", "--tokenizer"]),
         ("tokenizer.json", lambda old: old[:-9], False, ["tokenizer.json", "not a tokenizer"]),

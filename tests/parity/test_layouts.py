@@ -62,6 +62,14 @@ def test_both_at_once_with_accumulation_and_mixed_rows(reference, json_name: str
     check(reference, settings, json_name, 4, 2, tmp_path, ["train.micro_batch=1"])
 
 
+@pytest.mark.parametrize("json_name, tensor", [("zero2", 1), ("zero3", 2)])
+def test_rotary_positions_at_other_layouts(reference, json_name: str, tensor: int, tmp_path: Path) -> None:
+    """With dropout off and on recomputed layers; a checkpoint holds no position table."""
+    settings = ["variant=attn", "model.position_kind=rotary"]
+    check(reference, settings, json_name, 2, tensor, tmp_path, ["model.recompute=true"])
+    assert not any("position" in name for name in bodies.weights(tmp_path / "checkpoints" / "step-00000004"))
+
+
 @pytest.mark.parametrize("json_name", STAGES)
 def test_four_micro_batches_equal_one(reference, json_name: str, tmp_path: Path) -> None:
     check(reference, ["variant=adpt"], json_name, 1, 1, tmp_path, ["train.micro_batch=2"])

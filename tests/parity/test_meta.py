@@ -15,7 +15,8 @@ VARIANTS = ["meta_adpt", "meta_ffn", "meta_attn"]
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_mixed_product_in_float64(variant: str, lookahead: str) -> None:
     """The difference quotient is the derivative: error under 1e-6 at a small fixed radius."""
-    (error,) = pool(1).run(meta_bodies.local_mixed_products, [f"variant={variant}"], lookahead, 1e-5)
+    settings = [f"variant={variant}", f"model.position_kind={'rotary' if variant == 'meta_attn' else 'learned'}"]
+    (error,) = pool(1).run(meta_bodies.local_mixed_products, settings, lookahead, 1e-5)
     assert error < 1e-6
 
 
@@ -68,6 +69,7 @@ def test_mixed_product(trained, settings: list[str], lookahead: str, difference:
         ["variant=meta_ffn", "meta.beta=0.01"],
         ["variant=meta_attn", "model.dropout=0.1"],
         ["variant=meta_ffn", "meta.order=theta_first", "meta.beta=0.01"],
+        ["variant=meta_adpt", "model.position_kind=rotary"],
         ["variant=meta_adpt", "meta.order=simultaneous"],
         ["variant=meta_adpt", "meta.order=simultaneous", "meta.reuse=true"],
         ["variant=meta_adpt", "meta.order=simultaneous", "meta.reuse=true", "meta.difference=one_sided"],

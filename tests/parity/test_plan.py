@@ -16,13 +16,13 @@ BF16, FP16 = "train.precision=bf16", "train.precision=fp16"
 SETTINGS = [
     ("zero0", 1, 1, ["variant=adpt"]),
     ("zero0", 2, 1, ["variant=attn", BF16]),
-    ("zero1", 1, 1, ["variant=joint", BF16]),
+    ("zero1", 1, 1, ["variant=joint", BF16, "model.position_kind=rotary"]),
     ("zero1", 2, 1, ["variant=adpt", BF16]),
     ("zero1", 2, 1, ["variant=share_adpt", FP16]),
     ("zero1", 2, 1, ["variant=meta_adpt", "meta.difference=one_sided"]),
     ("zero2", 2, 1, ["variant=ffn", BF16]),
     ("zero2", 2, 1, ["variant=adpt", BF16, "train.micro_batch=2"]),
-    ("zero2", 2, 2, ["variant=adpt", "model.head_width=48"]),
+    ("zero2", 2, 2, ["variant=adpt", "model.head_width=48", "model.position_kind=rotary"]),
     ("zero2", 2, 1, ["variant=meta_adpt", BF16]),
     ("zero2", 2, 1, ["variant=meta_ffn", BF16, "meta.lookahead=adam"]),
     ("zero3", 2, 1, ["variant=adpt", BF16]),
@@ -72,6 +72,7 @@ def check_traffic(
 @pytest.mark.parametrize("tensor", [1, 2])
 def test_parameters_are_those_of_the_encoder(variant: str, tensor: int) -> None:
     settings = [*SHAPE, f"variant={variant}", "model.language_embeddings=true", "model.head_width=16"]
+    settings += ["model.position_kind=rotary"] * (variant == "ffn")
     config = load_run([], [*bodies.TINY, f"parallel.tensor={tensor}", *settings])
     count = arithmetic.parameters(config, len(bodies.LANGUAGES), VOCABULARY, tensor)
     assert (count.shared, count.own) == pool(tensor).run(plan_bodies.elements, settings, tensor, bodies.LANGUAGES)[0]

@@ -12,6 +12,7 @@ from tests.ranks import pool
 CASES: list[tuple[int, dict[str, Any], list[int]]] = [
     (100, {}, [2, 0, 1, 0]),
     (100, {"language_embeddings": True, "recompute": True}, [1, 1]),  # languages 0 and 2 have no rows
+    (100, {"position_kind": "rotary", "head_width": 10}, [2, 0, 2]),
     (30, {"heads": 6, "head_width": 8}, [0, 1]),  # the second rank's share of the vocabulary is all padding
 ]
 

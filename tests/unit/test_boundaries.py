@@ -44,11 +44,12 @@ def segment_by_segment(rows: Batch) -> list[Batch]:
 
 
 @pytest.mark.usefixtures("one_rank")
+@pytest.mark.parametrize("kind", ["learned", "rotary"])
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_a_packed_row_equals_its_segments_fed_one_by_one(variant: str, recompute: bool) -> None:
+def test_a_packed_row_equals_its_segments_fed_one_by_one(variant: str, recompute: bool, kind: str) -> None:
     """The sums are of the same terms in another order: in float64 they differ by round-off, far below 1e-12."""
-    model, rows = encoder(variant, recompute=recompute).double(), batch([2, 0, 1, 0, 2])
+    model, rows = encoder(variant, recompute=recompute, position_kind=kind).double(), batch([2, 0, 1, 0, 2])
     loss, nll = model(rows)
     loss.backward()
     packed, apart, total = gradients(model), [], 0.0
@@ -73,9 +74,11 @@ def by_column(rows: Batch, nll: torch.Tensor) -> torch.Tensor:
 @pytest.mark.usefixtures("one_rank")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
-def test_nothing_crosses_a_boundary(dtype: torch.dtype, dropout: float) -> None:
+@pytest.mark.parametrize("kind", ["learned", "rotary"])
+@pytest.mark.parametrize("variant", ["joint", "adpt", "ffn", "attn"])
+def test_nothing_crosses_a_boundary(variant: str, kind: str, dtype: torch.dtype, dropout: float) -> None:
     """Other tokens in a neighbouring segment leave every bit of this one as it was, in each of the attention kernels."""
-    model, rows = encoder("adpt", dropout).to(dtype), batch([0, 0, 0])
+    model, rows = encoder(variant, dropout, position_kind=kind).to(dtype), batch([0, 0, 0])
     last = rows.segment_ids == rows.segment_ids.max(dim=1, keepdim=True).values  # type: ignore[union-attr]
     assert (~last).any() and last.any()
     torch.manual_seed(0)

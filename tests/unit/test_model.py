@@ -334,9 +334,9 @@ def test_an_untrained_head_can_start_at_given_frequencies() -> None:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("norm", ["pre", "post"])
-def test_the_last_layer_computes_only_what_the_loss_reads(variant: str, norm: str) -> None:
-    model, rows = encoder(variant, norm=norm).double(), batch([1, 0, 2])
+@pytest.mark.parametrize(("norm", "kind"), [("pre", "learned"), ("post", "rotary")])
+def test_the_last_layer_computes_only_what_the_loss_reads(variant: str, norm: str, kind: str) -> None:
+    model, rows = encoder(variant, norm=norm, position_kind=kind).double(), batch([1, 0, 2])
     whole = hidden_states(model, rows)
     expected = model.logits(at_positions(whole, rows.positions)).log_softmax(-1)
     nll = -expected.gather(2, rows.labels[:, :, None])[:, :, 0]
@@ -350,10 +350,13 @@ def test_the_last_layer_computes_only_what_the_loss_reads(variant: str, norm: st
     assert counted[0] == rows.positions.shape[1] < LENGTH
 
 
-@pytest.mark.parametrize("variant", ["joint", "adpt", "ffn", "attn"])
-def test_one_compiled_region_serves_all_layers_and_languages(variant: str) -> None:
+@pytest.mark.parametrize(
+    ("variant", "kind"),
+    [("joint", "learned"), ("adpt", "learned"), ("ffn", "learned"), ("attn", "learned"), ("attn", "rotary")],
+)
+def test_one_compiled_region_serves_all_layers_and_languages(variant: str, kind: str) -> None:
     """Traced whole, without a break, and once for a shape; another language of a routed module is no reason to trace anew."""
-    model = encoder(variant, layers=3)
+    model = encoder(variant, layers=3, position_kind=kind)
     traced: list[str] = []
 
     def backend(graph: torch.fx.GraphModule, _inputs: list[Tensor]) -> Callable[..., Any]:

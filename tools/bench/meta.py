@@ -55,7 +55,7 @@ def exact_step(engine: Any, batch: Any, held_out: Any) -> Callable[[], None]:
     trained = engine.model
     model = Encoder(
         trained.config, variant=trained.variant, languages=trained.languages, vocabulary=trained.vocabulary,
-        positions=trained.embeddings.position.num_embeddings,
+        positions=trained.embeddings.longest,
     ).to(engine.device, next(trained.parameters()).dtype)  # fmt: skip
     model.twice_differentiable = True
     batch, held_out = batch.to(engine.device), held_out.to(engine.device)

@@ -78,7 +78,7 @@ def parameters(config: RunConfig, languages: int, vocabulary: int, tensor: int) 
     in_layer = [size for part in layer for size in part]
     outside = [
         v * w // tensor,
-        (model.positions or config.data.sequence_length) * w,
+        (model.positions or config.data.sequence_length) * w * (model.position_kind == "learned"),
         model.token_types * w,
     ]  # embeddings
     outside += [w, w] * ((model.norm == "pre") + model.embedding_norm)
@@ -215,6 +215,8 @@ def _saved_by_layer(config: RunConfig, layout: PlannedLayout, n: int, m: int, on
     w, f = model.width, model.ffn / tensor
     inner, heads = model.heads * model.kv_channels / tensor, model.heads / tensor
     saved = b * (n * (2 * w + 2 * inner) + m * (2 * w + 2 * inner + 2 * f)) + 4 * (2 * n + m * (2 + heads))
+    if model.position_kind == "rotary":  # turned queries and keys, beside the values' buffer with those of before
+        saved += b * (n + (m if m == n else 0)) * inner
     if not on_gpu and layout.precision != "fp32":  # a CPU writes attention out: scaled queries and the scores' softmax
         saved += b * m * (inner + heads * config.data.sequence_length)
     if has_adapters(config.variant):
