@@ -40,6 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
             tokenizer=options.tokenizer,
             extends=options.extend,
             limits=_limits(options.limit),
+            halves=_halves(options.halve),
             licence=options.licence,
             meta_split=options.meta_split,
             workers=options.workers,
@@ -105,6 +106,14 @@ def _parser() -> argparse.ArgumentParser:
         help="keep only N of the language's training sentences (a low-resource version); the held-out splits stay the same",
     )
     parser.add_argument(
+        "--halve",
+        action="append",
+        default=[],
+        metavar="LANGUAGE=NEW",
+        help="split the text of a language in two without a common sentence, by the hash of the line or document: the language "
+        "keeps one half, the new code gets the other (a null control: a pair that is one language)",
+    )
+    parser.add_argument(
         "--meta-split",
         action="store_true",
         help="hold 2%% of each language's text out for the validation loss of the meta step (meta.text=held_out); by default "
@@ -141,6 +150,17 @@ def _limits(arguments: list[str]) -> dict[str, int]:
             raise UserError(f"--limit {argument}: expected LANGUAGE=N once for a language, for example fr=10000")
         limits[language] = int(number)
     return limits
+
+
+def _halves(arguments: list[str]) -> dict[str, str]:
+    """Parses the arguments of `--halve`, LANGUAGE=NEW each: {new code: language}."""
+    halves: dict[str, str] = {}
+    for argument in arguments:
+        language, _, new = argument.partition("=")
+        if not new or new in halves:
+            raise UserError(f"--halve {argument}: expected LANGUAGE=NEW, each code once, for example en=en-b")
+        halves[new] = language
+    return halves
 
 
 def report(corpus: Corpus, seconds: float) -> str:

@@ -9,6 +9,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from mlinterf_ds.config import ADDRESS, Section, key
 from mlinterf_ds.sections import (
     EACH_ONCE,
+    LANGUAGE_PATTERN,
     ConflictSection,
     Languages,
     ParallelConfig,
@@ -22,7 +23,8 @@ Names = Annotated[list[str], BeforeValidator(comma_list)]
 Groups = Annotated[
     list[Literal["heads", "neurons", "rows"]], BeforeValidator(comma_list), Field(min_length=1), EACH_ONCE
 ]
-NEEDS_CHECKPOINT = ("conflict", "prune")
+Code = Annotated[str, Field(pattern=LANGUAGE_PATTERN)]
+NEEDS_CHECKPOINT = ("conflict", "prune", "probe")
 
 
 class ConflictAnalysis(ConflictSection):
@@ -50,6 +52,25 @@ class PruneSection(Section):
     sequences: int = key(256, "rows of the validation split on which pruned models are scored", ge=1)
 
 
+class ProbeTask(Section):
+    """The examples of a probe; a synthetic language without a file has synthetic ones."""
+
+    train: str | None = key(None, "FILE of tagged sentences of the first language, to which the probe is fitted")
+    test: dict[Code, str] = key({}, "LANG = FILE of tagged sentences on which it is tested")
+
+
+class ProbeSection(Section):
+    """What frozen states know: linear probes, retrieval of translations, alignment of words."""
+
+    pos: ProbeTask = ProbeTask()
+    ner: ProbeTask = ProbeTask()
+    parallel: dict[Code, str] = key(
+        {}, "LANG = FILE of parallel sentences, one a line; default: synthetic languages' own, whose alignment is known"
+    )
+    examples: int = key(500, "tagged sentences of each set, the first of a file", ge=10)
+    sentences: int = key(300, "parallel sentences, the first of a file", ge=10)
+
+
 class InterferenceSection(Section):
     """Mono against joint models, and the distance of the languages."""
 
@@ -67,12 +88,13 @@ class AnalyzeConfig(Section):
 
     name: str = key("analyze", "names the run in the default output folder", ADDRESS, min_length=1)
     checkpoint: str = key("", "pretraining run's output folder (its best checkpoint) or a checkpoint", ADDRESS)
-    analysis: Literal["conflict", "prune", "interference"] = key("conflict", "what is measured")
+    analysis: Literal["conflict", "prune", "probe", "interference"] = key("conflict", "what is measured")
     output: str | None = key(None, "folder of figures, CSV and summary; default runs/<name>-<time>", ADDRESS)
     corpus: str | None = key(None, "prepared corpus; default: the one the checkpoint was trained on", ADDRESS)
     languages: Languages | None = key(None, "comma-separated codes; default: the checkpoint's")
     conflict: ConflictAnalysis = ConflictAnalysis()
     prune: PruneSection = PruneSection()
+    probe: ProbeSection = ProbeSection()
     interference: InterferenceSection = InterferenceSection()
     train: PrecisionSection = PrecisionSection()
     parallel: ParallelConfig = ParallelConfig()

@@ -60,6 +60,7 @@ def run(job: AnalysisJob) -> dict[str, Any]:
         "data": results.data,
         "languages": list(results.languages),
         "comparisons": results.rows(),
+        "intervals that include zero": results.with_zero,
         "rank correlation with distance": results.correlations(),
         "notes": [*results.notes, *results.cautions()],
     }

@@ -79,6 +79,8 @@ def analyse(job: AnalysisJob) -> dict[str, Any]:
         from mlinterf_ds.analysis.conflict import run as measure
     elif job.config.analysis == "prune":
         from mlinterf_ds.analysis.masks.main import run as measure
+    elif job.config.analysis == "probe":
+        from mlinterf_ds.analysis.probe import run as measure
     else:
         from mlinterf_ds.analysis.interference import run as measure
     return measure(job)

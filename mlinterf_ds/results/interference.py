@@ -264,6 +264,12 @@ class InterferenceResults:
                 table.setdefault(variant, {})[name] = {"rho": known(rho), "pairs": len(points)}
         return table
 
+    @property
+    def with_zero(self) -> tuple[int, int]:
+        """How many intervals include zero, of how many."""
+        effects = [comparison.effect for comparison in self.comparisons if comparison.effect.has_interval]
+        return sum(effect.low <= 0 <= effect.high for effect in effects), len(effects)
+
     def shown(self) -> str:
         """The comparisons as a table for the screen, and the notes."""
         floors = ["majority", "lexical"] if any(comparison.floors for comparison in self.comparisons) else []
@@ -280,7 +286,8 @@ class InterferenceResults:
                 f"{np.mean(comparison.joint):>9.3f}{''.join(beside)}{effect.mean:>+14.3f}{interval}"
             )
         notes = [*self.notes, *self.cautions()]
-        return "\n".join([*lines, "positive: joint training hurts", *(f"note: {note}" for note in notes)])
+        lines += ["positive: joint training hurts", "{} of {} intervals include zero".format(*self.with_zero)]
+        return "\n".join([*lines, *(f"note: {note}" for note in notes)])
 
     def cautions(self) -> list[str]:
         """Warnings against reading too much into the comparisons: scores below the lexical baseline, incomplete intervals."""

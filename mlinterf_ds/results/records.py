@@ -32,7 +32,7 @@ class AnalysedModel:
 class StudyModel(AnalysedModel):
     """The further fields by which a row names one of the study's own models."""
 
-    kind: str  # pair, low, triple, many, mono
+    kind: str  # pair, low, triple, many, null, mono
     control: str  # "", direct, compute, freeze
 
 

@@ -30,10 +30,11 @@ class SetSection(Section):
     """A set of languages, on which one model of each variant is trained. The first is the source of zero-shot transfer."""
 
     name: str = key("", "names the set in jobs and tables", pattern=r"^[a-z0-9][a-z0-9_.-]*$")
-    kind: Literal["pair", "low", "triple", "many"] = key(
+    kind: Literal["pair", "low", "triple", "many", "null"] = key(
         "pair",
         "pair: tables 2, 3, 6, 7; low: a pair with a subsampled language (table 5); triple: a pair and a "
-        "third language (table 4); many: the row that the paper calls XLM",
+        "third language (table 4); many: the row that the paper calls XLM; null: the source with a new code, to which half "
+        "of the source's text goes (a control in which there is no interference to find)",
     )
     languages: Languages = key([], "comma-separated codes")
     limits: dict[Language, Annotated[int, Field(ge=1)]] = key({}, "LANG = training sentences that are kept of it")
@@ -43,7 +44,7 @@ class SetSection(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> SetSection:
-        wanted = {"pair": 2, "low": 2, "triple": 3}.get(self.kind)
+        wanted = {"pair": 2, "low": 2, "triple": 3, "null": 2}.get(self.kind)
         if len(self.languages) < 2:
             raise ValueError(f"sets: {self.name!r} has languages {self.languages}: name two or more")
         if wanted and len(self.languages) != wanted:
@@ -75,7 +76,7 @@ class TaskSection(Section):
 class AnalysisSection(Section):
     """An analysis of the pretrained models (`launch/analyze.py`)."""
 
-    analysis: Literal["conflict", "prune", "interference"] = key(
+    analysis: Literal["conflict", "prune", "probe", "interference"] = key(
         "conflict", "name of the analysis; interference runs once, on all monolingual and joint models"
     )
     settings: list[str] = key([], "further settings of the analysis")
@@ -136,6 +137,13 @@ class StudyConfig(Section):
                 f"sets: all must start with the same source language of transfer, but start with {self.source} and "
                 f"{', '.join(sources)}"
             )
+        if clash := [
+            group.languages[1] for group in self.sets if group.kind == "null" and group.languages[1] in self.languages
+        ]:
+            raise ValueError(
+                f"sets: {clash[0]} is half of {self.source} in a set of kind null, and a language of another set: give the half "
+                "a code of its own"
+            )
         kept: dict[str, int] = {}
         for code, count in (limit for group in self.sets for limit in group.limits.items()):
             if kept.setdefault(code, count) != count:
@@ -154,5 +162,6 @@ class StudyConfig(Section):
 
     @property
     def languages(self) -> list[str]:
-        """All languages of the study, in order of appearance."""
-        return list(dict.fromkeys(language for group in self.sets for language in group.languages))
+        """All languages of the study, in order of appearance; the half of a null control is none."""
+        named = (code for group in self.sets for code in group.languages[: 1 if group.kind == "null" else None])
+        return list(dict.fromkeys(named))

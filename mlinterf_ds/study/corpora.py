@@ -25,12 +25,13 @@ class Corpora:
         self.made = bool(config.corpus.text) or config.corpus.folder == SYNTHETIC
         self.limits = [dict(limits) for limits in dict.fromkeys(tuple(sorted(s.limits.items())) for s in config.sets)]
         self.limits += [{code: n} for limits in self.limits for code, n in limits.items()]  # for monolingual models
+        self.halves = list(dict.fromkeys(group.languages[1] for group in config.sets if group.kind == "null"))
         if missing := [code for code in self.languages if self.section.text and code not in self.section.text]:
             raise UserError(f"corpus.text has no {', '.join(missing)}: name a file for every language of the sets")
-        if any(self.limits) and not self.made:
+        if (any(self.limits) or self.halves) and not self.made:
             raise UserError(
-                f"corpus.folder={self.section.folder}: a prepared corpus can't be subsampled for sets with limits: give "
-                "corpus.text, from which the study prepares what it needs"
+                f"corpus.folder={self.section.folder}: a prepared corpus can't be subsampled for sets with limits or of kind "
+                "null: give corpus.text, from which the study prepares what it needs"
             )
         texts = {code: path for code, path in self.section.text.items() if code in self.languages}
         files = {code: file_hash(f"corpus.text: {code}", path) for code, path in texts.items()}
@@ -42,9 +43,12 @@ class Corpora:
         """The number of pieces in the vocabulary; UserError for a folder that is no corpus."""
         return self.section.vocabulary if self.made else Corpus.open(self.section.folder).vocabulary_size
 
-    def of(self, limits: Mapping[str, int]) -> tuple[str, str]:
-        """The folder of the corpus with these limits, and its manifest's hash, '' before the corpus is prepared."""
-        folder = self._folder(limits)
+    def of(self, limits: Mapping[str, int], half: str = "") -> tuple[str, str]:
+        """The folder of the corpus with these limits, and its manifest's hash, '' before the corpus is prepared.
+
+        half: instead the source's text alone, half of it under this code.
+        """
+        folder = self._folder(limits, half)
         return str(folder), Corpus.open(folder).manifest_hash if (folder / MANIFEST).is_file() else ""
 
     def make(self) -> None:
@@ -61,6 +65,11 @@ class Corpora:
                     vocabulary = {"tokenizer": self._folder({}) / "tokenizer.model"}
                 folder.parent.mkdir(parents=True, exist_ok=True)
                 prepare(sources, folder, limits=limits, progress=False, **vocabulary)
+        source, tokenizer = self.languages[0], self._folder({}) / "tokenizer.model"
+        for half in self.halves:
+            if not (self._folder({}, half) / MANIFEST).is_file():
+                text = {source: sources[source]}
+                prepare(text, self._folder({}, half), halves={half: source}, tokenizer=tokenizer, progress=False)
 
     def adopt(self) -> bool:
         """If the present text was never prepared, use the corpora that were prepared last; whether there are such."""
@@ -70,9 +79,11 @@ class Corpora:
         self.root = max(others, key=lambda folder: folder.stat().st_mtime)
         return True
 
-    def _folder(self, limits: Mapping[str, int]) -> Path:
+    def _folder(self, limits: Mapping[str, int], half: str = "") -> Path:
         if not self.made:
             return Path(self.section.folder).resolve()
+        if half:
+            return self.root / f"halves+{half}"
         return self.root / ("all" if not limits else "+".join(f"{code}@{n}" for code, n in sorted(limits.items())))
 
     def _text(self, language: str) -> str | Path:

@@ -23,7 +23,14 @@ class Calibration:
     startup: float = 12.0  # a job's launcher, imports and process group
     factor: dict[str, float] = field(default_factory=lambda: {"meta": 4.0})  # by kind of unit: seconds / `_work`
     analysis: dict[str, float] = field(
-        default_factory=lambda: {"conflict": 15.0, "prune": 60.0, "interference": 60.0, "conflict-training": 5.0}
+        default_factory=lambda: {
+            "conflict": 15.0,
+            "prune": 60.0,
+            "probe": 15.0,
+            "interference": 60.0,
+            "interference-null": 20.0,
+            "conflict-training": 5.0,
+        }
     )
     measured: int = 0  # finished jobs that these figures come from
 

@@ -24,6 +24,7 @@ class Model:
     settings: tuple[str, ...] = ()
     limits: tuple[tuple[str, int], ...] = ()  # (language, training sentences kept)
     control: str = ""  # "direct" or "compute" (see ControlsSection)
+    half: str = ""  # of a null control: the code of the source's other half
 
     @property
     def name(self) -> str:

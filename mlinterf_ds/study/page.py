@@ -26,9 +26,11 @@ from mlinterf_ds.study.config import StudyConfig
 FIGURES = {
     CONVERGENCE: "Convergence of plain and meta adapters",
     "interference": "Interference",
+    "interference-null": "Null control: two halves of one language",
     "conflict-training": "Gradient conflict during training",
     "conflict": "Gradient conflict",
     "prune": "Language-specific parameters",
+    "probe": "Frozen states: probes, retrieval, alignment",
 }
 # What a figure shows, by how its file's name begins; the rest of the name says of what.
 CAPTIONS = {

@@ -66,12 +66,19 @@ def _monolingual(config: StudyConfig, group: SetSection, seed: int) -> Iterator[
             limit = group.limits.get(language)
             limits = ((language, limit),) if limit else ()
             yield Model(f"{language}@{limit}" if limit else language, "mono", (language,), "mono", seed, (), limits)
+    if group.kind == "null":
+        for language in group.languages:
+            of_half = f"{language}-in-{group.name}"
+            yield Model(of_half, "null", (language,), "mono", seed, tuple(group.settings), half=group.languages[1])
 
 
 def _multilingual(config: StudyConfig, group: SetSection, seed: int) -> Iterator[Model]:
     """A model of each variant of a set, and the controls of the meta variants of two languages."""
     limits, settings = tuple(sorted(group.limits.items())), tuple(group.settings)
     common = (group.name, group.kind, tuple(group.languages))
+    if group.kind == "null":
+        yield Model(*common, "joint", seed, settings, half=group.languages[1])
+        return
     for variant in group.variants or (config.variants if group.kind == "pair" else ["joint"]):
         yield Model(*common, variant, seed, settings, limits)
         if is_meta(variant) and group.kind in ("pair", "low"):

@@ -66,6 +66,8 @@ def departures(config: StudyConfig) -> list[str]:
     }
     said = [f"the Transformer is {' or '.join(sorted(norms))} (XLM is post-norm, with one there)"] if norms else []
     said += sorted({f"adapters on the sublayer's {run.model.adapter_on}" for run in runs})
+    rotary = any(run.model.position_kind == "rotary" for run in runs)
+    said += ["queries and keys are rotated by their positions (XLM adds a table's)"] * rotary
     metas = any(is_meta(variant) for variant in config.variants)
     for run in runs:
         said += run.data.row_format.departures + (run.meta.departures if metas else [])

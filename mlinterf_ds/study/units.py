@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ EVALUATED = 1 / 3  # cost of an evaluated row, in trained rows
 # --- pretraining -------------------------------------------------------------------------------------------------------
 def pretraining(config: StudyConfig, model: Model, corpora: Corpora) -> tuple[Unit, RunConfig]:
     """The pretraining of a model, and its configuration."""
-    folder, manifest_hash = corpora.of(dict(model.limits))
+    folder, manifest_hash = corpora.of(dict(model.limits), model.half)
     settings = [*config.settings, *model.settings, f"variant={model.variant}", f"train.seed={model.seed}"]
     settings += [f"languages={','.join(model.languages)}", f"corpus={folder}"]
     with _blaming("settings", config.settings):
@@ -74,6 +74,7 @@ def finetunings(config: StudyConfig, model: Model, pretrained: RunConfig) -> Ite
 def _training_languages(config: StudyConfig, model: Model, task: TaskSection) -> list[str]:
     """The languages on whose training data the model is fine-tuned, one at a time."""
     languages = model.languages[:2] if model.kind == "triple" else model.languages
+    languages = tuple(code for code in languages if code in config.languages)  # without the half of a null control
     languages = tuple(code for code in languages if code == config.source or task.within)
     return [code for code in languages if _data(config, task, "train", code) and _data(config, task, "test", code)]
 
@@ -86,7 +87,7 @@ def _splits(config: StudyConfig, model: Model, task: TaskSection, language: str)
     """
     tested = [language]
     if language == config.source:
-        tested = config.languages if model.kind == "mono" else list(model.languages)
+        tested = config.languages if model.kind == "mono" else [c for c in model.languages if c in config.languages]
     test = {code: _data(config, task, "test", code) for code in tested}
     for code, data in test.items():
         if data == SPLIT and code != language:  # nothing trains on this language's file, so all of it is tested
@@ -182,17 +183,28 @@ def comparisons(config: StudyConfig, jobs: Sequence[Job]) -> Iterator[Unit]:
     pretrained = {
         kind: [j for j in jobs if j.kind == "pretrain" and j.model.kind == kind] for kind in ("mono", "pair", "many")
     }
+    null = [job for job in jobs if job.kind == "pretrain" and job.model.kind == "null"]
     if "interference" in settings_of:
         tasks = [job for job in jobs if job.kind == "finetune" and job.model.kind in pretrained]
         inputs = {"mono": pretrained["mono"], "joint": pretrained["pair"], "larger": pretrained["many"], "tasks": tasks}
-        folders = [f"interference.{key}={_folders(chosen)}" for key, chosen in inputs.items()]
-        with _blaming("[[analyses]] interference: settings", settings_of["interference"]):
-            yield _comparison(config, "interference", [*settings_of["interference"], "analysis=interference", *folders])
+        yield _interference(config, "interference", settings_of["interference"], inputs)
+    if "interference" in settings_of and null:  # a corpus of its own
+        mono, joint = ([job for job in null if (job.model.variant == "mono") == alone] for alone in (True, False))
+        tasks = [job for job in jobs if job.kind == "finetune" and job.model.kind == "null"]
+        inputs = {"mono": mono, "joint": joint, "tasks": tasks}
+        yield _interference(config, "interference-null", settings_of["interference"], inputs)
     if "conflict" in settings_of:
         first = [job for job in pretrained["pair"] if job.model.seed == config.seeds[0]]
         if measured := [job for job in first if job.units[0].facts["conflict_every"]]:
             settings = ["analysis=conflict", f"conflict.runs={_folders(measured)}"]
             yield _comparison(config, "conflict-training", settings)
+
+
+def _interference(config: StudyConfig, name: str, settings: list[str], inputs: Mapping[str, Sequence[Job]]) -> Unit:
+    """The analysis `interference` of these jobs, by its keys."""
+    folders = [f"interference.{key}={_folders(chosen)}" for key, chosen in inputs.items()]
+    with _blaming("[[analyses]] interference: settings", settings):
+        return _comparison(config, name, [*settings, "analysis=interference", *folders])
 
 
 def _comparison(config: StudyConfig, name: str, settings: list[str]) -> Unit:

@@ -257,7 +257,7 @@ def test_a_folder_that_does_not_fit_is_refused(made, tmp_path: Path, file, chang
     if not listed:
         (copy / "export.json").unlink()
     vocabulary = str(folder / "sentencepiece.model")
-    settings = ["variant=meta_adpt", "model.heads=2", "model.adapter_activation=gelu"]
+    settings = ["variant=meta_adpt", "model.heads=2", "model.adapter_activation=gelu", "model.position_kind=learned"]
     ((_, refusal),) = pool(1).run(bodies.started, str(copy), vocabulary, settings)
     for word in words:
         assert word in refusal

@@ -217,6 +217,7 @@ def test_a_run_from_a_folder_with_its_own_vocabulary(kind: str, vocabulary: str,
     [
         (["variant=joint", "model.norm=post", "model.embedding_norm=true"], "xlm-roberta"),
         (["variant=joint", "model.norm=post"], OURS),
+        (["variant=joint", "model.norm=post", "model.embedding_norm=true", "model.position_kind=rotary"], OURS),
         (["variant=adpt", "model.norm=post", "model.embedding_norm=true"], OURS),
         (["variant=adpt", "model.norm=post", "model.embedding_norm=true", "model.adapter_after=ffn", "model.adapter_on=sum",
           "model.adapter_norm=layer"], "xmod"),

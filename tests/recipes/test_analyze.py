@@ -125,6 +125,36 @@ def test_the_projection_at_the_command(folder: Path) -> None:
     assert found["alone"]["within"] == pytest.approx(found["exact"]["matrix"][0][0]), "of no other language"
 
 
+def test_the_probe_on_one_rank_and_on_two(folder: Path) -> None:
+    """Frozen states of an untrained model: every measure with its floors, the same at any layout; real files beside."""
+    settings = ["checkpoint=runs/plain", "analysis=probe", "train.precision=fp32", "tracking.enabled=false"]
+    settings += ["probe.examples=100", "probe.sentences=40"]
+    assert analyse(folder, *settings, "output=runs/probe") == ""
+    assert analyse(folder, *settings, "output=runs/probe-2", ranks=2) == ""
+    assert analyse(folder, *settings, "output=runs/probe-tp", "parallel.tensor=2", ranks=2) == ""
+    summaries = [json.loads((folder / f"runs/{n}/summary.json").read_text()) for n in ("probe", "probe-2", "probe-tp")]
+    scores = summaries[0]["scores"]
+    assert scores == summaries[1]["scores"], "each sentence is encoded by one rank, as it is on one alone"
+    assert list(scores) == ["pos accuracy", "ner f1", "retrieval", "alignment f1"]
+    columns = ["floor", "lexical", "embeddings", "layer 1", "layer 2"]
+    assert list(scores["pos accuracy"]) == ["syn", "syn-mid"] and list(scores["ner f1"]["syn"]) == columns
+    assert list(scores["retrieval"]) == list(scores["alignment f1"]) == ["syn-mid"]
+    assert scores["retrieval"]["syn-mid"]["floor"] == pytest.approx(100 / 40)
+    within = scores["pos accuracy"]["syn"]
+    assert within["layer 2"] > within["floor"] + 20, "the embeddings of words tell much of their part of speech"
+    rows = {(r["panel"], r["row"], r["column"]): r["value"] for r in table(folder / "runs/probe/probe.csv")}
+    assert (
+        float(rows["pos accuracy", "syn", "layer 2"]) == within["layer 2"] and rows["retrieval", "syn", "floor"] == ""
+    )
+    assert all((folder / f"runs/probe/probe.{kind}").stat().st_size > 100 for kind in ("png", "svg", "md"))
+    (folder / "a.txt").write_text("".join(f"w{number} x\n" for number in range(30)))
+    (folder / "b.txt").write_text("".join(f"y v{number}\n" for number in range(30)))
+    files = ["probe.parallel.syn=a.txt", "probe.parallel.syn-mid=b.txt"]
+    assert analyse(folder, *settings, *files, "output=runs/probe-files") == ""
+    scores = json.loads((folder / "runs/probe-files/summary.json").read_text())["scores"]
+    assert "alignment f1" not in scores and scores["retrieval"]["syn-mid"]["floor"] == pytest.approx(100 / 30)
+
+
 def test_figure_3_of_several_runs(folder: Path) -> None:
     settings = ["conflict.runs=runs/measured, runs/resumed", "output=runs/figure", "tracking.enabled=false"]
     assert analyse(folder, *settings) == ""
@@ -169,6 +199,7 @@ def test_a_corpus_of_another_vocabulary_is_refused(tmp_path: Path) -> None:
     [
         ([], "checkpoint is not set: analysis=conflict"),
         (["analysis=prune"], "checkpoint is not set: analysis=prune"),
+        (["analysis=probe"], "checkpoint is not set: analysis=probe"),
         (["checkpoint=x", "languages=en,en"], "name each once"),
         (["checkpoint=x", "conflict.sketch=4"], "conflict.sketch"),
         (["checkpoint=x", "conflict.every=4"], "unknown key"),

@@ -255,6 +255,25 @@ def test_limit_takes_nested_subsets_and_leaves_what_is_held_out(tmp_path: Path) 
     assert made[100].manifest["languages"]["fr"]["dropped"]["over the limit"]["lines"] == 1800
 
 
+def test_halves_share_out_a_text_and_have_no_sentence_in_common(tmp_path: Path) -> None:
+    """Repeated lines fall to one half alone; what is left out of a half is counted, and the other languages keep all."""
+    lines = some_lines(1000)
+    text, other = written(tmp_path / "en.txt", [*lines, *lines[:100]]), written(tmp_path / "sw.txt", some_lines(200, 1))
+    options: dict[str, Any] = {"vocabulary_size": 80, "workers": 1, "progress": False}
+    corpus = prepare({"en": [text], "sw": [other]}, tmp_path / "out", halves={"en-b": "en"}, **options)
+    assert corpus.languages == ["en", "sw", "en-b"]
+    halves = [{line for split in SPLITS for line in texts(corpus, code, split)} for code in ("en", "en-b")]
+    assert halves[0] | halves[1] == set(lines) and not halves[0] & halves[1]
+    assert 430 < len(halves[0]) < 570, "a fair coin for each: five standard deviations are 79"
+    for code, other_half in (("en", 1), ("en-b", 0)):
+        dropped = corpus.manifest["languages"][code]["dropped"]
+        assert dropped["duplicate"]["lines"] == 100 and dropped["in the other half"]["lines"] == len(halves[other_half])
+    assert sum(corpus.sentences("sw", split) for split in SPLITS) == 200
+    for wrong in ({"en-b": "fr"}, {"sw": "en"}, {"en-b": "en", "en-c": "en"}):
+        with pytest.raises(UserError, match="expected a new code and, once, a language that has inputs"):
+            prepare({"en": [text], "sw": [other]}, tmp_path / "wrong", halves=wrong, **options)
+
+
 def test_a_meta_split_takes_its_text_from_train_alone(tmp_path: Path) -> None:
     file = written(tmp_path / "fr.txt", some_lines(2000))
     without = prepare({"fr": [file]}, tmp_path / "without", vocabulary_size=100, workers=1)

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from mlinterf_ds.config import load_config
+from mlinterf_ds.data.corpus import Corpus
 from mlinterf_ds.errors import UserError
 from mlinterf_ds.study import code, cost, plan, report, units
 from mlinterf_ds.study.config import StudyConfig
@@ -130,6 +131,58 @@ def test_controls() -> None:
     assert "meta.terms=direct" in direct.units[0].arguments
     plain = jobs["pretrain.adpt.far.seed4"].units[0].facts
     assert compute.units[0].facts["steps"] == 2 * plain["steps"] and compute.model.variant == "adpt"
+
+
+NULL = """
+seeds = [0, 1]
+variants = ["joint", "meta_adpt"]
+[corpus]
+sentences = 400
+vocabulary = 300
+[[sets]]
+name = "pair"
+languages = "syn,syn-far"
+[[sets]]
+name = "null"
+kind = "null"
+languages = "syn,syn-b"
+[[tasks]]
+task = "ner"
+recipes = ["finetune_tiny"]
+[[analyses]]
+analysis = "interference"
+"""
+
+
+def test_a_null_control_is_a_joint_model_of_two_halves_and_a_model_of_each(tmp_path: Path) -> None:
+    """With a corpus and a comparison of its own; the half is no language of the study, and has no tasks."""
+    (tmp_path / "null.toml").write_text(NULL)
+    config = load_config(StudyConfig, [str(tmp_path / "null.toml")])
+    corpora = Corpora(config, tmp_path)
+    assert config.languages == ["syn", "syn-far"]
+    grid = plan.expand(config, corpora, ZERO1)
+    control = [job for job in grid if job.model.kind == "null"]
+    names = {"joint.null", "mono.syn-in-null", "mono.syn-b-in-null"}
+    assert {job.model.name.rpartition(".")[0] for job in control if job.kind == "pretrain"} == names
+    tuned = {(u.facts["train"], job.model.variant) for job in control if job.kind == "finetune" for u in job.units}
+    assert tuned == {("syn", "joint"), ("syn", "mono")}
+    tests = [word for job in control for unit in job.units for word in unit.arguments if word.startswith("syn-b=")]
+    assert not tests
+    folders = {word for job in control for unit in job.units for word in unit.arguments if word.startswith("corpus=")}
+    assert folders == {f"corpus={corpora.root / 'halves+syn-b'}"}
+    by_name = {unit.name: dict(word.split("=", 1) for word in unit.arguments if "=" in word) for unit in grid[-1].units}
+    inputs = by_name["interference-null.all"]
+    assert len(inputs["interference.mono"].split(",")) == 4 and len(inputs["interference.joint"].split(",")) == 2
+    assert len(inputs["interference.tasks"].split(",")) == 4 and "interference.larger" not in inputs
+    assert "null" not in by_name["interference.all"]["interference.joint"]
+    corpora.make()
+    halves = Corpus.open(corpora.root / "halves+syn-b")
+    assert halves.languages == ["syn", "syn-b"]
+    whole = Corpus.open(corpora.root / "all")
+    assert halves.tokenizer.content == whole.tokenizer.content
+    sizes = [sum(c.sentences(code, s) for s in ("train", "valid", "test")) for c, code in
+             ((halves, "syn"), (halves, "syn-b"), (whole, "syn"))]  # fmt: skip
+    assert sizes[0] + sizes[1] == sizes[2]
 
 
 def test_the_larger_study_finds_the_smaller_ones_models(jobs: list[Job]) -> None:
@@ -306,6 +359,8 @@ def test_distances_are_measured_where_the_recipe_gives_none(tmp_path: Path, monk
         ('settings = ["train.lr=fast"]\n[[sets]]\nname = "a"\nlanguages = "syn,syn-far"', r"in the study's settings: train.lr='fast' \(train.lr=fast\)"),
         ('settings = ["parallel.tensor=2"]\n[[sets]]\nname = "a"\nlanguages = "syn,syn-far"', "ranks=1 is not a multiple of parallel.tensor=2"),
         ('[[sets]]\nname = "a"\nlanguages = "syn,syn-far"\n[[analyses]]\nanalysis = "interference"\nsettings = ["interference.rowz=8"]', r"in the study's \[\[analyses\]\] interference: settings: .*interference.rowz"),
+        ('[corpus]\nfolder = "corpora/x"\n[[sets]]\nname = "a"\nkind = "null"\nlanguages = "en,en-b"', "can't be subsampled"),
+        ('[[sets]]\nname = "a"\nlanguages = "en,sw"\n[[sets]]\nname = "b"\nkind = "null"\nlanguages = "en,sw"', "sw is half of en"),
         ('[corpus]\nfolder = "corpora/x"\n[[sets]]\nname = "a"\nkind = "low"\nlanguages = "en,sw"\nlimits = { sw = 9 }', "can't be subsampled"),
         ('[[sets]]\nname = "a"\nlanguages = "en,sw"\n[[analyses]]\nanalysis = "prune"\n[[analyses]]\nanalysis = "prune"', "analyses: 'prune' is there twice"),
         ('[[sets]]\nname = "a"\nkind = "low"\nlanguages = "en,sw"\nlimits = { sw = 9 }\n[[sets]]\nname = "b"\nkind = "low"\nlanguages = "en,sw"\nlimits = { sw = 8 }', "limited to 9 and to 8"),

@@ -215,10 +215,10 @@ def _saved_by_layer(config: RunConfig, layout: PlannedLayout, n: int, m: int, on
     w, f = model.width, model.ffn / tensor
     inner, heads = model.heads * model.kv_channels / tensor, model.heads / tensor
     saved = b * (n * (2 * w + 2 * inner) + m * (2 * w + 2 * inner + 2 * f)) + 4 * (2 * n + m * (2 + heads))
-    if model.position_kind == "rotary":  # turned queries and keys, beside the values' buffer with those of before
-        saved += b * (n + (m if m == n else 0)) * inner
     if not on_gpu and layout.precision != "fp32":  # a CPU writes attention out: scaled queries and the scores' softmax
         saved += b * m * (inner + heads * config.data.sequence_length)
+    elif model.position_kind == "rotary":  # turned queries and keys, beside the values' buffer with those of before
+        saved += b * (n + (m if m == n else 0)) * inner
     if has_adapters(config.variant):
         saved += model.adapters * b * m * (w + 2 * model.adapter_width / tensor)
     return saved + (2 * (1 if on_gpu else b) * m * w if model.dropout else 0.0)

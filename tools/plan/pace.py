@@ -17,6 +17,9 @@ from tools.plan.arithmetic import BYTES, Device, ParameterCount, PlannedLayout, 
 
 # Kernels of a forward and backward pass: of a layer, of an adapter, and of embeddings, head and loss.
 LAYER_KERNELS, ADAPTER_KERNELS, OTHER_KERNELS = 110, 13, 120
+ROTARY_KERNELS = (
+    28  # of a layer, with rotary positions: four products, two sums and a copy each for queries and keys, twice
+)
 OWN_KERNELS, OWN_BYTES = 0.75, 0.9  # share of them, and of the moved bytes, in a pass to one language's gradients alone
 RECOMPUTED = 1.4  # kernels and moved bytes with a second forward pass, in those of one
 
@@ -44,12 +47,13 @@ def moved(config: RunConfig, layout: PlannedLayout, vocabulary: int, rows: float
     """Bytes that the element-wise kernels of a forward and backward pass over `rows` rows read and write.
 
     Of a token and layer: two norms (10 w), two dropouts (10 w) and residual sums (12 w) with their gradients, the GELU
-    (5 f), sums of bias gradients (3 i + 2 w + f), queries, keys and values put together again (6 i); of an adapter 10 w
-    + 6 a. Of a logit: casts to fp32 and back, the cross entropy's passes in fp32, the sum of the bias's gradient.
+    (5 f), sums of bias gradients (3 i + 2 w + f), queries, keys and values put together again (6 i); of rotary positions
+    32 i; of an adapter 10 w + 6 a. Of a logit: casts to fp32 and back, the cross entropy's passes in fp32, the sum of the bias's gradient.
     """
     model, b, masked = config.model, BYTES[layout.precision], config.data.row_format.masked
     w, i, f = model.width, model.heads * model.kv_channels / layout.tensor, model.ffn / layout.tensor
     token = (38 if model.dropout else 28) * w + 9 * i + 6 * f
+    token += 32 * i * (model.position_kind == "rotary")
     if has_adapters(config.variant):
         token += model.adapters * (10 * w + 6 * model.adapter_width / layout.tensor)
     tokens = rows * (
@@ -69,7 +73,9 @@ def pass_seconds(
     attention = rows * 3 * queries * 2 * 2 * length * model.heads * model.kv_channels
     again = 4 / 3 if model.recompute else 1.0
     adapters = model.adapters * has_adapters(config.variant)
-    kernels = OTHER_KERNELS + model.layers * (LAYER_KERNELS + adapters * ADAPTER_KERNELS)
+    kernels = OTHER_KERNELS + model.layers * (
+        LAYER_KERNELS + adapters * ADAPTER_KERNELS + ROTARY_KERNELS * (model.position_kind == "rotary")
+    )
     seconds = {
         "products": again * (2 / 3 if own else 1) * (whole - attention) / layout.tensor / rates.products,
         "attention": again * attention / layout.tensor / rates.attention,

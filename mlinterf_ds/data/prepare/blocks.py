@@ -60,6 +60,7 @@ class BlockTask:
     start: int = 0  # lines of the language before the block
     buckets: int = 0
     cuts: tuple[int, ...] = ()  # the last unit hash of each split, in SPLIT_ORDER
+    half: int | None = None  # keep only units whose hash ends in this bit
     fraction: float = 1.0  # share of the training sentences whose words are counted
     tokenizer: Path = Path()
 
@@ -71,6 +72,7 @@ class Kept(NamedTuple):
     units: int  # documents, or sentences that stand alone
     dropped: int  # duplicates
     first_dropped: list[int]  # line numbers of the first few duplicates
+    elsewhere: int  # sentences of the other half
 
 
 def mark_kept(task: BlockTask) -> Kept:
@@ -82,11 +84,15 @@ def mark_kept(task: BlockTask) -> Kept:
         position = np.load(task.folder / f"duplicates-{number:04d}.npy", mmap_mode="r")
         low, high = np.searchsorted(position, (task.start, task.start + len(unit)))
         keep[position[low:high] - task.start] = False
+    first = np.flatnonzero(~keep)
+    if task.half is not None:  # the last bit, which neither splits nor the counting of words look at
+        keep &= (unit & np.uint64(1)) == task.half
     write_arrays(block_path(task.folder, task.number, "keep"), keep=keep)
     leading = (unit[keep] >> np.uint64(64 - HISTOGRAM_BITS)).astype(np.int64)
     histogram = np.bincount(leading, minlength=1 << HISTOGRAM_BITS)
     units = int(np.count_nonzero(np.diff(document[keep], prepend=-1)))
-    return Kept(histogram, units, int((~keep).sum()), line_number[~keep][:FIRST_NUMBERS].tolist())
+    elsewhere = int((~keep).sum()) - len(first)
+    return Kept(histogram, units, len(first), line_number[first][:FIRST_NUMBERS].tolist(), elsewhere)
 
 
 def kept_units(folder: Path, number: int) -> np.ndarray:

@@ -46,6 +46,7 @@ def prepare(
     tokenizer: str | Path | None = None,
     extends: str | Path | None = None,
     limits: Mapping[str, int] | None = None,
+    halves: Mapping[str, str] | None = None,
     licence: str = "",
     meta_split: bool = False,
     workers: int | None = None,
@@ -60,7 +61,8 @@ def prepare(
     documents (which are never torn apart). A language needs 50 distinct sentences or documents.
 
     `limits` caps a language's training sentences, in the order of their hashes: a smaller limit keeps a subset of what a
-    larger one keeps, and what is held out stays the same. The vocabulary is learned on the training splits, language i
+    larger one keeps, and what is held out stays the same. `halves` (a new code -> a language) splits a language's text in two
+    without a common sentence, by the hash of the line or document: the language keeps one half, the new code gets the other. The vocabulary is learned on the training splits, language i
     weighing (sentences_i / all)^(1 / temperature), normalised. `tokenizer` takes another corpus's vocabulary instead, so
     that perplexities can be compared, or that of a model's `transformers` folder. `extends` names a corpus whose vocabulary
     is kept, ids and all, and extended to `vocabulary_size` pieces by those of the languages that it lacks; or a model's
@@ -70,8 +72,9 @@ def prepare(
     call goes on from there; a finished folder is opened as it is. Raises UserError for unusable inputs or numbers, for a
     folder that holds anything else, and when the disk is full.
     """
-    texts = _checked_inputs(inputs)
-    limits = dict(limits or {})
+    limits, halves = dict(limits or {}), dict(halves or {})
+    _check_halves(inputs, halves)
+    texts = _checked_inputs(dict(inputs) | {new: inputs[code] for new, code in halves.items()})
     _check_numbers(texts, vocabulary_size, temperature, limits, workers)
     given = None if tokenizer is None else vocabulary_of(tokenizer)
     old, known = (None, []) if extends is None else _extended(Path(extends))
@@ -82,6 +85,7 @@ def prepare(
         "limits": limits,
         "licence": licence,
         **({"meta_split": True} if meta_split else {}),
+        **({"halves": halves} if halves else {}),
     }
     folder = Path(out)
     with _explained(folder), _locked(folder):
@@ -90,7 +94,7 @@ def prepare(
             check_known(folder, {code: corpus.unknown(code) for code in corpus.languages})
             return corpus
         languages = [
-            stages.Language(code, of_language, folder / WORK / code, limits.get(code), meta_split)
+            stages.Language(code, of_language, folder / WORK / code, limits.get(code), meta_split, _half(code, halves))
             for code, of_language in texts.items()
         ]
         try:
@@ -196,6 +200,24 @@ def _checked_inputs(inputs: Mapping[str, Sequence[str | Path]]) -> dict[str, lis
     if sum(str(argument) == STANDARD_INPUT for named in inputs.values() for argument in named) > 1:
         raise UserError("standard input (-) is given twice, but can be read only once")
     return texts
+
+
+def _check_halves(inputs: Mapping[str, Any], halves: Mapping[str, str]) -> None:
+    for new, code in halves.items():
+        if code not in inputs or new in inputs or list(halves.values()).count(code) > 1:
+            raise UserError(
+                f"halves {new}={code}: expected a new code and, once, a language that has inputs ({', '.join(inputs)}), whose text "
+                "the two then share out"
+            )
+        if any(str(argument) == STANDARD_INPUT for argument in inputs[code]):
+            raise UserError(
+                f"halves {new}={code}: both read the text of {code}, and standard input can be read only once"
+            )
+
+
+def _half(code: str, halves: Mapping[str, str]) -> int | None:
+    """Which half of the text it was given a language keeps: 0, a new code 1; None: all of it."""
+    return 1 if code in halves else 0 if code in halves.values() else None
 
 
 def _check_numbers(

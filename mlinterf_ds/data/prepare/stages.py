@@ -44,6 +44,7 @@ class Language:
     folder: Path  # of its work files
     limit: int | None  # training sentences to keep
     meta_split: bool = False
+    half: int | None = None  # 0 or 1: which half of the text is kept, where two languages share one
     blocks: list[dict[str, Any]] = field(default_factory=list)  # what clean_block returned for each block
     dropped: Dropped = field(default_factory=dict)
     cuts: tuple[int, ...] = ()  # the last unit hash of each split, in SPLIT_ORDER
@@ -55,7 +56,9 @@ class Language:
         return [0, *np.cumsum([block["sentences"] for block in self.blocks]).tolist()]
 
     def tasks(self) -> list[BlockTask]:
-        return [BlockTask(self.folder, n, start, cuts=self.cuts) for n, start in enumerate(self.starts[:-1])]
+        return [
+            BlockTask(self.folder, n, start, cuts=self.cuts, half=self.half) for n, start in enumerate(self.starts[:-1])
+        ]
 
 
 def bar(items: Iterable[Item], title: str, total: int, show: bool) -> Iterator[Item]:
@@ -99,7 +102,7 @@ def clean(languages: list[Language], workers: Workers, show: bool) -> bool:
 
 
 def deduplicate_and_split(language: Language, workers: Workers, show: bool) -> None:
-    """Keeps the first of equal sentences and cuts what is kept into splits; fills in `cuts` and `sentences`.
+    """Keeps the first of equal sentences, of a half those that belong to it, and cuts what is kept into splits; fills in `cuts` and `sentences`.
 
     Raises UserError if too little is left to be split.
     """
@@ -116,6 +119,8 @@ def deduplicate_and_split(language: Language, workers: Workers, show: bool) -> N
         if kept.dropped:
             first = [f"{block['source']}:{n}" for n in kept.first_dropped]
             add_dropped(language.dropped, "duplicate", kept.dropped, first)
+        if kept.elsewhere:
+            add_dropped(language.dropped, "in the other half", kept.elsewhere, [])
     if units < FEWEST_UNITS:
         reasons = ", ".join(f"{entry['lines']} {reason}" for reason, entry in language.dropped.items()) or "none"
         raise UserError(

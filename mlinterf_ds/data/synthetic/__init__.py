@@ -19,13 +19,13 @@ beyond a sentence, no idioms, shallow syntax, and meanings that are drawn from t
   a `train` split of its own; any other split has the same meanings, in the same order, in every language.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from mlinterf_ds.data.synthetic.language import SyntheticLanguage, distance, language
 from mlinterf_ds.data.synthetic.meanings import Meaning, draws, sample_meaning
-from mlinterf_ds.data.synthetic.sentence import Grammar
+from mlinterf_ds.data.synthetic.sentence import Grammar, Token
 from mlinterf_ds.data.synthetic.tasks import Entailment, Question, entailments, questions
 from mlinterf_ds.errors import UserError
 from mlinterf_ds.files import replacing
@@ -35,10 +35,13 @@ __all__ = [
     "Entailment",
     "Question",
     "SyntheticLanguage",
+    "aligned",
     "annotated",
     "distance",
     "entailments",
+    "is_known",
     "language",
+    "parallel",
     "questions",
     "sentences",
     "write_sentences",
@@ -70,6 +73,35 @@ def annotated(name: str | SyntheticLanguage, count: int, seed: int, split: str =
         meaning = sample_meaning(draw)
         forms, pos, entities, _, _ = zip(*speak.tokens(meaning), strict=True)
         yield Annotated(forms, pos, entities, meaning)
+
+
+def parallel(names: Sequence[str | SyntheticLanguage], count: int, seed: int) -> Iterator[list[list[Token]]]:
+    """Yields `count` sentences, each in all of these languages: a word's `concept` is what it means in every one of them."""
+    grammars = [Grammar(language(name)) for name in names]
+    for draw in draws("every language", "parallel", count, seed, "test"):
+        meaning = sample_meaning(draw)
+        yield [speak.tokens(meaning) for speak in grammars]
+
+
+def aligned(left: Sequence[Token], right: Sequence[Token]) -> set[tuple[int, int]]:
+    """The words of two parallel sentences that say the same, (of the left, of the right).
+
+    Of a concept that is said twice the first goes with the first: every grammar keeps their order.
+    """
+    places = [
+        {(token.concept, sum(t.concept == token.concept for t in side[:k])): k for k, token in enumerate(side)}
+        for side in (left, right)
+    ]
+    return {(places[0][key], places[1][key]) for key in places[0].keys() & places[1].keys()}
+
+
+def is_known(name: str) -> bool:
+    """Whether a synthetic language has this name."""
+    try:
+        language(name)
+    except UserError:
+        return False
+    return True
 
 
 def write_sentences(name: str, path: Path, count: int, seed: int) -> None:
