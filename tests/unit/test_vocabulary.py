@@ -1,5 +1,6 @@
 """What a vocabulary is learned from: each language's share of the text, in every script, and what is said of unknown text."""
 
+import io
 import random
 import sys
 from collections import Counter
@@ -9,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import sentencepiece
 
 from mlinterf_ds.data.corpus import Corpus, open_corpus
 from mlinterf_ds.data.prepare import vocabulary
@@ -54,11 +56,25 @@ def made_up(script: str, sentences: int) -> list[str]:
 
 
 @pytest.mark.parametrize("script", [*SPACED, *UNSPACED])
-def test_every_script_alone_is_known(tmp_path: Path, script: str) -> None:
+def test_every_script_alone_is_known_and_cut_as_finely_as_sentencepiece_cuts_it(tmp_path: Path, script: str) -> None:
     text = made_up(script, 1000)
-    tokenizer = learned(text[:900], 2 * (SPACED | UNSPACED)[script][1] + 30, tmp_path / "model")
+    size = 2 * (SPACED | UNSPACED)[script][1] + 30
+    tokenizer = learned(text[:900], size, tmp_path / "model")
     pieces = [piece for sentence in text[900:] for piece in tokenizer.encode(sentence)]
     assert pieces.count(UNK) <= 0.01 * len(pieces)
+    plain = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(text[:900]),
+        model_writer=plain,
+        model_type="bpe",
+        vocab_size=size,
+        character_coverage=1.0,
+        normalization_rule_name="identity",
+        minloglevel=2,
+    )
+    theirs = sentencepiece.SentencePieceProcessor(model_proto=plain.getvalue())
+    expected = sum(len(theirs.encode(sentence)) for sentence in text[900:])
+    assert len(pieces) == pytest.approx(expected, rel=0.05)
 
 
 def test_languages_without_spaces_keep_their_characters_beside_a_large_vocabulary_of_words(
@@ -71,6 +87,16 @@ def test_languages_without_spaces_keep_their_characters_beside_a_large_vocabular
     corpus = build(tmp_path / "out", 4000, **files)
     for code in NAMES:
         assert corpus.unknown(code) < 0.002
+
+
+def test_a_large_alphabet_takes_no_letters_from_small_ones() -> None:
+    """Where characters are left out, all 26 of a small alphabet cost a large one hardly anything."""
+    words = [Counter("".join(made_up(script, 1500)).replace(" ", "")) for script in ("latin", "han")]
+    for size in (1400, 1600, 1750):
+        covered, others = vocabulary._characters(words, size)
+        assert set(words[0]) <= covered and len(covered) <= 0.75 * size
+        lacking = sum(words[1][character] for character in others)
+        assert 0.01 < lacking / words[1].total() < 0.06
 
 
 def test_a_language_gets_its_share_of_what_is_read_and_what_others_leave(monkeypatch: pytest.MonkeyPatch) -> None:

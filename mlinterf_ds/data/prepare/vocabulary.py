@@ -30,7 +30,10 @@ CHARACTERS_PER_PIECE, FEWEST_CHARACTERS = 75, 500_000
 SAMPLE_RATIO, UNREPEATED = 20, 4
 # share of each language's text whose characters are in the vocabulary -> the part of all pieces that these may take. The
 # first share that fits is used. (XLM-R covers 0.9995 of all text.)
+# Below TOGETHER, the commonest characters of all languages together are added up to that share: of a hundred more, a large
+# alphabet has little and the small ones have much.
 COVERAGE = {0.99995: 0.25} | dict.fromkeys((0.9995, 0.999, 0.998, 0.995, 0.99, 0.98, 0.95), 0.75)
+TOGETHER = 0.998
 LONGEST_UNIT = 32  # characters: longer runs without a space, such as sentences of Thai, are cut; a piece has 16 at most
 
 
@@ -121,7 +124,7 @@ def _units(words: Mapping[str, int]) -> Counter[str]:
 
 def _characters(words: Sequence[Mapping[str, int]], size: int) -> tuple[set[str], set[str]]:
     """Returns the commonest characters of each language (see COVERAGE), and the others."""
-    ranked = []
+    ranked, pool = [], np.zeros(sys.maxunicode + 1)  # every language counts the same in the pool
     for counts in words:
         names, values, totals = [*counts], [*counts.values()], np.zeros(sys.maxunicode + 1)
         for start in range(0, len(names), 1 << 16):  # of many words at a time, and yet not of gigabytes
@@ -130,10 +133,16 @@ def _characters(words: Sequence[Mapping[str, int]], size: int) -> tuple[set[str]
             totals += np.bincount(np.frombuffer("".join(part).encode("utf-32-le"), "<u4"), weights, len(totals))
         order = np.argsort(-totals, kind="stable")[: np.count_nonzero(totals)]
         ranked.append((order, np.cumsum(totals[order]) / totals.sum()))
+        pool += totals / max(1, totals.sum())
     for coverage, part_of_pieces in COVERAGE.items():
         codes = {code for order, share in ranked for code in order[: np.searchsorted(share, coverage) + 1].tolist()}
         if len(codes) <= part_of_pieces * size:
             break
+    room = int(part_of_pieces * size) - len(codes) - 1  # the mark of a space takes one
+    if coverage < TOGETHER and room > 0:
+        order = np.argsort(-pool, kind="stable")
+        common = order[: np.searchsorted(np.cumsum(pool[order]) / pool.sum(), TOGETHER) + 1].tolist()
+        codes.update([code for code in common if code not in codes][:room])
     others = {code for order, _ in ranked for code in order.tolist()} - codes
     return set(map(chr, codes)), set(map(chr, others))
 
