@@ -9,7 +9,7 @@ import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain
+from itertools import accumulate, chain, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -25,21 +25,43 @@ SPECIAL_PIECES = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
 # byte-order mark, lone surrogates, noncharacters. Joiners (U+200C, U+200D) stay: Persian, Hindi and other languages spell
 # with them. Whatever `str.split` takes for whitespace stays too, and is folded later.
 INVISIBLE = re.compile(
-    "[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\xad\u200b\u200e\u200f\u202a-\u202e\u2060-\u206f\ufeff"
+    "[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\xad\u061c\u200b\u200e\u200f\u202a-\u202e\u2060-\u206f\ufeff"
     "\ud800-\udfff\ufdd0-\ufdef\ufff9-\ufffb\ufffe\uffff]"
 )
 # SentencePiece writes a space as this character, so that this character in a text could only be read back as a space.
 SPACE_PIECE = "\u2581"
+# How files begin that are often taken for text, and what they are.
+OTHER_FORMATS = {
+    b"\x1f\x8b": "a file compressed with gzip",
+    b"BZh": "a file compressed with bzip2",
+    b"\xfd7zXZ": "a file compressed with xz",
+    b"\x28\xb5\x2f\xfd": "a file compressed with zstd",
+    b"]\x00\x00": "a file compressed with lzma",
+    b"7z\xbc\xaf": "a 7z archive",
+    b"Rar!": "a RAR archive",
+    b"PK\x03\x04": "a ZIP archive or an office document",
+    b"PAR1": "a Parquet table",
+    b"ARROW1": "an Arrow table",
+    b"SQLite format 3": "a database of SQLite",
+    b"%PDF": "a PDF document",
+    b"{\\rtf": "an RTF document",
+}
+
+
+def other_format(start: bytes) -> str:
+    """What a file is that starts so, or "" if it may be text."""
+    return next((name for magic, name in OTHER_FORMATS.items() if start.startswith(magic)), "")
 
 
 def line_end(start: bytes) -> bytes:
-    """Returns what ends the lines of a text that starts so: a newline, or where it has none the commonest of the others."""
-    others = [end.encode() for end in ("\r", "\x85", "\u2028", "\u2029")]
-    return b"\n" if b"\n" in start else max((b"\n", *others), key=start.count)
+    """Returns what ends the lines of a text that starts so, beside carriage returns and newlines, which always do: of the
+    Unicode line ends the commonest if the text has no other; else a newline."""
+    others = [end.encode() for end in ("\x85", "\u2028", "\u2029")]
+    return b"\n" if re.search(rb"[\r\n]", start) else max((b"\n", *others), key=start.count)
 
 
 def lines_of(text: str) -> list[str]:
-    return text.split(line_end(text.encode()).decode())
+    return re.split("\r\n?|" + line_end(text.encode()).decode(), text)
 
 
 def strip_invisible(text: str) -> str:
@@ -181,16 +203,20 @@ class SentencePiece:
         return normalise(text)
 
     def locate(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        """The offsets are exact in words that normalising leaves unchanged; in other words each piece stands for the whole word."""
+        """The offsets count in the text as it is given: a piece also stands for the invisible characters between its own."""
         ids: list[int] = []
         offsets: list[tuple[int, int]] = []
         for match in re.finditer(r"\S+", text):
             word, start = match.group(), match.start()
-            of_word = self.encode(word)
-            if normalise(word) == word:
-                offsets += [(start + low, start + high) for low, high in self._within(word, of_word)]
-            else:
+            normal = normalise(word)
+            of_word = self._model.encode(normal)
+            if " " in normal:  # the text has the character that stands for a space
                 offsets += [(start, match.end())] * len(of_word)
+            else:
+                bounds = _origins(word, normal)
+                for low, high in self._within(normal, of_word):  # a piece that is a space alone has no character
+                    end = bounds[high - 1][1] if high > low else bounds[low][0]
+                    offsets.append((start + bounds[low][0], start + end))
             ids += of_word
         return ids, offsets
 
@@ -209,6 +235,17 @@ class SentencePiece:
             start = end
         assert start == len(word), f"{word!r}: pieces {texts} do not spell it"
         return offsets
+
+
+def _origins(word: str, normal: str) -> list[tuple[int, int]]:
+    """The characters of `word` (from, to) that each character of the normalised word comes from. Both are compared decomposed,
+    in which the composed and the original spelling are the same letters."""
+    if word == normal:
+        return [(index, index + 1) for index in range(len(word))]
+    visible = [(n, letter) for n, letter in enumerate(word) if not INVISIBLE.match(letter) and letter != SPACE_PIECE]
+    origin = [n for n, letter in visible for _ in unicodedata.normalize("NFD", letter)]
+    ends = accumulate(len(unicodedata.normalize("NFD", letter)) for letter in normal)
+    return [(min(origin[first:end]), max(origin[first:end]) + 1) for first, end in pairwise([0, *ends])]
 
 
 class Library:

@@ -160,6 +160,28 @@ def test_markup_is_no_text(tmp_path: Path) -> None:
             build(tmp_path / "out", en=tmp_path / "en")
 
 
+def test_tables_markup_and_programs_own_formats_are_no_running_text(tmp_path: Path) -> None:
+    """Numbers, tags and quotation marks would be trained on as words."""
+    lines = some_lines(100)
+    numbered, tagged = (
+        "\n".join(form.format(n, line) for n, line in enumerate(lines)) for form in ("{}\t{}", "<p>{1}</p>")
+    )
+    for data, match in (
+        (numbered.encode(), r"en: 9\d of its first 9\d lines have 2 columns separated by tabs.*cut -f2"),
+        (tagged.encode(), r"en: 9\d of its first 9\d lines begin and end with a tag, so it is markup"),
+        (json.dumps(lines, indent=1).encode(), r"en: begins with '\[.*so it is markup"),
+        (b"PAR1" + bytes(99), "en: a Parquet table and not plain text"),
+        (b"\x28\xb5\x2f\xfd" + bytes(99), "en: a file compressed with zstd"),
+    ):
+        (tmp_path / "en").write_bytes(data)
+        with pytest.raises(UserError, match=match):
+            build(tmp_path / "out", en=tmp_path / "en")
+    text = [
+        line if n % 3 else f"\t{line}\tand <b>more" for n, line in enumerate(lines)
+    ]  # indented, with tabs and tags inside
+    build(tmp_path / "out", en=written(tmp_path / "en", text))
+
+
 def test_standard_input_that_is_closed(tmp_path: Path) -> None:
     line = f"{sys.executable} {TOOL} --out out --vocab-size 80 en=- <&-"
     done = subprocess.run(["bash", "-c", line], cwd=tmp_path, capture_output=True, text=True)

@@ -18,6 +18,7 @@ import pytest
 from mlinterf_ds.data.corpus import Corpus
 from mlinterf_ds.data.prepare import inputs as inputs_module
 from mlinterf_ds.data.prepare import stages, vocabulary
+from mlinterf_ds.data.prepare.cleaning import SENTENCE_END
 from mlinterf_ds.data.prepare.main import prepare
 from mlinterf_ds.data.prepare.shards import write_shard
 from mlinterf_ds.data.prepare.splits import held_out
@@ -222,6 +223,20 @@ def test_lines_may_end_otherwise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert [normalise(line) for line in lines_of(end.join(lines))] == lines
 
 
+@pytest.mark.parametrize("second", ["\r", "\r\n"])
+def test_files_whose_lines_end_differently_may_be_joined(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, second: str
+) -> None:
+    monkeypatch.setattr(inputs_module, "BLOCK", 1000)
+    lines = some_lines(200)
+    text = "\n".join(lines[:90]) + "\n" + second.join(lines[90:])
+    (tmp_path / "en.txt").write_bytes(text.encode())
+    corpus = build(tmp_path / "out", en=tmp_path / "en.txt")
+    assert {sentence for split in SPLITS for sentence in texts(corpus, "en", split)} == set(lines)
+    assert corpus.manifest["languages"]["en"]["dropped"] == {}
+    assert lines_of(text) == lines
+
+
 def test_byte_order_marks_make_no_words(tmp_path: Path) -> None:
     """Files that were joined have one inside, and some programs write two."""
     lines = some_lines(200)
@@ -402,6 +417,22 @@ def test_wikipedia_dump_is_cleaned_and_split_by_document(tmp_path: Path) -> None
         file.write(dump(["\n\n".join(of) for of in expected]))
     corpus = build(tmp_path / "out", en=tmp_path / "enwiki.xml.bz2")
     check_documents_are_whole(corpus, expected)
+
+
+@pytest.mark.parametrize(
+    "paragraph, sentences",
+    [
+        ("One. Two? Three", ["One.", "Two?", "Three"]),
+        ("本当！？そうだ。「はい。」と言った。", ["本当！？", "そうだ。", "「はい。」と言った。"]),
+        ("ကက။ ခခ။", ["ကက။", "ခခ။"]),
+        ("ខខ។ គគ៕ ឃឃ", ["ខខ។", "គគ៕", "ឃឃ"]),
+        ("ሰላም። ነው፧ አዎ።", ["ሰላም።", "ነው፧", "አዎ።"]),
+        ("བོད། ཡིག། །", ["བོད།", "ཡིག། །"]),
+        ("Բարև։ Այո։", ["Բարև։", "Այո։"]),
+    ],
+)
+def test_paragraphs_are_cut_at_each_scripts_marks(paragraph: str, sentences: list[str]) -> None:
+    assert [sentence for sentence in SENTENCE_END.split(paragraph) if sentence] == sentences
 
 
 def test_wiki_markup_is_removed() -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import random
 import re
+import unicodedata
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +14,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlinterf_ds.data.tokenizer import BOS, EOS, UNK, Tokenizer
+from mlinterf_ds.data.tokenizer import BOS, EOS, UNK, Tokenizer, normalise
 from mlinterf_ds.errors import UserError
 from mlinterf_ds.model.encoder import SHARED
 from mlinterf_ds.model.layers import at_positions
@@ -110,6 +112,27 @@ def test_offsets_tile_every_word(tokenizer: Tokenizer) -> None:
     for piece, (low, high) in zip(ids, offsets, strict=True):
         if piece != UNK and context[low:high].isascii() and "cafe" not in context[low:high]:
             assert context[low:high] == pieces[piece].removeprefix("\u2581")
+
+
+VISIBLE = ("Một ngày đẹp", "नज़र मिली", "កខគឃ", "\u09ac\u09cb\u09ac\u09be", "가나다 각", "قال محمد")
+
+
+@pytest.mark.parametrize("text", VISIBLE)
+@pytest.mark.parametrize(
+    "change", [lambda t: unicodedata.normalize("NFD", t), "\u200b".join, lambda t: f"\u200f{t}\u061c"]
+)
+def test_offsets_are_exact_in_text_that_normalising_changes(
+    text: str, change: Callable[[str], str], tmp_path: Path
+) -> None:
+    """Decomposed letters, zero-width spaces between letters (as Khmer and Thai have between words), directional marks."""
+    line = unicodedata.normalize("NFC", text)
+    characters = learned([line] * 3, 6 + len(set(line.replace(" ", ""))), tmp_path / "model")  # a piece a character
+    context = change(line)
+    ids, offsets = characters.locate(context)
+    spelt = [characters.pieces[piece].removeprefix("\u2581") for piece in ids]
+    covered = [normalise(context[low:high]) for low, high in offsets]
+    assert "".join(covered) == "".join(spelt) == line.replace(" ", "")
+    assert covered == spelt
 
 
 def test_whole_words_are_always_recovered(tokenizer: Tokenizer) -> None:

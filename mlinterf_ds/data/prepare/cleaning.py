@@ -19,8 +19,12 @@ from mlinterf_ds.errors import UserError
 from mlinterf_ds.files import read_json, write_array, write_arrays, write_json
 
 FIRST_NUMBERS = 5  # how many line numbers are reported for each reason to drop lines
-# Documents hold paragraphs. A sentence ends at one of these marks before a space, or at a full-width mark.
-SENTENCE_END = re.compile(r"(?<=[.!?\u2026\u0964\u0965\u061f\u06d4])\s+|(?<=[\u3002\uff01\uff1f])")
+# Documents hold paragraphs. A sentence ends at one of these marks before a space (Latin, Indic, Arabic, Armenian, Ethiopic,
+# Burmese, Khmer, Tibetan, where they come in pairs), or at a full-width mark that no closing bracket or quotation mark follows.
+SENTENCE_END = re.compile(
+    r"(?<=[.!?\u2026\u0964\u0965\u061f\u06d4\u0589\u1362\u1367\u104b\u17d4\u17d5\u0f0d\u0f0e])\s+(?![\s\u0f0d\u0f0e])"
+    r"|(?<=[\u3002\uff01\uff1f\uff61])(?![\u3002\uff01\uff1f\uff61\u300d\u300f\uff63\u201d\u2019\uff09\u300b])"
+)
 # A block in which this many lines, and more than half of all, cannot be decoded is no UTF-8 text at all.
 FEWEST_UNDECODABLE = 5
 # A link "Name:Target" without a space after the colon leads to a picture, a category or another wiki, whatever the
