@@ -10,6 +10,7 @@ import argparse
 import difflib
 import json
 import os
+import re
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -176,6 +177,10 @@ def _explain(error: ValidationError, kind: type[Section], origin: dict[str, str]
             lines.append(f"{given}: unknown key; {_nearest(key, kind)}")
         elif problem["type"] == "value_error":  # the sections' own validators name key and value themselves
             lines.append(problem["msg"].removeprefix("Value error, ") + source)
+        elif problem["type"] == "string_pattern_mismatch" and re.search(
+            problem["ctx"]["pattern"], lower := str(problem["input"]).lower()
+        ):
+            lines.append(f"{given}: must be lower-case: {lower!r}")
         else:
             lines.append(f"{given}: {problem['msg']}")
     return "\n".join(lines)

@@ -12,6 +12,7 @@ import json
 import sys
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,8 @@ from mlinterf_ds.tasks.files import read_text
 from mlinterf_ds.tasks.heads import TaskModel
 from mlinterf_ds.tasks.sources import parse
 from mlinterf_ds.tasks.tagging import Tagger
+
+LONGEST_WORD = 20  # characters: a longer line without a space is a sentence of a language that writes none
 
 
 def main(arguments: Sequence[str], group: Group | None = None) -> int:
@@ -122,8 +125,13 @@ def _sentences(task: Task, path: Path) -> list[Any]:
     """The lines of a text as sentences, their words separated by white space."""
     if not isinstance(task, Tagger):
         raise UserError(f"--sentences: task {task.name} tags no words; give its file format")
-    lines = [line.split() for line in read_text(path).split("\n")]
-    return in_memory([(words, [task.blank] * len(words)) for words in lines if words], path)
+    lines = [words for line in read_text(path).split("\n") if (words := line.split())]
+    sentences = in_memory([(words, [task.blank] * len(words)) for words in lines], path)
+    single = sum(len(words) == 1 and len(words[0]) > LONGEST_WORD for words in lines)
+    if single <= len(lines) / 2:
+        return sentences
+    remark = f"{path}: {single} of {len(lines)} lines are one word, and get one tag: where a language writes no spaces, give a word a line"
+    return [replace(sentence, remark=remark) for sentence in sentences]
 
 
 def write(task: Task, examples: list[Any], predictions: list[Any], out: Path | None) -> None:

@@ -83,11 +83,13 @@ class Layout:
         return columns
 
     def comments(self, line: str) -> bool:
-        """Whether a line before a sentence's first word is a comment: it starts with `# ` and is no word `#` with a tag."""
+        """Whether a line before a sentence's first word is a comment: it starts with `# ` (or `## `) and is no such word with a tag."""
         if self.numbered or not line.startswith("#"):
             return line.startswith("#")
         columns = self.columns(line)
-        return line[1:2] in ("", " ", "\t") and (len(columns) != self.width or bool(re.search("[=:/]", columns[-1])))
+        return line.lstrip("#")[:1] in ("", " ", "\t") and (
+            len(columns) != self.width or bool(re.search("[=:/]", columns[-1]))
+        )
 
 
 CONLLU = Layout(tabs=True, width=10, word=1, tag=3, numbered=True, strict=True)
@@ -126,7 +128,11 @@ def read_columns(
     lines = read_text(path).split("\n")
     for number, line in enumerate(lines, 1):
         if "\r" in line.rstrip("\r"):
-            raise bad(path, number, "a carriage return inside the line; lines end with a newline, or both")
+            raise bad(
+                path,
+                number,
+                "a carriage return inside the line; all lines end alike: with a newline, a carriage return, or both",
+            )
     layout = layout or find_layout(path, lines, lambda tag: check(rename(tag)), name, width, bool(blank))
     sentences: list[Sentence] = []
     pending: list[str] = []  # blocks of comments alone, which belong to the sentence that follows
@@ -212,7 +218,11 @@ def find_layout(path: Path, lines: list[str], check: Check, name: str, width: in
     if not _is_numbered(bodies, tabs):
         if blank and len(first) == 1:
             return Layout(tabs, 1, tag=None)
-        return Layout(tabs, width or max(2, len(first)))
+        rows = [split(body, tabs) for body in sure]
+        others = [
+            k for k in range(1, (width or len(first)) - 1) if not any(check(row[k]) for row in rows if len(row) > k)
+        ]
+        return Layout(tabs, width or max(2, len(first)), remark=_remark(path, len(first) - 1, others))
     if name == "UPOS" and tabs and len(first) == CONLLU.width:
         return CONLLU
     rows = [row for row in (split(body, tabs) for body in full) if row[0].isdecimal()]
@@ -223,11 +233,14 @@ def find_layout(path: Path, lines: list[str], check: Check, name: str, width: in
     if not wrong:
         return Layout(tabs, len(first), 1, None, True)
     tag = min(wrong, key=lambda column: wrong[column])
-    same = [str(column + 1) for column, count in wrong.items() if column != tag and not count]
-    remark = (
-        f"{path.name} has tags in column {tag + 1}, which are read, and in column {', '.join(same)}" if same else ""
-    )
-    return Layout(tabs, len(first), 1, tag, True, remark=remark)
+    others = [column for column, count in wrong.items() if column != tag and not count]
+    return Layout(tabs, len(first), 1, tag, True, remark=_remark(path, tag, others))
+
+
+def _remark(path: Path, tag: int, others: Sequence[int]) -> str:
+    """What the user should know of a file in which other columns, counted from 0, also hold tags."""
+    columns = ", ".join(str(column + 1) for column in others)
+    return f"{path.name} has tags in column {tag + 1}, which are read, and in column {columns}" if others else ""
 
 
 def _is_numbered(bodies: list[str], tabs: bool) -> bool:

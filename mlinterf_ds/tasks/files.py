@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import codecs
 import sys
 from pathlib import Path
 from typing import Any
 
+from mlinterf_ds.data.tokenizer import other_format
 from mlinterf_ds.errors import UserError
 
 KINDS = {str: "text", int: "a whole number", bool: "true or false", list: "a list"}
@@ -14,7 +16,8 @@ KINDS = {str: "text", int: "a whole number", bool: "true or false", list: "a lis
 def read_text(path: Path) -> str:
     """The text of a file, or of standard input (`-`), without the byte-order marks that begin lines where files were joined.
 
-    UserError if it is missing, empty or not UTF-8.
+    Text is UTF-8, or what a byte-order mark says. Where carriage returns alone end the lines, newlines stand in for them.
+    UserError if it is missing, empty or in another encoding or format.
     """
     try:
         data = sys.stdin.buffer.read() if str(path) == "-" and sys.stdin else path.read_bytes()
@@ -22,11 +25,18 @@ def read_text(path: Path) -> str:
         raise UserError(
             f"{path}: cannot be read: {error.strerror}; give LANG=FILE, LANG=synthetic or LANG=split"
         ) from None
+    if kind := other_format(data[:16]):
+        raise UserError(f"{path}: {kind} and not text: unpack or convert it first")
+    utf16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     try:
-        text = data.decode("utf-8").replace("\n\ufeff", "\n").removeprefix("\ufeff")
+        text = data.decode("utf-16" if utf16 else "utf-8").replace("\n\ufeff", "\n").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         line = data[: error.start].count(b"\n") + 1
-        raise UserError(f"{path}, line {line}: not UTF-8 ({error.reason}); convert the file") from None
+        raise UserError(
+            f"{path}, line {line}: not {error.encoding.upper()} ({error.reason}); convert the file to UTF-8, for example with iconv"
+        ) from None
+    if "\n" not in text:
+        text = text.replace("\r", "\n")
     if not text.strip():
         raise UserError(f"{path}: empty; expected at least one example")
     return text

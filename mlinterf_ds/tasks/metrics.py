@@ -65,9 +65,9 @@ def entity_report(gold: Tags, predicted: Tags) -> str:
         )
     lines = ["| type | precision | recall | F1 | entities |", "|---|---|---|---|---|"]
     for kind, facts in report.items():
-        if "macro" not in kind and "weighted" not in kind:
+        if kind not in ("macro avg", "weighted avg"):
             numbers = " | ".join(f"{100 * facts[key]:.1f}" for key in ("precision", "recall", "f1-score"))
-            lines.append(f"| {kind.removesuffix(' avg')} | {numbers} | {int(facts['support'])} |")
+            lines.append(f"| {_cell(kind.removesuffix(' avg'))} | {numbers} | {int(facts['support'])} |")
     return "\n".join(lines) + "\n"
 
 
@@ -80,10 +80,15 @@ def confusion(gold: Tags, predicted: Tags, name: Callable[[str], str]) -> str:
     for sentence in zip(gold, predicted, strict=True):
         counts.update((name(right), name(guess)) for right, guess in zip(*sentence, strict=True))
     classes = sorted({name for pair in counts for name in pair})
-    lines = [f"| gold \\ predicted | {' | '.join(classes)} |", "|---" * (len(classes) + 1) + "|"]
+    lines = [f"| gold \\ predicted | {' | '.join(map(_cell, classes))} |", "|---" * (len(classes) + 1) + "|"]
     for row in classes:
-        lines.append(f"| {row} | {' | '.join(str(counts[row, column]) for column in classes)} |")
+        lines.append(f"| {_cell(row)} | {' | '.join(str(counts[row, column]) for column in classes)} |")
     return "\n".join(lines) + "\n"
+
+
+def _cell(name: str) -> str:
+    """A label as the cell of a Markdown table."""
+    return name.replace("|", "\\|")
 
 
 # --- answers ---------------------------------------------------------------------------------------------------------

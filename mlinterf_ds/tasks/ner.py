@@ -1,4 +1,4 @@
-"""Named entities: WikiAnn/PAN-X and CoNLL columns in IOB1, IOB2, IOBES or BILOU. The model learns and predicts IOB2."""
+"""Named entities: WikiAnn/PAN-X and CoNLL columns in IOB1, IOB2, IOBES, BILOU or BMES. The model learns and predicts IOB2."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mlinterf_ds.tasks import columns, metrics
 from mlinterf_ds.tasks.columns import Sentence, Tags
 from mlinterf_ds.tasks.tagging import Tagger, constant
 
-TAG = re.compile(r"O|[BIESLU]-\S+")
+TAG = re.compile(r"O|[BIMESLU]-\S+")
 WIKI_PREFIX = re.compile(r"((?:[a-z]{2,3}(?:-[a-z]+)*|simple):).")  # a wiki's code and a colon, before a word
 Span = tuple[str, int, int]  # (type, first word, word after the last)
 
@@ -77,7 +77,7 @@ def _scored(examples: Sequence[Sentence], tags: Tags) -> list[Sequence[str]]:
 def spans(tags: Sequence[str]) -> list[Span]:
     """The entities of a tagged sentence, by the rule of the CoNLL scorer, which reads IOB1, IOB2 and IOBES alike.
 
-    B, S and U open an entity; E, S, L and U close it; I and E open one if the word before is in no entity or in another.
+    B, S and U open an entity; E, S, L and U close it; I, M and E open one if the word before is in no entity or in another.
     """
     entities: list[Span] = []
     open_type, first = "", 0
@@ -95,10 +95,12 @@ def spans(tags: Sequence[str]) -> list[Span]:
 
 
 def scheme_of(sentences: Sequence[Sequence[str]]) -> str:
-    """The scheme of a file's tags: 'IOBES', 'BILOU', 'IOB1' or 'IOB2'."""
+    """The scheme of a file's tags: 'IOBES', 'BILOU', 'BMES' (as Chinese sets have it), 'IOB1' or 'IOB2'."""
     prefixes = {tag[0] for tags in sentences for tag in tags}
     if prefixes & set("LU"):
         return "BILOU"
+    if "M" in prefixes:
+        return "BMES"
     if prefixes & set("ES"):
         return "IOBES"
     opening = {tags[first][0] for tags in sentences for _, first, _ in spans(tags)}
@@ -112,11 +114,11 @@ def scheme_of(sentences: Sequence[Sequence[str]]) -> str:
 
 def in_scheme(tags: Sequence[str], scheme: str) -> list[str]:
     """The same entities, tagged in another scheme."""
-    first_tag, last_tag, single_tag = tuple({"IOBES": "BES", "BILOU": "BLU"}.get(scheme, "BIB"))
+    first_tag, last_tag, single_tag = tuple({"IOBES": "BES", "BMES": "BES", "BILOU": "BLU"}.get(scheme, "BIB"))
     result = ["O"] * len(tags)
     before: Span = ("", 0, 0)
     for kind, first, end in spans(tags):
-        result[first:end] = [f"I-{kind}"] * (end - first)
+        result[first:end] = [f"{'M' if scheme == 'BMES' else 'I'}-{kind}"] * (end - first)
         result[end - 1] = f"{last_tag}-{kind}"
         opens = first_tag if end - first > 1 else single_tag
         if scheme == "IOB1" and not (before[0] == kind and before[2] == first):

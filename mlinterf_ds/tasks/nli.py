@@ -25,8 +25,10 @@ LABELS = ["entailment", "neutral", "contradiction"]
 ALIASES = {"contradictory": "contradiction"}  # the machine-translated MNLI spells it so
 NO_LABEL = "-"
 ARRAY = "["  # the beginning of a JSON array
-# The names of premise, hypothesis and label: XNLI, MNLI; machine-translated MNLI; others
-NAMES = (("sentence1", "sentence2", "gold_label"), ("premise", "hypo", "label"), ("premise", "hypothesis", "label"))
+# The names of premise and hypothesis in XNLI and MNLI, in the machine-translated MNLI, in others; and of the label
+TEXTS = (("sentence1", "sentence2"), ("premise", "hypo"), ("premise", "hypothesis"))
+GOLD = ("gold_label", "label")
+FIELDS = f"{', or '.join(' and '.join(names) for names in TEXTS)}, with {' or '.join(GOLD)}"
 
 
 @dataclass(frozen=True)
@@ -87,13 +89,13 @@ class Nli(Task):
         return renamed
 
     def _tsv_pairs(self, path: Path, text: str, language: str, skipped: set[str]) -> Iterator[Pair]:
-        """Pairs of a TSV file. A header with one of NAMES names the columns; without one they are in this order.
+        """Pairs of a TSV file. A header with one of TEXTS names the columns; without one they are in this order.
 
         Pairs in other languages are left out, and their languages added to `skipped`.
         """
         lines = text.split("\n")
         first = next(number for number, line in enumerate(lines) if line.strip())
-        header = lines[first].rstrip("\r").split("\t")
+        header = lines[first].rstrip("\r").lower().split("\t")
         names = _names(header, self.unlabelled)
         indices = [header.index(name) for name in names] if names else list(range(min(3, len(header))))
         width = len(header) if names else 2 if self.unlabelled and len(header) == 2 else 3
@@ -111,7 +113,10 @@ class Nli(Task):
             premise, hypothesis, *given = (columns[index] for index in indices)
             label, column = (given[0], indices[2]) if given else (NO_LABEL, None)
             top = lines[first] if names else ""
-            yield Pair(premise, hypothesis, self._label(f"{path}, line {number}", label), line, label, column, top)
+            hint = "" if names or number > first + 1 else f" (a header names {FIELDS})"
+            yield Pair(
+                premise, hypothesis, self._label(f"{path}, line {number}{hint}", label), line, label, column, top
+            )
 
     def _json_pairs(self, path: Path, text: str, language: str, skipped: set[str]) -> Iterator[Pair]:
         """Pairs of a file with one JSON object a line, or with an array of objects."""
@@ -127,10 +132,9 @@ class Nli(Task):
                 ]
         kind = "item" if header else "line"
         for number, line in items:
-            fields_of = " or ".join(", ".join(names) for names in NAMES)
-            with refusing(f"{path}, {kind} {number}: expected a JSON object with {fields_of}"):
+            with refusing(f"{path}, {kind} {number}: expected a JSON object with {FIELDS}"):
                 fields = json.loads(line)
-                names = _names(fields, self.unlabelled) or NAMES[0]
+                names = _names(fields, self.unlabelled) or (*TEXTS[0], GOLD[0])
                 premise, hypothesis = (typed(fields[name], str, name) for name in names[:2])
                 label = fields[names[2]] if len(names) == 3 else NO_LABEL
                 label = label if type(label) is int else typed(label, str, names[-1])
@@ -220,9 +224,9 @@ def shortened(first: list[int], second: list[int], room: int) -> tuple[list[int]
 
 
 def _names(known: Collection[str], unlabelled: bool) -> tuple[str, ...] | None:
-    """Those of NAMES that are all there, of new text also without the label."""
-    for count in (3, 2) if unlabelled else (3,):
-        for names in NAMES:
-            if set(names[:count]) <= set(known):
-                return names[:count]
+    """The names of premise, hypothesis and label that are among these; of new text also without the label."""
+    for names in TEXTS:
+        label = [name for name in GOLD if name in known][:1]
+        if set(names) <= set(known) and (label or unlabelled):
+            return (*names, *label)
     return None

@@ -17,7 +17,7 @@ UPOS = [
 
 def check_tag(tag: str) -> str:
     """What is wrong with a tag, or ''."""
-    return "" if tag in UPOS else f"tag {tag!r}: expected one of {' '.join(UPOS)}"
+    return "" if tag in UPOS else f"tag {tag!r}: expected one of {' '.join(UPOS)}; --labels OLD=NEW,... renames tags"
 
 
 class Pos(Tagger):

@@ -37,8 +37,10 @@ def parse(options: Sequence[str], split: str) -> dict[str, str]:
     for option in options:
         language, equals, source = option.partition("=")
         if not equals or not source or not re.fullmatch(LANGUAGE_PATTERN, language):
+            lower = re.fullmatch(LANGUAGE_PATTERN, language.lower()) and language != language.lower()
+            hint = f"; codes are lower-case: {language.lower()}" if lower else ""
             raise UserError(
-                f"--{split} {option}: expected LANG=FILE, LANG=synthetic or LANG=split, such as en=train.tsv"
+                f"--{split} {option}: expected LANG=FILE, LANG=synthetic or LANG=split, such as en=train.tsv{hint}"
             )
         if language in sources:
             raise UserError(f"--{split} {option}: {language} is given twice; put its examples in one file")

@@ -73,6 +73,7 @@ def test_set_beats_recipe_beats_default(tmp_path: Path) -> None:
         (["resume=x", "init=y"], ["resume", "init"]),
         (["data.synthetic_limit=syn"], ["syn: expected LANG=N", "data.synthetic_limit=syn"]),
         (["data.synthetic_limit=syn=0"], ["data.synthetic_limit.syn", "greater than or equal to 1"]),
+        (["languages=zh-Hant"], ["languages.0='zh-Hant'", "must be lower-case: 'zh-hant'"]),
     ],
 )
 def test_refusals_name_key_value_and_remedy(settings: list[str], words: list[str]) -> None:

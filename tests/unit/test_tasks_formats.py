@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from mlinterf_ds.errors import UserError
+from mlinterf_ds.predict import _sentences
 from mlinterf_ds.tasks import TASKS
 from mlinterf_ds.tasks import ner as ner_module
 from mlinterf_ds.tasks.sources import Sets, load, parse
@@ -61,6 +63,7 @@ def gold(task: str, example: Any) -> Any:
         ("ner", "f.conllup", "# global.columns = FORM NER\nKido\tB-PER\nhi\tO\n"),
         ("ner", "f", "Kido\tB-PER\n\tO\n"),  # an empty word, as GermEval has some
         ("ner", "f", "en:Kido\tB-PER\nen:\tO\n"),
+        ("ner", "f", "王 B-PER\n小 M-PER\n明 E-PER\n在 O\n家 S-LOC\n"),
         ("ner", "f", "Kido\tB-O\nhi\tO\n"),  # a type that is called O
         ("pos", "f.conllu", CONLLU),
         ("pos", "f.conll", CONLLU),
@@ -75,6 +78,13 @@ def gold(task: str, example: Any) -> Any:
         ("nli", "f", "premise\thypo\tlabel\r\nA.\tB.\tneutral\r\n"),  # machine-translated training data of XNLI
         ("nli", "f", json.dumps(PAIR | {"language": "en", "k": 1}) + "\n"),
         ("nli", "f", json.dumps(HYPOTHESIS) + "\n" + json.dumps(HYPOTHESIS | {"label": "entailment"}) + "\n"),
+        (
+            "nli",
+            "f",
+            json.dumps({"sentence1": "一", "sentence2": "二", "label": "-"}, ensure_ascii=False) + "\n",
+        ),  # OCNLI, JNLI
+        ("nli", "f", json.dumps({"premise": "a", "hypothesis": "b", "gold_label": "neutral"}) + "\n"),  # KLUE
+        ("ner", "f", "## klue-1\t<a:PS> b:c\n가\tB-PS\n \tO\n나\tO\n"),
         ("nli", "f", "[\n" + ",\n".join([json.dumps(HYPOTHESIS)] * 2) + "\n]\n"),
     ],
 )
@@ -100,6 +110,27 @@ def test_conllu_predictions_replace_only_the_tag(tmp_path: Path) -> None:
 def test_a_mark_of_the_byte_order_where_files_were_joined(tmp_path: Path) -> None:
     text = "\ufeff-DOCSTART-\tO\n\nKido\tB-PER\n\n\ufeff-DOCSTART-\tO\n\n\ufeffbeku\tO\n"
     assert [s.words for s in TASKS["ner"].read(put(tmp_path, "f", text), "en")] == [("Kido",), ("beku",)]
+
+
+def test_other_columns_that_hold_tags_are_noted(tmp_path: Path) -> None:
+    """Chunks of CoNLL 2003, and outer entities where the last column has the inner ones."""
+    (sentence,) = TASKS["ner"].read(put(tmp_path, "f.txt", "EU NNP B-NP B-ORG\nsays VBZ B-VP O\n"), "en")
+    assert (
+        sentence.tags == ("B-ORG", "O")
+        and sentence.remark == "f.txt has tags in column 4, which are read, and in column 3"
+    )
+
+
+@pytest.mark.parametrize("encode", [lambda text: text.encode("utf-16"), lambda text: text.replace("\n", "\r").encode()])
+def test_files_of_old_and_of_office_programs(encode: Callable[[str], bytes], tmp_path: Path) -> None:
+    """UTF-16 with its byte-order mark, and lines that carriage returns alone end."""
+    entities, pairs = "Kido\tB-PER\nhi\tO\n\nbeku\tO\n", "Premise\tHypothesis\tLabel\nA.\tB.\tneutral\n"
+    for task, text in (("ner", entities), ("nli", pairs)):
+        (tmp_path / "f").write_bytes(encode(text))
+        examples, expected = (TASKS[task].read(path, "en") for path in (tmp_path / "f", put(tmp_path, "g", text)))
+        assert [gold(task, example) for example in examples] == [gold(task, example) for example in expected]
+        TASKS[task].write(examples, [gold(task, example) for example in examples], tmp_path / "out")
+        assert (tmp_path / "out").read_text() == text
 
 
 def test_predictions_replace_the_outer_entities_of_a_numbered_file(tmp_path: Path) -> None:
@@ -225,6 +256,16 @@ def test_new_text_needs_no_answers(task: str, text: str, written: str | None, tm
     assert not TASKS["qa"].labelled(question)
 
 
+def test_sentences_of_one_word_are_noted(tmp_path: Path) -> None:
+    """Of a language without spaces `launch/predict.py --sentences` would give each sentence one tag."""
+    thai, english = (
+        _sentences(TASKS["ner"], put(tmp_path, "f", text))
+        for text in ("\ufeffกรุงเทพเป็นเมืองหลวงของประเทศไทย\r\nใช่\r\nสวัสดีครับผมมาจากกรุงเทพ\r\n", "Ann ran .\nYes\n")
+    )
+    assert "2 of 3 lines are one word" in thai[0].remark and len(thai) == 3
+    assert not english[0].remark and [s.words for s in english] == [("Ann", "ran", "."), ("Yes",)]
+
+
 # --- mistakes --------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     "task, text, words",
@@ -266,6 +307,8 @@ def test_new_text_needs_no_answers(task: str, text: str, written: str | None, tm
         ("nli", json.dumps(PAIR | {"k": "\ud800"}), ["line 1", "surrogate"]),
         ("nli", "a\tb\tneutral\na\tneutral\n", ["line 2", "2 columns"]),
         ("nli", "a\tb\tmaybe\n", ["line 1", "'maybe'", "entailment"]),
+        ("nli", "text_a\ttext_b\tlabel\na\tb\tneutral\n", ["line 1 (a header names", "'label'"]),
+        ("nli", "PK\x03\x04", ["a ZIP archive or an office document and not text"]),
         ("nli", '{"sentence1": "a"}\n', ["line 1", "sentence2"]),
         ("nli", json.dumps([HYPOTHESIS, HYPOTHESIS | {"label": 3}]), ["item 2", "3", "--labels"]),
         ("nli", '[{"premise": "a"', ["not a JSON array"]),
@@ -396,7 +439,7 @@ def test_synthetic_sets_differ_by_split(task: str, tmp_path: Path) -> None:
     "train, dev, test, words",
     [
         ("en=", "en=split", "en=split", "LANG=FILE"),
-        ("EN=f", "en=split", "en=split", "LANG=FILE"),
+        ("EN=f", "en=split", "en=split", "LANG=FILE.*codes are lower-case: en"),
         ("en={}", "sw=split", "en=split", "give --train sw=FILE"),
         ("nosuch=synthetic", "nosuch=split", "nosuch=split", "unknown synthetic language 'nosuch'"),
     ],

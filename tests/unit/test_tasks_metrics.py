@@ -48,6 +48,16 @@ def tagged_at_random(tags: list[str], count: int) -> tuple[list[list[str]], list
     return gold, [[tag if draw.random() < 0.7 else draw.choice(tags) for tag in row] for row in gold]
 
 
+def test_reports_show_odd_names_of_labels() -> None:
+    tags = [["B-a|b", "O", "B-macroalga"]]
+    lines = metrics.entity_report(tags, tags).split("\n")
+    assert [line.split(" | ")[0] for line in lines[2:-1]] == ["| a\\|b", "| macroalga", "| micro"]
+    assert (
+        metrics.confusion(tags, tags, lambda tag: tag[2:] or "O").split("\n")[0]
+        == "| gold \\ predicted | O | a\\|b | macroalga |"
+    )
+
+
 def test_pos_f1_is_what_seqeval_makes_of_bare_tags() -> None:
     from seqeval.metrics import f1_score
 
