@@ -5,9 +5,11 @@ from __future__ import annotations
 import codecs
 import contextlib
 import io
+import os
 import shlex
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 # The errors that reading a malformed file can raise: a missing key, a wrong type, bytes that are no
 # text, nesting without end, a number or a path that the system cannot take.
@@ -24,10 +26,46 @@ def warn(message: str) -> None:
     print(f"{red}warning: {message}{plain}", file=sys.stderr, flush=True)
 
 
-def show_any_text() -> None:
-    """Has standard output show a question mark for a character that its encoding lacks, instead of ending the program."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")
+class _Output(io.FileIO):
+    """Standard output or error, whose reader may leave (`| head`): what is written after that is dropped."""
+
+    def write(self, data: Any) -> int | None:
+        try:
+            return super().write(data)
+        except BrokenPipeError:
+            return len(data)
+        except OSError as error:  # a disk that is full, under `> file`
+            raise UserError(f"standard output or error cannot be written there: {error.strerror}") from None
+
+
+def ready_streams() -> None:
+    """Readies the standard streams for whatever a program's caller made of them; call it before any other file is opened.
+
+    A character that an encoding lacks is shown as a question mark, and a reader that leaves early does not end the
+    program. Nothing else opens under the number of a stream that is closed: what is printed there goes nowhere.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, which is this one
+    sys.stdout = _ready(sys.stdout, 1, "replace")
+    sys.stderr = _ready(sys.stderr, 2, "backslashreplace")
+
+
+def _ready(stream: Any, number: int, errors: str) -> Any:
+    if stream is None:
+        return open(number, "w", encoding="utf-8", errors=errors, closefd=False)
+    if (
+        type(stream) is not io.TextIOWrapper or stream.fileno() != number
+    ):  # whoever calls this as a function has put another there
+        return stream
+    stream.flush()
+    file: Any = _Output(number, "wb", closefd=False)
+    return io.TextIOWrapper(
+        file if stream.write_through else io.BufferedWriter(file), stream.encoding, errors,
+        line_buffering=stream.line_buffering, write_through=stream.write_through,
+    )  # fmt: skip
 
 
 def refuse_ascii() -> None:

@@ -12,9 +12,29 @@ import pytest
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+# The files that take longest, the longest first: a worker of `-n 2 --dist loadfile` takes whole files, and none should begin a long
+# one when the other has come to its end.
+LONGEST = [
+    "test_run_faults", "test_study", "test_meta", "test_tracking_faults", "test_pretrain", "test_fuzz", "test_bench",
+    "test_finetune", "test_conflict", "test_layouts", "test_plan", "test_study_runner", "test_analyze",
+    "test_corpus_faults", "test_altered_corpus", "test_export_finetuned", "test_interference", "test_growth",
+    "test_finetune_layouts", "test_tracking", "test_export", "test_mlflow_browser", "test_models_in", "test_command",
+    "test_evaluate", "test_two_hosts",
+]  # fmt: skip
+
 # The models and arrays of tests are small: a second thread costs more than it does, here and in every process started
 # from here. It must be set before torch and numpy are imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config: pytest.Config) -> None:
+    config.option.loadscopereorder = False  # pytest-xdist would begin with the files that hold the most tests
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    rank = {f"{name}.py": number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path.name, len(rank)))
 
 
 @pytest.fixture(scope="session")

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -41,6 +42,43 @@ def mlflow_server(port: int, store: str = "sqlite:///server.db") -> Iterator[sub
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait(30)
+
+
+@contextlib.contextmanager
+def forwarding(port: int, behind: int) -> Iterator[None]:
+    """Has a port answer with the server behind another: to its clients the server starts, and then is killed.
+
+    A real start takes tens of seconds of processor time.
+    """
+
+    def carry(source: socket.socket, target: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(65536):
+                target.sendall(data)
+        for end in (source, target):
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+
+    def accept() -> None:
+        with contextlib.suppress(OSError):  # the listener was closed
+            while True:
+                client, _ = listener.accept()
+                server = socket.create_connection(("127.0.0.1", behind))
+                ends.extend((client, server))
+                for pair in ((client, server), (server, client)):
+                    threading.Thread(target=carry, args=pair, daemon=True).start()
+
+    ends: list[socket.socket] = []
+    with socket.create_server(("127.0.0.1", port)) as listener:
+        threading.Thread(target=accept, daemon=True).start()
+        try:
+            yield
+        finally:
+            listener.shutdown(socket.SHUT_RDWR)  # wakes the thread that waits in accept
+            for end in ends:
+                with contextlib.suppress(OSError):
+                    end.shutdown(socket.SHUT_RDWR)
+                end.close()
 
 
 def free_port() -> int:

@@ -56,6 +56,13 @@ def _serve(rank: int, world: int, address: str, pipe: Connection) -> None:
             pipe.send((False, traceback.format_exc()))
 
 
+def preloaded() -> Any:
+    """The start method of the pool's ranks, for other processes that need the same imports."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(IMPORTED)
+    return context
+
+
 class Pool:
     """`world` processes in one process group."""
 
@@ -64,8 +71,7 @@ class Pool:
         self.processes: list[Any] = []
 
     def _start(self) -> None:
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(IMPORTED)
+        context = preloaded()
         address = "file://" + str(Path(tempfile.mkdtemp()) / "rendezvous")
         self.pipes: list[Connection] = []
         for rank in range(self.world):

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from mlinterf_ds.data.corpus import Corpus
 from mlinterf_ds.data.prepare.main import prepare
-from mlinterf_ds.errors import UserError, refuse_ascii, show_any_text
+from mlinterf_ds.errors import UserError, ready_streams, refuse_ascii
 
 INPUTS = """\
 inputs, as LANGUAGE=INPUT (one language may have several):
@@ -27,8 +27,8 @@ After an interruption the same command goes on from there. A language needs at l
 
 
 def main(arguments: list[str] | None = None) -> int:
+    ready_streams()
     options = _parser().parse_args(arguments)
-    show_any_text()
     started = time.perf_counter()
     try:
         refuse_ascii()

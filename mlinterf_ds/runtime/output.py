@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from mlinterf_ds.errors import UserError, refuse_ascii, show_any_text
+from mlinterf_ds.errors import UserError, ready_streams, refuse_ascii
 from mlinterf_ds.runtime.launchers import adopt, find_home
 
 NOISY = ("DeepSpeed", "megatron", "mlflow", "alembic", "torch", "matplotlib")
@@ -164,8 +164,8 @@ def main(run: Callable[[Sequence[str]], int], arguments: Sequence[str] | None = 
     interpreter apart: a thread of gloo's, MLflow's or torch's that still ends meanwhile, and asks for the interpreter to
     free a tensor, would abort the process after all its work is done.
     """
+    ready_streams()
     faulthandler.enable()
-    show_any_text()
     try:
         refuse_ascii()
         find_home()
@@ -192,5 +192,6 @@ def main(run: Callable[[Sequence[str]], int], arguments: Sequence[str] | None = 
         threading._shutdown()  # type: ignore[attr-defined]  # these two as multiprocessing ends its processes
         atexit._run_exitfuncs()
         sys.stderr.flush()
-    sys.stdout.flush()
+    with contextlib.suppress(UserError):  # the disk is full, which was said above
+        sys.stdout.flush()
     os._exit(status)

@@ -34,9 +34,9 @@ from tools.doctor import hosts as doctor_hosts
 
 RECIPES = Path(__file__).parents[2] / "launch" / "recipes"
 COUNTS = {
-    "recipe bytes": 1600, "recipe values": 1600, "set": 1600, "deepspeed": 800, "shards": 700, "manifest bytes": 700,
-    "manifest values": 1400, "tokenizer": 800, "ner": 700, "pos": 700, "qa": 700, "nli": 700, "tables": 800,
-    "records": 700, "folders": 700, "hostfile": 300,
+    "recipe bytes": 1000, "recipe values": 800, "set": 1000, "deepspeed": 900, "shards": 400, "manifest bytes": 500,
+    "manifest values": 700, "tokenizer": 600, "ner": 700, "pos": 700, "qa": 700, "nli": 700, "tables": 500,
+    "records": 300, "folders": 400, "hostfile": 300,
 }  # fmt: skip
 
 

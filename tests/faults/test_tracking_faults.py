@@ -23,7 +23,9 @@ from mlinterf_ds.tracking.__main__ import main, send_rest
 from mlinterf_ds.tracking.spool import SPOOL
 from tests import mlflow_server as mlflow
 from tests.commands import wait_until
-from tests.mlflow_server import empty_store, free_port, mlflow_server, runs_of
+from tests.mlflow_server import empty_store, forwarding, free_port, mlflow_server, runs_of
+
+TIMEOUT = 3  # seconds that MLflow waits for an answer
 
 
 @pytest.fixture(autouse=True)
@@ -32,7 +34,7 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (tmp_path / name).write_bytes(empty_store())
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "8")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", str(TIMEOUT))
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     monkeypatch.setattr("mlinterf_ds.tracking.LONGEST_PAUSE", 1.0)
     monkeypatch.setattr("mlinterf_ds.tracking.INTERVAL", 0.2)
@@ -76,25 +78,26 @@ def test_server_away_then_stopped_then_killed_then_back(
     tracker.log({"a": 0.0}, 0)
     wait_until(lambda: bool(warnings_in(caplog)))
     assert str(tracker.run_id).startswith("pending-") and tracker.browse() == uri
-    with mlflow_server(port) as server:
-        wait_until(lambda: tracker._sender.unsent == 0)
-        assert points(store, tracker.run_id) == [(0, 0.0)]
-        assert tracker.browse().endswith(f"/runs/{tracker.run_id}?workflowType=machine_learning")
-        os.killpg(server.pid, signal.SIGSTOP)  # slow: it takes requests and answers them much later
-        tracker.log({"a": 1.0}, 1)
-        time.sleep(9)
-        os.killpg(server.pid, signal.SIGCONT)
-        wait_until(lambda: tracker._sender.unsent == 0)
-    took = []
-    for step in range(2, 50):
-        began = time.perf_counter()
-        tracker.log({"a": float(step)}, step)
-        took.append(time.perf_counter() - began)
-    assert statistics.median(took) < 0.1, "no step waits for a server that is down"
-    (workplace / "out" / "note.txt").write_text("hello")
-    tracker.artifact(workplace / "out" / "note.txt")
-    with mlflow_server(port):
-        tracker.close(timeout=60)
+    with mlflow_server(behind := free_port()) as server:
+        with forwarding(port, behind):
+            wait_until(lambda: tracker._sender.unsent == 0)
+            assert points(store, tracker.run_id) == [(0, 0.0)]
+            assert tracker.browse().endswith(f"/runs/{tracker.run_id}?workflowType=machine_learning")
+            os.killpg(server.pid, signal.SIGSTOP)  # slow: it takes requests and answers them much later
+            tracker.log({"a": 1.0}, 1)
+            time.sleep(2 * TIMEOUT)
+            os.killpg(server.pid, signal.SIGCONT)
+            wait_until(lambda: tracker._sender.unsent == 0)
+        took = []  # and now no server has that port
+        for step in range(2, 50):
+            began = time.perf_counter()
+            tracker.log({"a": float(step)}, step)
+            took.append(time.perf_counter() - began)
+        assert statistics.median(took) < 0.1, "no step waits for a server that is down"
+        (workplace / "out" / "note.txt").write_text("hello")
+        tracker.artifact(workplace / "out" / "note.txt")
+        with forwarding(port, behind):
+            tracker.close(timeout=60)
     assert points(store, tracker.run_id) == [(step, float(step)) for step in range(50)]
     run = only_run(store)
     assert run.info.status == "FINISHED" and run.info.run_id == tracker.run_id
@@ -179,7 +182,7 @@ def test_database_locked_by_another_job(
     other = sqlite3.connect("mlflow.db", isolation_level=None)
     other.execute("BEGIN EXCLUSIVE")
     tracker.log({"a": 1.0}, 1)
-    time.sleep(6.0)  # longer than SQLite waits by itself
+    time.sleep(5.5)  # longer than SQLite waits by itself
     assert tracker._sender.unsent == 1
     other.execute("COMMIT")
     other.close()

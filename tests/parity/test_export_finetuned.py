@@ -21,10 +21,12 @@ from mlinterf_ds.export.hf import export
 from mlinterf_ds.export.pyfunc import Model
 from mlinterf_ds.tasks import TASKS
 from mlinterf_ds.tasks.ner import spans
+from tests.mlflow_server import empty_store
 from tests.parity import finetune_bodies as bodies
 from tests.parity.bodies import REPOSITORY
 from tests.parity.test_foreign_tokenizer import make as make_tokenizer
 from tests.ranks import pool
+from tools import export_hf
 
 transformers = pytest.importorskip("transformers")
 import mlinterf_ds.export.modeling_mlinterf  # noqa: E402, F401  (registers its classes)
@@ -183,20 +185,23 @@ print(model.predict(pandas.DataFrame({"text": ["ban de kos"], "language": ["te"]
 """
 
 
-def test_it_is_registered_and_read_without_a_network(made, tmp_path: Path) -> None:
+def test_it_is_registered_and_read_without_a_network(
+    made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     pytest.importorskip("mlflow")
     model = made("ner", "adpt")
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/mlflow.db"}
     environment |= {"PYTHONPATH": str(REPOSITORY), "HF_HOME": str(tmp_path / "cache")}
 
-    def python(*arguments: str) -> list[str]:
-        command = [sys.executable, *arguments]
-        done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-3000:]
-        return done.stdout.splitlines()
-
-    tool = str(REPOSITORY / "tools/export_hf.py")
-    printed = python(tool, str(model.run), str(tmp_path / "out"), "--register", "tagger")
+    for name in ("MLFLOW_TRACKING_URI", "HF_HUB_OFFLINE"):
+        monkeypatch.setenv(name, environment[name])
+    (tmp_path / "mlflow.db").write_bytes(empty_store())
+    monkeypatch.chdir(tmp_path)
+    assert export_hf.run([str(model.run), str(tmp_path / "out"), "--register", "tagger"]) == 0
+    printed = capsys.readouterr().out.splitlines()
     assert "MLInterfForTokenClassification" in printed[-2] and "models:/tagger/1" in printed[-1]
-    columns, tags = python("-c", REGISTERED, "models:/tagger/1")[-2:]
+    command = [sys.executable, "-c", REGISTERED, "models:/tagger/1"]  # reads it without this project's imports
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    columns, tags = done.stdout.splitlines()[-2:]
     assert columns == "['text', 'language']" and len(tags.split()) == 3

@@ -18,6 +18,7 @@ from mlinterf_ds.data.prepare.synthetic import prepare_synthetic
 from mlinterf_ds.errors import UserError
 from mlinterf_ds.pretrained import Pretrained
 from tests.commands import arguments, call, launch, table
+from tests.mlflow_server import empty_store
 from tests.parity.bodies import weights
 from tests.ranks import pool
 
@@ -30,6 +31,7 @@ PAIRS = {("syn", "syn"), ("syn-mid", "syn-mid"), ("syn", "syn-mid")}
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three runs: plain, measured, and measured but interrupted after step 3."""
     folder = tmp_path_factory.mktemp("runs")
+    (folder / "mlflow.db").write_bytes(empty_store())
     corpus = folder / synthetic_folder(SYNTHETIC_LANGUAGES, 600)
     prepare_synthetic(SYNTHETIC_LANGUAGES, 600, folder=corpus)  # ranks of a pool may not fork
     measured = ["conflict.every=2", "conflict.sequences=4", "conflict.micro_batch=3"]

@@ -13,7 +13,7 @@ import torch
 
 from mlinterf_ds.errors import UserError
 from tests.commands import call
-from tests.mlflow_server import runs_of
+from tests.mlflow_server import empty_store, runs_of
 from tests.parity import finetune_bodies as bodies
 from tests.ranks import laid_out, pool
 
@@ -182,6 +182,7 @@ def test_scores_are_recorded_under_the_pretraining_run(tmp_path: Path, monkeypat
     from mlinterf_ds.evaluate import record
 
     uri = f"sqlite:///{tmp_path}/mlflow.db"
+    (tmp_path / "mlflow.db").write_bytes(empty_store())
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     monkeypatch.chdir(tmp_path)
     client = MlflowClient(uri)

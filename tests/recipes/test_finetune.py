@@ -21,6 +21,7 @@ from mlinterf_ds.finetune.report import _transfer
 from mlinterf_ds.pretrained import Point, Pretrained
 from mlinterf_ds.tasks import TASKS
 from tests.commands import ROOT, arguments, call, flags
+from tests.mlflow_server import empty_store
 from tests.parity import finetune_bodies as bodies
 from tests.ranks import pool
 
@@ -200,6 +201,7 @@ def test_as_a_command_under_mlflow(ground: Path, tmp_path: Path) -> None:
     from mlflow import MlflowClient
 
     uri = f"sqlite:///{tmp_path}/mlflow.db"
+    (tmp_path / "mlflow.db").write_bytes(empty_store())
     client = MlflowClient(uri)
     parent = client.create_run(client.create_experiment("mlinterf_ds")).info.run_id
     model = tmp_path / "model"

@@ -13,7 +13,9 @@ from unittest import mock
 
 import pytest
 
-from tests.commands import arguments, call, command, launch
+from mlinterf_ds.engine.engine import Engine
+from tests.commands import arguments, call, launch
+from tests.mlflow_server import empty_store
 from tests.ranks import pool
 
 SHORT = ["train.steps=6", "train.epoch_steps=3", "data.eval_rows=8", "data.synthetic_sentences=600", "train.batch=8"]
@@ -27,7 +29,9 @@ def run(folder: Path, *settings: str, ranks: int = 1) -> subprocess.CompletedPro
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One working folder: the synthetic corpus is prepared once."""
-    return tmp_path_factory.mktemp("runs")
+    folder = tmp_path_factory.mktemp("runs")
+    (folder / "mlflow.db").write_bytes(empty_store())
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -65,30 +69,29 @@ def test_mlflow_has_one_finished_run_with_curves(folder: Path, default) -> None:
     assert {"config.json", "perplexity.png", "tokenizer.model", "summary.json"} <= names
 
 
+def terminated(folder: str, words: list[str], printed: str) -> str:
+    """`call`ed on a rank of the pool, which gets SIGTERM during its first evaluation; what rank 0 prints is in this file."""
+    evaluate, asked = Engine.evaluate, list[int]()
+
+    def evaluated(self: Engine, *arguments: Any) -> float:
+        if not asked:
+            asked.append(self.step)
+            os.kill(os.getpid(), signal.SIGTERM)
+        return evaluate(self, *arguments)
+
+    with open(printed, "a") as file, contextlib.redirect_stdout(file), mock.patch.object(Engine, "evaluate", evaluated):
+        return call("pretrain.main", folder, words)
+
+
 def test_a_run_stopped_by_the_scheduler_resumes_to_the_same_end(folder: Path, default) -> None:
     """SIGTERM saves and ends; the resumed run's validation perplexities equal the uninterrupted run's, digit for digit."""
     settings = ["output=runs/stopped", "train.steps=6", "tracking.enabled=false"]
-    line = command("pretrain", *SHORT, *settings, ranks=2)
-    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    process = subprocess.Popen(line, cwd=folder, start_new_session=True, **pipes)
-    seen = ""
-    assert process.stdout is not None
-    try:
-        while "step 0: validation" not in seen and (more := process.stdout.read(64)):
-            seen += more
-        ranks = subprocess.run(
-            ["pgrep", "-g", str(process.pid), "-f", "pretrain.py --local_rank"], capture_output=True, text=True
-        )
-        for pid in ranks.stdout.split():
-            os.kill(int(pid), signal.SIGTERM)
-        seen += process.communicate(timeout=300)[0]
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-    assert "go on with --set output=runs/stopped --set resume=auto" in seen, seen[-3000:]
+    words = arguments(*SHORT, *settings, ds="zero2")
+    assert pool(2).run(terminated, str(folder), words, str(folder / "printed")) == ["", ""]
+    seen = (folder / "printed").read_text()
+    assert "stopped by SIGTERM; go on with --set output=runs/stopped --set resume=auto" in seen, seen[-3000:]
     assert json.loads((folder / "runs/stopped/summary.json").read_text())["finished"] is False
-    words = arguments(*SHORT, *settings, "resume=auto", ds="zero2")
-    assert pool(2).run(call, "pretrain.main", str(folder), words) == ["", ""]
+    assert pool(2).run(call, "pretrain.main", str(folder), [*words, "--set", "resume=auto"]) == ["", ""]
     ended, whole = (json.loads((folder / f"runs/{name}/summary.json").read_text()) for name in ("stopped", "default"))
     assert ended["valid_perplexity"] == whole["valid_perplexity"]
     ended, whole = ((folder / f"runs/{name}/train.csv").read_text() for name in ("stopped", "default"))
@@ -97,8 +100,6 @@ def test_a_run_stopped_by_the_scheduler_resumes_to_the_same_end(folder: Path, de
 
 def scripted(folder: str, output: str, settings: list[str], losses: dict[int, float]) -> dict[int, dict]:
     """Pretrains on a rank of the pool with these validation losses by step; returns each checkpoint's run.json by step."""
-    from mlinterf_ds.engine.engine import Engine
-
     settings = [*SHORT, "tracking.enabled=false", "train.keep=9", f"output={output}", *settings]
     with mock.patch.object(Engine, "evaluate", lambda self, _: losses[self.step]):
         assert not call("pretrain.main", folder, arguments(*settings))

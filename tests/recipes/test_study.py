@@ -16,6 +16,7 @@ import pytest
 from mlinterf_ds.results.records import Records
 from mlinterf_ds.study.main import main
 from tests.commands import call, flags
+from tests.mlflow_server import empty_store
 from tests.ranks import pool
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -31,6 +32,7 @@ def command(*more: str) -> list[str]:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A study that was killed with all its jobs, after the first checkpoint of one of them, and started again."""
     folder = tmp_path_factory.mktemp("study")
+    (folder / "mlflow.db").write_bytes(empty_store())
     with open(folder / "first.log", "w") as log:
         first = subprocess.Popen(command(), cwd=folder, env=environment(folder), stdout=log, stderr=log)
     deadline = time.monotonic() + 300

@@ -45,10 +45,47 @@ def test_every_text_file_and_every_child_process_has_its_encoding_named() -> Non
 
 
 def test_a_terminal_that_lacks_characters_shows_question_marks() -> None:
-    code = "from mlinterf_ds.errors import show_any_text; show_any_text(); print('\u5929 e\u00e9')"
+    code = "from mlinterf_ds.errors import ready_streams; ready_streams(); print('\u5929 e\u00e9')"
     environment = os.environ | {"PYTHONIOENCODING": "latin-1", "PYTHONUTF8": "0"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, cwd=ROOT, capture_output=True)
     assert (done.returncode, done.stdout.decode("latin-1")) == (0, "? e\u00e9\n"), done.stderr
+
+
+STREAMS = """
+import os, subprocess, sys
+from mlinterf_ds.runtime.output import main
+def run(_):
+    with open("file", "w") as file:
+        assert file.fileno() > 2, "nothing else takes the number of a stream that is closed"
+        print("a line", flush=True)
+        print("another", flush=True)
+        print("a third", file=sys.stderr, flush=True)
+        subprocess.run(["true"], check=True)
+    assert os.path.getsize("file") == 0
+    return 0
+main(run, [])
+"""
+
+
+@pytest.mark.parametrize(
+    "streams, status, said",
+    [
+        ("| head -n 1", 0, "a line\na third\n"),
+        ("2>&1 >/dev/null | true", 0, ""),
+        (">&-", 0, "a third\n"),
+        ("2>&-", 0, "a line\nanother\n"),
+        ("<&- >&- 2>&-", 0, ""),
+        (">/dev/full", 2, "\nerror: standard output or error cannot be written there: No space left on device\n"),
+    ],
+)
+def test_streams_as_a_caller_leaves_them(streams: str, status: int, said: str, tmp_path: Path) -> None:
+    script = f'{sys.executable} -c "$1" {streams}; exit ${{PIPESTATUS[0]}}'
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    line = ["bash", "-c", script, "bash", STREAMS]
+    done = subprocess.run(
+        line, env=environment, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    assert (done.returncode, sorted(done.stdout)) == (status, sorted(said)), done.stdout
 
 
 @pytest.mark.parametrize("command", ["launch/pretrain.py", "tools/prepare_corpus.py"])

@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from mlinterf_ds.errors import ready_streams
 from mlinterf_ds.runtime.launchers import find_home
 from tools.doctor import hosts, machine, network, software
 from tools.doctor.check import Check
@@ -86,6 +87,7 @@ def arguments(words: Sequence[str]) -> argparse.Namespace:
 
 def main(words: Sequence[str]) -> int:
     """Prints the checks that the command line asks for; returns the exit code."""
+    ready_streams()
     find_home()
     options = arguments(words)
     if options.hostfile:
