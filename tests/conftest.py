@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,6 +32,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
     config.option.loadscopereorder = False  # pytest-xdist would begin with the files that hold the most tests
+    if os.environ.get("PYTEST_XDIST_WORKER") == "gw1":  # in a fresh environment each of two workers compiles its half
+        for package in ("scipy.stats", "matplotlib.figure", "hypothesis", "sqlalchemy.engine", "transformers.utils"):
+            with contextlib.suppress(ImportError):
+                importlib.import_module(package)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -43,7 +43,7 @@ def adopt() -> None:
     variables = os.environ
     if "RANK" in variables:
         return _check_ranks()
-    if "OMPI_COMM_WORLD_RANK" in variables:
+    if {"OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"} <= variables.keys():
         for name, suffix in (("RANK", "RANK"), ("WORLD_SIZE", "SIZE"), ("LOCAL_RANK", "LOCAL_RANK")):
             variables[name] = variables[f"OMPI_COMM_WORLD_{suffix}"]
     elif _is_slurm_task():
@@ -69,12 +69,13 @@ def adopt() -> None:
 
 
 def _check_ranks() -> None:
-    """UserError unless RANK is a number below WORLD_SIZE, where that is set."""
-    rank, world = os.environ["RANK"], os.environ.get("WORLD_SIZE")
-    if world is not None and not (rank.isdecimal() and world.isdecimal() and int(rank) < int(world)):
+    """UserError unless RANK is a number below WORLD_SIZE (1 where it is not set), and LOCAL_RANK is a number."""
+    rank, world, local = (os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    known = rank.isdecimal() and (world or "1").isdecimal() and int(rank) < int(world or 1)
+    if not known or not (local or "0").isdecimal():
         raise UserError(
-            f"RANK={rank} and WORLD_SIZE={world}: expected ranks from 0 to WORLD_SIZE - 1; start the ranks with deepspeed or torchrun, or "
-            "`unset RANK WORLD_SIZE` for one process"
+            f"RANK={rank}, WORLD_SIZE={world} and LOCAL_RANK={local}: expected ranks from 0 to WORLD_SIZE - 1; start the ranks with "
+            "deepspeed or torchrun, or `unset RANK WORLD_SIZE LOCAL_RANK` for one process"
         )
 
 
@@ -174,8 +175,13 @@ def meet(address: str, rank: int, world: int, patience: datetime.timedelta) -> d
 
 def _private_folder() -> Path:
     """A folder for temporary files that nobody else can have prepared or can read."""
-    folder = Path(tempfile.gettempdir()) / f"mlinterf_ds-{os.getuid()}"
-    folder.mkdir(mode=0o700, exist_ok=True)
+    try:
+        folder = Path(tempfile.gettempdir()) / f"mlinterf_ds-{os.getuid()}"
+        folder.mkdir(mode=0o700, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"no folder for temporary files can be written ({error.strerror}): set TMPDIR to one that can, with some space"
+        ) from None
     status = folder.lstat()
     if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o077:
         raise UserError(f"{folder} is not a folder that is yours alone (chmod 700): remove it, or set TMPDIR")

@@ -1,6 +1,7 @@
 """Which rank we are, and where ranks meet, as each launcher says it."""
 
 import datetime
+import errno
 import os
 from pathlib import Path
 
@@ -31,6 +32,22 @@ def ranks() -> dict[str, str]:
 def test_no_launcher_is_one_rank() -> None:
     launchers.adopt()
     assert ranks() == {} and launchers.local_world() == 1 and launchers.rendezvous().startswith("file://")
+
+
+def test_half_of_open_mpis_variables_are_left_over() -> None:
+    os.environ["OMPI_COMM_WORLD_RANK"] = "0"
+    launchers.adopt()
+    assert ranks() == {}
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.ENOENT])
+def test_without_a_folder_for_temporary_files(number: int, monkeypatch) -> None:
+    def fail() -> str:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(launchers.tempfile, "gettempdir", fail)
+    with pytest.raises(UserError, match=f"temporary files can be written .{os.strerror(number)}.: set TMPDIR"):
+        launchers.rendezvous()
 
 
 def test_a_rank_that_is_told_everything_is_left_alone() -> None:
@@ -65,7 +82,9 @@ def test_what_an_interactive_step_leaves_is_no_task_of_srun(left_over: dict[str,
     "variables, words",
     [
         ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2 is set, but RANK is not.*unset WORLD_SIZE"),
-        ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK=2 and WORLD_SIZE=2: expected ranks from 0"),
+        ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK=2, WORLD_SIZE=2 and LOCAL_RANK=: expected ranks from 0"),
+        ({"RANK": "1"}, "RANK=1, WORLD_SIZE= and"),
+        ({"RANK": "0", "LOCAL_RANK": "x"}, "LOCAL_RANK=x: expected"),
         ({"RANK": "x", "WORLD_SIZE": "2"}, "RANK=x"),
     ],
 )
