@@ -370,7 +370,8 @@ class PretrainingRun:
     def _measure_conflict(self) -> None:
         """Log the similarity of languages' gradients, if it is due at this step; it does not change the training."""
         if self.conflict and self.conflict.due:
-            self.records.tracker.log(self.conflict.measure(), self.engine.step)
+            facts = {f"train/{name}": value for name, value in self.conflict.measure().items()}
+            self.records.tracker.log(facts, self.engine.step)
 
     def _warn(self, facts: Mapping[str, float], step: int) -> None:
         """Warn of the first skipped spike, and of finite differences that are noise."""
@@ -413,7 +414,9 @@ class PretrainingRun:
             self.history[language].append((step, perplexity))
             metrics[f"eval/perplexity/{language}"] = perplexity
             metrics[f"eval/bits_per_character/{language}"] = rows.bits_per_character(loss)
-        metrics["perplexity"] = math.exp(self._mean_loss())  # the first chart: names without a slash come first
+            metrics[f"eval/unigram_perplexity/{language}"] = self.unigrams[language]
+        # The first section of MLflow's charts: it sorts them by name, and puts names without a slash behind all others.
+        metrics["eval/mean_perplexity"] = math.exp(self._mean_loss())
         self.records.evaluated(metrics, self.history, self.unigrams, step)
 
     def _mean_loss(self) -> float:

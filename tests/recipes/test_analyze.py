@@ -77,9 +77,11 @@ def test_measurements_are_metrics_of_the_run(folder: Path) -> None:
     (found,) = client.search_runs(["1"])
     wanted = {row["step"]: float(row["cosine"]) for row in table(folder / "runs/measured/conflict.csv")
               if row["scope"] == "model" and (row["left"], row["right"]) == ("syn", "syn-mid")}  # fmt: skip
-    points = client.get_metric_history(found.info.run_id, "conflict/syn-syn-mid")
+    points = client.get_metric_history(found.info.run_id, "train/conflict/syn-syn-mid")
     assert {str(point.step): point.value for point in points} == pytest.approx(wanted)
-    assert {"conflict/within", "conflict/between", "conflict/seconds_gradients"} <= found.data.metrics.keys()
+    assert {
+        f"train/conflict/{name}" for name in ("within", "between", "seconds_gradients")
+    } <= found.data.metrics.keys()
     assert "conflict.csv" in {artifact.path for artifact in client.list_artifacts(found.info.run_id)}
 
 

@@ -64,7 +64,16 @@ def test_mlflow_has_one_finished_run_with_curves(folder: Path, default) -> None:
     language = json.loads((folder / "runs/default/summary.json").read_text())["languages"][0]
     points = client.get_metric_history(found.info.run_id, f"eval/perplexity/{language}")
     assert sorted({point.step for point in points}) == [0, 3, 6]
-    assert {"train/loss", "train/lr", "perplexity", "system/tokens_per_second"} <= found.data.metrics.keys()
+    assert {
+        "train/loss",
+        "train/lr",
+        f"eval/unigram_perplexity/{language}",
+        "system/tokens_per_second",
+    } <= found.data.metrics.keys()
+    sections = {name.rpartition("/")[0] for name in found.data.metrics}
+    assert min(sections) == "eval" and "eval/mean_perplexity" in found.data.metrics, "MLflow's charts begin with it"
+    assert "unigram" in found.data.tags["mlflow.note.content"], "a description"
+    assert [one.tags[0].value for one in found.inputs.dataset_inputs] == ["training"]
     names = {artifact.path for artifact in client.list_artifacts(found.info.run_id)}
     assert {"config.json", "perplexity.png", "tokenizer.model", "summary.json"} <= names
 
