@@ -114,7 +114,7 @@ def test_the_command_on_two_ranks(folder: Path) -> None:
     assert by_name["conflict"].data.metrics["conflict/between"] == pytest.approx(matrix[0, 1])
     names = {artifact.path for artifact in client.list_artifacts(by_name["conflict"].info.run_id)}
     assert {"summary.json", "matrix.png", "similarity.csv"} <= names
-    assert "holds an analysis" in analyse(folder, *settings, ranks=2)
+    assert "holds an analysis" in analyse(folder, *settings)
 
 
 def test_the_projection_at_the_command(folder: Path) -> None:
