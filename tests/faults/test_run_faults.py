@@ -4,7 +4,6 @@ import json
 import math
 import os
 import random
-import re
 import shutil
 import signal
 import time
@@ -127,9 +126,6 @@ def long_run(monkeypatch) -> None:
     monkeypatch.setattr(kill_many, "SETTINGS", settings)
 
 
-RESUMED = re.compile(r"resumed from faults/checkpoints/step-(\d+)")
-
-
 def wait_for(job, log: Path, ready, seconds: float):
     """What `ready()` gives as soon as it is true; the job must live till then."""
     deadline = time.monotonic() + seconds
@@ -139,31 +135,39 @@ def wait_for(job, log: Path, ready, seconds: float):
     return found
 
 
-def test_a_rank_stopped_and_then_one_killed_inside_a_save(tmp_path: Path, long_run) -> None:
-    """SIGSTOP: the others wait parallel.timeout, then all start again from the newest checkpoint, once.
+def test_a_rank_killed_inside_a_save(tmp_path: Path, long_run) -> None:
+    """Down within 90 s, with the reason and the way on; what counts as a checkpoint is whole; the exit code tells."""
+    job = kill_many.start(tmp_path, "saving", restarts=0)
+    saved = tmp_path / "saving" / "checkpoints"
 
-    SIGKILL inside a save: down within 90 s, with the reason and the way on; what counts as a checkpoint is whole.
-    """
-    log, saved = tmp_path / "faults.log", tmp_path / "faults" / "checkpoints"
-    job = kill_many.start(tmp_path, "faults", restarts=1)
+    def inside() -> bool:
+        return any(saved.glob("*.partial")) and (saved / "step-00000002").is_dir()
+
     try:
-        wait_for(job, log, lambda: (saved / "step-00000002").is_dir(), 300)
-        os.kill(kill_many.ranks("faults", 0)[0], signal.SIGSTOP)
-        wait_for(job, log, lambda: "starting all ranks again (1 of 1)" in log.read_text(), 0.4 * 60 + 60)
-        resumed = wait_for(job, log, lambda: RESUMED.search(log.read_text()), 300)
-        later = saved / f"step-{int(resumed[1]) + 1:08d}"
-        wait_for(job, log, lambda: any(saved.glob("*.partial")) and later.is_dir(), 300)
-        ranks = kill_many.carrying(f"{kill_many.MARK}={kill_many.mark('faults')}", "MLINTERF_DS_ATTEMPT=1", "RANK=1")
-        os.kill(ranks[0], signal.SIGKILL)
+        wait_for(job, tmp_path / "saving.log", inside, 300)
+        os.kill(kill_many.carrying(f"{kill_many.MARK}={kill_many.mark('saving')}", "RANK=1")[0], signal.SIGKILL)
         assert job.wait(timeout=90) != 0
     finally:
-        kill_many.end(job, "faults")
-    assert checkpoint.verify(checkpoint.find(tmp_path / "faults"))["updates"] >= int(resumed[1]) + 1
-    said = log.read_text()
+        kill_many.end(job, "saving")
+    assert checkpoint.verify(checkpoint.find(tmp_path / "saving"))["updates"] >= 2
+    said = (tmp_path / "saving.log").read_text()
     reasons = [line for line in said.splitlines() if line.startswith("error: rank 0 failed: ")]
-    assert reasons and "; go on with --set output=faults --set resume=auto" in reasons[-1], said[-3000:]
+    assert reasons and "; go on with --set output=saving --set resume=auto" in reasons[-1], said[-3000:]
     assert "another rank, or the network to it, was lost (RuntimeError: " in reasons[-1] and "Traceback" not in said
-    assert "Traceback" in (tmp_path / "faults" / "log" / "rank-0.log").read_text(), "a rank's log holds its failure"
+    assert "Traceback" in (tmp_path / "saving" / "log" / "rank-0.log").read_text(), "a rank's log holds its failure"
+
+
+def test_a_stopped_rank_is_declared_lost_and_the_run_goes_on(tmp_path: Path, long_run) -> None:
+    """SIGSTOP: the others wait parallel.timeout, then all start again from the newest checkpoint."""
+    log = tmp_path / "stopped.log"
+    job = kill_many.start(tmp_path, "stopped", restarts=1)
+    try:
+        wait_for(job, log, lambda: (tmp_path / "stopped/checkpoints/step-00000002").is_dir(), 300)
+        os.kill(kill_many.ranks("stopped", 0)[0], signal.SIGSTOP)
+        wait_for(job, log, lambda: "starting all ranks again (1 of 1)" in log.read_text(), 0.4 * 60 + 60)
+        wait_for(job, log, lambda: "resumed from stopped/checkpoints/step-" in log.read_text(), 300)
+    finally:
+        kill_many.end(job, "stopped")
 
 
 @pytest.mark.timeout(1800)

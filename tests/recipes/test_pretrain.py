@@ -13,7 +13,6 @@ from unittest import mock
 
 import pytest
 
-from mlinterf_ds.engine.engine import Engine
 from tests.commands import arguments, call, launch
 from tests.mlflow_server import empty_store
 from tests.ranks import pool
@@ -80,6 +79,8 @@ def test_mlflow_has_one_finished_run_with_curves(folder: Path, default) -> None:
 
 def terminated(folder: str, words: list[str], printed: str) -> str:
     """`call`ed on a rank of the pool, which gets SIGTERM during its first evaluation; what rank 0 prints is in this file."""
+    from mlinterf_ds.engine.engine import Engine
+
     evaluate, asked = Engine.evaluate, list[int]()
 
     def evaluated(self: Engine, *arguments: Any) -> float:
@@ -109,6 +110,8 @@ def test_a_run_stopped_by_the_scheduler_resumes_to_the_same_end(folder: Path, de
 
 def scripted(folder: str, output: str, settings: list[str], losses: dict[int, float]) -> dict[int, dict]:
     """Pretrains on a rank of the pool with these validation losses by step; returns each checkpoint's run.json by step."""
+    from mlinterf_ds.engine.engine import Engine
+
     settings = [*SHORT, "tracking.enabled=false", "train.keep=9", f"output={output}", *settings]
     with mock.patch.object(Engine, "evaluate", lambda self, _: losses[self.step]):
         assert not call("pretrain.main", folder, arguments(*settings))
