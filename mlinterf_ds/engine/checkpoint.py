@@ -106,9 +106,19 @@ class Saver:
         return {key: self._copies[key] for key in tensors}
 
 
-def save(run: Path, engine: Engine, state: Mapping[str, Any], files: Mapping[str, Path], keep: int) -> Path:
-    """Writes <run>/checkpoints/step-N from all ranks, which appears whole or not at all; returns its path (see `Saver`)."""
-    writing = _Writing(run, keep, engine.step)
+def save(
+    run: Path,
+    engine: Engine,
+    state: Mapping[str, Any],
+    files: Mapping[str, Path],
+    keep: int,
+    output: Path | None = None,
+) -> Path:
+    """Writes <run>/checkpoints/step-N from all ranks, which appears whole or not at all; returns its path (see `Saver`).
+
+    output: the folder that a user names to go on, if that is not `run`.
+    """
+    writing = _Writing(run, keep, engine.step, output=output)
 
     def on_host(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         return {key: tensor.cpu() for key, tensor in tensors.items()}
@@ -129,8 +139,8 @@ def _host_memory(tensor: Tensor) -> Tensor:
 class _Writing:
     """One save: a thread on each rank writes that rank's files, and rank 0's completes the checkpoint."""
 
-    def __init__(self, run: Path, keep: int, step: int, best: bool = False):
-        self.run, self.keep, self.best = run, keep, best
+    def __init__(self, run: Path, keep: int, step: int, best: bool = False, output: Path | None = None):
+        self.run, self.keep, self.best, self.output = run, keep, best, output or run
         self.target = run / "checkpoints" / f"step-{step:08d}"
         self.unfinished = self.target.with_name(self.target.name + PARTIAL)
         self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
@@ -175,7 +185,7 @@ class _Writing:
                 shutil.rmtree(self.unfinished, ignore_errors=True)
             raise UserError(
                 f"could not save {self.target}: {'; '.join(problems)}; earlier checkpoints are untouched: free some "
-                f"space, then {resumption(self.run)}"
+                f"space, then {resumption(self.output)}"
             )
 
     def _make_folder(self) -> None:

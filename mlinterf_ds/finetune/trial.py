@@ -223,7 +223,8 @@ class Trial:
             "run_id": self.tracker.run_id,
         }
         files = {"tokenizer.model": job.pretrained.path / "tokenizer.model"}
-        return checkpoint.save(self.folder, self.engine, state, files, job.config.finetune.keep)
+        keep = job.config.finetune.keep
+        return checkpoint.save(self.folder, self.engine, state, files, keep, output=self.folder.parent)
 
     def _resume(self) -> None:
         """Go on from the newest checkpoint of the folder."""

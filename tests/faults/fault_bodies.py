@@ -68,7 +68,7 @@ def save_without_room(out: str) -> dict[str, Any]:
     if dist.get_rank() == 1:  # files may not grow beyond this: the write fails as on a full disk
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
     try:
-        checkpoint.save(Path(out), engine, {}, {}, keep=9)
+        checkpoint.save(Path(out), engine, {}, {}, keep=9, output=Path("above"))
         said = "saved"
     except UserError as error:
         said = str(error)

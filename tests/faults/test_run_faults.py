@@ -69,7 +69,7 @@ def test_spikes_without_end_end_the_run_and_may_be_allowed(tmp_path: Path) -> No
 def test_no_room_for_a_checkpoint_leaves_the_earlier_one(tmp_path: Path) -> None:
     for found in pool(2).run(fault_bodies.save_without_room, str(tmp_path)):
         assert "could not save" in found["said"] and "rank 1: " in found["said"] and "rank 0: " not in found["said"]
-        assert "free some space" in found["said"] and "resume=auto" in found["said"]
+        assert "free some space" in found["said"] and "--set output=above --set resume=auto" in found["said"]
         assert found["left"] == ["step-00000001"], "nothing half-written stays"
         assert checkpoint.verify(Path(found["first"]))["updates"] == 1
         assert checkpoint.verify(Path(found["second"]))["updates"] == 2, "with room again, the same run saves"
