@@ -29,12 +29,18 @@ def warn(message: str) -> None:
 class _Output(io.FileIO):
     """Standard output or error, whose reader may leave (`| head`): what is written after that is dropped."""
 
+    lost = False
+
     def write(self, data: Any) -> int | None:
+        if self.lost:
+            return len(data)
         try:
             return super().write(data)
         except BrokenPipeError:
+            self.lost = True
             return len(data)
-        except OSError as error:  # a disk that is full, under `> file`
+        except OSError as error:  # a disk that is full, under `> file`; said once
+            self.lost = True
             raise UserError(f"standard output or error cannot be written there: {error.strerror}") from None
 
 

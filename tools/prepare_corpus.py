@@ -45,14 +45,14 @@ def main(arguments: list[str] | None = None) -> int:
             meta_split=options.meta_split,
             workers=options.workers,
         )
+        print(report(corpus, time.perf_counter() - started), flush=True)
+        return 0
     except UserError as error:
         print(f"prepare_corpus: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("prepare_corpus: interrupted; run the same command again to go on from here", file=sys.stderr)
         return 130
-    print(report(corpus, time.perf_counter() - started))
-    return 0
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from mlinterf_ds.errors import UserError
+from mlinterf_ds.errors import UserError, ready_streams
 from mlinterf_ds.tracking.facts import first_line, scrub, tracking_uri
 from mlinterf_ds.tracking.spool import SPOOL, Sender, read_spool
 from mlinterf_ds.tracking.store import set_client_defaults
@@ -60,6 +60,7 @@ def send_folder(folder: Path, warn: Callable[[str], None]) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """Sends to MLflow what jobs could not send. Exits with 0 if everything was sent, else with 1."""
+    ready_streams()
     parser = argparse.ArgumentParser(prog="python -m mlinterf_ds.tracking", description=main.__doc__)
     parser.add_argument(
         "folder", type=Path, nargs="+", help=f"a job's output folder, or one above: its {SPOOL} is sent"

@@ -9,13 +9,14 @@ import fcntl
 import json
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from mlinterf_ds.data.corpus import MANIFEST, synthetic_folder
 from mlinterf_ds.data.prepare.main import TOKENIZER, prepare
 from mlinterf_ds.data.synthetic import write_sentences
-from mlinterf_ds.errors import UserError
+from mlinterf_ds.errors import UserError, ready_streams
 
 VOCABULARY = 2000
 
@@ -38,9 +39,7 @@ def prepare_synthetic(
     if limits:
         prepare_synthetic(languages, sentences)
         tokenizer = synthetic_folder(languages, sentences) / TOKENIZER
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with (folder.parent / f".{folder.name}.lock").open("wb") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # of two runs that start at once one prepares the corpus, the other waits
+    with _writing(folder.parent), _locked(folder):
         if (folder / MANIFEST).is_file():
             return
         print(f"making a synthetic corpus of {', '.join(languages)} in {folder}", flush=True)
@@ -53,7 +52,28 @@ def prepare_synthetic(
         shutil.rmtree(text)
 
 
+@contextmanager
+def _writing(corpora: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{corpora}: the synthetic corpus cannot be written there ({error.strerror}): start in another working directory, or prepare a "
+            "corpus with tools/prepare_corpus.py"
+        ) from None
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """A context that one process at a time is in: of two runs that start at once one prepares the corpus, the other waits."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with (folder.parent / f".{folder.name}.lock").open("wb") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 if __name__ == "__main__":
+    ready_streams()
     try:
         prepare_synthetic(*json.loads(sys.argv[1]))
     except UserError as error:
