@@ -175,7 +175,8 @@ def load_run(recipes: Sequence[str | Path] = (), overrides: Sequence[str] = (), 
     if not (begun or Path(init).exists()):
         load_config(RunConfig, used, overrides)  # raises what else is wrong
         raise UserError(
-            f"init={init}: no such folder; name a run's output folder, a checkpoint or a transformers folder"
+            f"init={init}: no such folder; name a run's output folder, a checkpoint or a transformers folder (`hf download {init} "
+            f"--local-dir {init}` fetches a model of the Hub)"
         )
     keys = initial.model_keys(output if begun else init)  # a run that goes on does not need what it started from
     own, _ = given_keys(RunConfig, recipes, overrides)

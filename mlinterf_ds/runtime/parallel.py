@@ -75,6 +75,21 @@ class Layout:
         return self.rank % self.tensor
 
 
+def use_loopback(backend: str, flags: Path = Path("/sys/class/net/lo/flags")) -> None:
+    """Has ranks of one host talk over its own loopback network, so that they need not listen to others.
+
+    flags: the system's description of that network. UserError if gloo needs it, also of one rank, and it is down.
+    """
+    if flags.is_file():
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        up = int(flags.read_text("utf-8"), 16) & 1
+        if backend == "gloo" and os.environ["GLOO_SOCKET_IFNAME"] == "lo" and not up:
+            raise UserError(
+                "the loopback network, over which the ranks of one host talk, is down, as in a container without a network: "
+                "`ip link set lo up` as its root"
+            )
+
+
 class Group:
     """All ranks of the job; this process joins them here, and `leave`s. A process without a launcher is a job of one rank.
 
@@ -86,10 +101,10 @@ class Group:
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         Layout(self.rank, self.world, tensor)  # a size that does not divide the ranks is refused before they wait
         _prepare_device()
-        if local_world() == self.world and Path("/sys/class/net/lo").exists():
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # ranks of one host need not listen to others
         accelerator = get_accelerator()
         backend = "gloo" if accelerator.device_name() == "cpu" else accelerator.communication_backend_name()
+        if local_world() == self.world:
+            use_loopback(backend)
         store = dist.PrefixStore("group", meet(address or rendezvous(), self.rank, self.world, ARRIVAL))
         limit = datetime.timedelta(minutes=timeout)
         dist.init_process_group(backend, store=store, timeout=limit, rank=self.rank, world_size=self.world)

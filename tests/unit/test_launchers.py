@@ -139,3 +139,21 @@ def test_open_mpi_over_several_hosts_needs_an_address() -> None:
 def test_who_starts_ranks_may_say_where_they_meet() -> None:
     os.environ |= {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_SIZE": "2", launchers.ADDRESS: "env://"}
     assert launchers.rendezvous() == "env://"
+
+
+@pytest.mark.parametrize(
+    "backend, flags, down", [("gloo", "0x9", False), ("gloo", "0x8", True), ("nccl", "0x8", False)]
+)
+def test_a_loopback_network_that_is_down_is_said(backend: str, flags: str, down: bool, tmp_path: Path) -> None:
+    """As `unshare -n` leaves it: gloo's own error names neither the network's state nor a remedy."""
+    from mlinterf_ds.runtime.parallel import use_loopback
+
+    (tmp_path / "flags").write_text(flags + "\n")
+    if down:
+        with pytest.raises(UserError, match="loopback network.* is down.*ip link set lo up"):
+            use_loopback(backend, tmp_path / "flags")
+    else:
+        use_loopback(backend, tmp_path / "flags")
+    os.environ["GLOO_SOCKET_IFNAME"] = "eth0"
+    use_loopback(backend, tmp_path / "flags")  # the user has chosen
+    use_loopback(backend, tmp_path / "none")  # not on Linux
