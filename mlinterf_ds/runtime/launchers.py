@@ -69,10 +69,10 @@ def adopt() -> None:
 
 
 def _check_ranks() -> None:
-    """UserError unless RANK is a number below WORLD_SIZE (1 where it is not set), and LOCAL_RANK is a number."""
-    rank, world, local = (os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-    known = rank.isdecimal() and (world or "1").isdecimal() and int(rank) < int(world or 1)
-    if not known or not (local or "0").isdecimal():
+    """UserError unless RANK is a number below WORLD_SIZE, and LOCAL_RANK is one; without them there is one rank, on its own host."""
+    rank, world, local = os.environ["RANK"], os.environ.get("WORLD_SIZE", "1"), os.environ.get("LOCAL_RANK", "0")
+    numbers = all(text.isdecimal() for text in (rank, world, local))
+    if not numbers or int(rank) >= int(world):
         raise UserError(
             f"RANK={rank}, WORLD_SIZE={world} and LOCAL_RANK={local}: expected ranks from 0 to WORLD_SIZE - 1; start the ranks with "
             "deepspeed or torchrun, or `unset RANK WORLD_SIZE LOCAL_RANK` for one process"
