@@ -26,7 +26,6 @@ from tests.parity import finetune_bodies as bodies
 from tests.parity.bodies import REPOSITORY
 from tests.parity.test_foreign_tokenizer import make as make_tokenizer
 from tests.ranks import pool
-from tools import export_hf
 
 transformers = pytest.importorskip("transformers")
 import mlinterf_ds.export.modeling_mlinterf  # noqa: E402, F401  (registers its classes)
@@ -185,23 +184,21 @@ print(model.predict(pandas.DataFrame({"text": ["ban de kos"], "language": ["te"]
 """
 
 
-def test_it_is_registered_and_read_without_a_network(
-    made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_it_is_registered_and_read_without_a_network(made, tmp_path: Path) -> None:
     pytest.importorskip("mlflow")
     model = made("ner", "adpt")
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/mlflow.db"}
     environment |= {"PYTHONPATH": str(REPOSITORY), "HF_HOME": str(tmp_path / "cache")}
 
-    for name in ("MLFLOW_TRACKING_URI", "HF_HUB_OFFLINE"):
-        monkeypatch.setenv(name, environment[name])
+    def python(*arguments: str) -> list[str]:
+        command = [sys.executable, *arguments]
+        done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return done.stdout.splitlines()
+
     (tmp_path / "mlflow.db").write_bytes(empty_store())
-    monkeypatch.chdir(tmp_path)
-    assert export_hf.run([str(model.run), str(tmp_path / "out"), "--register", "tagger"]) == 0
-    printed = capsys.readouterr().out.splitlines()
+    tool = str(REPOSITORY / "tools/export_hf.py")
+    printed = python(tool, str(model.run), str(tmp_path / "out"), "--register", "tagger")
     assert "MLInterfForTokenClassification" in printed[-2] and "models:/tagger/1" in printed[-1]
-    command = [sys.executable, "-c", REGISTERED, "models:/tagger/1"]  # reads it without this project's imports
-    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    columns, tags = done.stdout.splitlines()[-2:]
+    columns, tags = python("-c", REGISTERED, "models:/tagger/1")[-2:]
     assert columns == "['text', 'language']" and len(tags.split()) == 3
