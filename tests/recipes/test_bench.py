@@ -37,10 +37,8 @@ def test_every_mode(mode: str, tmp_path: Path) -> None:
         line = [sys.executable, str(BENCH), *words]
         done = subprocess.run(line, capture_output=True, text=True, timeout=400)
         assert done.returncode == 0, done.stderr[-2000:]
-    elif (
-        mode == "languages"
-    ):  # starts ranks of its own; here they are forked from a server that has imported what they need
-        context = preloaded()
+    elif mode == "languages":  # starts ranks of its own
+        context = preloaded()  # which has imported what they need
         with mock.patch.object(languages.multiprocessing, "get_context", lambda _: context):
             assert bench.main(words) == 0
     else:
