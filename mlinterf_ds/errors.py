@@ -31,7 +31,7 @@ class _Output(io.FileIO):
 
     lost = False
 
-    def write(self, data: Any) -> int | None:
+    def write(self, data: Any) -> int:
         if self.lost:
             return len(data)
         try:
