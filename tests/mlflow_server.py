@@ -92,7 +92,7 @@ def empty_store() -> bytes:
     """The bytes of a fresh mlflow.db: creating its tables takes seconds, copying it does not."""
     with tempfile.TemporaryDirectory() as folder:
         code = f"from mlflow import MlflowClient; MlflowClient('sqlite:///{folder}/mlflow.db').search_experiments()"
-        subprocess.run([sys.executable, "-c", code], check=True, timeout=120, capture_output=True)
+        subprocess.run([sys.executable, "-c", code], check=True, timeout=400, capture_output=True)
         return Path(folder, "mlflow.db").read_bytes()
 
 
