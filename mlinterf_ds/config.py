@@ -31,6 +31,7 @@ REMOVED = {
     "finetune.dev_share": "--dev LANG=split takes a tenth of --train LANG: give --dev LANG=FILE for another share",
     "finetune.test_share": "--test LANG=split takes a tenth of --train LANG: give --test LANG=FILE for another share",
     "finetune.eval_batch": "a rank predicts 64 rows at once: leave the key out",
+    "interference.typology": "languages are compared by their texts: join a table of features to interference.csv yourself",
 }
 
 # What a key that is newer than a checkpoint was in effect before it existed, where that is not the default of today.

@@ -43,6 +43,25 @@ ROWS = 64  # rows that are evaluated at once
 
 def main(arguments: Sequence[str], group: Group | None = None) -> int:
     """`launch/evaluate.py --checkpoint RUN --text sw=FILE` or `--fill "... <mask> ..." --language sw`."""
+    options = _options(arguments)
+    with in_group(group, ParallelConfig(tensor=options.tensor)) as layout:
+        model = Model(options.checkpoint, layout, options.precision)
+        if options.fill:
+            results: Any = fill(model, options.fill, options.language, options.top)
+        else:
+            texts = options.text.items()
+            results = {language: score(model, language, Path(path), options.sentences) for language, path in texts}
+        if layout.rank == 0:
+            if options.out:
+                write_json(options.out, results)
+            print(_shown(results), flush=True)
+            if options.text and model.saved["config"]["tracking"]["enabled"]:
+                record(model, options.text, results)
+    return 0
+
+
+def _options(arguments: Sequence[str]) -> argparse.Namespace:
+    """The options of the command line, of which `text` becomes {language: file}."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--checkpoint", required=True, help="a run's output folder (its best checkpoint) or a checkpoint"
@@ -72,22 +91,10 @@ def main(arguments: Sequence[str], group: Group | None = None) -> int:
     options = parser.parse_args(arguments)
     if bool(options.text) == bool(options.fill):
         raise UserError('give either --text LANG=FILE (repeatable) or --fill "... <mask> ..." with --language')
-    texts = parse(options.text, "text") if options.text else {}
+    options.text = parse(options.text, "text") if options.text else {}
     if options.out and not options.out.parent.is_dir():
         raise UserError(f"--out {options.out}: there is no folder {options.out.parent}")
-    with in_group(group, ParallelConfig(tensor=options.tensor)) as layout:
-        model = Model(options.checkpoint, layout, options.precision)
-        if options.fill:
-            results: Any = fill(model, options.fill, options.language, options.top)
-        else:
-            results = {lang: score(model, lang, Path(path), options.sentences) for lang, path in texts.items()}
-        if layout.rank == 0:
-            if options.out:
-                write_json(options.out, results)
-            print(_shown(results), flush=True)
-            if texts and model.saved["config"]["tracking"]["enabled"]:
-                record(model, texts, results)
-    return 0
+    return options
 
 
 def number(least: int) -> Callable[[str], int]:

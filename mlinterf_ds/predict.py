@@ -42,6 +42,38 @@ LONGEST_WORD = 20  # characters: a longer line without a space is a sentence of 
 
 def main(arguments: Sequence[str], group: Group | None = None) -> int:
     """`launch/predict.py --checkpoint FINETUNING --text LANG=FILE`."""
+    options = _options(arguments)
+    ((language, file),) = options.text.items()
+    with in_group(group, ParallelConfig()) as layout:
+        from deepspeed.accelerator import get_accelerator
+
+        finetuned = Finetuned.open(options.checkpoint)
+        saved, pretrained = finetuned.saved, finetuned.pretrained
+        config = FinetuneConfig.model_validate(with_present_keys(saved["config"]))
+        module = module_of(options.modules, config, pretrained, saved.get("trained_on", []), language)
+        task, labels = TASKS[config.task].configured(unlabelled=True), finetuned.labels
+        examples = _sentences(task, Path(file)) if options.sentences else task.read(Path(file), language)
+        limits = config.finetune.limits(pretrained.positions)
+        rows, notes = task.rows(examples, pretrained.tokenizer(), labels, limits)
+        model = TaskModel(kind=task.kind, classes=len(labels), seed=0, **pretrained.architecture(dropout=0.0))
+        device = torch.device(get_accelerator().current_device_name())
+        dtype = DTYPES[choose_precision(options.precision or config.train.precision, {})[0]]
+        pretrained.filled(model, layout).to(device, dtype)
+        scores = outputs(model, task.kind, rows, module, layout, device)
+        if layout.rank == 0:
+            for note in notes:
+                print(f"note: {note}", file=sys.stderr)
+            predictions = task.predict(examples, rows, best(task.kind, scores), labels, limits)
+            write(task, examples, predictions, options.out)
+            if options.probabilities:
+                chances = probabilities(task, examples, rows, scores, predictions, labels, limits)
+                lines = [json.dumps(facts, ensure_ascii=False) for facts in chances]
+                write_text(options.probabilities, "\n".join(lines) + "\n")
+    return 0
+
+
+def _options(arguments: Sequence[str]) -> argparse.Namespace:
+    """The options of the command line, of which `text` becomes {language: file}."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--checkpoint",
@@ -70,39 +102,13 @@ def main(arguments: Sequence[str], group: Group | None = None) -> int:
     )
     parser.add_argument("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
-    texts = parse(options.text, "text")
-    if len(texts) > 1:
-        raise UserError(f"--text is given for {', '.join(texts)}: predict one language at a time")
+    options.text = parse(options.text, "text")
+    if len(options.text) > 1:
+        raise UserError(f"--text is given for {', '.join(options.text)}: predict one language at a time")
     for key, file in (("--out", options.out), ("--probabilities", options.probabilities)):
         if file and not file.parent.is_dir():
             raise UserError(f"{key} {file}: there is no folder {file.parent}")
-    with in_group(group, ParallelConfig()) as layout:
-        from deepspeed.accelerator import get_accelerator
-
-        finetuned = Finetuned.open(options.checkpoint)
-        saved, pretrained = finetuned.saved, finetuned.pretrained
-        config = FinetuneConfig.model_validate(with_present_keys(saved["config"]))
-        ((language, file),) = texts.items()
-        module = module_of(options.modules, config, pretrained, saved.get("trained_on", []), language)
-        task, labels = TASKS[config.task].configured(unlabelled=True), finetuned.labels
-        examples = _sentences(task, Path(file)) if options.sentences else task.read(Path(file), language)
-        limits = config.finetune.limits(pretrained.positions)
-        rows, notes = task.rows(examples, pretrained.tokenizer(), labels, limits)
-        model = TaskModel(kind=task.kind, classes=len(labels), seed=0, **pretrained.architecture(dropout=0.0))
-        device = torch.device(get_accelerator().current_device_name())
-        dtype = DTYPES[choose_precision(options.precision or config.train.precision, {})[0]]
-        pretrained.filled(model, layout).to(device, dtype)
-        scores = outputs(model, task.kind, rows, module, layout, device)
-        if layout.rank == 0:
-            for note in notes:
-                print(f"note: {note}", file=sys.stderr)
-            predictions = task.predict(examples, rows, best(task.kind, scores), labels, limits)
-            write(task, examples, predictions, options.out)
-            if options.probabilities:
-                chances = probabilities(task, examples, rows, scores, predictions, labels, limits)
-                lines = [json.dumps(facts, ensure_ascii=False) for facts in chances]
-                write_text(options.probabilities, "\n".join(lines) + "\n")
-    return 0
+    return options
 
 
 def module_of(

@@ -61,6 +61,11 @@ class Pretrained:
         return str(self.saved["config"]["variant"])
 
     @property
+    def step(self) -> int:
+        """The step of the checkpoint, skipped steps included."""
+        return int(self.saved["updates"]) + int(self.saved["skipped"])
+
+    @property
     def positions(self) -> int:
         """The longest row, in pieces: of its pretraining, or of the model that it started from."""
         return self.shape().longest_row or int(self.saved["config"]["data"]["sequence_length"])

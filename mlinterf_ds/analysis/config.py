@@ -80,7 +80,6 @@ class InterferenceSection(Section):
     tasks: Names = key([], "output folders of fine-tunings of these models")
     split: Literal["valid", "test"] = key("test", "held-out text that is scored")
     rows: int | None = key(None, "rows of it a language; default: all", ge=1)
-    typology: str | None = key(None, "CSV or TSV of languages' features: a third distance")
 
 
 class AnalyzeConfig(Section):

@@ -23,8 +23,9 @@ from mlinterf_ds.errors import UserError
 from mlinterf_ds.files import write_csv
 from mlinterf_ds.gradients.measure import Draws, measure, read_curves
 from mlinterf_ds.gradients.similarity import ALL, COMPONENTS, Similarity, pairs, spread, spread_table
+from mlinterf_ds.plots.curves import training_curves
 from mlinterf_ds.plots.heatmaps import heatmaps
-from mlinterf_ds.plots.similarity import by_component, training_curves
+from mlinterf_ds.plots.similarity import by_component
 
 
 def run(job: AnalysisJob) -> dict[str, Any]:
@@ -47,7 +48,7 @@ def run(job: AnalysisJob) -> dict[str, Any]:
     summary = {
         "analysis": "conflict",
         "checkpoint": str(job.model.path),
-        "step": job.step,
+        "step": job.model.step,
         "languages": list(job.languages),
         "sequences": draws.rows,
         "seed": settings.seed,

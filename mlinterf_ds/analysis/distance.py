@@ -1,4 +1,4 @@
-"""How far apart two languages are, measured on their training text, or by typological features when these are given.
+"""How far apart two languages are, measured on their training text.
 
 Every distance is symmetric and runs from 0 (a language and itself) to 1. Shared words and letters say nothing about word order:
 among the synthetic languages they separate `far` from the others, but not `mid` from `close`, which share as many word forms.
@@ -7,11 +7,8 @@ among the synthetic languages they separate `far` from the others, but not `mid`
 from __future__ import annotations
 
 import contextlib
-import csv
-import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
 
@@ -23,23 +20,14 @@ SENTENCES = 5000  # sentences of each language whose characters are counted
 ORDERS = (1, 2, 3)  # lengths of the sequences of characters that are counted
 
 
-def distances(corpus: Corpus, languages: Sequence[str], typology: str | None = None) -> dict[str, np.ndarray]:
-    """Name -> (languages, languages) distances: vocabulary, characters, typology if a table of it is given, and the planted
-    distance of synthetic languages. NaN where two languages have no feature in common.
-    """
+def distances(corpus: Corpus, languages: Sequence[str]) -> dict[str, np.ndarray]:
+    """Name -> (languages, languages) distances: by vocabulary, by characters, and planted between synthetic languages."""
     pieces = {code: unigrams(corpus, code) for code in languages}
     grams = {code: ngrams(sentences(corpus, code, SENTENCES)) for code in languages}
     matrices = {
         "vocabulary": _matrix(languages, lambda a, b: vocabulary_distance(pieces[a], pieces[b])),
         "characters": _matrix(languages, lambda a, b: character_distance(grams[a], grams[b])),
     }
-    if typology:
-        table = read_typology(Path(typology))
-        if missing := [code for code in languages if code not in table]:
-            raise UserError(
-                f"{typology}: no line for {', '.join(missing)}; it has {', '.join(table)}: add one for each language"
-            )
-        matrices["typology"] = _matrix(languages, lambda a, b: typology_distance(table[a], table[b]))
     with contextlib.suppress(UserError):  # raised for a language that people speak
         matrices["planted"] = _matrix(languages, synthetic.distance)
     return matrices
@@ -104,49 +92,3 @@ def jensen_shannon(left: Mapping[str, float], right: Mapping[str, float]) -> flo
 def character_distance(left: Sequence[Mapping[str, float]], right: Sequence[Mapping[str, float]]) -> float:
     """Mean Jensen-Shannon distance over sequences of 1, 2 and 3 characters."""
     return sum(jensen_shannon(a, b) for a, b in zip(left, right, strict=True)) / len(left)
-
-
-# --- typology --------------------------------------------------------------------------------------------------------
-def read_typology(path: Path) -> dict[str, list[str]]:
-    """Language -> features, from a table with a header row and a row for each language that starts with its code.
-
-    Columns are separated by tabs in a .tsv file, else by commas; an empty field is unknown. UserError if the file cannot be
-    read, a row has another number of fields than the header, or a language comes twice.
-    """
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            lines = list(csv.reader(file, delimiter="\t" if path.suffix == ".tsv" else ","))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{path}: cannot be read as a table ({error}); give CSV or TSV in UTF-8") from None
-    table: dict[str, list[str]] = {}
-    for number, line in enumerate(lines[1:], 2):
-        if not line:
-            continue
-        code, *features = (field.strip() for field in line)
-        if len(line) != len(lines[0]) or not features:
-            raise UserError(f"{path}, line {number}: {len(line)} fields, the heading has {len(lines[0])}")
-        if code in table:
-            raise UserError(f"{path}, line {number}: {code} comes twice")
-        table[code] = features
-    return table
-
-
-def typology_distance(left: Sequence[str], right: Sequence[str]) -> float:
-    """Distance over the features known of both languages; NaN if there are none.
-
-    It is the share of features that differ (Hamming), or 1 - cosine, at most 1, if all are numbers other than 0 and 1.
-    """
-    pairs = [(a, b) for a, b in zip(left, right, strict=True) if a and b]
-    if not pairs:
-        return math.nan
-    try:
-        numbers = np.array(pairs, dtype=float)
-    except ValueError:
-        numbers = np.zeros((0, 2))
-    if numbers.size and not np.isin(numbers, (0, 1)).all():
-        a, b = numbers.T
-        if (a == b).all():
-            return 0.0
-        lengths = float(np.linalg.norm(a) * np.linalg.norm(b))
-        return float(np.clip(1 - a @ b / lengths, 0, 1)) if lengths else 1.0
-    return sum(a != b for a, b in pairs) / len(pairs)

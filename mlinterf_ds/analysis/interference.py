@@ -82,7 +82,7 @@ def measure(job: AnalysisJob) -> InterferenceResults:
     )
     if every:
         corpus = common_corpus(every, job.config.corpus)
-        results.distances |= from_first(distances(corpus, languages, settings.typology) if job.first else None)
+        results.distances |= from_first(distances(corpus, languages) if job.first else None)
         bits = {run.folder: bits_per_character(job, run, corpus, languages) for run in every}
         of_text, notes = compare_bits(results.mono, results.joint, bits, languages)
         results.comparisons.extend(of_text)

@@ -18,7 +18,8 @@ from mlinterf_ds.pretrained import Pretrained
 from mlinterf_ds.runtime.parallel import Layout
 from mlinterf_ds.sections import TrainConfig
 
-MOST_NAMED = 8  # languages; of more, a caption says the number
+MOST_NAMED = 8  # languages that a caption names; of more it says the number
+Report = Callable[[Mapping[str, float], int], None]  # takes metrics and their step
 
 
 @dataclass(frozen=True)
@@ -34,9 +35,7 @@ class AnalysisJob:
     deepspeed_json: dict[str, Any]
     precision: str
     output: Path  # figures, CSV and JSON go here; only `first` writes
-    log: Callable[
-        [Mapping[str, float], int], None
-    ]  # metrics and their step, to the tracker (rank 0; elsewhere nothing)
+    log: Report  # to the tracker on rank 0; on other ranks it does nothing
 
     @property
     def first(self) -> bool:
@@ -50,16 +49,11 @@ class AnalysisJob:
         return self.pretrained
 
     @property
-    def step(self) -> int:
-        """The checkpoint's step."""
-        return int(self.model.saved["updates"]) + int(self.model.saved["skipped"])
-
-    @property
     def described(self) -> str:
         """The checkpoint and its corpus in words, for captions."""
         variant, codes = self.model.saved["config"]["variant"], self.model.languages
         languages = ", ".join(codes) if len(codes) <= MOST_NAMED else f"{len(codes)} languages"
-        return f"{variant} on {languages}, step {self.step}, text of {self.text.folder.name}"
+        return f"{variant} on {languages}, step {self.model.step}, text of {self.text.folder.name}"
 
     @property
     def text(self) -> Corpus:

@@ -62,7 +62,7 @@ def run(job: AnalysisJob) -> dict[str, Any]:
     return {
         "analysis": "probe",
         "checkpoint": str(job.model.path),
-        "step": job.step,
+        "step": job.model.step,
         "source": job.languages[0],
         "languages": list(job.languages),
         "precision": job.precision,
@@ -84,7 +84,7 @@ def write(job: AnalysisJob, scores: Scores, columns: Sequence[str], notes: Seque
         panels, job.languages, columns, job.output / "probe.png", title=title, label="percent", caption=caption, form=".0f"
     )  # fmt: skip
     last = [(f"probe/{measure}/{code}", row[columns[-1]]) for measure, of in scores.items() for code, row in of.items()]
-    job.log(dict(last), job.step)
+    job.log(dict(last), job.model.step)
     text = shown(scores, columns, notes)
     write_text(job.output / "probe.md", text)
     print(text, flush=True)

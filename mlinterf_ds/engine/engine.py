@@ -17,12 +17,11 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
-from mlinterf_ds.engine.facts import StepFacts, on_device
-from mlinterf_ds.engine.idle import IdleSpaces
 from mlinterf_ds.engine.optimizer import LOSS_PREFIX, LossScale, Spikes, adamw, apply, clip_factor, learning_rate
 from mlinterf_ds.engine.passes import Passes
 from mlinterf_ds.engine.precision import DTYPES, resolve
 from mlinterf_ds.engine.space import FlatSpace, NewRows, ShardedSpace, Space, Vector
+from mlinterf_ds.engine.transfers import IdleSpaces, StepFacts, on_device
 from mlinterf_ds.engine.zero import Zero3ShardedSpace, release_small_parameters, shared_space
 from mlinterf_ds.errors import UserError
 from mlinterf_ds.model.encoder import SHARED, partition_dim
@@ -90,11 +89,14 @@ class Engine:
         frozen = [SHARED] if self.frozen else []
         self.optimizers = {name: adamw(space.masters, training, name in frozen) for name, space in self.spaces.items()}
         self.passes = Passes(self)
-        on_host = training.idle_languages == "host"
-        if training.idle_languages == "auto":
+        self.idle = IdleSpaces(self._idle_on_host(offload), self.optimizers, self.device)
+
+    def _idle_on_host(self, offload: bool) -> list[Space]:
+        """The groups that are kept in host memory between their steps: all languages' or none."""
+        on_host = self.training.idle_languages == "host"
+        if self.training.idle_languages == "auto":
             on_host = self.device.type != "cpu" and not offload and len(self.languages) > FEW_LANGUAGES
-        idle = [space for name, space in self.spaces.items() if on_host and name in self.languages]
-        self.idle = IdleSpaces(idle, self.optimizers, self.device)
+        return [space for name, space in self.spaces.items() if on_host and name in self.languages]
 
     def _make_spaces(self, groups: Mapping[str, dict[str, Any]], masters_on: torch.device) -> dict[str, Space]:
         """A space for each parameter group, by its name; DeepSpeed keeps the shared one where it is partitioned."""

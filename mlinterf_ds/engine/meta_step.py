@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from mlinterf_ds.engine.engine import Engine, Rows
-from mlinterf_ds.engine.facts import StepFacts
 from mlinterf_ds.engine.optimizer import clip_factor
 from mlinterf_ds.engine.space import Space, Vector
+from mlinterf_ds.engine.transfers import StepFacts
 from mlinterf_ds.meta.bilevel import (
     AdamLookahead,
     GradientDescent,

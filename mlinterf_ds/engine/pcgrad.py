@@ -15,9 +15,9 @@ import numpy as np
 import torch
 
 from mlinterf_ds.engine.engine import Engine
-from mlinterf_ds.engine.facts import StepFacts
 from mlinterf_ds.engine.optimizer import clip_factor
 from mlinterf_ds.engine.space import Vector
+from mlinterf_ds.engine.transfers import StepFacts
 from mlinterf_ds.meta.bilevel import norm
 from mlinterf_ds.model.encoder import SHARED
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from mlinterf_ds.config import load_config, parser
-from mlinterf_ds.data.tokenizer import MANY_UNKNOWN
+from mlinterf_ds.data.tokenizer import MANY_UNKNOWN, Tokenizer
 from mlinterf_ds.engine.precision import choose_precision, read_json
 from mlinterf_ds.errors import UserError
 from mlinterf_ds.finetune.config import FinetuneConfig
@@ -25,8 +25,8 @@ from mlinterf_ds.finetune.trial import FinetuneJob
 from mlinterf_ds.pretrained import Pretrained
 from mlinterf_ds.runtime.parallel import Group, Layout
 from mlinterf_ds.runtime.session import session
-from mlinterf_ds.tasks import TASKS
-from mlinterf_ds.tasks.sources import SPLITS, Options, load, parse
+from mlinterf_ds.tasks import TASKS, Limits, Row, Task
+from mlinterf_ds.tasks.sources import SPLITS, Options, Sets, load, parse
 
 
 def main(arguments: Sequence[str], group: Group | None = None) -> int:
@@ -92,8 +92,17 @@ def prepare(
         limit=settings.limit,
     )
     labels = task.labels(list(itertools.chain(*sets.examples["train"].values())))
-    tokenizer = pretrained.tokenizer()
-    rows: dict[str, dict[str, Any]] = {split: {} for split in SPLITS}
+    rows = make_rows(task, sets, pretrained.tokenizer(), labels, limits)
+    return FinetuneJob(
+        config, options, deepspeed_json, precision, layout, pretrained, task, labels, limits, sets, rows, modules
+    )
+
+
+def make_rows(
+    task: Task, sets: Sets, tokenizer: Tokenizer, labels: list[str], limits: Limits
+) -> dict[str, dict[str, list[Row]]]:
+    """The rows of every set (split -> language -> rows), whose examples are settled; what was cut is added to the notes."""
+    rows: dict[str, dict[str, list[Row]]] = {split: {} for split in SPLITS}
     for split in SPLITS:
         for language, read in sets.examples[split].items():
             examples, unknown = task.settle(read, labels)
@@ -105,9 +114,7 @@ def prepare(
             if share >= MANY_UNKNOWN:
                 notes = [*notes, f"{share:.0%} of the pieces are <unk>, not in the vocabulary"]
             sets.notes += [f"{split} {language}: {note}" for note in notes]
-    return FinetuneJob(
-        config, options, deepspeed_json, precision, layout, pretrained, task, labels, limits, sets, rows, modules
-    )
+    return rows
 
 
 def serving(config: FinetuneConfig, pretrained: Pretrained, options: Options, split: str, language: str) -> int:

@@ -17,7 +17,6 @@ def summarise(job: FinetuneJob, tested: list[dict[str, Any]]) -> dict[str, Any]:
     tested: one dictionary for each seed: {"point", "progress", "test": {language: metrics}}.
     """
     task, sets = job.task, job.sets
-    test = sets.examples["test"]
     scored = [language for language in job.rows["test"] if tested[0]["test"][language]]
     every = {
         language: {name: [facts["test"][language][name] for facts in tested] for name in tested[0]["test"][language]}
@@ -49,11 +48,9 @@ def summarise(job: FinetuneJob, tested: list[dict[str, Any]]) -> dict[str, Any]:
         "finished": True,
     }
     if task.metric == "accuracy":
-        totals = {language: sum(map(task.labelled, test[language])) for language in scored}
-        summary["interval"] = {
-            language: list(metrics.wilson(summary["scores"][language]["mean"] / 100 * total, total))
-            for language, total in totals.items()
-        }
+        shares = {language: score["mean"] / 100 for language, score in summary["scores"].items()}
+        totals = {language: sum(map(task.labelled, sets.examples["test"][language])) for language in scored}
+        summary["interval"] = {code: list(metrics.wilson(shares[code] * n, n)) for code, n in totals.items()}
     if transfer := _transfer(job.options, summary["per_seed"]):
         summary["transfer"] = transfer
     return summary

@@ -28,7 +28,7 @@ from mlinterf_ds.model.encoder import SHARED
 from mlinterf_ds.sections import ConflictSection, RowFormat
 
 if TYPE_CHECKING:
-    from mlinterf_ds.plots.similarity import Curves
+    from mlinterf_ds.plots.curves import Curves
 
 PAPERS_ROWS, CPU_ROWS = 4096, 64  # rows of a gradient in the paper, and by default on a CPU
 MOST_EXACT = 4  # languages up to which sketch=auto keeps whole gradients
@@ -232,7 +232,7 @@ class Monitor:
         """Draws all measurements so far; returns the files written (rank 0)."""
         if not self.first or not self._table.is_file():
             return []
-        from mlinterf_ds.plots.similarity import training_curves  # it loads matplotlib
+        from mlinterf_ds.plots.curves import training_curves  # it loads matplotlib
 
         figure = self.output / "conflict.png"
         curves = {self.name: read_curves(self._table)}

@@ -1,11 +1,13 @@
-"""Curves over training: validation perplexity of one run, and of several models by language (the paper's figures 2 and 4c)."""
+"""Curves over training: validation perplexity of one run, or of several models by language (the paper's figures 2 and 4c), and
+similarity of pairs of languages (figure 3)."""
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -21,7 +23,12 @@ MOST_PANELS = 24  # languages that are drawn; the CSV has all
 BASELINE = "mono"  # the model that is dashed
 BINS = 40  # points of a curve of training losses
 
+MOST_LINES = 8  # pairs drawn one by one; of more, the mean and the 10th to 90th percentile
+WITHIN, BETWEEN = "within a language", "between two"
+LONG = 60  # points of a line from which it is drawn as a running mean over the pale points
+
 SeedCurves = Mapping[str, Mapping[str, Mapping[int, Points]]]  # language -> model -> seed -> (step, value)
+Curves = Mapping[tuple[str, str], Points]  # (left, right) -> (step or layer, cosine)
 
 
 # --- one run -----------------------------------------------------------------------------------------------------------
@@ -174,3 +181,78 @@ def binned(points: Points, first: int, last: int, bins: int = BINS) -> Points:
     return [
         (min(last, first + (index + 1) * width), float(np.mean(values))) for index, values in sorted(stretches.items())
     ]
+
+
+# --- pairs of languages ------------------------------------------------------------------------------------------------
+class Line(NamedTuple):
+    """A pair of languages, or many pairs."""
+
+    within: bool  # a language with itself, which is drawn dashed: the ceiling of what two can reach
+    pairs: int
+    rows: list[tuple[int, float, float, float]]  # step or layer, mean of the pairs, their 10th and 90th percentile
+
+
+def pair_lines(curves: Curves, suffix: str = "") -> dict[str, Line]:
+    """The lines to draw by their names. Points that are not finite are left out, and so are pairs without any."""
+    finite = {pair: [point for point in points if math.isfinite(point[1])] for pair, points in curves.items()}
+    groups: dict[tuple[bool, str], list[Points]] = {}
+    for (left, right), points in finite.items():
+        name = f"{left}–{right}" if len(finite) <= MOST_LINES else WITHIN if left == right else BETWEEN
+        groups.setdefault((left == right, name + suffix), []).extend([points] * bool(points))
+    lines = {}
+    for (within, name), members in sorted(groups.items(), key=lambda group: not group[0][0]):
+        values: dict[int, list[float]] = {}
+        for step, value in itertools.chain(*members):
+            values.setdefault(step, []).append(value)
+        rows = []
+        for step in sorted(values):
+            low, mean, high = np.percentile(values[step], 10), np.mean(values[step]), np.percentile(values[step], 90)
+            rows.append((step, float(mean), float(low), float(high)))
+        if rows:
+            lines[name] = Line(within, len(members), rows)
+    return lines
+
+
+def training_curves(runs: Mapping[str, Curves], path: Path, *, title: str, caption: str = "") -> None:
+    """Draws gradient similarity against the training step: within a language dashed (the ceiling), between two solid.
+
+    runs: a run's name, which is left out of the labels where it is the only one, -> its curves. Saves PNG and SVG.
+    """
+    lines: dict[str, Line] = {}
+    for run, curves in runs.items():
+        lines |= pair_lines(curves, f" ({run})" if len(runs) > 1 else "")
+    figure = style.new_figure(7.2, max(4.2, 0.25 * len(lines) + 1.5))
+    axes = figure.add_subplot()
+    axes.axhline(0, color=DARK_GREY, linewidth=0.8, zorder=2)
+    style.tidy(axes, "both")
+    style.step_ticks(axes)
+    axes.set_xlabel("training step")
+    axes.set_ylabel("cosine of the gradients")
+    axes.margins(x=0.02)
+    looks = {name: style.look(index, DASHED if lines[name].within else "-") for index, name in enumerate(sorted(lines))}
+    for name, line in lines.items():
+        draw_pair(axes, line, looks[name])
+    style.label_ends(figure, axes, {name: _smooth(line)[-1] for name, line in lines.items()}, looks, ".2f")
+    style.finish(figure, path, title, caption + band_note(lines))
+
+
+def band_note(lines: Mapping[str, Line]) -> str:
+    return "; band: 10th to 90th percentile of the pairs" * any(line.pairs > 1 for line in lines.values())
+
+
+def _smooth(line: Line) -> Points:
+    """A running mean over a twentieth of a long line; a short line as it is."""
+    half = len(line.rows) // 40 if len(line.rows) > LONG else 0
+    means = [mean for _, mean, *_ in line.rows]
+    return [(row[0], float(np.mean(means[max(0, i - half) : i + half + 1]))) for i, row in enumerate(line.rows)]
+
+
+def draw_pair(axes: Axes, line: Line, look: Look, label: str | None = None) -> None:
+    steps, means, low, high = zip(*line.rows, strict=True)
+    if len(steps) > LONG:
+        axes.plot(steps, means, color=look["color"], linewidth=0.6, alpha=0.3, zorder=1)
+    elif line.pairs > 1:
+        axes.fill_between(steps, low, high, color=look["color"], alpha=0.15, linewidth=0, zorder=1)
+    every = max(1, len(steps) // 9)
+    points = zip(*_smooth(line), strict=True)
+    axes.plot(*points, **look, markevery=every, linewidth=1.5, markersize=4, zorder=3, label=label)

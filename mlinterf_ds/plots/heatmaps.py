@@ -47,28 +47,23 @@ def heatmaps(
     assert values.shape[1:] == (len(rows), len(columns)), (values.shape, len(rows), len(columns))
     cells = [[names[p], rows[r], columns[c], float(value)] for (p, r, c), value in np.ndenumerate(values)]
     write_csv(path.with_suffix(".csv"), ["panel", "row", "column", "value"], cells)
-    finite = values[np.isfinite(values)] if np.isfinite(values).any() else np.array([0.0, 1.0])
-    low, high = (-float(np.abs(finite).max()), float(np.abs(finite).max())) if signed else (finite.min(), finite.max())
-    scale = Normalize(low, high if high > low else low + 1.0)
-    colours = colormaps["PuOr" if signed else "YlGnBu"].with_extremes(bad="#D0D0D0")
+    colours = _colours(values, signed)
     levels = np.stack([noise[name] for name in names]) if noise else np.full(values.shape, np.nan)
-    most = max(len(rows), len(columns))
+    most, across = max(len(rows), len(columns)), min(len(names), 3)
     cell = (0.52 if most <= 8 else 0.38) if most <= READABLE else min(0.24, 9 / most)
-    across = min(len(names), 3)
     down = -(-len(names) // across)
-    width = max(1.9, cell * len(columns) + 0.9)
-    height = max(1.6, cell * len(rows) + 0.9)
+    width, height = max(1.9, cell * len(columns) + 0.9), max(1.6, cell * len(rows) + 0.9)
     figure = style.new_figure(across * width + 1.3, down * height + 1.0)
     grid = figure.subplots(down, across, squeeze=False)
     for index, axes in enumerate(grid.flat):
         if index >= len(names):
             axes.set_visible(False)
             continue
-        _panel(axes, values[index], levels[index], rows, columns, ScalarMappable(scale, colours), form)
+        _panel(axes, values[index], levels[index], rows, columns, colours, form)
         axes.set_title(names[index], fontsize=9, fontfamily=style.families(names[index]))
         axes.set_xlabel(column_label, fontsize=8)
         axes.set_ylabel(row_label if index % across == 0 else "", fontsize=8)
-    bar = figure.colorbar(ScalarMappable(scale, colours), ax=list(grid.flat), shrink=0.8, aspect=30)
+    bar = figure.colorbar(colours, ax=list(grid.flat), shrink=0.8, aspect=30)
     bar.set_label(label, fontsize=8)
     bar.ax.tick_params(labelsize=7)
     if np.isfinite(levels).any():
@@ -77,6 +72,14 @@ def heatmaps(
             bar.ax.axhline(end, color="black", linewidth=1.2)
         caption += f"{'; ' * bool(caption)}in brackets: within the noise; lines on the scale: its median, {level:{form.lstrip('+')}}"
     style.finish(figure, path, title, caption)
+
+
+def _colours(values: np.ndarray, signed: bool) -> ScalarMappable:
+    """The scale of colours for these values, which is symmetric around zero if they are signed."""
+    finite = values[np.isfinite(values)] if np.isfinite(values).any() else np.array([0.0, 1.0])
+    low, high = (-float(np.abs(finite).max()), float(np.abs(finite).max())) if signed else (finite.min(), finite.max())
+    palette = colormaps["PuOr" if signed else "YlGnBu"].with_extremes(bad="#D0D0D0")
+    return ScalarMappable(Normalize(low, high if high > low else low + 1.0), palette)
 
 
 def _panel(

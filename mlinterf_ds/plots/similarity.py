@@ -1,13 +1,12 @@
-"""Figures of how alike languages are: gradients during training (the paper's figure 3) and by layer and component, masks by
-layer (its 4a), and groups of extreme pi (its 4b)."""
+"""Figures of how alike languages are: gradients by layer and component, masks by layer (the paper's figure 4a), and groups of
+extreme pi (its 4b)."""
 
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -15,88 +14,10 @@ from matplotlib.ticker import MaxNLocator
 
 from mlinterf_ds.files import write_csv
 from mlinterf_ds.plots import style
-from mlinterf_ds.plots.style import DARK_GREY, DASHED, OKABE_ITO, Look, Points
+from mlinterf_ds.plots.curves import BETWEEN, MOST_LINES, WITHIN, band_note, draw_pair, pair_lines
+from mlinterf_ds.plots.style import DARK_GREY, DASHED, OKABE_ITO, Points
 
-MOST_LINES = 8  # pairs drawn one by one; of more, the mean and the 10th to 90th percentile
 MOST_PANELS = 4  # languages of figure 4b
-WITHIN, BETWEEN = "within a language", "between two"
-LONG = 60  # points of a line from which it is drawn as a running mean over the pale points
-
-Curves = Mapping[tuple[str, str], Points]  # (left, right) -> (step or layer, cosine)
-
-
-class Line(NamedTuple):
-    """A pair of languages, or many pairs."""
-
-    within: bool  # a language with itself, which is drawn dashed: the ceiling of what two can reach
-    pairs: int
-    rows: list[tuple[int, float, float, float]]  # step or layer, mean of the pairs, their 10th and 90th percentile
-
-
-def _lines(curves: Curves, suffix: str = "") -> dict[str, Line]:
-    """The lines to draw by their names. Points that are not finite are left out, and so are pairs without any."""
-    finite = {pair: [point for point in points if math.isfinite(point[1])] for pair, points in curves.items()}
-    groups: dict[tuple[bool, str], list[Points]] = {}
-    for (left, right), points in finite.items():
-        name = f"{left}–{right}" if len(finite) <= MOST_LINES else WITHIN if left == right else BETWEEN
-        groups.setdefault((left == right, name + suffix), []).extend([points] * bool(points))
-    lines = {}
-    for (within, name), members in sorted(groups.items(), key=lambda group: not group[0][0]):
-        values: dict[int, list[float]] = {}
-        for step, value in itertools.chain(*members):
-            values.setdefault(step, []).append(value)
-        rows = []
-        for step in sorted(values):
-            low, mean, high = np.percentile(values[step], 10), np.mean(values[step]), np.percentile(values[step], 90)
-            rows.append((step, float(mean), float(low), float(high)))
-        if rows:
-            lines[name] = Line(within, len(members), rows)
-    return lines
-
-
-def training_curves(runs: Mapping[str, Curves], path: Path, *, title: str, caption: str = "") -> None:
-    """Draws gradient similarity against the training step: within a language dashed (the ceiling), between two solid.
-
-    runs: a run's name, which is left out of the labels where it is the only one, -> its curves. Saves PNG and SVG.
-    """
-    lines: dict[str, Line] = {}
-    for run, curves in runs.items():
-        lines |= _lines(curves, f" ({run})" if len(runs) > 1 else "")
-    figure = style.new_figure(7.2, max(4.2, 0.25 * len(lines) + 1.5))
-    axes = figure.add_subplot()
-    axes.axhline(0, color=DARK_GREY, linewidth=0.8, zorder=2)
-    style.tidy(axes, "both")
-    style.step_ticks(axes)
-    axes.set_xlabel("training step")
-    axes.set_ylabel("cosine of the gradients")
-    axes.margins(x=0.02)
-    looks = {name: style.look(index, DASHED if lines[name].within else "-") for index, name in enumerate(sorted(lines))}
-    for name, line in lines.items():
-        _draw(axes, line, looks[name])
-    style.label_ends(figure, axes, {name: _smooth(line)[-1] for name, line in lines.items()}, looks, ".2f")
-    style.finish(figure, path, title, caption + _band_note(lines))
-
-
-def _band_note(lines: Mapping[str, Line]) -> str:
-    return "; band: 10th to 90th percentile of the pairs" * any(line.pairs > 1 for line in lines.values())
-
-
-def _smooth(line: Line) -> Points:
-    """A running mean over a twentieth of a long line; a short line as it is."""
-    half = len(line.rows) // 40 if len(line.rows) > LONG else 0
-    means = [mean for _, mean, *_ in line.rows]
-    return [(row[0], float(np.mean(means[max(0, i - half) : i + half + 1]))) for i, row in enumerate(line.rows)]
-
-
-def _draw(axes: Axes, line: Line, look: Look, label: str | None = None) -> None:
-    steps, means, low, high = zip(*line.rows, strict=True)
-    if len(steps) > LONG:
-        axes.plot(steps, means, color=look["color"], linewidth=0.6, alpha=0.3, zorder=1)
-    elif line.pairs > 1:
-        axes.fill_between(steps, low, high, color=look["color"], alpha=0.15, linewidth=0, zorder=1)
-    every = max(1, len(steps) // 9)
-    points = zip(*_smooth(line), strict=True)
-    axes.plot(*points, **look, markevery=every, linewidth=1.5, markersize=4, zorder=3, label=label)
 
 
 def by_component(
@@ -147,7 +68,7 @@ def layers_figure(
         for a, b in itertools.combinations_with_replacement(range(len(languages)), 2):
             points = [(layer, float(matrix[a, b])) for layer, matrix in by_layer.items()]
             curves[languages[a], languages[b]] = points
-        lines[part] = _lines(curves)
+        lines[part] = pair_lines(curves)
     rows = [
         [part, name, *row] for part, of_part in lines.items() for name, line in of_part.items() for row in line.rows
     ]
@@ -159,7 +80,7 @@ def layers_figure(
     grid = figure.subplots(1, len(lines), sharey=True, squeeze=False)[0]
     for axes, (part, of_part) in zip(grid, lines.items(), strict=True):
         for name, line in of_part.items():
-            _draw(axes, line, style.look(order.index(name), DASHED if line.within else "-"), name)
+            draw_pair(axes, line, style.look(order.index(name), DASHED if line.within else "-"), name)
         if not of_part:
             axes.text(0.5, 0.5, "one language, one seed", transform=axes.transAxes, ha="center", color=style.GREY)
         axes.axhline(0, color=DARK_GREY, linewidth=0.8)
@@ -173,7 +94,7 @@ def layers_figure(
     handles, labels = grid[0].get_legend_handles_labels()
     look = {"size": 8, "family": style.families("".join(labels))}
     figure.legend(handles, labels, loc="outside right upper", prop=look, frameon=False, handlelength=3.2)
-    style.finish(figure, path, title, caption + _band_note(lines[max(lines, key=lambda part: len(lines[part]))]))
+    style.finish(figure, path, title, caption + band_note(lines[max(lines, key=lambda part: len(lines[part]))]))
 
 
 def extremes_figure(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import model_validator
 
@@ -28,6 +28,10 @@ from mlinterf_ds.sections import (
     has_adapters,
     is_meta,
 )
+
+if TYPE_CHECKING:
+    from mlinterf_ds.data.stream import TrainStream, ValidationStream
+    from mlinterf_ds.data.windows import TokenSource
 
 BARE = "tiny"  # the recipe of a start that names none
 
@@ -100,6 +104,23 @@ class RunConfig(Section):
         if is_meta(self.variant) and self.meta.reuse:
             rows += -(-steps // self.meta.every) * (self.meta.batch or self.train.batch)
         return rows
+
+    def streams(self, corpus: TokenSource, languages: Sequence[str]) -> tuple[TrainStream, ValidationStream | None]:
+        """The batches of training and, for a meta variant, those of the validation loss."""
+        from mlinterf_ds.data.stream import TrainStream, ValidationStream  # the launcher's own process needs no torch
+
+        data, meta, is_reading_half = self.data, self.meta, is_meta(self.variant) and self.meta.text == "half"
+        common: dict[str, Any] = {"row_format": data.row_format, "seed": self.train.seed}
+        stream = TrainStream(
+            corpus, languages, rows=self.train.batch, temperature=data.temperature, mixed=data.mixed, only=data.only,
+            half="first" if is_reading_half else None, **common,
+        )  # fmt: skip
+        if not is_meta(self.variant):
+            return stream, None
+        return stream, ValidationStream(
+            corpus, languages, rows=meta.batch or self.train.batch, languages_per_step=meta.languages_per_step,
+            text=meta.text, training=stream, every=meta.every, **common,
+        )  # fmt: skip
 
     @property
     def routing(self) -> str:

@@ -16,12 +16,11 @@ from mlinterf_ds.config import decisive, differences, flat, with_present_keys
 from mlinterf_ds.data.batch import Batch
 from mlinterf_ds.data.corpus import Corpus
 from mlinterf_ds.data.evaluation import EvaluationSet
-from mlinterf_ds.data.stream import TrainStream, ValidationStream, prefetch
+from mlinterf_ds.data.stream import prefetch
 from mlinterf_ds.engine import checkpoint
 from mlinterf_ds.engine.engine import Engine
-from mlinterf_ds.engine.fitting import fit_micro_batch
 from mlinterf_ds.engine.meta_step import AGREEMENT, MetaStep
-from mlinterf_ds.engine.passes import make_fast
+from mlinterf_ds.engine.passes import fit_micro_batch, make_fast
 from mlinterf_ds.engine.pcgrad import pcgrad_step
 from mlinterf_ds.engine.precision import DTYPES
 from mlinterf_ds.engine.throughput import flops_per_row, peak_flops, peak_memory, rows_passed
@@ -83,41 +82,16 @@ class PretrainingRun:
     def _open_streams(self) -> None:
         """The batches of training and, for the meta variants, of the validation loss; the rows that are evaluated."""
         config, data = self.config, self.config.data
-        row_format = data.row_format
-        self.stream = TrainStream(
-            self.corpus,
-            self.languages,
-            rows=config.train.batch,
-            seed=config.train.seed,
-            temperature=data.temperature,
-            mixed=data.mixed,
-            only=data.only,
-            half="first" if is_meta(config.variant) and config.meta.text == "half" else None,
-            row_format=row_format,
-        )
-        rows: dict[str, Any] = {"languages": self.languages, "max_rows": data.eval_rows, "row_format": row_format}
+        self.meta_rows = config.meta.batch or config.train.batch
+        if is_meta(config.variant) and len(self.languages) < 2:
+            raise UserError(f"variant={config.variant} needs two languages or more, here is only {self.languages[0]}")
+        if is_meta(config.variant) and self.meta_rows % self.layout.data:
+            raise UserError(f"meta.batch={self.meta_rows} is not divisible by {self.layout.data} data-parallel ranks")
+        self.stream, self.validation = config.streams(self.corpus, self.languages)
+        rows: dict[str, Any] = {"languages": self.languages, "max_rows": data.eval_rows, "row_format": data.row_format}
         self.evaluation = {code: EvaluationSet(self.corpus, code, "valid", **rows) for code in self.languages}
         self.unigrams = {language: rows.unigram_perplexity() for language, rows in self.evaluation.items()}
-        self.validation: ValidationStream | None = None
-        if not is_meta(config.variant):
-            return
-        if len(self.languages) < 2:
-            raise UserError(f"variant={config.variant} needs two languages or more, here is only {self.languages[0]}")
-        self.meta_rows = config.meta.batch or config.train.batch
-        if self.meta_rows % self.layout.data:
-            raise UserError(f"meta.batch={self.meta_rows} is not divisible by {self.layout.data} data-parallel ranks")
-        self.validation = ValidationStream(
-            self.corpus,
-            self.languages,
-            rows=self.meta_rows,
-            seed=config.train.seed,
-            languages_per_step=config.meta.languages_per_step,
-            text=config.meta.text,
-            training=self.stream,
-            every=config.meta.every,
-            row_format=row_format,
-        )
-        if self.first and (crowded := self.validation.crowded()):
+        if self.first and self.validation and (crowded := self.validation.crowded()):
             warn(
                 f"{', '.join(crowded)}: a step trains on {config.train.batch} rows, over half of the text: rows of its validation "
                 "loss may overlap them. A smaller train.batch, a shorter data.sequence_length or meta.text=half keeps them apart"

@@ -18,13 +18,13 @@ import numpy as np
 from pydantic import TypeAdapter
 
 from mlinterf_ds.data.corpus import Corpus, synthetic_folder
-from mlinterf_ds.data.stream import TrainStream, ValidationStream
 from mlinterf_ds.engine import checkpoint
 from mlinterf_ds.errors import UserError, refusing, resumption
 from mlinterf_ds.files import read_csv, read_json
+from mlinterf_ds.pretrain.config import RunConfig
 from mlinterf_ds.pretrain.report import COLUMNS
 from mlinterf_ds.pretrained import Pretrained
-from mlinterf_ds.sections import LANGUAGE_PATTERN, MetaConfig, is_meta
+from mlinterf_ds.sections import LANGUAGE_PATTERN, is_meta
 
 History = dict[str, list[tuple[int, float]]]  # language -> (step, value), ascending
 # Settings that do not shape a model: two runs that differ in these alone compare without a note.
@@ -109,7 +109,7 @@ class PretrainedRun:
     @property
     def step(self) -> int:
         """The step of the best checkpoint."""
-        return int(self.pretrained.saved["updates"]) + int(self.pretrained.saved["skipped"])
+        return self.pretrained.step
 
     @cached_property
     def history(self) -> History:
@@ -125,20 +125,10 @@ class PretrainedRun:
 
     def epochs(self, corpus: Corpus) -> dict[str, float]:
         """How often the best checkpoint had seen the training text of each language."""
-        data, train = self.config["data"], self.config["train"]
-        meta = MetaConfig(**self.config["meta"]) if is_meta(self.config["variant"]) else None
-        common: dict[str, Any] = {"row_format": self.pretrained.row_format, "seed": train["seed"]}
-        stream = TrainStream(
-            corpus, self.pretrained.languages, rows=train["batch"], temperature=data["temperature"], mixed=data["mixed"],
-            only=data.get("only"), half="first" if meta and meta.text == "half" else None, **common,
-        )  # fmt: skip
-        validation = None
-        if meta and meta.reuse:
-            validation = ValidationStream(
-                corpus, self.pretrained.languages, rows=meta.batch or train["batch"], every=meta.every,
-                languages_per_step=meta.languages_per_step, text=meta.text, training=stream, **common,
-            )  # fmt: skip
-        return {code: facts["epochs"] for code, facts in stream.seen(self.step, validation).items()}
+        config = RunConfig.model_validate(self.config)
+        stream, validation = config.streams(corpus, self.pretrained.languages)
+        seen = stream.seen(self.step, validation if config.meta.reuse else None)
+        return {code: facts["epochs"] for code, facts in seen.items()}
 
     def settings_unlike(self, other: PretrainedRun) -> list[str]:
         """The settings that shape a model, beside languages, variant and seed, in which two runs differ, in words.

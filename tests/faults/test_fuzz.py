@@ -13,7 +13,6 @@ import pytest
 from hypothesis import strategies as st
 
 from mlinterf_ds.analysis.config import AnalyzeConfig
-from mlinterf_ds.analysis.distance import read_typology
 from mlinterf_ds.config import Section, fields, load_config
 from mlinterf_ds.data.corpus import Corpus, manifest_digest
 from mlinterf_ds.data.prepare.main import prepare
@@ -424,8 +423,6 @@ TABLES: list[tuple[str, Any, str]] = [
         read_curves,
         "step,scope,left,right,cosine\n0,model,en,en,0.9\n0,model,en,sw,-0.25\n0,layer 1,en,sw,0.1\n",
     ),
-    ("typology.csv", read_typology, "code,order,case\nen,SVO,\nsw,SVO,no\ntr,SOV,yes\n"),
-    ("typology.tsv", read_typology, 'code\torder\ncases\n"e\tn"\tx\n'),
 ]
 
 

@@ -14,8 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mlinterf_ds.engine import checkpoint
 from mlinterf_ds.engine.engine import Engine
-from mlinterf_ds.engine.idle import IdleSpaces
 from mlinterf_ds.engine.meta_step import MetaStep
+from mlinterf_ds.engine.transfers import IdleSpaces
 from mlinterf_ds.model.encoder import SHARED
 from tests.parity import bodies
 from tests.ranks import pool

@@ -14,9 +14,9 @@ from matplotlib.figure import Figure
 from mlinterf_ds.errors import UserError
 from mlinterf_ds.gradients.measure import read_curves
 from mlinterf_ds.plots.bars import Value, bars, intervals
-from mlinterf_ds.plots.curves import seed_curves
+from mlinterf_ds.plots.curves import Curves, seed_curves, training_curves
 from mlinterf_ds.plots.heatmaps import heatmaps
-from mlinterf_ds.plots.similarity import Curves, by_component, layers_figure, training_curves
+from mlinterf_ds.plots.similarity import by_component, layers_figure
 
 
 def texts(figure: Figure) -> list[str]:

@@ -118,35 +118,6 @@ def test_a_low_resource_version_beside_the_whole_language(tmp_path: Path) -> Non
     assert len(low) == 120 < len(whole) and low < whole
 
 
-def test_typology(tmp_path: Path) -> None:
-    path = tmp_path / "features.tsv"
-    path.write_text("code\torder\tcase\ttone\nen\tSVO\t0\t\nhi\tSOV\t1\t0\nsw\tSVO\t0\t1\n")
-    features = distance.read_typology(path)
-    assert distance.typology_distance(features["en"], features["hi"]) == 1  # of the two features known of both
-    assert distance.typology_distance(features["hi"], features["sw"]) == 1
-    assert distance.typology_distance(features["en"], features["sw"]) == 0
-    assert math.isnan(distance.typology_distance(["", "1"], ["1", ""]))
-    assert distance.typology_distance(["1", "0", "1"], ["1", "1", "1"]) == pytest.approx(1 / 3), "0 and 1 are classes"
-    assert distance.typology_distance(["0.5", "0"], ["0.3", "0.4"]) == pytest.approx(1 - 0.3 / 0.5)
-    assert distance.typology_distance(["0.5", "0"], ["0.5", "0"]) == 0
-
-
-@pytest.mark.parametrize(
-    "text, words",
-    [
-        ("code,a\nen,1,2\n", ["line 2", "3 fields, the heading has 2"]),
-        ("code,a\nen,1\nen,0\n", ["line 3", "en comes twice"]),
-    ],
-)
-def test_a_bad_typology(tmp_path: Path, text: str, words: list[str]) -> None:
-    (tmp_path / "t.csv").write_text(text)
-    with pytest.raises(UserError) as caught:
-        distance.read_typology(tmp_path / "t.csv")
-    assert all(word in str(caught.value) for word in [*words, "t.csv"])
-    with pytest.raises(UserError, match=r"nowhere\.csv.*cannot be read"):
-        distance.read_typology(tmp_path / "nowhere.csv")
-
-
 # --- scores of tasks -------------------------------------------------------------------------------------------------
 def tuned(
     folder: Path, languages: str, seed: int, trained: str, per_seed: dict[str, list[float]], **more: Any

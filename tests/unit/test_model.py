@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from mlinterf_ds.errors import UserError
 from mlinterf_ds.model.encoder import SHARED, Encoder, partition_dim
 from mlinterf_ds.model.layers import at_positions
-from mlinterf_ds.model.regions import Compiled, regions
+from mlinterf_ds.model.routing import Compiled, regions
 from mlinterf_ds.sections import ModelConfig
 from tests.model_batches import CODES, LENGTH, ROUTED, VARIANTS, VOCABULARY, batch, encoder, gradients
 from tests.model_batches import hidden as hidden_states

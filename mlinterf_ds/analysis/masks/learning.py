@@ -12,7 +12,7 @@ Text, masks and gates are functions of (seed, language, step, row), so layouts d
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mlinterf_ds.analysis.config import PruneSection
+from mlinterf_ds.analysis.job import Report
 from mlinterf_ds.analysis.masks import hard_concrete
 from mlinterf_ds.analysis.masks.gates import Gates
 from mlinterf_ds.data.batch import Batch, generator, key
@@ -37,7 +38,6 @@ from mlinterf_ds.sections import RowFormat
 RANDOM = 3  # random prunings with which a learned one is compared
 EVALUATED = 64  # rows that are scored at once
 EPS = 1e-15  # Adam's epsilon; gradients shrink as the number of groups grows
-Report = Callable[[Mapping[str, float], int], None]  # takes metrics and their step
 
 
 @dataclass

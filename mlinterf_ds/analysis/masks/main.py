@@ -75,7 +75,7 @@ def _summary(job: AnalysisJob, masks: Masks, scores: Sequence[dict[str, Any]]) -
     return {
         "analysis": "prune",
         "checkpoint": str(job.model.path),
-        "step": job.step,
+        "step": job.model.step,
         "languages": list(masks.languages),
         "groups": {kind: kinds.count(kind) for kind in dict.fromkeys(kinds)},
         **job.config.prune.model_dump(include={"penalty", "steps", "rows", "lr", "seeds", "sequences"}),
