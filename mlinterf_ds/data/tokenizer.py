@@ -285,7 +285,7 @@ class Library:
 
     @property
     def characters(self) -> set[str]:
-        """Of a vocabulary that spells bytes all characters; else those in its pieces, where it knows them alone too."""
+        """The characters, of those in its pieces and those up to U+2FFF, that the vocabulary encodes without `<unk>`."""
         pieces = {character for piece in self.pieces for character in piece}
         known = [*pieces, *map(chr, range(0x20, 0x3000))]
         return {c for c, ids in zip(known, self.encode_all(known), strict=True) if self.vocabulary.unk not in ids}

@@ -106,7 +106,7 @@ class Phases:
         self._update(self.theta, gradient, "gradient_norm")
 
     def update_both(self) -> None:
-        """Both updates from gradients that phase 1's passes computed at theta and phi_i.
+        """Updates theta and phi_i from gradients that phase 1's passes computed at both.
 
         With `meta.reuse` no row is wasted: theta steps along the mean of its gradients on the training rows and, at the
         lookahead's theta', on the validation rows; phi_i steps along h_i plus its ordinary gradient.

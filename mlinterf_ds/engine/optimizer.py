@@ -72,7 +72,7 @@ def apply(
     divisor: Tensor,
     skip: Tensor,
 ) -> None:
-    """One update of the shards by gradient / divisor at this learning rate; none, not even of the moments, if `skip`.
+    """Updates the shards once, by gradient / divisor at this learning rate; changes nothing, moments included, if `skip`.
 
     divisor, skip: scalars on any device; the device decides, so that the host need not wait. The gradient is overwritten.
     """

@@ -126,7 +126,7 @@ class Names:
         return joined(parts, heads) if len(parts) > 1 else parts[0]
 
     def converted(self, weights: Mapping[str, Tensor], heads: int) -> dict[str, Tensor]:
-        """All of our parameters as the class's, by its names."""
+        """Translates all of our parameters to those of the class, by its names."""
         converted: dict[str, Tensor] = {}
         for name, weight in weights.items():
             theirs = self.theirs(name)

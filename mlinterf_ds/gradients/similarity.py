@@ -88,7 +88,7 @@ def pairs(count: int) -> list[tuple[int, int]]:
 
 
 def spread_table(title: str, spreads: Mapping[str, Mapping[str, Any]]) -> str:
-    """What -> `spread` of it, as a table for the screen under a title; '-' where a mean is missing or None."""
+    """Sets spreads by name as a table for the screen, under a title; '-' where a mean is missing or None."""
     lines = [f"{title:<22}{'within':>9}{'between':>9}"]
     for name, facts in spreads.items():
         means = [facts.get(column) for column in ("within", "between")]

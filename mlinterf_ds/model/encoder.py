@@ -340,7 +340,7 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def gathered(logits: Tensor, vocabulary: int) -> Tensor:
-    """All ranks' columns side by side without the padding: (..., columns) to (..., vocabulary), fp32, no gradient."""
+    """Puts all ranks' columns side by side, without the padding: (..., columns) to (..., vocabulary), fp32, no gradient."""
     group = parallel_state.get_tensor_model_parallel_group()
     if group.size() > 1:
         columns = [torch.empty_like(logits) for _ in range(group.size())]

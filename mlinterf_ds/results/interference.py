@@ -135,7 +135,7 @@ def compare_scores(
 def _compared(
     metric: str, code: str, setup: Setup, runs: Mapping[int, tuple[FineTunedRun, FineTunedRun]]
 ) -> Comparison:
-    """Of the mono and joint fine-tunings of each pretraining seed; a study tunes every model with a seed of its own."""
+    """Compares the mono and joint fine-tunings of each pretraining seed; a study tunes every model with a seed of its own."""
     common = [sorted(mono.scores[code].keys() & joint.scores[code].keys()) for mono, joint in runs.values()]
     if not all(common):
         raise UserError(f"{metric} in {code}: the fine-tunings have none of finetune.seeds in common")

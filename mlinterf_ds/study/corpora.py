@@ -72,7 +72,7 @@ class Corpora:
                 prepare(text, self._folder({}, half), halves={half: source}, tokenizer=tokenizer, progress=False)
 
     def adopt(self) -> bool:
-        """If the present text was never prepared, use the corpora that were prepared last; whether there are such."""
+        """If the present text was never prepared, uses the corpora that were prepared last; False if there are none."""
         others = [folder for folder in self.root.parent.glob("*") if folder.is_dir()]
         if not self.made or self.root.is_dir() or not others:
             return False

@@ -105,7 +105,7 @@ def finished_units(folder: Path) -> dict[str, Any]:
 
 
 def failures(record: Mapping[str, Any]) -> str:
-    """Which units failed and why, by the job's done.json; '' if none did."""
+    """Says which units failed and why, by the job's done.json; '' if none did."""
     units = record.get("units", {}).items()
     return "; ".join(f"{name}: {facts['reason']}" for name, facts in units if "reason" in facts)
 

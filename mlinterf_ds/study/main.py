@@ -115,7 +115,7 @@ class Study:
         return cost.show(self.jobs, self.output, len(runner.slots(self.config)), by_job)
 
     def power(self) -> str:
-        """Which effects the study could detect, as text: by its own findings so far, else by the recipe's pilot; '' without both."""
+        """Says which effects the study could detect, by its own findings so far or else the recipe's pilot; '' without both."""
         known = power.spreads(self.output / "findings.json") or self.config.pilot
         return power.show(known, len(self.config.seeds), self.config.confidence) if known else ""
 

@@ -78,7 +78,7 @@ def evaluation_batches(
 def outputs(
     model: nn.Module, kind: Kind, rows: Sequence[Row], language: int, layout: Layout, device: torch.device
 ) -> list[np.ndarray]:
-    """What the model says of each row, on rank 0: scores (positions, classes), or (2, positions) of a span's start and end.
+    """Returns each row's scores on rank 0: (positions, classes), or (2, positions) for a span's start and end.
 
     language: the number of the language whose modules read the rows.
     """
