@@ -353,6 +353,19 @@ def test_a_rerun_reuses_what_is_finished_but_not_what_changed(
     assert model.stat().st_mtime_ns != times[model]
 
 
+@pytest.mark.parametrize(
+    "number, name, remedy",
+    [
+        (errno.EMFILE, None, "corpus: Too many open files; allow more .*ulimit -n"),
+        (errno.EROFS, "corpus/.work", "corpus/.work: Read-only file system; name a folder .*--out"),
+        (errno.EACCES, "en.txt", "en.txt: Permission denied$"),
+    ],
+)
+def test_what_the_system_refuses_has_a_remedy(number: int, name: str | None, remedy: str) -> None:
+    with pytest.raises(UserError, match=remedy), prepare_module._explained(Path("corpus")):
+        raise OSError(number, os.strerror(number), name)
+
+
 def test_full_disk_at_the_command_line(tmp_path: Path) -> None:
     """A real write error, by way of the limit on a file's size."""
     written(tmp_path / "en.txt", some_lines(20_000))

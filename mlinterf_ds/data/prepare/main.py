@@ -35,6 +35,10 @@ TOKENIZER = "tokenizer.model"
 
 # The system's errors when no more can be written: disk full, quota reached, file size limit.
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_REMEDIES = {errno.EMFILE: "; allow more open files first: `ulimit -n 4096`"}
+_REMEDIES |= dict.fromkeys(
+    (errno.EACCES, errno.EROFS, errno.ENOTDIR), "; name a folder in which you may write: --out FOLDER"
+)
 
 
 def prepare(
@@ -249,7 +253,9 @@ def _explained(folder: Path) -> Iterator[None]:
                 f"{folder}: the disk is full ({error.strerror}); free some space and run the same command again: "
                 "finished blocks are kept"
             ) from error
-        raise UserError(f"{error.filename or folder}: {error.strerror or error}") from error
+        ours = Path(error.filename or folder).is_relative_to(folder)  # and not a text that is read
+        remedy = _REMEDIES.get(error.errno or 0, "") if ours else ""
+        raise UserError(f"{error.filename or folder}: {error.strerror or error}{remedy}") from error
 
 
 @contextmanager
