@@ -44,6 +44,7 @@ FORMAT = 1
 MOMENTS = ("exp_avg", "exp_avg_sq")
 POLL = 0.05  # seconds between rank 0's looks for the other ranks' files
 PATIENCE = 10.0  # seconds that a failing run waits for the save under way
+MOST_COPIED = 1 << 30  # bytes that a save copies within host memory; more is written while training there waits
 
 Shard = tuple[dict[str, Tensor], dict[str, str]]  # a rank's tensors, and the metadata of their file
 
@@ -51,7 +52,8 @@ Shard = tuple[dict[str, Tensor], dict[str, str]]  # a rank's tensors, and the me
 class Saver:
     """Saves a run's checkpoints while the run goes on, never two at once. All ranks call the same methods in the same order.
 
-    Training waits only while masters and moments are copied to host memory. A thread of each rank then writes and hashes
+    Training waits only while masters and moments are copied to host memory (on a CPU, where a copy of more than MOST_COPIED
+    bytes would take memory that training needs: while they are written). A thread of each rank then writes and hashes
     that rank's files. The threads use no collectives, because training uses them meanwhile: a thread leaves a file in the
     unfinished folder when it is done, and rank 0's thread, once it sees all of these, lists every file in complete.json and
     renames the folder. A Saver is a context manager that waits at its end for the save under way.
@@ -85,8 +87,12 @@ class Saver:
         """
         self.finish()
         writing = _Writing(self.run, self.keep, engine.step, best)
-        writing.begin(_shard(engine, self._copy), _run_json(engine, state), files)
+        tensors, metadata = _shard(engine)
+        copied = engine.device.type != "cpu" or sum(tensor.nbytes for tensor in tensors.values()) <= MOST_COPIED
+        writing.begin((self._copy(tensors) if copied else tensors, metadata), _run_json(engine, state), files)
         self._writing = writing
+        if not copied:
+            writing.released.wait()
 
     def finish(self) -> None:
         """Waits for the save under way, if there is one. Raises UserError on all ranks if one of them could not save."""
@@ -120,10 +126,9 @@ def save(
     """
     writing = _Writing(run, keep, engine.step, output=output)
 
-    def on_host(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {key: tensor.cpu() for key, tensor in tensors.items()}
-
-    writing.begin(_shard(engine, on_host), _run_json(engine, state), files)
+    tensors, metadata = _shard(engine)
+    on_host = {key: tensor.cpu() for key, tensor in tensors.items()}
+    writing.begin((on_host, metadata), _run_json(engine, state), files)
     writing.finish()
     return writing.target
 
@@ -146,6 +151,7 @@ class _Writing:
         self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
         self.problem = ""  # why this rank could not save
         self._written, self._abandoned = threading.Event(), threading.Event()
+        self.released = threading.Event()  # set when the thread reads the tensors no more
 
     def begin(self, shard: Shard, run_json: str, files: Mapping[str, Path]) -> None:
         """Makes the unfinished folder and starts the thread. files: name to file, copied into the checkpoint."""
@@ -153,6 +159,7 @@ class _Writing:
             self._attempt(self._make_folder)
         self._refuse(self._problems())
         self._written.clear()
+        self.released.clear()
         work = partial(self._attempt, self._save, shard, run_json, files)
         self.thread = threading.Thread(target=work, name="checkpoint", daemon=True)
         self.thread.start()
@@ -172,6 +179,7 @@ class _Writing:
             known = isinstance(error, OSError | SafetensorError)
             self.problem = f"rank {self.rank}: {error if known else repr(error)}"
         finally:
+            self.released.set()
             self._written.set()
 
     def _problems(self) -> list[str]:
@@ -198,6 +206,7 @@ class _Writing:
         if tensors:
             paths.append(self.unfinished / f"shard-{self.rank:05d}.safetensors")
             save_file(tensors, paths[0], metadata=metadata)
+        self.released.set()
         if self.rank:
             return write_json(self._list_of(self.rank), flushed_facts(paths))
         for name, source in files.items():
@@ -239,8 +248,8 @@ def _run_json(engine: Engine, state: Mapping[str, Any]) -> str:
     return json.dumps({"format": FORMAT, **counters, **state}, indent=1)
 
 
-def _shard(engine: Engine, on_host: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> Shard:
-    """This rank's masters, moments and segments in host memory; no tensors if other ranks save all of them."""
+def _shard(engine: Engine) -> Shard:
+    """This rank's masters, moments and segments; no tensors if other ranks save all of them."""
     tensors: dict[str, Tensor] = {}
     table = []
     for name, space in engine.spaces.items():
@@ -254,7 +263,7 @@ def _shard(engine: Engine, on_host: Callable[[dict[str, Tensor]], dict[str, Tens
             tensors |= {f"{key}/{moment}": adam[moment] for moment in MOMENTS if kept(adam[moment])}
         table += [{"space": name, **asdict(segment)} for segment in space.segments]
     metadata = {"segments": json.dumps(table), "tensor_rank": str(engine.layout.tensor_rank)}
-    return on_host({key: tensor.contiguous() for key, tensor in tensors.items()}), metadata
+    return {key: tensor.contiguous() for key, tensor in tensors.items()}, metadata
 
 
 def prune(run: Path, keep: int) -> None:

@@ -114,7 +114,7 @@ class Engine:
             else:
                 own = kind(name, parameters, dims, self.layout.tensor_rank, data_group, device=masters_on)
                 if isinstance(own, FlatSpace):
-                    own.lasting = name == SHARED
+                    own.lasting = name == SHARED and not own.hands_over
                 spaces[name] = own
         return spaces
 

@@ -116,9 +116,15 @@ class Phases:
         assert h.passes is not None
         theta, phi = h.passes.descent, h.total
         if self.config.reuse:
-            theta = [(first + second) / 2 for first, second in zip(theta, h.passes.value, strict=True)]
             phi = [first + second for first, second in zip(phi, h.passes.own, strict=True)]
-        of_theta, of_phi = norm(self.theta, theta), norm(self.phi, phi)
+        of_phi = norm(self.phi, phi)
+        if self.engine.frozen:  # theta moves in the lookahead alone
+            self.lengths = self.lengths + of_phi
+            return self._update(self.phi, phi, "meta/gradient_norm", of_phi)
+        if self.config.reuse:
+            for first, second in zip(theta, h.passes.value, strict=True):
+                first.add_(second).div_(2)
+        of_theta = norm(self.theta, theta)
         self.lengths = self.lengths + of_theta + of_phi  # either update tests both
         self._update(self.phi, phi, "meta/gradient_norm", of_phi)
         self._update(self.theta, theta, "gradient_norm", of_theta)

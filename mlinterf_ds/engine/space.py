@@ -22,6 +22,7 @@ from torch import Tensor, nn
 Vector = list[Tensor]
 BUCKET = 1 << 22  # elements reduced or gathered at once
 ALIGNMENT = 64  # elements: parameters begin at multiples of it in a flat buffer, where products read them at full speed
+LARGE = 1 << 26  # elements from which a CPU's fp32 gradient is handed over, not copied: its memory then counts for more
 
 
 @dataclass(frozen=True)
@@ -154,6 +155,8 @@ class FlatSpace(Space):
         self._count(tensor_rank, whole)
         if whole and len(self.counted) == len(self.segments):
             self._counted = [(0, 0, position)]  # the padding between parameters is zero
+        # whether `gradient` gives away the buffer itself, into which all micro-batches added theirs
+        self.hands_over = position >= LARGE and some.dtype is torch.float32 and some.device.type == device.type == "cpu"
         self.arriving: Tensor | None = None  # the flat buffer into which a backward pass adds its gradients
         self.lasting = False  # whether the buffer is kept during passes that do not train the group
         self._borrowed = False
@@ -195,6 +198,8 @@ class FlatSpace(Space):
 
     def absorb(self) -> None:
         assert self.arriving is not None
+        if self.hands_over:
+            return
         if self._sum is None:
             self._sum = self.arriving.to(torch.float32, copy=True)
         else:
@@ -207,6 +212,9 @@ class FlatSpace(Space):
         if self.arriving is not None:
             self.absorb()
         gradient, self._sum = self._sum, None
+        if self.hands_over:
+            gradient = self.arriving
+            self.receive_in(None)
         if gradient is None:
             return [torch.zeros_like(self.masters[0], requires_grad=False)]
         if self.ranks > 1:
@@ -216,11 +224,13 @@ class FlatSpace(Space):
 
     @torch.no_grad()
     def write(self, offset: Vector | None = None, scale: float | Tensor = 0.0) -> None:
-        if isinstance(scale, Tensor) and offset is not None:
-            master = self.masters[0]
+        master = self.masters[0]
+        if offset is None:
+            self.working.copy_(master)
+        elif isinstance(scale, Tensor):
             torch.addcmul(master, offset[0], scale.to(master), out=self.working)
         else:
-            self.working.copy_(self._displaced_shard(0, offset, scale))
+            torch.add(master, offset[0], alpha=scale, out=self.working)
 
 
 class ShardedSpace(Space):

@@ -26,6 +26,7 @@ from mlinterf_ds.files import check_files
 
 LISTING = "export.json"  # the file that holds size and digest of every other
 INDEX = "model.safetensors.index.json"  # lists the tensors where weights lie in several files
+ROWS = 1 << 14  # of the vocabulary that are read at once
 VOCABULARY = ("embeddings.word.weight", "head.bias")  # exported without the padding of the vocabulary
 CONVERT = (
     "convert it once with transformers, on a machine where you trust the file: AutoModelForMaskedLM.from_pretrained(FOLDER)"
@@ -137,6 +138,13 @@ class Folder:
         parts = [self._stored(part) for part in self.theirs(name) or (name,)]
         return joined(parts, self.heads) if len(parts) > 1 else parts[0]
 
+    def rows(self, name: str, first: int, last: int) -> Tensor:
+        """Rows `first` to `last` of our parameter of the vocabulary, fp32; nothing else of it is read."""
+        (theirs,) = self.theirs(name)
+        with self._opened(theirs) as file:
+            rows: Tensor = file.get_slice(theirs)[first:last].float()
+            return rows
+
     def _vocabulary_rows(self, name: str, wanted: Segment, tensor_rank: int) -> Tensor:
         """Elements of a parameter of the vocabulary, with zeros for its padding; only the rows that hold them are read."""
         width = torch.Size(wanted.shape[1:]).numel()
@@ -152,8 +160,9 @@ class Folder:
             offset = wanted.shape[0] * tensor_rank
             low, high = min(rows, offset + first), min(rows, offset + last)
             elements = torch.zeros(last - first, *others)
-            if low < high:
-                elements[: high - low] = stored[low:high]
+            for begin in range(low, high, ROWS):
+                end = min(high, begin + ROWS)
+                elements[begin - low : end - low] = stored[begin:end]
         return elements.reshape(-1)[wanted.start - first * width :][: wanted.length]
 
     def _stored(self, name: str, dim: int | None = None, tensor: int = 1, tensor_rank: int = 0) -> Tensor:

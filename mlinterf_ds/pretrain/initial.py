@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from torch import Tensor
 from mlinterf_ds.config import with_present_keys
 from mlinterf_ds.data.tokenizer import Tokenizer, Vocabulary
 from mlinterf_ds.engine import checkpoint
-from mlinterf_ds.engine.space import Segment
+from mlinterf_ds.engine.space import Segment, shape_numel
 from mlinterf_ds.engine.weights import CheckpointReader, check_shape
 from mlinterf_ds.errors import UserError, refusing
 from mlinterf_ds.export import folder
@@ -174,13 +174,28 @@ class WithLanguages:
     def _grown(self, wanted: Segment, tensor: int, tensor_rank: int) -> Tensor:
         """Elements of a parameter of the vocabulary with rows for new pieces and for padding, which hold the mean row."""
         assert wanted.partition_dim == 0 or tensor == 1
-        whole = self.source.whole(wanted.name)[: self.old]
-        ordinary = torch.from_numpy(self.wanted.ordinary)
-        mean = whole[ordinary[ordinary < self.old]].mean(0, keepdim=True)
-        check_shape(wanted, (wanted.shape[0], *whole.shape[1:]), self.start.path)
-        own = whole[wanted.shape[0] * tensor_rank :][: wanted.shape[0]]
-        own = torch.cat([own, mean.expand(wanted.shape[0] - len(own), *whole.shape[1:])])
-        return own.reshape(-1)[wanted.start : wanted.start + wanted.length]
+        width, is_text = shape_numel(wanted.shape[1:]), torch.zeros(self.wanted.size, dtype=torch.bool)
+        is_text[self.wanted.ordinary] = True
+        first, last = wanted.start // width, -(-(wanted.start + wanted.length) // width)
+        offset = wanted.shape[0] * tensor_rank + first  # the piece of the first row that is asked for
+        rows, total = torch.empty(last - first, *wanted.shape[1:]), torch.zeros(wanted.shape[1:], dtype=torch.float64)
+        for begin, old in self._old_rows(wanted.name):
+            check_shape(wanted, (wanted.shape[0], *old.shape[1:]), self.start.path)
+            end = begin + len(old)
+            total += old[is_text[begin:end]].sum(0, dtype=torch.float64)
+            low, high = max(begin, offset), min(end, offset + len(rows))
+            if low < high:
+                rows[low - offset : high - offset] = old[low - begin : high - begin]
+        rows[max(0, self.old - offset) :] = total / is_text[: self.old].sum()
+        return rows.reshape(-1)[wanted.start - first * width :][: wanted.length]
+
+    def _old_rows(self, name: str) -> Iterator[tuple[int, Tensor]]:
+        """The source's rows of a parameter of the vocabulary, without padding, by parts: (number of the first, rows)."""
+        if isinstance(self.source, Folder):
+            for first in range(0, self.old, folder.ROWS):
+                yield first, self.source.rows(name, first, min(self.old, first + folder.ROWS))
+        else:
+            yield 0, self.source.whole(name)[: self.old]
 
     def left_out(self, names: Iterable[str]) -> list[str]:
         """The source's tensors that a model with parameters of these names does not take."""

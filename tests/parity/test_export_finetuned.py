@@ -36,8 +36,15 @@ CASES = [(task, variant) for variant in ("joint", "adpt") for task in TASKS]
 # A post-norm model with a vocabulary of RoBERTa's kind: byte-level, first words without a space, two </s> between texts.
 FOREIGN = "foreign"
 CASES += [("ner", FOREIGN), ("qa", FOREIGN), ("nli", FOREIGN)]
-VARIANTS = ["joint", "adpt", FOREIGN]
-PREFIXES = {"joint": "XLMRobertaXL", "adpt": "MLInterf", FOREIGN: "XLMRoberta"}
+XMOD = "xmod"  # adapters in X-MOD's places, which transformers has as a class of its own
+CASES += [("ner", XMOD), ("qa", XMOD), ("nli", XMOD)]
+VARIANTS = ["joint", "adpt", FOREIGN, XMOD]
+PREFIXES = {"joint": "XLMRobertaXL", "adpt": "MLInterf", FOREIGN: "XLMRoberta", XMOD: "Xmod"}
+POST = ["model.norm=post", "model.embedding_norm=true"]
+SHAPES = {
+    FOREIGN: ("joint", POST),
+    XMOD: ("adpt", [*POST, "model.adapter_after=ffn", "model.adapter_on=sum", "model.adapter_norm=layer", "model.adapter_skip=normed"]),
+}  # fmt: skip
 
 
 class Made(NamedTuple):
@@ -66,15 +73,13 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Made]
     @functools.cache
     def pretrained(variant: str) -> Path:
         out = folder / variant
-        settings: list[str] = []
+        architecture, settings = SHAPES.get(variant, (variant, []))
         if variant == FOREIGN:
             out.mkdir()
             draw = random.Random(0)
             lines = (" ".join(draw.choice(bodies.WORDS) for _ in range(6)) for _ in range(300))
             make_tokenizer("bytes", folder / "roberta", lines, 500)
             (out / "tokenizer.model").write_bytes(vocabulary_file(folder / "roberta"))
-            settings = ["model.norm=post", "model.embedding_norm=true"]
-        architecture = "joint" if variant == FOREIGN else variant
         pool(1).run(bodies.pretrain, str(out), architecture, settings, "zero0", 1, 0.3)
         return out
 
@@ -92,10 +97,13 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Made]
     return make
 
 
-def pipeline(model: Made, name: str) -> Any:
+def pipeline(model: Made, name: str, language: str) -> Any:
     """A pipeline of the folder; only our own classes and the answering of questions need the folder's code."""
     stock = model.variant != "adpt" and model.task != "qa"
-    return transformers.pipeline(name, str(model.folder), trust_remote_code=not stock)
+    loaded = transformers.pipeline(name, str(model.folder), trust_remote_code=not stock)
+    if model.variant == XMOD:  # whose pipelines take no language
+        loaded.model.set_default_language(language)
+    return loaded
 
 
 @pytest.mark.parametrize("task, variant", CASES)
@@ -115,7 +123,7 @@ def test_the_class_its_weights_and_its_labels(made, task: str, variant: str) -> 
 @pytest.mark.parametrize("language", bodies.LANGUAGES)
 def test_entities_of_a_whole_file(made, variant: str, language: str) -> None:
     model = made("ner", variant)
-    tag = pipeline(model, "ner")
+    tag = pipeline(model, "ner", language)
     texts = [" ".join(sentence.words) for sentence in model.examples(language)]
     entities = tag(texts, aggregation_strategy="first", **model.language(language))
     assert any(entities)  # not all O
@@ -131,7 +139,7 @@ def test_entities_of_a_whole_file(made, variant: str, language: str) -> None:
 @pytest.mark.parametrize("language", bodies.LANGUAGES)
 def test_answers_of_a_whole_file(made, variant: str, language: str) -> None:
     model = made("qa", variant)
-    answer, questions = pipeline(model, "question-answering"), model.examples(language)
+    answer, questions = pipeline(model, "question-answering", language), model.examples(language)
     answers = answer([{"question": q.question, "context": q.context} for q in questions], **model.language(language))
     assert [given["answer"] for given in answers] == model.predictions[language]
     assert all(q.context[a["start"] : a["end"]] == a["answer"] for q, a in zip(questions, answers, strict=True))
@@ -143,7 +151,7 @@ def test_answers_of_a_whole_file(made, variant: str, language: str) -> None:
 @pytest.mark.parametrize("language", bodies.LANGUAGES)
 def test_labels_of_pairs_of_a_whole_file(made, variant: str, language: str) -> None:
     model = made("nli", variant)
-    classify = pipeline(model, "text-classification")
+    classify = pipeline(model, "text-classification", language)
     pairs = [{"text": pair.premise, "text_pair": pair.hypothesis} for pair in model.examples(language)]
     settings = model.language(language) if variant == "adpt" else {"truncation": True}
     assert [given["label"] for given in classify(pairs, **settings)] == model.predictions[language]

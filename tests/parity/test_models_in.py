@@ -3,28 +3,36 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import _disable_current_modes
 
 from mlinterf_ds.data.prepare.main import prepare
-from mlinterf_ds.data.tokenizer import Tokenizer
+from mlinterf_ds.data.tokenizer import Tokenizer, Vocabulary
+from mlinterf_ds.engine import checkpoint
+from mlinterf_ds.engine.space import Segment
 from mlinterf_ds.errors import UserError
+from mlinterf_ds.export import folder as reading
 from mlinterf_ds.export import tokenizer as tokenizer_files
 from mlinterf_ds.export.classes import OURS
 from mlinterf_ds.export.folder import Folder
 from mlinterf_ds.export.hf import export
-from mlinterf_ds.model.encoder import Encoder
+from mlinterf_ds.model.encoder import Encoder, partition_dim
 from mlinterf_ds.pretrain import initial
 from mlinterf_ds.pretrain.config import load_run
 from mlinterf_ds.pretrained import filled
 from mlinterf_ds.runtime.parallel import Layout
 from mlinterf_ds.sections import ModelConfig
+from tests.memory import Alive
 from tests.parity import export_bodies as bodies
 from tests.parity import finetune_bodies
 from tests.parity.test_foreign_tokenizer import make
@@ -247,6 +255,70 @@ def test_our_own_models_go_out_as_the_class_that_they_are(settings: list[str], k
     assert wanted.std() > 0.1
     keys = Folder(tmp_path / "out", finetune_bodies.LANGUAGES).keys
     assert (keys["norm"], keys["layers"], keys["width"]) == ("post", 1, 16)
+
+
+class Copied:
+    """A part of an opened file, of which every tensor that is read becomes one in memory."""
+
+    def __init__(self, part: Any):
+        self.part = part
+
+    def __enter__(self) -> Copied:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.part.__exit__(*error)
+
+    def get_slice(self, name: str) -> Copied:
+        return Copied(self.part.get_slice(name))
+
+    def get_shape(self) -> list[int]:
+        return list(self.part.get_shape())
+
+    def get_tensor(self, name: str) -> torch.Tensor:
+        return self._in_memory(lambda: self.part.get_tensor(name))
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        return self._in_memory(lambda: self.part[index])
+
+    def _in_memory(self, read: Callable[[], torch.Tensor]) -> torch.Tensor:
+        with _disable_current_modes():
+            mapped = read()
+        return mapped.clone()
+
+
+@pytest.mark.usefixtures("one_rank")
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("pieces", [400, 430], ids=["as it is", "with new pieces"])
+def test_a_rank_reads_a_folder_by_parts(pieces: int, rank: int, monkeypatch: Any, tmp_path: Path) -> None:
+    """At tensor-parallel size 2, what is in memory at once is at most half of the model and its largest tensor."""
+    config = transformers.XLMRobertaConfig(**SHAPE | {"vocab_size": 400, "type_vocab_size": 1})
+    theirs = transformers.XLMRobertaForMaskedLM(config)
+    theirs.save_pretrained(tmp_path)
+    monkeypatch.setattr(reading, "ROWS", 8)
+    monkeypatch.setattr(reading, "safe_open", lambda *path, **how: Copied(safe_open(*path, **how)))
+    source = Folder(tmp_path, CODES)
+    model = Encoder(ModelConfig(**source.keys), variant="joint", languages=CODES, vocabulary=pieces, positions=LENGTH)
+    segments, offset = [], 0
+    for name, parameter in model.named_parameters():
+        shape, dim = list(parameter.shape), partition_dim(parameter)
+        if dim is not None:
+            shape[dim] //= 2
+        segments.append(Segment(name, tuple(shape), 0, math.prod(shape), 0, offset, dim))
+        offset += math.prod(shape)
+    start = initial.Start(tmp_path, source, source.keys, [""] * 400, list(CODES), "joint")
+    weights = initial.WithLanguages(start, Vocabulary(pieces), CODES)
+    master = torch.full((offset,), torch.nan)
+    space = SimpleNamespace(segments=segments, masters=[master], write=lambda: None)
+    engine: Any = SimpleNamespace(spaces={"shared": space}, layout=Layout(rank, 2, 2))
+    with Alive() as alive:
+        checkpoint.fill(engine, weights)
+    largest, whole = theirs.roberta.embeddings.word_embeddings.weight, sum(p.nbytes for p in theirs.parameters())
+    assert not master.isnan().any() and largest.nbytes / 2 < alive.most
+    assert master.nbytes + alive.most <= whole / 2 + largest.nbytes
+    rows = master[: segments[0].length].view(segments[0].shape)
+    own = largest.detach()[len(rows) * rank :][: len(rows)]
+    assert segments[0].name == "embeddings.word.weight" and torch.equal(rows[: len(own)], own)
 
 
 # -- what is refused -------------------------------------------------------------------------------------------------

@@ -6,17 +6,19 @@ from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mlinterf_ds.engine import checkpoint
+from mlinterf_ds.engine import checkpoint, space
 from mlinterf_ds.engine.engine import Engine
 from mlinterf_ds.engine.meta_step import MetaStep
 from mlinterf_ds.engine.transfers import IdleSpaces
 from mlinterf_ds.model.encoder import SHARED
+from tests.memory import Alive
 from tests.parity import bodies
 from tests.ranks import pool
 
@@ -150,18 +152,52 @@ def test_frozen_parameters_have_no_moments_and_no_gradients(json_name: str, rank
         assert size <= 8 and not shared_moved and own_moved
 
 
+def handed_over(settings: list[str], least: int) -> tuple[torch.Tensor, int, bool]:
+    """Where gradients of `least` elements count as large: the masters after four steps, how many vectors as long as the shared
+    parameters two steps made that existed at once, and whether one stays for the gradients to come (in a rank of a pool)."""
+    with mock.patch.object(space, "LARGE", least):
+        engine, stream, config = bodies.make(settings, "zero1")
+    meta, shared = bodies.meta_step(engine, config), engine.spaces[SHARED]
+    assert isinstance(shared, space.FlatSpace)
+    bodies.advance(engine, stream, config, 2, meta)
+    with Alive(shared.working.nbytes) as alive:
+        bodies.advance(engine, stream, config, 4, meta)
+    masters = torch.cat([master.detach() for one in engine.spaces.values() for master in one.masters])
+    return masters, alive.most // shared.working.nbytes, shared.arriving is not None
+
+
+@pytest.mark.parametrize(
+    ("settings", "most"),
+    [
+        (["variant=adpt"], 1),
+        (["variant=adpt", "train.micro_batch=2"], 1),
+        (["variant=meta_adpt"], 2),
+        (["variant=meta_adpt", "meta.order=simultaneous", "meta.reuse=true"], 2),
+    ],
+)
+def test_a_large_gradient_is_handed_over_and_not_copied(settings: list[str], most: int) -> None:
+    """A step then holds no vector beside the gradients that its rule needs at once: one, or theta's descent and v."""
+    ((masters, vectors, stays),) = pool(1).run(handed_over, settings, 0)
+    ((wanted, _, stayed),) = pool(1).run(handed_over, settings, 1 << 26)
+    assert vectors == most and not stays and stayed
+    if "train.micro_batch=2" in settings:  # sums in another order
+        torch.testing.assert_close(masters, wanted, rtol=1e-4, atol=1e-6)
+    else:
+        assert torch.equal(masters, wanted)
+
+
 def lent() -> tuple[bool, bool, bool]:
     """A gradient that a graph left in a buffer of its own, then an eager pass of the same language (in a rank of a pool)."""
     engine, stream, _ = bodies.make(["variant=adpt"], "zero0")
     batch = stream.batch(0)
-    space: Any = engine.spaces[engine.languages[batch.step_languages[0]]]
-    engine.accumulate([batch], [engine.spaces[SHARED], space])
-    (wanted,) = space.gradient()
-    buffer = torch.ones_like(space.working)
-    space.borrow(buffer)
-    (gradient,) = space.gradient()
-    engine.accumulate([batch], [engine.spaces[SHARED], space])
-    return bool((gradient == 1).all()), not buffer.any(), torch.equal(space.gradient()[0], wanted)
+    own: Any = engine.spaces[engine.languages[batch.step_languages[0]]]
+    engine.accumulate([batch], [engine.spaces[SHARED], own])
+    (wanted,) = own.gradient()
+    buffer = torch.ones_like(own.working)
+    own.borrow(buffer)
+    (gradient,) = own.gradient()
+    engine.accumulate([batch], [engine.spaces[SHARED], own])
+    return bool((gradient == 1).all()), not buffer.any(), torch.equal(own.gradient()[0], wanted)
 
 
 def test_an_eager_pass_after_a_graph_has_a_buffer_of_its_own() -> None:

@@ -30,7 +30,14 @@ def engine(monkeypatch) -> Any:
     counters = {"updates": 1, "skipped": 0, "stage": 1, "precision": "fp32"}
     scale, spikes = SimpleNamespace(state=dict), SimpleNamespace(seen={})
     return SimpleNamespace(
-        step=1, spaces=spaces, optimizers=optimizers, layout=Layout(0, 1, 1), scale=scale, spikes=spikes, **counters
+        device=torch.device("cpu"),
+        step=1,
+        spaces=spaces,
+        optimizers=optimizers,
+        layout=Layout(0, 1, 1),
+        scale=scale,
+        spikes=spikes,
+        **counters,
     )
 
 
@@ -76,6 +83,24 @@ def test_a_checkpoint_holds_the_step_at_which_it_began(engine: Any, disk: Simple
     assert first["shared/0/master"].tolist() == [1, 2, 3] and first["shared/0/step"].tolist() == [1]
     assert all(torch.equal(first[key] + 1, second[key]) for key in first), "the copies' memory is used again"
     assert not list(folder.glob("*.partial"))
+
+
+def test_training_waits_where_a_copy_would_take_too_much_memory(
+    engine: Any, disk: SimpleNamespace, tmp_path: Path, monkeypatch: Any
+) -> None:
+    """On a CPU; then no tensor is copied, and a failure is told as ever."""
+    monkeypatch.setattr(checkpoint, "MOST_COPIED", 11)  # the master alone has 12 bytes
+    with checkpoint.Saver(tmp_path, keep=9) as saver:
+        threading.Timer(0.2, disk.free.set).start()
+        saver.begin(engine, {}, {})
+        assert disk.free.is_set() and not saver._copies
+        train(engine)
+    shard = load_file(checkpoint.find(tmp_path) / "shard-00000.safetensors")
+    assert shard["shared/0/master"].tolist() == [1, 2, 3] and engine.spaces["shared"].masters[0].tolist() == [2, 3, 4]
+    disk.full = True
+    saver.begin(engine, {}, {})
+    with pytest.raises(UserError, match="No space left"):
+        saver.finish()
 
 
 def test_a_failed_write_is_known_at_the_next_step_and_told_once(
