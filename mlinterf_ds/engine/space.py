@@ -191,6 +191,7 @@ class FlatSpace(Space):
         else:
             for parameter, view in self._views(arriving):
                 parameter.grad = view
+                parameter.collects = self.hands_over  # type: ignore[attr-defined]  # see `model.encoder.collects`
 
     def borrow(self, arriving: Tensor) -> None:
         """Takes the gradient of one pass from a flat buffer of a graph, into which its replay has added it."""

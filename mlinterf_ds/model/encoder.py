@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from hashlib import blake2b
-from typing import Protocol
+from typing import Any, Protocol
 
 from mlinterf_ds.runtime.parallel import replayed  # isort: skip  # first: it imports megatron without a compiler
 
@@ -55,6 +55,46 @@ class Batch(Protocol):
     def position_ids(self) -> Tensor | None: ...  # (rows, length) int64; None: columns
 
 
+# -- the word embeddings of a large model --------------------------------------------------------------------------------
+# They are the output matrix too. Autograd would make a matrix of their size for the gradient of each use, and one for the sum;
+# these add the gradients to `weight.grad` as they arise, where a parameter group that `hands_over` has put its buffer there.
+
+
+def collects(weight: Tensor) -> bool:
+    """Whether the gradients of this parameter are added to its `grad` as they arise."""
+    return getattr(weight, "collects", False) and weight.grad is not None and torch.is_grad_enabled()
+
+
+class Looked(torch.autograd.Function):
+    """Rows (..., width) of a matrix by number (...)."""
+
+    @staticmethod
+    def forward(context: Any, numbers: Tensor, weight: Tensor) -> Tensor:
+        context.numbers, context.weight = numbers, weight
+        return F.embedding(numbers, weight)
+
+    @staticmethod
+    def backward(context: Any, gradient: Tensor) -> tuple[None, None]:
+        context.weight.grad.index_add_(0, context.numbers.flatten(), gradient.flatten(0, -2))
+        return None, None
+
+
+class Multiplied(torch.autograd.Function):
+    """hidden (..., width) times the transpose of a matrix (columns, width): (..., columns)."""
+
+    @staticmethod
+    def forward(context: Any, hidden: Tensor, weight: Tensor) -> Tensor:
+        context.weight = weight
+        context.save_for_backward(hidden)
+        return F.linear(hidden, weight)
+
+    @staticmethod
+    def backward(context: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (hidden,) = context.saved_tensors
+        context.weight.grad.addmm_(gradient.flatten(0, -2).t(), hidden.flatten(0, -2))
+        return gradient @ context.weight, None
+
+
 class Embeddings(nn.Module):
     """Word (+ position + token type + language) embeddings, with LayerNorm if the model has one there, and with dropout.
 
@@ -65,6 +105,7 @@ class Embeddings(nn.Module):
         super().__init__()
         self.dropout, width = config.dropout, config.width
         group = parallel_state.get_tensor_model_parallel_group()
+        self.ranks = group.size()
         self.word = VocabParallelEmbedding(
             padded(vocabulary), width, init_method=nn.init.zeros_, config=parallel_config(), tp_group=group
         )
@@ -82,7 +123,8 @@ class Embeddings(nn.Module):
         length, most = tokens.shape[1], self.longest
         if length > most:
             raise UserError(f"rows of {length} tokens, the model has {most} positions: cut the rows to {most} tokens")
-        hidden = self.word(tokens)
+        alone = self.ranks == 1 and collects(self.word.weight)
+        hidden = Looked.apply(tokens, self.word.weight) if alone else self.word(tokens)
         if self.position is not None:
             hidden = hidden + self.position(positions_of(tokens, position_ids) + self.offset)
         if self.token_type is not None:
@@ -149,6 +191,8 @@ class MaskedHead(nn.Module):
         hidden = self.norm(F.gelu(self.dense(hidden)))
         if self.group.size() > 1:
             hidden = copy_to_tensor_model_parallel_region(hidden, self.group)  # sums the ranks' gradients
+        elif collects(embedding):
+            return Multiplied.apply(hidden, embedding) + (self.bias + self.excluded)
         return F.linear(hidden, embedding, self.bias + self.excluded)
 
 

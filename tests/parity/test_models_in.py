@@ -296,8 +296,8 @@ def test_a_rank_reads_a_folder_by_parts(pieces: int, rank: int, monkeypatch: Any
     theirs = transformers.XLMRobertaForMaskedLM(config)
     theirs.save_pretrained(tmp_path)
     monkeypatch.setattr(reading, "ROWS", 8)
-    monkeypatch.setattr(reading, "safe_open", lambda *path, **how: Copied(safe_open(*path, **how)))
     source = Folder(tmp_path, CODES)
+    monkeypatch.setattr(reading, "safe_open", lambda *path, **how: Copied(safe_open(*path, **how)))
     model = Encoder(ModelConfig(**source.keys), variant="joint", languages=CODES, vocabulary=pieces, positions=LENGTH)
     segments, offset = [], 0
     for name, parameter in model.named_parameters():
