@@ -249,15 +249,21 @@ def one_at_a_time(ids: Sequence[int], language: int, vocabulary: Vocabulary) -> 
         yield Batch(masked, columns, labels, torch.ones(columns.shape), languages, (language,), 0)
 
 
+def masked_ids(tokenizer: Tokenizer, text: str) -> list[int]:
+    """The row `<s> text </s>` of a text in which BLANK stands for masks."""
+    first, *others = text.split(BLANK)
+    vocabulary = tokenizer.vocabulary
+    behind = [piece for part in others for piece in (vocabulary.mask, *tokenizer.encode_on(part))]
+    return [vocabulary.bos, *tokenizer.encode(first), *behind, vocabulary.eos]
+
+
 @torch.no_grad()
 def fill(model: Model, text: str, language: str | None, top: int) -> list[list[dict[str, Any]]]:
     """Returns the likeliest pieces for each `<mask>` of the text, best first: [{"piece", "probability"}]."""
     if BLANK not in text:
         raise UserError(f"--fill {text!r}: has no {BLANK}")
     number = model.index(language)
-    first, *others = map(model.tokenizer.encode, text.split(BLANK))
-    vocabulary = model.tokenizer.vocabulary
-    ids = [vocabulary.bos, *first, *(piece for part in others for piece in (vocabulary.mask, *part)), vocabulary.eos]
+    vocabulary, ids = model.tokenizer.vocabulary, masked_ids(model.tokenizer, text)
     if len(ids) > model.length:
         raise UserError(f"--fill: {len(ids)} pieces, the model reads {model.length} at once: shorten the text")
     tokens = torch.tensor([ids], device=model.device)

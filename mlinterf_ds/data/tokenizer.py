@@ -132,6 +132,10 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         return self._model.encode(text)
 
+    def encode_on(self, text: str) -> list[int]:
+        """Returns the ids of a text that stands behind a mask: unless it begins with a space, it goes on a word."""
+        return self._model.encode_on(text) if text and not text[0].isspace() else self.encode(text)
+
     def decode(self, ids: Iterable[int]) -> str:
         """Returns the text of `ids`. Special pieces give no text, except an unknown one, which gives " \u2047 " or its name."""
         return self._model.decode([int(i) for i in ids])
@@ -189,6 +193,18 @@ class SentencePiece:
 
     def encode(self, text: str) -> list[int]:
         return self._model.encode(normalise(text))
+
+    def encode_on(self, text: str) -> list[int]:
+        return self._inside.encode(normalise(text))
+
+    @cached_property
+    def _inside(self) -> sentencepiece.SentencePieceProcessor:
+        """The model without the space that it puts before a text."""
+        from sentencepiece.sentencepiece_model_pb2 import ModelProto
+
+        model = ModelProto.FromString(self._model.serialized_model_proto())
+        model.normalizer_spec.add_dummy_prefix = False
+        return sentencepiece.SentencePieceProcessor(model_proto=model.SerializeToString())
 
     def decode(self, ids: list[int]) -> str:
         return self._model.decode(ids)
@@ -298,6 +314,9 @@ class Library:
 
     def encode(self, text: str) -> list[int]:
         return self._text_ids(self._model.encode(_readable(text), add_special_tokens=False).ids)
+
+    def encode_on(self, text: str) -> list[int]:
+        return self.encode(text)  # as that model's own tokenizer does
 
     def decode(self, ids: list[int]) -> str:
         return self._model.decode([i for i in ids if i not in self._special], skip_special_tokens=False)

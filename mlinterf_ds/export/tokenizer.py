@@ -53,13 +53,15 @@ def _backend(tokenizer: Tokenizer) -> Any:
     backend = Backend(models.BPE(numbers, _merges(tokenizer), unk_token=SPECIAL_PIECES[UNK], fuse_unk=True))
     backend.normalizer = normalizers.Sequence(
         [
+            # Metaspace tells the beginning of a text by its first character, which must not be removed.
+            normalizers.Replace(Regex(_escaped(rf"\A[{INVISIBLE.pattern[1:-1]}{SPACES}]+")), " "),
             normalizers.Replace(Regex(_escaped(INVISIBLE.pattern)), ""),
             normalizers.NFC(),
             normalizers.Replace(Regex(_escaped(f"[{SPACES}]+")), " "),
-            normalizers.Strip(),
+            normalizers.Strip(left=False),  # a space behind a mask begins a word
         ]
     )
-    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always", split=True)
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=True)
     backend.decoder = decoders.Metaspace(prepend_scheme="always")
     backend.add_special_tokens([AddedToken(piece, special=True, normalized=False) for piece in SPECIAL_PIECES])
     bos, eos = SPECIAL_PIECES[BOS], SPECIAL_PIECES[EOS]
