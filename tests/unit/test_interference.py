@@ -30,6 +30,7 @@ from mlinterf_ds.results.interference import (
     transfer,
 )
 from mlinterf_ds.results.runs import FineTunedRun, PretrainedRun, Setup, read_losses
+from mlinterf_ds.results.statistics import Effect
 from mlinterf_ds.sections import MetaConfig
 from tests.commands import table
 
@@ -227,6 +228,17 @@ def test_bad_summaries_of_tasks(tmp_path: Path) -> None:
 def results(comparisons: list[Comparison], languages: tuple[str, ...], **more: Any) -> InterferenceResults:
     empty: dict[str, Any] = {"of_larger": {}, "mono": {}, "joint": {}, "larger": {}, "tuned": []}
     return InterferenceResults(comparisons, languages=languages, **(empty | more))
+
+
+def test_intervals_with_zero_are_counted() -> None:
+    """Of a null control most should include zero; an effect without an interval counts on neither side."""
+    setup = Setup(("en", "en-b"), "joint")
+    rows = [
+        Comparison(BITS, "en", setup, (0, 1), 1, (1.0, 1.0), (1.0, 1.0), Effect((0.0, mean), mean, low, high))
+        for mean, low, high in ((0.1, -0.1, 0.3), (0.2, 0.1, 0.3), (-0.2, -0.3, 0.0), (0.1, -math.inf, math.inf))
+    ]
+    assert results(rows, ("en", "en-b")).with_zero == (2, 3)
+    assert "2 of 3 intervals include zero" in results(rows, ("en", "en-b")).shown()
 
 
 def test_figures_of_tasks_alone(tmp_path: Path) -> None:
