@@ -91,15 +91,16 @@ def test_streams_as_a_caller_leaves_them(streams: str, status: int, said: str, t
 def test_a_process_that_a_run_starts_says_what_is_wrong_with_its_output(tmp_path: Path) -> None:
     code = f"{sys.executable} -m mlinterf_ds.data.prepare.synthetic '[[\"syn\"], 60, {{}}]'"
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    (tmp_path / "corpora").touch()
-    for where, said in (
-        ("", "corpora: the synthetic corpus cannot be written there"),
-        (">/dev/full", "standard output"),
-    ):
+    (tmp_path / "file").mkdir()
+    (tmp_path / "file" / "corpora").touch()
+    blocked, full = (
+        "corpora: the synthetic corpus cannot be written there",
+        "standard output or error cannot be written",
+    )
+    for folder, where, said in ((tmp_path / "file", "", blocked), (tmp_path, ">/dev/full", full)):
         line = ["bash", "-c", f"{code} {where}"]
-        done = subprocess.run(line, env=environment, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+        done = subprocess.run(line, env=environment, cwd=folder, stderr=subprocess.PIPE, text=True)
         assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr, done.stderr
-        (tmp_path / "corpora").unlink(missing_ok=True)
 
 
 @pytest.mark.parametrize("command", ["launch/pretrain.py", "tools/prepare_corpus.py"])
