@@ -8,7 +8,10 @@ from __future__ import annotations
 import contextlib
 import copy
 import datetime
+import fcntl
 import os
+import socket
+import struct
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -75,19 +78,26 @@ class Layout:
         return self.rank % self.tensor
 
 
-def use_loopback(backend: str, flags: Path = Path("/sys/class/net/lo/flags")) -> None:
+def is_up(network: str) -> bool:
+    """Whether this network of the host is up, as Linux tells it (SIOCGIFFLAGS, IFF_UP)."""
+    with socket.socket() as probe:
+        told = fcntl.ioctl(probe, 0x8913, struct.pack("16s16x", network.encode()))
+    return bool(struct.unpack("16xH14x", told)[0] & 1)
+
+
+def use_loopback(backend: str) -> None:
     """Has ranks of one host talk over its own loopback network, so that they need not listen to others.
 
-    flags: the system's description of that network. UserError if gloo needs it, also of one rank, and it is down.
+    UserError if gloo needs it, also of one rank, and it is down.
     """
-    if flags.is_file():
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-        up = int(flags.read_text("utf-8"), 16) & 1
-        if backend == "gloo" and os.environ["GLOO_SOCKET_IFNAME"] == "lo" and not up:
-            raise UserError(
-                "the loopback network, over which the ranks of one host talk, is down, as in a container without a network: "
-                "`ip link set lo up` as its root"
-            )
+    if not Path("/sys/class/net/lo").exists():
+        return
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    if backend == "gloo" and os.environ["GLOO_SOCKET_IFNAME"] == "lo" and not is_up("lo"):
+        raise UserError(
+            "the loopback network, over which the ranks of one host talk, is down, as in a container without a network: "
+            "`ip link set lo up` as its root"
+        )
 
 
 class Group:

@@ -142,19 +142,17 @@ def test_who_starts_ranks_may_say_where_they_meet() -> None:
     assert launchers.rendezvous() == "env://"
 
 
-@pytest.mark.parametrize(
-    "backend, flags, down", [("gloo", "0x9", False), ("gloo", "0x8", True), ("nccl", "0x8", False)]
-)
-def test_a_loopback_network_that_is_down_is_said(backend: str, flags: str, down: bool, tmp_path: Path) -> None:
+@pytest.mark.skipif(not Path("/sys/class/net/lo").exists(), reason="needs Linux")
+def test_a_loopback_network_that_is_down_is_said(monkeypatch) -> None:
     """As `unshare -n` leaves it: gloo's own error names neither the network's state nor a remedy."""
-    from mlinterf_ds.runtime.parallel import use_loopback
+    from mlinterf_ds.runtime import parallel
 
-    (tmp_path / "flags").write_text(flags + "\n")
-    if down:
-        with pytest.raises(UserError, match="loopback network.* is down.*ip link set lo up"):
-            use_loopback(backend, tmp_path / "flags")
-    else:
-        use_loopback(backend, tmp_path / "flags")
+    os.environ.pop("GLOO_SOCKET_IFNAME", None)
+    assert parallel.is_up("lo")
+    parallel.use_loopback("gloo")
+    monkeypatch.setattr(parallel, "is_up", lambda _: False)
+    parallel.use_loopback("nccl")
+    with pytest.raises(UserError, match="loopback network.* is down.*ip link set lo up"):
+        parallel.use_loopback("gloo")
     os.environ["GLOO_SOCKET_IFNAME"] = "eth0"
-    use_loopback(backend, tmp_path / "flags")  # the user has chosen
-    use_loopback(backend, tmp_path / "none")  # not on Linux
+    parallel.use_loopback("gloo")  # the user has chosen
