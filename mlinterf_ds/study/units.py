@@ -187,7 +187,8 @@ def comparisons(config: StudyConfig, jobs: Sequence[Job]) -> Iterator[Unit]:
     if "interference" in settings_of:
         tasks = [job for job in jobs if job.kind == "finetune" and job.model.kind in pretrained]
         inputs = {"mono": pretrained["mono"], "joint": pretrained["pair"], "larger": pretrained["many"], "tasks": tasks}
-        yield _interference(config, "interference", settings_of["interference"], inputs)
+        if any(inputs.values()):  # else the study holds null controls alone
+            yield _interference(config, "interference", settings_of["interference"], inputs)
     if "interference" in settings_of and null:  # a corpus of its own
         mono, joint = ([job for job in null if (job.model.variant == "mono") == alone] for alone in (True, False))
         tasks = [job for job in jobs if job.kind == "finetune" and job.model.kind == "null"]

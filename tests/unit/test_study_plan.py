@@ -175,6 +175,9 @@ def test_a_null_control_is_a_joint_model_of_two_halves_and_a_model_of_each(tmp_p
     assert len(inputs["interference.mono"].split(",")) == 4 and len(inputs["interference.joint"].split(",")) == 2
     assert len(inputs["interference.tasks"].split(",")) == 4 and "interference.larger" not in inputs
     assert "null" not in by_name["interference.all"]["interference.joint"]
+    alone = config.model_copy(update={"sets": config.sets[1:]})
+    last = plan.expand(alone, Corpora(alone, tmp_path), ZERO1)[-1]
+    assert [unit.name for unit in last.units] == ["interference-null.all"]
     corpora.make()
     halves = Corpus.open(corpora.root / "halves+syn-b")
     assert halves.languages == ["syn", "syn-b"]
