@@ -6,7 +6,7 @@ import functools
 import itertools
 import math
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -44,6 +44,7 @@ def all_findings(records: Records) -> list[Finding]:
         *(beats_joint(records, "share_adpt", setting) for setting in SETTINGS),
         *(meta_is_best(records, setting) for setting in SETTINGS),
         distance_worsens(records),
+        distance_hinders_transfer(records),
         *(third_language(records, setting) for setting in SETTINGS),
         partner_size(records),
         *causes(records),
@@ -83,6 +84,50 @@ def joint_beats_mono_low(records: Records) -> Finding:
 
 def distance_worsens(records: Records) -> Finding:
     """Interference is mono minus joint; the monolingual model of the source is the same, so joint scores compare."""
+    near, far, tie = extremes(records)
+    parts = {}
+    for task in records.tasks if near != far else ():
+        close, distant = (records.pick("joint", paper.WITHIN, task, records.source, group) for group in (near, far))
+        parts[task] = difference(close, distant, (f"with {near}", f"with {far}"))
+    claim = f"a distant partner ({far or '?'}) hurts the source more than a close one ({near or '?'})"
+    note = f"distances {records.distance}" if records.distance else ""
+    return finding(records, "distance_worsens_interference", claim, parts, note=note, cause=tie)
+
+
+def distance_hinders_transfer(records: Records) -> Finding:
+    """Joint scores zero-shot on the closest target minus those on the farthest; the note has the rank correlation over all pairs."""
+    near, far, tie = extremes(records)
+    languages = {group: language for language, group in records.targets.items()}
+    parts, correlations = {}, []
+    for task in records.tasks if near != far else ():
+        close, distant = (
+            records.pick("joint", paper.ZERO_SHOT, task, languages[group], group) for group in (near, far)
+        )
+        parts[task] = difference(close, distant, (f"on {languages[near]}", f"on {languages[far]}"))
+        correlations += _rank_correlations(records, task, languages)
+    claim = (
+        f"zero-shot transfer falls with distance: less to {languages.get(far, '?')} than to {languages.get(near, '?')}"
+    )
+    note = f"rank correlation with distance over {len(languages)} pairs, by task and seed: " if correlations else ""
+    note += ", ".join(f"{value:+.2f}" for value in correlations)
+    return finding(records, "distance_hinders_transfer", claim, parts, note=note, cause=tie)
+
+
+def _rank_correlations(records: Records, task: str, languages: Mapping[str, str]) -> list[float]:
+    """Spearman's correlation of joint zero-shot scores with the pairs' distances, at each seed that has three or more pairs."""
+    from scipy.stats import spearmanr
+
+    by_seed: dict[int, list[tuple[float, float]]] = {}
+    for group, language in languages.items():
+        for score in (
+            records.pick("joint", paper.ZERO_SHOT, task, language, group) if group in records.distances else ()
+        ):
+            by_seed.setdefault(score.seed, []).append((records.distances[group], score.score))
+    return [float(spearmanr(pairs).statistic) for _, pairs in sorted(by_seed.items()) if len(pairs) > 2]
+
+
+def extremes(records: Records) -> tuple[str, str, str]:
+    """(the pair set of the closest languages, that of the most distant ones, why they can't be told apart if so)."""
     known = {name: distance for name, distance in records.distances.items() if name in records.targets.values()}
     near, far, tie = "", "", ""
     if len(known) > 1:
@@ -95,13 +140,7 @@ def distance_worsens(records: Records) -> Finding:
                 "the distances disagree: by the pieces that the texts share it is the other way round, "
                 f"{far} at {second[far]:.3f}, {near} at {second[near]:.3f}"
             )
-    parts = {}
-    for task in records.tasks if near != far else ():
-        close, distant = (records.pick("joint", paper.WITHIN, task, records.source, group) for group in (near, far))
-        parts[task] = difference(close, distant, (f"with {near}", f"with {far}"))
-    claim = f"a distant partner ({far or '?'}) hurts the source more than a close one ({near or '?'})"
-    note = f"distances {records.distance}" if records.distance else ""
-    return finding(records, "distance_worsens_interference", claim, parts, note=note, cause=tie)
+    return near, far, tie
 
 
 def third_language(records: Records, setting: str) -> Finding:

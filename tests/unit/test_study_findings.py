@@ -32,6 +32,7 @@ def test_the_papers_claims_hold_where_they_were_planted() -> None:
     # 70 zero-shot, 30 without the language: attn at 50 keeps exactly half, so does not collapse for sure; ffn does
     assert verdict_of.pop("attn_collapses_zero_shot") == "undecided"
     assert {verdict_of.pop(name) for name in UNASKED} == {"not measured"}
+    assert verdict_of.pop("distance_hinders_transfer") == "undecided"  # planted alike at all distances
     assert set(verdict_of.values()) == {"holds"}, {name for name, verdict in verdict_of.items() if verdict != "holds"}
 
 
@@ -125,6 +126,26 @@ def test_controls_are_compared_by_their_own_rows() -> None:
     direct = of["meta_adpt_beats_meta_adpt_direct"]
     assert direct.verdict == "holds" and direct.effect.mean == pytest.approx(1.54)
     assert of["meta_adpt_best_within"].effect.mean == pytest.approx(2.0, abs=0.05)  # the control is no rival
+
+
+def test_transfer_that_falls_with_distance() -> None:
+    """A third pair between the two; joint zero-shot scores fall by 8 points from one to the next, except at seed 1."""
+    records = planted()
+    records.distances["mid"] = 0.4
+    facts = {"set": "mid", "kind": "pair", "languages": ["syn", "syn-mid"], "variant": "joint"}
+    lost = {"close": 0.0, "mid": 8.0, "far": 16.0}
+    records.scores += [score(facts, seed, 0, "syn", "syn-mid", 70.0) for seed in range(5)]
+    records.scores = [
+        replace(s, score=s.score - (20 if (s.seed, s.set) == (1, "mid") else lost[s.set]))
+        if s.kind == "pair" and s.variant == "joint" and s.train == "syn" and s.language != "syn"
+        else s
+        for s in records.scores
+    ]
+    row = by_name(records)["distance_hinders_transfer"]
+    assert row.verdict == "holds" and row.effect.mean == pytest.approx(16, abs=0.1) and "syn-far" in row.claim
+    assert "by task and seed: -1.00, -0.50, -1.00, -1.00, -1.00;" in row.note
+    records.distances = {"close": 0.2, "far": 0.21}
+    assert by_name(records)["distance_hinders_transfer"].reason.startswith("the distances tie")
 
 
 def test_meta_is_compared_on_small_languages_too() -> None:
