@@ -37,7 +37,7 @@ def named(row) -> str:
 
 @pytest.mark.parametrize("json_name, ranks, tensor, extra", SETTINGS, ids=map(named, SETTINGS))
 def test_memory_and_traffic_of_a_step(json_name: str, ranks: int, tensor: int, extra: list[str]) -> None:
-    settings = [*SHAPE, *extra]
+    settings = [*SHAPE, "data.sequence_length=32", "train.batch=8", *extra]  # bf16 is slow on most processors
     config = load_run([], [*bodies.TINY, f"parallel.tensor={tensor}", *settings])
     layout = arithmetic.PlannedLayout(ranks, tensor, int(json_name[4]), config.train.precision)
     count = arithmetic.parameters(config, len(bodies.LANGUAGES), VOCABULARY, tensor)
