@@ -97,7 +97,8 @@ def load_config(kind: type[Kind], recipes: Sequence[str | Path] = (), overrides:
     except ValidationError as error:
         raise UserError(_explain(error, kind, origin)) from None
     except UnicodeEncodeError as error:  # half of a character, from a terminal or a TOML escape
-        names = [key for key, source in origin.items() if error.object in source or source.endswith(str(error.object))]
+        half = error.object[error.start]
+        names = [key for key, source in origin.items() if half in source or error.object in source]
         raise UserError(
             f"{', '.join(names) or 'a key'}: {error.object!a} is no text that UTF-8 can hold; write it anew"
         ) from None

@@ -137,8 +137,8 @@ class RunConfig(Section):
                 self.languages is not None and not languages,
             f"variant=mono takes one language, languages has {len(languages)}: use variant=joint":
                 self.variant == "mono" and len(languages) > 1,
-            f"data.sequence_length={self.data.sequence_length} is more than the model's {self.model.longest_row} positions: "
-            "shorten the rows":
+            f"data.sequence_length={self.data.sequence_length} is more than the model's {self.model.longest_row} positions "
+            f"(model.positions={self.model.positions}): shorten the rows":
                 self.data.sequence_length > (self.model.longest_row or self.data.sequence_length),
             f"model.heads={self.model.heads} is not divisible by parallel.tensor={tensor}: change one of them":
                 self.model.heads % tensor,
