@@ -122,6 +122,8 @@ class Group:
         self._bare = {name: copy.copy(value) for name, value in _megatron_state().items()}  # before any group exists
         self._laid_out: dict[int, dict[str, Any]] = {}  # megatron's state by tensor-parallel size
         self._tensor = 0  # the tensor-parallel size of megatron's present state
+        everyone = tuple(range(self.world))
+        self._groups: dict[tuple[int, ...], Any] = {everyone: dist.group.WORLD}  # by their ranks, for all layouts
         self.layout(tensor)
 
     def layout(self, tensor: int) -> Layout:
@@ -137,11 +139,34 @@ class Group:
                 vars(parallel_state).update(self._laid_out[tensor])
             else:
                 vars(parallel_state).update({name: copy.copy(value) for name, value in self._bare.items()})
-                parallel_state.initialize_model_parallel(
-                    tensor_model_parallel_size=tensor, distributed_timeout_minutes=self._timeout
-                )
+                with self._one_group_for_the_same_ranks():
+                    parallel_state.initialize_model_parallel(
+                        tensor_model_parallel_size=tensor,
+                        distributed_timeout_minutes=self._timeout,
+                        create_gloo_process_groups=False,
+                    )
             self._tensor = tensor
         return layout
+
+    @contextlib.contextmanager
+    def _one_group_for_the_same_ranks(self) -> Iterator[None]:
+        """A context in which megatron shares groups: of the twenty that it makes, most have the same ranks.
+
+        Every group of gloo has a thread that wakes a hundred times a second, and every one of NCCL takes memory of the device.
+        """
+        made = parallel_state.create_group
+
+        def shared(ranks: list[int], **options: Any) -> Any:
+            key = tuple(ranks)
+            if key not in self._groups:  # all ranks ask for the same groups in the same order
+                self._groups[key] = made(ranks, **options)
+            return self._groups[key]
+
+        parallel_state.create_group = shared
+        try:
+            yield
+        finally:
+            parallel_state.create_group = made
 
     def leave(self) -> None:
         """End the groups; the file at which the ranks met is removed by the last of them."""
