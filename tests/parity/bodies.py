@@ -18,7 +18,8 @@ from mlinterf_ds.engine.passes import make_fast
 from mlinterf_ds.engine.precision import read_json
 from mlinterf_ds.engine.weights import CheckpointReader
 from mlinterf_ds.pretrain.config import RunConfig, load_run
-from tests.ranks import laid_out
+from mlinterf_ds.runtime.parallel import ModelParallelUnit
+from tests.ranks import joined, laid_out
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 LANGUAGES = ("te", "as", "en")  # two of them occur inside names of modules
@@ -196,3 +197,13 @@ def train_while_saving(settings: list[str], json_name: str, out: str) -> None:
         saver.begin(engine, {}, {})
         advance(engine, stream, config, 3)
         saver.begin(engine, {}, {})
+
+
+def groups(sizes: tuple[int, ...]) -> list[list[int]]:
+    """The ranks of every group that this rank is in, over layouts of these tensor-parallel sizes."""
+    for tensor in sizes:
+        assert laid_out(tensor).tensor == tensor
+        assert torch.distributed.get_world_size(ModelParallelUnit.get_tensor_model_parallel_group()) == tensor
+    rank, known = torch.distributed.get_rank(), joined()._groups
+    assert all(torch.distributed.get_process_group_ranks(known[key]) == list(key) for key in known if rank in key)
+    return sorted(list(key) for key in known if rank in key)

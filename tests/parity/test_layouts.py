@@ -117,3 +117,9 @@ def test_fp16_goes_through_overflow_scale_changes_and_resume(tmp_path: Path) -> 
     source = tmp_path / "half" / "checkpoints" / "step-00000011"
     rest, later = pool(2).run(bodies.train_fp16, str(tmp_path / "rest"), 24, str(source))[0]
     assert rest == facts[11:] and later == scales[11:]
+
+
+def test_groups_of_the_same_ranks_are_one() -> None:
+    """Every group of gloo has threads of its own, and megatron makes twenty groups for each layout."""
+    first, *_, last = pool(4).run(bodies.groups, (1, 2, 4))
+    assert first == [[0], [0, 1], [0, 1, 2, 3], [0, 2]] and last == [[0, 1, 2, 3], [1, 3], [2, 3], [3]]
