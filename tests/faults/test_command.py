@@ -89,13 +89,15 @@ main(ended, [])
 
 def test_a_failing_rank_says_why_though_the_launcher_ends_it() -> None:
     line = [sys.executable, "-c", ENDING, "failing"]
-    done = subprocess.run(line, capture_output=True, text=True, env=os.environ | {"RANK": "3"}, timeout=60)
+    done = subprocess.run(
+        line, capture_output=True, text=True, env=os.environ | {"RANK": "3", "WORLD_SIZE": "4"}, timeout=60
+    )
     assert done.returncode == 1
     assert done.stderr.strip().splitlines()[-1] == "error: rank 3 failed: RuntimeError: a peer is gone"
 
 
 def test_a_rank_that_is_told_to_end_inside_a_collective_says_the_way_on() -> None:
-    line, rank = [sys.executable, "-c", ENDING, "waiting"], os.environ | {"RANK": "3"}
+    line, rank = [sys.executable, "-c", ENDING, "waiting"], os.environ | {"RANK": "3", "WORLD_SIZE": "4"}
     with subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=rank) as job:
         try:
             assert job.stdout and job.stderr and job.stdout.readline() == "ready\n"
@@ -135,7 +137,11 @@ def test_how_a_launcher_ends(raised: str, status: int, said: str) -> None:
         f"def run(_):\n    raise {raised}\nmain(run, [])"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | {"RANK": "3"}, timeout=60
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"RANK": "3", "WORLD_SIZE": "4"},
+        timeout=60,
     )
     assert done.returncode == status
     assert done.stderr.strip().splitlines()[-1] == said, "the reason comes last"
