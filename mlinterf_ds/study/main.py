@@ -46,7 +46,12 @@ def main(arguments: Sequence[str]) -> int:
         return 0
     if options.report:
         return study.report_alone()
-    if options.until_decided:
+    if options.until_decided is not None:
+        if options.executor != "local" or not options.until_decided > 0:
+            raise UserError(
+                f"--until-decided {options.until_decided:g} --executor {options.executor}: give hours above 0, and run the study "
+                "on this machine (--executor local): Slurm's queue would hide how long a seed takes"
+            )
         return _until_decided(study, options.until_decided)
     if options.executor == "local":
         return study.run()

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
+from mlinterf_ds.errors import UserError
 from mlinterf_ds.results.findings import Finding, judged
 from mlinterf_ds.results.statistics import Effect, positive
+from mlinterf_ds.study.main import main
 from mlinterf_ds.study.sequential import level, until_decided
 
 
@@ -34,6 +38,13 @@ def test_it_stops_where_nothing_is_open_or_the_time_is_over() -> None:
     asked.clear()
     looks = until_decided(study, [0, 1], 0.95, hours=0.5, clock=lambda: float(next(ticks)))
     assert looks.open == ["claim"] and len(asked) == 1
+
+
+@pytest.mark.parametrize("asked", [["0"], ["nan"], ["1", "--executor", "slurm"]])
+def test_what_it_cannot_do_is_refused(asked: list[str], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--until-decided .*: give hours above 0, and run the study on this machine"):
+        main(["--recipe", "study_ci", "--set", f"output={tmp_path}/study", "--until-decided", *asked])
+    assert not (tmp_path / "study").exists()
 
 
 def test_many_looks_are_rarely_wrong_where_nothing_is() -> None:
