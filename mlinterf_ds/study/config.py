@@ -109,7 +109,9 @@ class StudyConfig(Section):
     tasks: list[TaskSection] = key([], "[[tasks]] that every model is fine-tuned on")
     analyses: list[AnalysisSection] = key([], "[[analyses]] of the models of the pair sets")
     ranks: int = key(1, "processes of a job", ge=1)
-    parallel: int | None = key(None, "jobs that run at once; default: cores / ranks", ge=1)
+    parallel: int | None = key(
+        None, "jobs that run at once; default: accelerators / ranks, on a CPU cores / ranks", ge=1
+    )
     margin: float = key(1.0, "points within which two scores count as the same", gt=0)
     confidence: float = key(0.95, "confidence of every interval and verdict", gt=0.5, lt=1)
     departures: list[str] = key(

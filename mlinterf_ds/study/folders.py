@@ -113,8 +113,11 @@ def failures(record: Mapping[str, Any]) -> str:
 def last_error(log: Path, begin: int = 0) -> str:
     """The last line of a job's log that reports an error, after the first `begin` bytes; '' if there is none."""
     lines = log.read_bytes()[begin:].decode(errors="replace").splitlines() if log.is_file() else []
-    errors = [line.strip() for line in lines if line.startswith("error:") or "Error" in line]
-    return errors[-1][:REASON_LENGTH] if errors else ""
+    told = [line for line in lines if line.startswith("error:")]
+    raised = [
+        line for line in lines if "Error" in line and "ChildFailedError" not in line
+    ]  # torchrun's, which names no reason
+    return (told or raised or [""])[-1].strip()[:REASON_LENGTH]
 
 
 # --- locks -------------------------------------------------------------------------------------------------------------

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 import sys
 from pathlib import Path
 
-from mlinterf_ds.errors import UserError
 from mlinterf_ds.files import write_json
 from mlinterf_ds.study.config import StudyConfig
 from mlinterf_ds.study.folders import DONE, finished_units
@@ -45,17 +42,14 @@ def write_job(job: Job, config: StudyConfig, output: Path, deepspeed_config: str
 
 
 def launch_command(folder: Path, ranks: int, port: str) -> list[str]:
-    """The command that starts a job's ranks: with DeepSpeed's launcher, and they meet at a free port; or one rank by itself.
+    """The command that starts a job's ranks, which meet at a free port of this machine; one rank is started without a launcher.
 
-    The launcher's two processes import DeepSpeed as well, which is half of the time that a short job takes.
+    torchrun leaves the accelerators to the environment (CUDA_VISIBLE_DEVICES), by which `runner` and Slurm share them out;
+    DeepSpeed's launcher would take the machine's first ones for every job.
     """
+    script = [str(SCRIPT), "--job", str(folder)]
     if ranks == 1:
         variables = ["RANK=0", "WORLD_SIZE=1", "LOCAL_RANK=0", "LOCAL_WORLD_SIZE=1"]  # whatever started the study
-        return ["env", *variables, sys.executable, "-u", str(SCRIPT), "--job", str(folder)]
-    deepspeed = shutil.which("deepspeed", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}")
-    if deepspeed is None:
-        raise UserError(
-            f"no deepspeed beside {sys.executable} or on PATH: install the package's requirements, or activate the "
-            "environment that has them"
-        )
-    return [deepspeed, "--num_gpus", str(ranks), "--master_port", port, str(SCRIPT), "--job", str(folder)]
+        return ["env", *variables, sys.executable, "-u", *script]
+    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
+    return [sys.executable, *torchrun, "--master-addr", "127.0.0.1", "--master-port", port, *script]

@@ -1,4 +1,4 @@
-"""Run a study's jobs on this machine, as many at once as its cores allow, each after those it needs."""
+"""Run a study's jobs on this machine, as many at once as its accelerators or cores allow, each after those it needs."""
 
 from __future__ import annotations
 
@@ -12,6 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from mlinterf_ds.errors import UserError
 from mlinterf_ds.runtime.restarts import free_port
 from mlinterf_ds.runtime.signals import Signals
 from mlinterf_ds.study import launch
@@ -26,9 +29,10 @@ GRACE = 60.0  # seconds that jobs which are asked to end have for it
 
 @dataclass
 class Slot:
-    """The cores for one job at a time, and the job that runs on them."""
+    """The cores and accelerators for one job at a time, and the job that runs on them."""
 
     cores: list[int]
+    accelerators: dict[str, str] = field(default_factory=dict)  # the environment variable that names them; {} on a CPU
     process: subprocess.Popen[bytes] | None = None
     job: Job | None = None
     log: Any = field(default=None, repr=False)
@@ -36,11 +40,39 @@ class Slot:
 
 
 def slots(config: StudyConfig) -> list[Slot]:
-    """This machine's cores, shared out evenly, so that the threads of different jobs do not compete."""
+    """This machine's cores and accelerators, shared out evenly, so that jobs do not compete for them.
+
+    With more jobs at once than accelerators (`parallel`), several jobs share one. UserError if a job's ranks have too few.
+    """
     cores = sorted(os.sched_getaffinity(0))
-    count = config.parallel or max(1, len(cores) // config.ranks)
+    variable, devices = accelerators()
+    if devices and config.ranks > len(devices):
+        raise UserError(
+            f"ranks={config.ranks}: this machine has {len(devices)} accelerators; a rank needs one of its own"
+        )
+    count = config.parallel or max(1, len(devices or cores) // config.ranks)
     size = max(1, len(cores) // count)
-    return [Slot([cores[(number * size + k) % len(cores)] for k in range(size)]) for number in range(count)]
+    shares = []
+    for number in range(count):
+        own = [devices[(number * config.ranks + k) % len(devices)] for k in range(config.ranks)] if devices else []
+        own_cores = [cores[(number * size + k) % len(cores)] for k in range(size)]
+        shares.append(Slot(own_cores, {variable: ",".join(own)} if own else {}))
+    return shares
+
+
+def accelerators() -> tuple[str, list[str]]:
+    """The environment variable that names the accelerators which a process may use, and their names; no names on a CPU."""
+    if not torch.accelerator.is_available():
+        return "", []
+    from deepspeed.accelerator import get_accelerator  # takes seconds
+
+    device = get_accelerator()
+    variable = device.visible_devices_envs()[0]
+    if device.device_name() == "cpu":  # DS_ACCELERATOR=cpu
+        return variable, []
+    count = device.device_count()
+    names = os.environ.get(variable, "").split(",") if os.environ.get(variable) else [str(k) for k in range(count)]
+    return variable, names[:count]
 
 
 def run(jobs: Sequence[Job], config: StudyConfig, output: Path, write: Callable[[Job], Path]) -> list[Outcome]:
@@ -90,7 +122,7 @@ def _start(slot: Slot, job: Job, command: list[str], output: Path, ranks: int) -
     threads = os.environ.get("OMP_NUM_THREADS", str(max(1, len(slot.cores) // ranks)))
     slot.process = subprocess.Popen(
         command, stdout=slot.log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True,
-        env=os.environ | {"OMP_NUM_THREADS": threads, STARTED: str(time.time())},
+        env=os.environ | slot.accelerators | {"OMP_NUM_THREADS": threads, STARTED: str(time.time())},
     )  # fmt: skip
     os.sched_setaffinity(slot.process.pid, slot.cores)
 

@@ -19,10 +19,11 @@ import pytest
 from mlinterf_ds.errors import UserError
 from mlinterf_ds.results.records import Records
 from mlinterf_ds.study import launch, main, runner, worker
-from mlinterf_ds.study.folders import is_complete, try_lock, wait_for_lock
+from mlinterf_ds.study.folders import is_complete, last_error, try_lock, wait_for_lock
 from mlinterf_ds.tracking import Tracker
 from tests import fake_launcher
 from tests.commands import flags, wait_until
+from tests.mlflow_server import free_port
 from tests.ranks import joined, pool
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -152,10 +153,57 @@ def test_threads_are_shared_out_to_ranks(tmp_path: Path, monkeypatch: pytest.Mon
     assert given == ["8", "4", "1"]
 
 
-def test_without_the_launcher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch.shutil, "which", lambda *_, **__: None)
-    with pytest.raises(UserError, match="no deepspeed beside"):
-        launch.launch_command(tmp_path, 2, "29500")
+def test_accelerators_are_shared_out_to_jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Jobs that run at once have accelerators of their own, by the names that the user's environment gives them."""
+    from mlinterf_ds.config import load_config
+    from mlinterf_ds.study.config import StudyConfig
+
+    def names(*settings: str) -> list[str]:
+        shares = runner.slots(load_config(StudyConfig, ["study_ci"], list(settings)))
+        return [slot.accelerators["CUDA_VISIBLE_DEVICES"] for slot in shares]
+
+    monkeypatch.setattr(runner, "accelerators", lambda: ("CUDA_VISIBLE_DEVICES", ["2", "3", "GPU-a", "GPU-b"]))
+    assert names() == ["2", "3", "GPU-a", "GPU-b"]
+    assert names("ranks=2") == ["2,3", "GPU-a,GPU-b"]
+    assert names("ranks=3") == ["2,3,GPU-a"]
+    assert names("ranks=2", "parallel=3") == ["2,3", "GPU-a,GPU-b", "2,3"]
+    with pytest.raises(UserError, match=r"ranks=5: this machine has 4 accelerators"):
+        names("ranks=5")
+
+
+def test_accelerators_of_a_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = types.SimpleNamespace(
+        device_name=lambda: "cuda", device_count=lambda: 2, visible_devices_envs=lambda: ["CUDA_VISIBLE_DEVICES"]
+    )
+    monkeypatch.setattr(runner.torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr("deepspeed.accelerator.get_accelerator", lambda: device)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert runner.accelerators() == ("CUDA_VISIBLE_DEVICES", ["0", "1"])
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,MIG-x,9")  # CUDA does not know the last one
+    assert runner.accelerators() == ("CUDA_VISIBLE_DEVICES", ["5", "MIG-x"])
+    device.device_name = lambda: "cpu"
+    assert runner.accelerators()[1] == []
+
+
+def test_a_job_of_several_ranks(tmp_path: Path) -> None:
+    """The launcher gives each rank its number, and leaves the accelerators as the environment has them."""
+    words = launch.launch_command(tmp_path, 2, str(free_port()))
+    script, names = tmp_path / "rank.py", ["RANK", "LOCAL_RANK", "WORLD_SIZE", "CUDA_VISIBLE_DEVICES"]
+    script.write_text(
+        f"import os; open(f'{tmp_path}/{{os.environ[\"RANK\"]}}', 'w').write(' '.join(os.environ[name] for name in {names}))"
+    )
+    words = [*words[: words.index(str(launch.SCRIPT))], str(script)]
+    subprocess.run(words, env=os.environ | {"CUDA_VISIBLE_DEVICES": "5,7"}, timeout=120, check=True)
+    assert [(tmp_path / rank).read_text() for rank in "01"] == ["0 0 2 5,7", "1 1 2 5,7"]
+
+
+def test_the_reason_of_a_job_of_several_ranks(tmp_path: Path) -> None:
+    """torchrun ends its report with an error of its own."""
+    log = tmp_path / "launch.log"
+    log.write_text("error: corpus=x: no such folder\ntorch.distributed...errors.ChildFailedError: \n  rank: 0\n")
+    assert last_error(log) == "error: corpus=x: no such folder"
+    log.write_text("ValueError: nine\ntorch.distributed...errors.ChildFailedError: \n")
+    assert last_error(log) == "ValueError: nine"
 
 
 def test_two_studies_don_t_share_a_folder(tmp_path: Path) -> None:
@@ -372,7 +420,7 @@ def test_slurm_keeps_what_is_queued(slurm: Path, tmp_path: Path) -> None:
     first = json.loads((out / "slurm.json").read_text())
     scripts = [Path(line.split()[-1]).read_text() for line in slurm.read_text().splitlines()]
     assert all("#SBATCH --cpus-per-task=2\n" in script for script in scripts)
-    several = r"exec \S*deepspeed --num_gpus 2 --master_port \$\(\(.*\)\) \S*launch/study.py --job \S*pretrain.mono"
+    several = r"exec \S*python\S* -m torch.distributed.run --nproc-per-node 2 .*--master-port \$\(\(.*\)\) .*launch/study.py --job \S*pretrain.mono"
     assert re.search(several, scripts[0])
     gone = "finetune.joint.close.seed0"
     slurm.with_name("log.queue").write_text("\n".join(n for name, n in first.items() if name != gone))
