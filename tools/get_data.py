@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Fetches public text and task data for the study of the paper's languages, and writes the recipe that reads them.
+"""Fetches public text and task data for the studies of the paper's languages, and writes the recipes that read them.
 
     python tools/get_data.py --list                  # each set, its licence and its address; fetches nothing
     python tools/get_data.py --out data              # text of nine languages, and four tasks
@@ -31,7 +31,8 @@ from mlinterf_ds.files import replacing, sha256, write_json, write_text
 from mlinterf_ds.runtime.output import main as run_command
 
 ROOT = Path(__file__).resolve().parents[1]
-SHIPPED = "../shared/data"  # where the shipped recipe looks for the data
+SHIPPED = "../shared/data"  # where the shipped recipes look for the data
+RECIPES = ("study_real", "study_gpu")
 TEXT = ("en", "ar", "fr", "ru", "hi", "sw", "te", "mr", "kn")
 TASKS = ("en", "ar", "fr", "ru", "hi", "sw", "te")
 UD = "https://raw.githubusercontent.com/UniversalDependencies"
@@ -224,15 +225,18 @@ def _made(path: Path) -> Path:
 
 
 # --- the command -------------------------------------------------------------------------------------------------------
-def write_recipe(out: Path) -> Path:
-    """The shipped recipe of the study, with the paths of these data."""
-    text = (ROOT / "launch" / "recipes" / "study_real.toml").read_text(encoding="utf-8")
-    for code in TEXT:
-        text = text.replace(f'"{SHIPPED}/text/{code}.txt"', json.dumps(f"{out}/text/{code}.xml", ensure_ascii=False))
-    text = text.replace(f'"{SHIPPED}/', json.dumps(f"{out}/", ensure_ascii=False)[:-1])
-    path = out / "study_real.toml"
-    write_text(path, text)
-    return path
+def write_recipes(out: Path) -> list[Path]:
+    """The shipped recipes of studies on real text, with the paths of these data."""
+    paths = [out / f"{name}.toml" for name in RECIPES]
+    for path in paths:
+        text = (ROOT / "launch" / "recipes" / path.name).read_text(encoding="utf-8")
+        for code in TEXT:
+            text = text.replace(
+                f'"{SHIPPED}/text/{code}.txt"', json.dumps(f"{out}/text/{code}.xml", ensure_ascii=False)
+            )
+        text = text.replace(f'"{SHIPPED}/', json.dumps(f"{out}/", ensure_ascii=False)[:-1])
+        write_text(path, text)
+    return paths
 
 
 def main(words: Sequence[str]) -> int:
@@ -275,7 +279,8 @@ def main(words: Sequence[str]) -> int:
     for problem in problems:
         print(f"error: {problem}", file=sys.stderr)
     if not problems and all((options.out / f"{name}.json").is_file() for name in PREPARE):
-        print(f"python launch/study.py --recipe {write_recipe(options.out)} --dry-run")
+        for recipe in write_recipes(options.out):
+            print(f"python launch/study.py --recipe {recipe} --dry-run")
     return int(bool(problems))
 
 

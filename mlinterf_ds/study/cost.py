@@ -12,14 +12,27 @@ from mlinterf_ds.sections import is_meta
 from mlinterf_ds.study.folders import is_finished, read_record
 from mlinterf_ds.study.jobs import Job, Unit
 
-STEP, TOKEN, FLOP = 0.012, 12e-6, 7e-12  # seconds each; fitted to the recipe `tiny`, widths 64 and 128, one idle core
 UNIT = 2.0  # seconds to build a model and to write its results
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Seconds of a step's overhead, of a token and of a FLOP."""
+
+    step: float
+    token: float
+    flop: float
+
+
+CPU = Rates(0.012, 12e-6, 7e-12)  # fitted to the recipe `tiny`, widths 64 and 128, one idle core
+GPU = Rates(0.005, 0, 3.3e-15)  # the recipes `paper` and `paper_8heads` on an H100 (RESULTS.md): 30% of its peak
 
 
 @dataclass
 class Calibration:
-    """Seconds of each kind of work; the defaults were measured on one idle core."""
+    """Seconds of each kind of work; the defaults were measured on one idle core, or with `rates` on a GPU."""
 
+    rates: Rates = CPU
     startup: float = 12.0  # a job's launcher, imports and process group
     factor: dict[str, float] = field(default_factory=lambda: {"meta": 4.0})  # by kind of unit: seconds / `_work`
     analysis: dict[str, float] = field(
@@ -35,7 +48,7 @@ class Calibration:
     measured: int = 0  # finished jobs that these figures come from
 
     @classmethod
-    def of(cls, jobs: Sequence[Job], output: Path) -> Calibration:
+    def of(cls, jobs: Sequence[Job], output: Path, rates: Rates = CPU) -> Calibration:
         """Medians over the finished jobs; the defaults for kinds of which none has finished."""
         startups, factors, analyses = [], defaultdict(list), defaultdict(list)
         for job in jobs:
@@ -49,8 +62,8 @@ class Calibration:
                 if job.kind == "analyze":
                     analyses[unit.facts["analysis"]].append(facts["seconds"])
                 else:
-                    factors[_kind(unit)].append(facts["seconds"] / _work(unit))
-        costs = cls(median(startups or [cls.startup]), measured=len(startups))
+                    factors[_kind(unit)].append(facts["seconds"] / _work(unit, rates))
+        costs = cls(rates, median(startups or [cls.startup]), measured=len(startups))
         costs.factor |= {name: median(values) for name, values in factors.items()}
         costs.analysis |= {name: median(values) for name, values in analyses.items()}
         return costs
@@ -59,12 +72,17 @@ class Calibration:
         """The seconds of one job, on cores of its own."""
         if job.kind == "analyze":
             return self.startup + sum(self.analysis.get(unit.facts["analysis"], 60.0) for unit in job.units)
-        return self.startup + sum(_work(unit) * self.factor.get(_kind(unit), 1.0) for unit in job.units)
+        return self.startup + sum(_work(unit, self.rates) * self.factor.get(_kind(unit), 1.0) for unit in job.units)
 
 
-def _work(unit: Unit) -> float:
+def _work(unit: Unit, rates: Rates) -> float:
     """The seconds of a unit by its steps, tokens and FLOPs, as if it were plain training."""
-    return UNIT + STEP * unit.facts["steps"] + TOKEN * unit.facts["tokens"] + FLOP * unit.facts["flops"]
+    steps, tokens, flops = (unit.facts[name] for name in ("steps", "tokens", "flops"))
+    return UNIT + rates.step * steps + rates.token * tokens + rates.flop * flops
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds / 60:.0f} minutes" if seconds < 10 * 3600 else f"{seconds / 3600:,.0f} hours"
 
 
 def _kind(unit: Unit) -> str:
@@ -74,14 +92,15 @@ def _kind(unit: Unit) -> str:
     return "meta" if is_meta(unit.facts["variant"]) else "plain"
 
 
-def show(jobs: Sequence[Job], output: Path, slots: int, by_job: bool = False) -> str:
+def show(jobs: Sequence[Job], output: Path, slots: int, by_job: bool = False, rates: Rates = CPU) -> str:
     """The plan as text: launches by kind, how many have finished, and the estimated cost of the rest.
 
-    slots: jobs that run at once. by_job: also list every job.
+    slots: jobs that run at once. by_job: also list every job. rates: of the device, for as long as no job has finished.
     """
-    costs = Calibration.of(jobs, output)
+    costs = Calibration.of(jobs, output, rates)
     left = [job for job in jobs if not is_finished(job, output)]
-    lines = [f"{'':<10}{'launches':>9}{'units':>7}{'finished':>10}{'left, core-minutes':>20}"]
+    device = "GPU" if rates is GPU else "core"
+    lines = [f"{'':<10}{'launches':>9}{'units':>7}{'finished':>10}{f'left, {device}-minutes':>20}"]
     for kind in ("pretrain", "finetune", "analyze"):
         units_of_kind = [len(job.units) for job in jobs if job.kind == kind]
         seconds = [costs.seconds(job) for job in left if job.kind == kind]
@@ -90,7 +109,7 @@ def show(jobs: Sequence[Job], output: Path, slots: int, by_job: bool = False) ->
     total = sum(costs.seconds(job) for job in left)
     source = f"{costs.measured} finished jobs" if costs.measured else "default figures: no job has finished yet"
     lines.append(
-        f"{len(jobs)} launches, {len(left)} to do, about {total / 60 / slots:.0f} minutes with {slots} at once (by {source})"
+        f"{len(jobs)} launches, {len(left)} to do, about {_duration(total / slots)} with {slots} at once (by {source})"
     )
     for job in jobs if by_job else ():
         names = job.needs[0].name if len(job.needs) == 1 else f"{len(job.needs)} jobs"

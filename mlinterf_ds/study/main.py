@@ -117,7 +117,8 @@ class Study:
 
     def show(self, by_job: bool = False) -> str:
         """The jobs and their estimated cost as text."""
-        return cost.show(self.jobs, self.output, len(runner.slots(self.config)), by_job)
+        slots = runner.slots(self.config)
+        return cost.show(self.jobs, self.output, len(slots), by_job, cost.GPU if slots[0].accelerators else cost.CPU)
 
     def power(self) -> str:
         """Says which effects the study could detect, by its own findings so far or else the recipe's pilot; '' without both."""

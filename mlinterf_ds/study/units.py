@@ -134,9 +134,10 @@ def _finetuning_work(run: FinetuneConfig, data: dict[str, dict[str, str]], pretr
         split: sum(synthetic_rows[split] if path == SYNTHETIC else file_rows for path in files.values())
         for split, files in data.items()
     }
-    trained = section.epochs * counts["train"]
-    rows = trained + (section.epochs * counts["dev"] + counts["test"]) * EVALUATED
-    trained, rows = trained * len(section.seeds), rows * len(section.seeds)
+    grid = len(section.batch) * len(section.lr) * len(section.head_lr or [0])
+    trainings = grid + len(section.seeds) - 1  # the first seed searches the grid
+    trained = trainings * section.epochs * counts["train"]
+    rows = trained + (trainings * section.epochs * counts["dev"] + len(section.seeds) * counts["test"]) * EVALUATED
     return {
         "steps": trained / section.batch[0],
         "tokens": rows * pretrained.data.sequence_length,

@@ -77,12 +77,13 @@ def mirror(tmp_path_factory) -> Iterator[str]:
         server.shutdown()
 
 
-def test_every_file_that_the_recipe_names_is_there(mirror: str, tmp_path: Path, capsys) -> None:
+@pytest.mark.parametrize("name", ["study_real.toml", "study_gpu.toml"])
+def test_every_file_that_the_recipe_names_is_there(name: str, mirror: str, tmp_path: Path, capsys) -> None:
     out = tmp_path / "data"
     assert get_data.main(["--out", str(out), "--mirror", mirror]) == 0
     printed = capsys.readouterr().out
-    assert "licence: Apache-2.0" in printed and f"--recipe {out}/study_real.toml" in printed
-    recipe = tomllib.loads((out / "study_real.toml").read_text())
+    assert "licence: Apache-2.0" in printed and f"--recipe {out / name}" in printed
+    recipe = tomllib.loads((out / name).read_text())
     named = [*recipe["corpus"]["text"].values()]
     named += [path for task in recipe["tasks"] for split in get_data.SPLITS for path in task.get(split, {}).values()]
     missing = [path for path in named if path != "split" and not Path(path).is_file()]

@@ -417,3 +417,27 @@ def test_cost_grows_with_the_work(tmp_path: Path) -> None:
     wide = seconds("pretrain.joint.close.seed0", "train.steps=40", "model.width=640")
     assert double - cost.UNIT == pytest.approx(2 * (plain - cost.UNIT))
     assert wide > plain and meta > 3.5 * plain
+
+
+def test_cost_on_a_gpu(tmp_path: Path) -> None:
+    """A step of the recipe `paper_8heads` with 512 rows takes some 80 ms on an H100 (RESULTS.md: 85 ms of 12 heads)."""
+    (tmp_path / "paper.toml").write_text('recipes = ["paper_8heads"]\nsettings = ["train.steps=1000"]\n')
+    jobs = expanded("study_ci", str(tmp_path / "paper.toml"))
+    (job,) = [job for job in jobs if job.name == "pretrain.joint.close.seed0"]
+    found = cost.Calibration(cost.GPU)
+    assert 60 < found.seconds(job) - found.startup < 100
+    assert "left, GPU-minutes" in cost.show([job], tmp_path, slots=1, rates=cost.GPU)
+    assert " hours with 1 at once" in cost.show([job], tmp_path, slots=1)  # on a core
+
+
+def test_cost_counts_the_trainings_of_a_search(tmp_path: Path) -> None:
+    """Three rates and two seeds are four trainings: the first seed tries every rate."""
+
+    def steps(*settings: str) -> float:
+        (tmp_path / "search.toml").write_text(
+            f'[[tasks]]\ntask = "pos"\nrecipes = ["finetune_tiny"]\nsettings = {json.dumps(settings)}\n'
+        )
+        jobs = expanded("study_ci", str(tmp_path / "search.toml"))
+        return next(job for job in jobs if job.kind == "finetune").units[0].facts["steps"]
+
+    assert steps("finetune.lr=1e-3,2e-3,3e-3") == 3 * steps("finetune.lr=1e-3")
