@@ -33,7 +33,7 @@ class StudyModel(AnalysedModel):
     """The further fields by which a row names one of the study's own models."""
 
     kind: str  # pair, low, triple, many, null, mono
-    control: str  # "", direct, compute, freeze
+    control: str  # "", direct, compute, text, freeze
 
 
 @dataclass(frozen=True)
@@ -140,9 +140,11 @@ class Records:
         """
         train = language if setting == paper.WITHIN else self.source
         on = {"task": task, "language": language, "train": train}
-        single = {"mono": language, "unseen": self.source, "mono-low": self.low_resource.get(language, "")}
+        single = {"mono": language, "mono-text": language, "unseen": self.source}
+        single["mono-low"] = self.low_resource.get(language, "")
         if row in single:
-            return self.chosen(variant="mono", set=single[row], **on)
+            control = "text" if row == "mono-text" else ""
+            return self.chosen(variant="mono", set=single[row], control=control, **on)
         if row == "xlm":
             return self.chosen(kind="many", variant="joint", **on)
         if row in ("low", "triple"):

@@ -84,11 +84,15 @@ class AnalysisSection(Section):
 
 
 class ControlsSection(Section):
-    """Control models and fine-tunings, which a gain of the meta step is compared with."""
+    """Control models and fine-tunings, which a gain of the meta step or a loss by sharing is compared with."""
 
     direct: bool = key(False, "also train each meta_* model without the second-order term")
     compute: float | None = key(
         None, "also train the plain variant of each meta_* model, with this many times the steps", gt=1
+    )
+    text: bool = key(
+        False,
+        "also train each monolingual model with half the steps, so that it reads as much text of its language as the model of a pair does",
     )
     freeze: list[TaskName] = key(
         [], "tasks on which variants with language modules are also fine-tuned with these frozen"

@@ -23,7 +23,7 @@ class Model:
     seed: int
     settings: tuple[str, ...] = ()
     limits: tuple[tuple[str, int], ...] = ()  # (language, training sentences kept)
-    control: str = ""  # "direct" or "compute" (see ControlsSection)
+    control: str = ""  # "direct", "compute" or "text" (see ControlsSection)
     half: str = ""  # of a null control: the code of the source's other half
 
     @property

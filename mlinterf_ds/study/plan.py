@@ -66,6 +66,9 @@ def _monolingual(config: StudyConfig, group: SetSection, seed: int) -> Iterator[
             limit = group.limits.get(language)
             limits = ((language, limit),) if limit else ()
             yield Model(f"{language}@{limit}" if limit else language, "mono", (language,), "mono", seed, (), limits)
+            if config.controls.text and not limit:
+                shorter = (f"train.steps={max(1, _steps(config) // 2)}",)
+                yield Model(language, "mono", (language,), "mono", seed, shorter, (), "text")
     if group.kind == "null":
         for language in group.languages:
             of_half = f"{language}-in-{group.name}"
@@ -85,6 +88,10 @@ def _multilingual(config: StudyConfig, group: SetSection, seed: int) -> Iterator
             if config.controls.direct:
                 yield Model(*common, variant, seed, (*settings, "meta.terms=direct"), limits, "direct")
             if config.controls.compute:
-                steps = load_run(config.recipes, [*config.settings, *settings]).train.steps
-                longer = (*settings, f"train.steps={round(steps * config.controls.compute)}")
+                longer = (*settings, f"train.steps={round(_steps(config, *settings) * config.controls.compute)}")
                 yield Model(*common, architecture(variant), seed, longer, limits, "compute")
+
+
+def _steps(config: StudyConfig, *settings: str) -> int:
+    """The training steps of a model with these further settings."""
+    return load_run(config.recipes, [*config.settings, *settings]).train.steps

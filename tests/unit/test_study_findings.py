@@ -16,10 +16,12 @@ from mlinterf_ds.results.claims import all_findings
 from mlinterf_ds.results.findings import Finding, compared, example_counts, finding, markdown
 from mlinterf_ds.results.records import Records
 from mlinterf_ds.results.statistics import Effect, adjusted, combined, example_shares, f1, negligible, positive
+from mlinterf_ds.results.tables import main_table
 from tests.study_records import LEXICAL, MAJORITY, planted, score
 
 UNASKED = {  # planted() has no controls
-    "meta_adpt_beats_meta_adpt_direct", "meta_adpt_beats_adpt_compute", "meta_adpt_predicts_better_than_adpt_compute"
+    "meta_adpt_beats_meta_adpt_direct", "meta_adpt_beats_adpt_compute", "meta_adpt_predicts_better_than_adpt_compute",
+    "mono_text_beats_joint_within",
 }  # fmt: skip
 
 
@@ -126,6 +128,20 @@ def test_controls_are_compared_by_their_own_rows() -> None:
     direct = of["meta_adpt_beats_meta_adpt_direct"]
     assert direct.verdict == "holds" and direct.effect.mean == pytest.approx(1.54)
     assert of["meta_adpt_best_within"].effect.mean == pytest.approx(2.0, abs=0.05)  # the control is no rival
+
+
+def test_monolingual_models_that_read_no_more_text() -> None:
+    """They lose what longer training gave: planted three points above joint, they are two below it with half the text."""
+    records = planted()
+    before = by_name(records)["mono_beats_joint_within"].effect
+    mono = [s for s in records.scores if s.kind == "mono" and "@" not in s.set]
+    records.scores += [replace(s, control="text", score=s.score - 5.0) for s in mono]
+    of = by_name(records)
+    assert of["mono_beats_joint_within"].effect == before  # the control is no monolingual model of that row
+    control = of["mono_text_beats_joint_within"]
+    assert control.verdict == "fails" and control.effect.mean == pytest.approx(before.mean - 5.0)
+    names = [name for name, _ in main_table(records, 2, "POS", [("pos", "f1")]).blocks[0][1]]
+    assert names[:3] == ["Mono", "Mono, equal text", "JointPair"]
 
 
 def test_transfer_that_falls_with_distance() -> None:

@@ -131,6 +131,9 @@ def test_controls() -> None:
     assert "meta.terms=direct" in direct.units[0].arguments
     plain = jobs["pretrain.adpt.far.seed4"].units[0].facts
     assert compute.units[0].facts["steps"] == 2 * plain["steps"] and compute.model.variant == "adpt"
+    text = [job for name, job in jobs.items() if name.startswith("pretrain.mono-text.") and name.endswith("seed4")]
+    assert {job.model.languages for job in text} == {("syn",), ("syn-close",), ("syn-mid",), ("syn-far",)}
+    assert {job.units[0].facts["steps"] for job in text} == {plain["steps"] // 2}
 
 
 NULL = """
