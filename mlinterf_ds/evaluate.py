@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from mlinterf_ds.data.batch import Batch
 from mlinterf_ds.data.evaluation import EvaluationSet
+from mlinterf_ds.data.running_text import START, check_running_text
 from mlinterf_ds.data.tokenizer import MANY_UNKNOWN, Tokenizer, Vocabulary, lines_of, normalise
 from mlinterf_ds.engine.engine import weighted_loss
 from mlinterf_ds.engine.precision import DTYPES, choose_precision
@@ -146,7 +147,9 @@ class Text:
 
     def __init__(self, path: Path, language: str, tokenizer: Tokenizer):
         self.languages, self.vocabulary = [language], tokenizer.vocabulary
-        self.lines = [line for line in map(normalise, lines_of(read_text(path))) if line]
+        text = read_text(path)
+        check_running_text(str(path), text[:START].encode())
+        self.lines = [line for line in map(normalise, lines_of(text)) if line]
         if not self.lines:
             raise UserError(f"{path}: no sentence in it; expected one a line")
         self.encoded = [tokenizer.encode(line) for line in self.lines]

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from mlinterf_ds.config import with_present_keys
+from mlinterf_ds.data.running_text import START, check_running_text
 from mlinterf_ds.engine.precision import DTYPES, choose_precision
 from mlinterf_ds.errors import UserError
 from mlinterf_ds.files import write_text
@@ -131,7 +132,9 @@ def _sentences(task: Task, path: Path) -> list[Any]:
     """The lines of a text as sentences, their words separated by white space."""
     if not isinstance(task, Tagger):
         raise UserError(f"--sentences: task {task.name} tags no words; give its file format")
-    lines = [words for line in read_text(path).split("\n") if (words := line.split())]
+    text = read_text(path)
+    check_running_text(str(path), text[:START].encode())
+    lines = [words for line in text.split("\n") if (words := line.split())]
     sentences = in_memory([(words, [task.blank] * len(words)) for words in lines], path)
     single = sum(len(words) == 1 and len(words[0]) > LONGEST_WORD for words in lines)
     if single <= len(lines) / 2:

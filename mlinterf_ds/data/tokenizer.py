@@ -55,8 +55,8 @@ def other_format(start: bytes) -> str:
 
 def line_end(start: bytes) -> bytes:
     """Returns what ends the lines of a text that starts so, beside carriage returns and newlines, which always do: of the
-    Unicode line ends the commonest if the text has no other; else a newline."""
-    others = [end.encode() for end in ("\x85", "\u2028", "\u2029")]
+    others that Unicode knows the commonest if the text has no other; else a newline."""
+    others = [end.encode() for end in ("\x0b", "\x0c", "\x1e", "\x85", "\u2028", "\u2029")]
     return b"\n" if re.search(rb"[\r\n]", start) else max((b"\n", *others), key=start.count)
 
 

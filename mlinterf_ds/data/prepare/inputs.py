@@ -10,25 +10,21 @@ import gzip
 import hashlib
 import io
 import lzma
-import re
 import sys
 import zlib
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 from xml.etree import ElementTree
 
-from mlinterf_ds.data.tokenizer import line_end, other_format
+from mlinterf_ds.data.running_text import check_running_text
+from mlinterf_ds.data.tokenizer import line_end
 from mlinterf_ds.errors import UserError
 
 BLOCK = 1 << 21  # bytes (of texts: characters). Fixed, so that a corpus never depends on the number of workers
 LONGEST_LINE = 1 << 16  # bytes: a longer line is dropped, and never held in memory whole
 LONGEST_DOCUMENT = 1 << 24  # bytes: a longer <doc> is cut at a line
-FEWEST_ROWS = 20  # so many lines tell a table from running text
-MARKUP = re.compile(rb"(?i)<!doctype|<(?:html|tmx|tei|xliff)\b|\{\s*\"|\[\s*(?:\{|\"(?:[^\"\\]|\\.)*\"\s*[],])")
-TAGGED = re.compile(rb"</?[A-Za-z][^<>]*>(?:.*>)?$")  # and not the name of a speaker, <ann>, before what is said
 
 STANDARD_INPUT, STANDARD_INPUT_NAME = "-", "standard input"
 _DECOMPRESSORS: dict[bytes, Any] = {
@@ -105,7 +101,7 @@ def find_inputs(specification: str | Path) -> list[Input]:
         files = sorted(p for p in path.rglob("*") if p.is_file() and p.stat().st_size and not p.name.startswith("."))
         if not files:
             raise UserError(
-                f"{path}: the folder holds no files, or only empty ones; give text files, one sentence a line"
+                f"{path}: the folder holds no files, or only empty or hidden ones; give text files, one sentence a line"
             )
         return [Input(f"{path.name}/{file.relative_to(path)}", file) for file in files]
     if not path.exists():
@@ -142,34 +138,8 @@ def _stream_blocks(text: Input, stream: io.BufferedReader) -> Iterator[RawBlock]
     elif start.startswith(b"<doc "):
         yield from _cut(text, "docs", stream, b"</doc>", LONGEST_DOCUMENT)
     else:
-        _check_running_text(text.name, start)
+        check_running_text(text.name, start)
         yield from _cut(text, "lines", stream, b"\n", LONGEST_LINE, line_end(start))
-
-
-def _check_running_text(name: str, start: bytes) -> None:
-    """Refuses files of another kind, by their first bytes: programs' own formats, markup, and tables with columns."""
-    if kind := other_format(start):
-        raise UserError(f"{name}: {kind} and not plain text (or .gz, .bz2, .xz of it); take the text out first")
-    if markup := MARKUP.match(start):
-        raise UserError(
-            f"{name}: begins with {markup[0].decode()!r}, so it is markup (HTML, XML or JSON) and not running text; "
-            "take the text out first, one sentence a line"
-        )
-    lines = [line.strip() for line in re.split(rb"[\r\n]+", start)[:-1] if line.strip()]
-    if len(lines) < FEWEST_ROWS:
-        return
-    tabs, rows = Counter(line.count(b"\t") for line in lines).most_common(1)[0]
-    if tabs and rows > len(lines) / 2:
-        raise UserError(
-            f"{name}: {rows} of its first {len(lines)} lines have {tabs + 1} columns separated by tabs, so it is a table and "
-            f"not running text; take the column of the sentences, for example with cut -f{min(tabs + 1, 2)}"
-        )
-    tagged = sum(bool(TAGGED.match(line)) for line in lines)
-    if tagged > len(lines) / 2:
-        raise UserError(
-            f"{name}: {tagged} of its first {len(lines)} lines begin and end with a tag, so it is markup (HTML or XML) and not "
-            "running text; take the text out first, one sentence a line"
-        )
 
 
 def _cut(
