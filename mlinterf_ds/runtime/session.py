@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import os
 import shutil
 import time
@@ -52,6 +54,24 @@ def in_group(group: Group | None, parallel: ParallelConfig) -> Iterator[Layout]:
 
 
 @contextlib.contextmanager
+def alone(lock: Path) -> Iterator[None]:
+    """A context in which this process holds the file `lock`. UserError if another does, which writes to the run's folder.
+
+    Processes that this one forks do not hold it, and a file system without locks lets everybody in.
+    """
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with lock.open("wb") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EAGAIN, errno.EACCES):
+                raise UserError(
+                    f"output={lock.parent.parent}: another run is writing there: wait for it, or name another folder, --set output=FOLDER"
+                ) from None
+        yield
+
+
+@contextlib.contextmanager
 def session(
     name: str,
     output: str | None,
@@ -66,11 +86,12 @@ def session(
     """
 
     def prepare() -> None:
-        with writing(folder):
-            log.with_name("failed").unlink(missing_ok=True)  # an earlier attempt may have left it
         refuse(folder)
+        with writing(folder):
+            held.enter_context(alone(log.with_name("lock")))
+            log.with_name("failed").unlink(missing_ok=True)  # an earlier attempt may have left it
 
-    with in_group(group, parallel) as layout:
+    with in_group(group, parallel) as layout, contextlib.ExitStack() as held:
         folder = Path(output or from_first(f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}"))
         log, is_new = folder / "log" / f"rank-{layout.rank}.log", not folder.exists()
         agreed(prepare)

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from sqlalchemy.engine import make_url
 
-from mlinterf_ds.errors import resumption, setting
+from mlinterf_ds.errors import UserError, resumption, setting
+from mlinterf_ds.runtime import session
 from mlinterf_ds.tracking import facts
 from tools.doctor.hosts import read_hostfile, starters
 from tools.doctor.machine import unlaunchable
@@ -45,3 +50,27 @@ def test_hostfiles_as_editors_save_them(encoding: str, tmp_path: Path, monkeypat
     checks = {check.name: check for check in starters(path, 2)}
     assert ("hostfile" in checks) == (encoding != "utf-8"), "DeepSpeed itself takes the mark for a part of the name"
     assert checks["pdsh"].status == "WARN" and "apt install pdsh" in checks["pdsh"].remedy
+
+
+def test_two_runs_in_one_folder(tmp_path: Path, monkeypatch) -> None:
+    """The second is refused while the first holds the folder; where there are no locks, none is."""
+    lock = tmp_path / "run" / "log" / "lock"
+    with session.alone(lock):
+        pass
+    code = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print(flush=True); input()"
+    with subprocess.Popen(
+        [sys.executable, "-c", code, str(lock)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as other:
+        assert other.stdout and other.stdout.readline()
+        with pytest.raises(UserError, match=r"run: another run is writing there: wait for it"), session.alone(lock):
+            pass
+        other.communicate("\n")
+    with session.alone(lock):
+        pass
+
+    def without(*_) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "lockf", without)
+    with session.alone(lock):
+        pass
