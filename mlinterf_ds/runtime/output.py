@@ -109,6 +109,16 @@ LOST = re.compile(
 )
 
 
+# What a user does about limits of the system, by the words with which it or a library tells them.
+REMEDIES = {
+    "Too many open files": "allow more open files first: `ulimit -n 4096`",
+    "can't start new thread": "allow more processes and threads first: `ulimit -u 4096`, or the container's limit of processes",
+    "No space left on device": "free some space",
+    "Disk quota exceeded": "free some space",
+    "Cannot allocate memory": "free some memory",
+}
+
+
 class PeerFailed(Exception):
     """This rank failed because another did. The message holds the other's reason; this rank's trace is in its log only."""
 
@@ -182,10 +192,12 @@ def main(run: Callable[[Sequence[str]], int], arguments: Sequence[str] | None = 
         status = 130
     except Exception as error:  # a bug of this package: the trace for the report, the reason last for the user
         reason = str(error)
+        remedies = [remedy for words, remedy in REMEDIES.items() if words in reason]
         if not isinstance(error, PeerFailed):
-            traceback.print_exc()
+            if not remedies:
+                traceback.print_exc()
             reason = f"{type(error).__name__}: {error}"
-        hints = "".join(f"; {note}" for note in getattr(error, "__notes__", []))
+        hints = "".join(f"; {note}" for note in [*remedies, *getattr(error, "__notes__", [])])
         print(f"\nerror: rank {os.environ.get('RANK', 0)} failed: {reason}{hints}", file=sys.stderr, flush=True)
         status = 1
     if not status:

@@ -127,6 +127,12 @@ def test_the_first_failure_is_told_by_all(tmp_path: Path) -> None:
     [
         ("UserError('use a file')", 2, "error: use a file"),
         ("RuntimeError('broken')", 1, "error: rank 3 failed: RuntimeError: broken"),
+        (
+            "RuntimeError('[gloo/device.cc] epoll_create: Too many open files')",
+            1,
+            "error: rank 3 failed: RuntimeError: [gloo/device.cc] epoll_create: Too many open files; allow more open files first: "
+            "`ulimit -n 4096`",
+        ),
         ("PeerFailed('gone; rank 1 failed first')", 1, "error: rank 3 failed: gone; rank 1 failed first"),
         ("KeyboardInterrupt", 130, "interrupted"),
     ],
