@@ -247,6 +247,23 @@ def test_folders_in_use_are_left_alone(tmp_path: Path, lines_file: Path) -> None
     assert contents(corpus.folder) == before
 
 
+def test_another_corpus_in_the_same_folder_has_its_own_vocabulary(tmp_path: Path, lines_file: Path) -> None:
+    """One process prepares both, and keeps the tokenizer that it last used."""
+    build(tmp_path / "out", en=lines_file)
+    shutil.rmtree(tmp_path / "out")
+    greek = written(tmp_path / "el", [line.translate({n: n + 848 for n in range(97, 123)}) for line in some_lines(300)])
+    corpus = build(tmp_path / "out", el=greek)
+    assert corpus.unknown("el") == 0 and contents(corpus.folder) == contents(build(tmp_path / "fresh", el=greek).folder)
+
+
+def test_a_file_from_the_future_is_no_changed_file(tmp_path: Path, lines_file: Path) -> None:
+    """Copied from a machine whose clock is ahead: the finished corpus is opened as it is."""
+    corpus = build(tmp_path / "out", en=lines_file)
+    os.utime(lines_file, (time.time() + 9e6,) * 2)
+    before = contents(corpus.folder)
+    assert contents(build(tmp_path / "out", en=lines_file).folder) == before
+
+
 def test_two_at_once_in_one_folder(tmp_path: Path, lines_file: Path) -> None:
     (tmp_path / "out" / ".work").mkdir(parents=True)
     code = "import fcntl, time; f = open('out/.work/lock', 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print(flush=True); time.sleep(60)"
@@ -357,12 +374,13 @@ def test_a_rerun_reuses_what_is_finished_but_not_what_changed(
     "number, name, remedy",
     [
         (errno.EMFILE, None, "corpus: Too many open files; allow more .*ulimit -n"),
-        (errno.EROFS, "corpus/.work", "corpus/.work: Read-only file system; name a folder .*--out"),
+        (errno.EROFS, "corpora/corpus/.work", "corpora/corpus/.work: Read-only file system; name a folder .*--out"),
+        (errno.EACCES, "corpora", "corpora: Permission denied; name a folder .*--out"),
         (errno.EACCES, "en.txt", "en.txt: Permission denied$"),
     ],
 )
 def test_what_the_system_refuses_has_a_remedy(number: int, name: str | None, remedy: str) -> None:
-    with pytest.raises(UserError, match=remedy), prepare_module._explained(Path("corpus")):
+    with pytest.raises(UserError, match=remedy), prepare_module._explained(Path("corpora/corpus")):
         raise OSError(number, os.strerror(number), name)
 
 

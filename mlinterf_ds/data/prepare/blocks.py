@@ -121,7 +121,10 @@ def count_words(task: BlockTask) -> tuple[Counter[str], int]:
     return Counter({words[i]: int(counts[i]) for i in np.flatnonzero(counts)}), int(chosen.sum())
 
 
-_tokenizer = lru_cache(maxsize=1)(Tokenizer)
+@lru_cache(maxsize=1)
+def _tokenizer(path: Path, _written: int) -> Tokenizer:
+    """The tokenizer of a file that was written at this time: another corpus may have stood in the folder before."""
+    return Tokenizer(path)
 
 
 def encode_block(task: BlockTask) -> dict[str, dict[str, int]]:
@@ -132,7 +135,7 @@ def encode_block(task: BlockTask) -> dict[str, dict[str, int]]:
     with np.load(block_path(task.folder, task.number)) as block:
         split, words = _split_of(task, block), block["words"].tobytes().decode().split("\n")
         index, lengths, document = block["index"], block["lengths"], block["document"]
-    tokenizer = _tokenizer(task.tokenizer)
+    tokenizer = _tokenizer(task.tokenizer, task.tokenizer.stat().st_mtime_ns)
     encoded = _encoded_sentences(tokenizer, words, index, lengths)
     eos, unk = tokenizer.vocabulary.eos, tokenizer.vocabulary.unk
     index = np.insert(index, np.cumsum(lengths), len(words))  # the end of a sentence is one more word

@@ -27,7 +27,7 @@ from mlinterf_ds.data.prepare.vocabulary import learn
 from mlinterf_ds.data.prepare.workers import WorkerKilled, Workers
 from mlinterf_ds.data.tokenizer import Tokenizer
 from mlinterf_ds.errors import UserError, refusing
-from mlinterf_ds.files import file_facts, read_json, write_bytes, write_json
+from mlinterf_ds.files import file_facts, read_json, sha256, write_bytes, write_json
 
 WORK = ".work"  # the folder of finished work, from which an interrupted run goes on; removed at the end
 ARGUMENTS = "arguments.json"  # the inputs and settings that the folder is prepared from
@@ -253,9 +253,10 @@ def _explained(folder: Path) -> Iterator[None]:
                 f"{folder}: the disk is full ({error.strerror}); free some space and run the same command again: "
                 "finished blocks are kept"
             ) from error
-        ours = Path(error.filename or folder).is_relative_to(folder)  # and not a text that is read
+        path = Path(error.filename or folder)
+        ours = path.is_relative_to(folder) or folder.is_relative_to(path)  # and not a text that is read
         remedy = _REMEDIES.get(error.errno or 0, "") if ours else ""
-        raise UserError(f"{error.filename or folder}: {error.strerror or error}{remedy}") from error
+        raise UserError(f"{path}: {error.strerror or error}{remedy}") from error
 
 
 @contextmanager
@@ -291,18 +292,29 @@ def _already_prepared(folder: Path, arguments: dict[str, Any]) -> bool:
                 f"{', '.join(differing)} (see {path}); give another folder, or remove this one first"
             )
     if (folder / MANIFEST).exists():
-        finished = (folder / MANIFEST).stat().st_mtime_ns
-        for name, *size in (source for sources in arguments["sources"].values() for source in sources):
-            if size and Path(name).stat().st_mtime_ns > finished:
-                raise UserError(f"{folder}: the corpus is finished, and {name} was changed since; give another folder")
-            if name == STANDARD_INPUT_NAME:
-                raise UserError(f"{folder}: the corpus is finished; to read {name} again give another folder")
+        _check_unchanged(folder, arguments["sources"])
         shutil.rmtree(folder / WORK)
         return True
     if not path.exists():
         _forget_after_cleaning(folder)
         write_json(path, arguments)
     return False
+
+
+def _check_unchanged(folder: Path, sources: Mapping[str, Sequence[Sequence[Any]]]) -> None:
+    """UserError if an input of a finished corpus was changed since, or can be read only once. A time alone, which a clock that
+    runs wrong may have written, is no change."""
+    finished = (folder / MANIFEST).stat().st_mtime_ns
+    with refusing(f"{folder / MANIFEST}: damaged", "; prepare the corpus anew"):
+        languages = read_json(folder / MANIFEST)["languages"]
+        known = [facts.get("sha256") for code in sources for facts in languages[code]["sources"]]
+    for (name, *size), digest in zip(
+        (text for of_language in sources.values() for text in of_language), known, strict=True
+    ):
+        if name == STANDARD_INPUT_NAME:
+            raise UserError(f"{folder}: the corpus is finished; to read {name} again give another folder")
+        if size and Path(name).stat().st_mtime_ns > finished and sha256(Path(name)) != digest:
+            raise UserError(f"{folder}: the corpus is finished, and {name} was changed since; give another folder")
 
 
 def _forget_after_cleaning(folder: Path) -> None:
