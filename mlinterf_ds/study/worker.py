@@ -37,7 +37,7 @@ def work(folder: Path) -> int:
         units = finished_units(folder)  # only now: another process may have worked on the job until the lock was free
         with own_group(ParallelConfig(tensor=job["tensor"])) as group:
             for unit in job["units"]:
-                name, begin = unit["name"], time.time()
+                name, begin = unit["name"], time.monotonic()
                 if is_complete(folder / name):
                     continue
                 facts: dict[str, Any] = {"state": "finished"}
@@ -49,12 +49,12 @@ def work(folder: Path) -> int:
                     facts = {"state": "failed", "reason": first_line(error)}
                     if group.world > 1:
                         raise
-                busy += time.time() - begin
-                units[name] = facts | {"seconds": round(time.time() - begin, 2)}
+                busy += time.monotonic() - begin
+                units[name] = facts | {"seconds": round(time.monotonic() - begin, 2)}
                 if rank == 0:
                     write_json(folder / DONE, {"units": units})
         if rank == 0 and busy:
-            total = time.time() - started
+            total = max(busy, time.time() - started)  # a clock may be set back
             times = {"seconds": round(total, 2), "startup": round(total - busy, 2)}
             write_json(folder / DONE, {"units": units} | times)
     return int(any(facts["state"] == "failed" for facts in units.values()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import resource
 from pathlib import Path
@@ -131,3 +132,19 @@ def spiked(settings: list[str], json_name: str, out: str, source: str | None, li
         return found | {"lost": str(error), "step": engine.step}
     finally:
         optimizer.FEWEST = 20
+
+
+def with_a_clock_set_back(folder: str, words: list[str]) -> str:
+    """Pretrains on this rank of the pool while every look at the clock shows an hour less; the message of a refusal, or ''."""
+    import time
+
+    import tqdm.std
+
+    from tests.commands import call
+
+    hours = itertools.count(int(time.time()), -3600)
+    usual, tqdm.std.time, time.time = time.time, hours.__next__, hours.__next__  # type: ignore[attr-defined]
+    try:
+        return call("pretrain.main", folder, words)
+    finally:
+        tqdm.std.time = time.time = usual  # type: ignore[attr-defined]

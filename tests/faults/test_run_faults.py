@@ -15,6 +15,7 @@ import torch
 from mlinterf_ds.engine import checkpoint
 from mlinterf_ds.engine.engine import PATIENCE
 from mlinterf_ds.errors import UserError
+from tests.commands import arguments
 from tests.faults import fault_bodies, kill_many
 from tests.parity import bodies
 from tests.ranks import pool
@@ -73,6 +74,14 @@ def test_no_room_for_a_checkpoint_leaves_the_earlier_one(tmp_path: Path) -> None
         assert found["left"] == ["step-00000001"], "nothing half-written stays"
         assert checkpoint.verify(Path(found["first"]))["updates"] == 1
         assert checkpoint.verify(Path(found["second"]))["updates"] == 2, "with room again, the same run saves"
+
+
+def test_a_clock_that_is_set_back_changes_no_figure(tmp_path: Path) -> None:
+    settings = [*kill_many.SETTINGS, "train.steps=4", "train.epoch_steps=2", "variant=joint", "output=run"]
+    assert pool(1).run(fault_bodies.with_a_clock_set_back, str(tmp_path), arguments(*settings)) == [""]
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["finished"] and summary["seconds"] > 0 and summary["tokens_per_second"] > 0
+    assert checkpoint.verify(checkpoint.find(tmp_path / "run"))["updates"] == 4
 
 
 @pytest.fixture(scope="module")
