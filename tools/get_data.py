@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import bz2
 import csv
+import http.client
 import io
 import json
 import sys
@@ -35,6 +36,8 @@ SHIPPED = "../shared/data"  # where the shipped recipes look for the data
 RECIPES = ("study_real", "study_gpu")
 TEXT = ("en", "ar", "fr", "ru", "hi", "sw", "te", "mr", "kn")
 TASKS = ("en", "ar", "fr", "ru", "hi", "sw", "te")
+# Wikimedia answers 403 to clients that do not say what they are (https://meta.wikimedia.org/wiki/User-Agent_policy).
+AGENT = {"User-Agent": "mlinterf_ds-get_data/1.0 (fetches the beginning of dumps for research)"}
 UD = "https://raw.githubusercontent.com/UniversalDependencies"
 SPLITS = ("train", "dev", "test")
 # Files of the recipe: folder or file -> repository, files and splits of a treebank.
@@ -73,7 +76,7 @@ DATA_SETS = (
     ),
     DataSet(
         "pos", "Universal Dependencies and MasakhaPOS",
-        "EWT, GSD, MTG, Taiga CC BY-SA 4.0; PUD CC BY-SA 3.0; PADT CC BY-NC-SA 3.0; MasakhaPOS CC BY-NC 4.0",
+        "EWT, GSD, MTG, Taiga CC BY-SA 4.0; PUD CC BY-SA 3.0; PADT CC BY-NC-SA 3.0; MasakhaPOS MIT (on its page: AFL 3.0)",
         {
             f"{stem}-ud-{split}.conllu": f"{UD}/{repository}/master/{stem}-ud-{split}.conllu"
             for repository, stem, splits in TREEBANKS.values()
@@ -100,18 +103,18 @@ def fetch(address: str, path: Path, mirror: str, megabytes: float | None) -> Non
     """Downloads a file, or its first megabytes, unless it is there. UserError if it cannot be reached or is cut short."""
     if path.is_file():
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
     actual = f"{mirror.rstrip('/')}/{address.partition('://')[2]}" if mirror else address
     print(f"  {actual}", flush=True)
     left = float("inf") if megabytes is None else megabytes * 1e6
     try:
-        with urllib.request.urlopen(actual, timeout=60) as answer, replacing(path) as file:
+        request = urllib.request.Request(actual, headers=AGENT)
+        with urllib.request.urlopen(request, timeout=60) as answer, replacing(path) as file:
             expected, size = int(answer.headers.get("Content-Length", 0)), 0
             while left > size and (block := answer.read(1 << 20)):
                 size += file.write(block)
             if size < min(left, expected):
                 raise OSError(f"{size} of {expected} bytes came")
-    except (OSError, ValueError) as error:  # URLError and time-outs are OSErrors
+    except (OSError, ValueError, http.client.HTTPException) as error:  # URLError and time-outs are OSErrors
         reason = getattr(error, "reason", error)
         raise UserError(
             f"{actual}: cannot be fetched ({reason}); without a network, bring the file to {path} by other means and start again"
@@ -165,14 +168,23 @@ def prepare_pos(downloads: Path, out: Path) -> None:
     for place, (_, stem, splits) in TREEBANKS.items():
         for split in splits:
             name = f"{stem}-ud-{split}.conllu"
-            text = (downloads / name).read_text(encoding="utf-8")
+            text = _tagged(downloads / name, columns=10)
             if place.startswith("two_column"):
                 write_text(folder / place / f"{split}.txt", "\n".join(_two_columns(text.split("\n"))) + "\n")
             else:
                 write_text(folder / "ud" / name, text)
     for split in SPLITS:
-        text = (downloads / f"masakhapos-{split}.txt").read_text(encoding="utf-8")
+        text = _tagged(downloads / f"masakhapos-{split}.txt", columns=2)
         write_text(folder / "two_column" / "sw_masakhapos" / f"{split}.txt", text)
+
+
+def _tagged(path: Path, columns: int) -> str:
+    """The text of a file of tagged words. ValueError if most of its lines have another number of columns, as a page of HTML has."""
+    text = path.read_text(encoding="utf-8")
+    lines = [line for line in text.split("\n") if line.strip() and not line.startswith("#")]
+    if 2 * sum(len(line.split("\t" if columns > 2 else None)) == columns for line in lines) <= len(lines):
+        raise ValueError(f"{path.name} has no lines of {columns} columns")
+    return text
 
 
 def _two_columns(lines: Iterable[str]) -> Iterator[str]:
@@ -256,6 +268,13 @@ def main(words: Sequence[str]) -> int:
     if not options.megabytes > 0:
         raise UserError(f"--megabytes {options.megabytes:g}: expected a number above 0")
     downloads, problems = options.out / "downloads", []
+    if not options.list:
+        try:
+            downloads.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"{options.out}: cannot be written ({error.strerror}): name another folder, --out FOLDER"
+            ) from None
     for data in (data for data in DATA_SETS if data.name in options.only):
         print(f"{data.name}: {data.what}; licence: {data.licence}", flush=True)
         if options.list:

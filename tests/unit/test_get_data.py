@@ -114,3 +114,38 @@ def test_a_file_that_was_brought_is_used_and_a_broken_one_refused(tmp_path: Path
     (downloads / "XNLI-1.0.zip").write_bytes(b"<html>")
     assert get_data.main(["--out", str(tmp_path), "--only", "nli"]) == 1
     assert "nli: " in capsys.readouterr().err
+
+
+def test_pages_in_place_of_the_files_are_one_sentence_a_set(tmp_path: Path, capsys) -> None:
+    """As a hotel's network gives them for every address."""
+    (tmp_path / "downloads").mkdir()
+    for data in get_data.DATA_SETS:
+        for name in data.files:
+            (tmp_path / "downloads" / name).write_text("<html>\n<body>Sign in first</body>\n</html>\n")
+    assert get_data.main(["--out", str(tmp_path)]) == 1
+    problems = [line for line in capsys.readouterr().err.split("\n") if line]
+    assert [line.split(": ")[1] for line in problems] == [data.name for data in get_data.DATA_SETS]
+    assert all("remove them and start again" in line or "zip" in line for line in problems), problems
+    assert not (tmp_path / "study_real.toml").exists()
+
+
+class Breaking(http.server.BaseHTTPRequestHandler):
+    """Answers who says what it is, as Wikimedia does, and breaks off in the middle of a file."""
+
+    def do_GET(self) -> None:
+        self.send_response(200 if "mlinterf_ds" in self.headers["User-Agent"] else 403)
+        self.send_header("Transfer-Encoding", "chunked")
+        self.end_headers()
+        self.wfile.write(b"5\r\nabc")
+
+    def log_message(self, *_) -> None:
+        pass
+
+
+def test_a_transfer_that_breaks_off_is_a_sentence_and_clients_say_what_they_are(tmp_path: Path) -> None:
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Breaking) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        with pytest.raises(get_data.UserError, match=r"cannot be fetched \(IncompleteRead.*bring the file to .*x.zip"):
+            get_data.fetch(f"http://127.0.0.1:{server.server_port}/x.zip", tmp_path / "x.zip", "", None)
+        server.shutdown()
+    assert list(tmp_path.iterdir()) == []
