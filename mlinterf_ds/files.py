@@ -23,14 +23,16 @@ PARTIAL = ".partial"  # ending of a file that is still being written
 
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """Opens a file that replaces `path` when the block ends, and that is removed if the block fails."""
+    """Opens a file that replaces `path` when the block ends, and that is removed if the block fails. An OSError names `path`."""
     temporary = path.with_name(path.name + PARTIAL)
     try:
         with temporary.open("wb") as file:
             yield file
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:  # a full disk names no file
+            error.filename = str(path)
         raise
 
 

@@ -116,6 +116,8 @@ REMEDIES = {
     "No space left on device": "free some space",
     "Disk quota exceeded": "free some space",
     "Cannot allocate memory": "free some memory",
+    "Permission denied": "see who may read and write there, or name another place",
+    "Read-only file system": "name a place in which you may write",
 }
 
 

@@ -13,6 +13,7 @@ import pytest
 from sqlalchemy.engine import make_url
 
 from mlinterf_ds.errors import UserError, resumption, setting
+from mlinterf_ds.files import replacing
 from mlinterf_ds.runtime import session
 from mlinterf_ds.tracking import facts
 from tools.doctor.hosts import read_hostfile, starters
@@ -27,6 +28,15 @@ def test_the_default_store_lies_in_the_working_directory(name: str, tmp_path: Pa
     uri = facts.tracking_uri()
     assert make_url(uri).database == str(tmp_path / name / "mlflow.db")
     assert facts.sqlite_path(uri) == tmp_path / name / "mlflow.db"
+
+
+def test_a_full_disk_names_the_file(tmp_path: Path) -> None:
+    with (
+        pytest.raises(OSError, match=r"No space left on device: '.*result\.json'$"),
+        replacing(tmp_path / "result.json"),
+    ):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_hints_can_be_pasted() -> None:
