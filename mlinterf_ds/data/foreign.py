@@ -119,9 +119,7 @@ def _library(path: Path) -> bytes:
     """A tokenizer.json with the ids of its special pieces beside it, as JSON."""
     with refusing(f"{path / LIBRARY}: not a tokenizer"):
         content = json.loads((path / LIBRARY).read_bytes())
-        vocabulary = content["model"]["vocab"]
-        ids = dict(vocabulary) if isinstance(vocabulary, dict) else {p: i for i, (p, _) in enumerate(vocabulary)}
-        ids |= {added["content"]: added["id"] for added in content["added_tokens"]}
+        ids = piece_ids(content)
         marked = [added["id"] for added in content["added_tokens"] if added["special"]]
     named = _named_pieces(path)
     roles = {}
@@ -136,6 +134,13 @@ def _library(path: Path) -> bytes:
     others = sorted({*marked, *(ids[piece] for piece in named.values() if piece in ids)} - {*roles.values()})
     vocabulary_facts = {**roles, "others": others, "doubled": _doubled(content, roles["eos"], ids)}
     return json.dumps({"vocabulary": vocabulary_facts, "tokenizer": content}, ensure_ascii=False).encode()
+
+
+def piece_ids(content: dict[str, Any]) -> dict[str, int]:
+    """The id of each piece of a tokenizer.json, those of added tokens included."""
+    vocabulary = content["model"]["vocab"]
+    ids = dict(vocabulary) if isinstance(vocabulary, dict) else {piece: i for i, (piece, _) in enumerate(vocabulary)}
+    return ids | {added["content"]: added["id"] for added in content["added_tokens"]}
 
 
 def _named_pieces(path: Path) -> dict[str, str]:

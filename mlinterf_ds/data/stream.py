@@ -1,4 +1,4 @@
-"""The batches that a run trains on: the train stream, and the validation stream of the meta step.
+"""The batches that a run trains on (the train stream, and the validation stream of the meta step), and those that score it.
 
 The global batch of a step is a pure function of (seed, step), and ranks and micro-batches take row slices of it: the
 data are the same at every layout, and a run resumes at step N by asking for step N. Rows are packed: `<s>` and then
@@ -8,9 +8,11 @@ data are the same at every layout, and a run resumes at step N by asking for ste
 from __future__ import annotations
 
 import contextlib
+import math
 import queue
 import threading
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
 from typing import Any, TypeVar
 
 import numpy as np
@@ -21,6 +23,7 @@ from mlinterf_ds.errors import UserError
 from mlinterf_ds.sections import MetaText, RowFormat
 
 BLOCK = 1024  # steps whose languages are drawn together
+TOKENS_AT_ONCE = 1 << 22  # tokens that are counted at once, so that memory stays flat on any corpus
 Item = TypeVar("Item")
 
 
@@ -208,17 +211,8 @@ class ValidationStream:
         self.languages = checked_languages(corpus, languages, row_format.length)
         total = len(self.languages)
         self.per_step = total if languages_per_step is None else languages_per_step
-        if not min(2, total) <= self.per_step <= total:
-            raise UserError(
-                f"meta.languages_per_step = {self.per_step}: expected 2 to {total}, the number of `languages` "
-                f"(the step's own language and at least one other); leave it out to take all of them."
-            )
-        if rows < self.per_step:
-            raise UserError(
-                f"meta.batch = {rows}: a step's validation loss covers {self.per_step} languages and needs a row of "
-                f"each. Set meta.batch to at least {self.per_step}, or meta.languages_per_step (2 or more) to fewer."
-            )
         self.rows, self._seed = rows, seed
+        self._check_rows()
         self._masker = Masker(seed, "meta", row_format, corpus.vocabulary)
         self._training, self._every, self._beside = training, every, text == "train"
         # a step, and the rows of each language in the meta steps before it
@@ -229,18 +223,32 @@ class ValidationStream:
             split_windows(corpus, language, split, row_format, key(seed, "windows", "meta", language), half)
             for language in self.languages
         ]
-        rows_needed = 2 if text == "train" else 1
+        self._check_texts("the second half of its 'train'" if half else f"its {split!r}")
+
+    def _check_rows(self) -> None:
+        """Raises UserError unless a step has a row of each of its languages, which are two or more."""
+        total = len(self.languages)
+        if not min(2, total) <= self.per_step <= total:
+            raise UserError(
+                f"meta.languages_per_step = {self.per_step}: expected 2 to {total}, the number of `languages` "
+                f"(the step's own language and at least one other); leave it out to take all of them."
+            )
+        if self.rows < self.per_step:
+            raise UserError(
+                f"meta.batch = {self.rows}: a step's validation loss covers {self.per_step} languages and needs a row of "
+                f"each. Set meta.batch to at least {self.per_step}, or meta.languages_per_step (2 or more) to fewer."
+            )
+
+    def _check_texts(self, part: str) -> None:
+        """Raises UserError if a language's text is too short; part: which split that is, in words."""
+        needed, wanted = 1, "a row"
+        if self._beside:
+            needed, wanted = 2, "two separate rows, one for training and one for the validation loss,"
         for language, windows in zip(self.languages, self._windows, strict=True):
-            if len(windows.tokens) < rows_needed * windows.width:
-                part = "the second half of its 'train'" if text == "half" else f"its {split!r}"
-                wanted = (
-                    "two separate rows, one for training and one for the validation loss,"
-                    if rows_needed == 2
-                    else "a row"
-                )
+            if len(windows.tokens) < needed * windows.width:
                 raise UserError(
                     f"language {language!r}: {part} split has {len(windows.tokens)} tokens, too few for {wanted} of "
-                    f"data.sequence_length = {row_format.length}. Give it more text and prepare the corpus again, shorten "
+                    f"data.sequence_length = {windows.width + 1}. Give it more text and prepare the corpus again, shorten "
                     "data.sequence_length, or take the language out of `languages`."
                 )
 
@@ -309,6 +317,86 @@ class ValidationStream:
                 # twice in an epoch. A window whose number a step leaves unused is left out of that epoch.
                 starts.append(windows.starts(step * -(-self.rows // self.per_step) + np.arange(len(own))))
         return np.concatenate(starts)
+
+
+class EvaluationSet:
+    """One language's split, read once under fixed masks: the predictions are the same at any batch size.
+
+    Windows follow each other; the last partial one is dropped, unless it is the only one: a text shorter than one window
+    is repeated to fill a row. `max_rows` keeps that many windows, evenly spaced. Every prediction has the same weight, and
+    the weights sum to 1.
+    """
+
+    def __init__(
+        self,
+        corpus: TokenSource,
+        language: str,
+        split: str,
+        *,
+        languages: Sequence[str],
+        row_format: RowFormat,
+        seed: int = 0,
+        max_rows: int | None = None,
+    ) -> None:
+        """`languages` are the model's, in its order. Raises UserError if the corpus lacks `language` or its split is empty."""
+        self.corpus, self.language, self.split = corpus, language, split
+        checked_languages(corpus, [language], row_format.length)
+        self.index = list(languages).index(language)  # the model's number for the language
+        self._masker = Masker(seed, f"{split}/{language}", row_format, corpus.vocabulary)
+        self._windows = split_windows(corpus, language, split, row_format, key(seed, "windows", split, language))
+        windows = self._windows.count
+        self.rows = windows if max_rows is None else min(windows, max_rows)
+        self._starts = np.arange(self.rows) * windows // self.rows * self._windows.width
+        self.predictions = self.rows * self._masker.masked
+
+    def batch(self, start: int, stop: int) -> Batch:
+        """Returns rows `start` to `stop`. Rows beyond the set repeat its last one at weight 0, which keeps shapes equal."""
+        numbers = np.arange(start, stop)
+        return self._masker.batch(
+            *self._windows.at(self._starts[np.minimum(numbers, self.rows - 1)]),
+            (numbers < self.rows) / self.predictions,
+            np.full(len(numbers), self.index),
+            (self.index,),
+            step=0,
+            start=start,
+        )
+
+    def batches(self, rows: int, rank: int = 0, ranks: int = 1) -> Iterator[Batch]:
+        """Yields this rank's share, at most `rows` at a time: equally many batches of one shape on every rank."""
+        rows = min(rows, -(-self.rows // ranks))
+        for first in range(0, self.rows, rows * ranks):
+            yield self.batch(first + rank * rows, first + (rank + 1) * rows)
+
+    @cached_property
+    def counts(self) -> np.ndarray:
+        """(vocabulary,) how often each piece occurs in the language's `train`; `</s>`, which is not predicted, counts 0."""
+        counts = np.zeros(self.corpus.vocabulary.size, dtype=np.int64)
+        train = self.corpus.tokens(self.language, "train")
+        for first in range(0, len(train), TOKENS_AT_ONCE):
+            counts += np.bincount(train[first : first + TOKENS_AT_ONCE], minlength=len(counts))
+        counts[self.corpus.vocabulary.eos] = 0
+        return counts
+
+    def unigram_perplexity(self) -> float:
+        """Returns the perplexity of a baseline on the same predictions: smoothed frequencies in the language's `train`.
+
+        Each piece counts one more than it occurs. `</s>`, which is not predicted, is left out, which favours the baseline.
+        """
+        counts = self.counts
+        surprisal = math.log(counts.sum() + len(counts)) - np.log(counts + 1.0)
+        parts = (self.batch(first, min(first + 256, self.rows)) for first in range(0, self.rows, 256))
+        return math.exp(sum(surprisal[part.labels.numpy()].sum() for part in parts) / self.predictions)
+
+    def bits_per_character(self, nll_per_token: float) -> float:
+        """Converts a mean loss in nats per prediction, at the whole split's tokens (without `</s>`) per character."""
+        tokens = len(self._windows.tokens) - self.corpus.sentences(self.language, self.split)
+        return bits_per_character(nll_per_token, tokens, self.corpus.characters(self.language, self.split))
+
+
+def bits_per_character(nll_per_token: float, tokens: int, characters: int) -> float:
+    """Converts a loss in nats per token of a text with this many tokens and characters: comparable across vocabularies."""
+    assert tokens > 0 and characters > 0, (tokens, characters)
+    return nll_per_token / math.log(2) * tokens / characters
 
 
 def prefetch(items: Iterable[Item], depth: int = 2) -> Iterator[Item]:

@@ -6,7 +6,7 @@ import json
 import os
 import re
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, chain, pairwise
@@ -281,14 +281,9 @@ class Library:
                 self._model = tokenizers.Tokenizer.from_str(json.dumps(stored["tokenizer"]))
             except Exception as error:  # the library raises no other class
                 raise ValueError(str(error)) from None
-            size = self._model.get_vocab_size()
-            named = self._model.get_vocab()
-            self.pieces: list[str] = sorted(named, key=named.__getitem__)  # by id
-            if [named[piece] for piece in self.pieces] != list(range(size)):
-                raise ValueError("its ids are not 0, 1, 2, ...")
-            self.vocabulary = Vocabulary(
-                size, **stored["vocabulary"] | {"others": tuple(stored["vocabulary"]["others"])}
-            )
+            self.pieces = by_id(self._model.get_vocab())
+            special = stored["vocabulary"] | {"others": tuple(stored["vocabulary"]["others"])}
+            self.vocabulary = Vocabulary(len(self.pieces), **special)
         # These split text into words before pieces are looked for; a Metaspace alone reads a text's first word differently.
         before = stored["tokenizer"]["pre_tokenizer"] or {"type": ""}
         kinds = [part["type"] for part in before.get("pretokenizers", [before])]
@@ -339,6 +334,14 @@ class Library:
     def locate(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         encoded = self._model.encode(_readable(text), add_special_tokens=False)
         return self._text_ids(encoded.ids), [_trimmed(text, *offset) for offset in encoded.offsets]
+
+
+def by_id(ids: Mapping[str, int]) -> list[str]:
+    """The pieces of a vocabulary in the order of their ids. Raises ValueError unless these are 0, 1, 2, ..."""
+    pieces = sorted(ids, key=ids.__getitem__)
+    if [ids[piece] for piece in pieces] != list(range(len(pieces))):
+        raise ValueError("its ids are not 0, 1, 2, ...")
+    return pieces
 
 
 def _readable(text: str) -> str:

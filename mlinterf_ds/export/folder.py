@@ -16,8 +16,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from mlinterf_ds.data.foreign import FAIRSEQ, vocabulary_file
-from mlinterf_ds.data.tokenizer import Tokenizer
+from mlinterf_ds.data.foreign import FAIRSEQ, piece_ids, vocabulary_file
+from mlinterf_ds.data.tokenizer import Tokenizer, by_id
 from mlinterf_ds.engine.space import Segment
 from mlinterf_ds.engine.weights import check_shape
 from mlinterf_ds.errors import MALFORMED, UserError, refusing
@@ -218,11 +218,5 @@ def stored_pieces(folder: Path) -> list[str]:
     if not path.is_file():
         raise UserError(f"{path} is missing: save the tokenizer there with transformers' tokenizer.save_pretrained")
     with refusing(f"{path}: not a tokenizer"):
-        content = json.loads(path.read_bytes())
-        vocabulary = content["model"]["vocab"]
-        ids = vocabulary if isinstance(vocabulary, dict) else {piece: id for id, (piece, _) in enumerate(vocabulary)}
-        ids = ids | {added["content"]: added["id"] for added in content["added_tokens"]}
-        ordered = sorted(ids, key=ids.__getitem__)
-        if [ids[piece] for piece in ordered] != list(range(len(ordered))):
-            raise ValueError("its ids are not 0, 1, 2, ...")
-    return ordered
+        pieces = by_id(piece_ids(json.loads(path.read_bytes())))
+    return pieces

@@ -11,10 +11,9 @@ from mlinterf_ds.engine.precision import choose_precision, read_json, rows_per_r
 from mlinterf_ds.errors import UserError, resumption
 from mlinterf_ds.pretrain.config import RunConfig, read_arguments
 from mlinterf_ds.pretrain.job import PretrainingRun
-from mlinterf_ds.runtime.output import hushed
+from mlinterf_ds.runtime.output import Signals, hushed
 from mlinterf_ds.runtime.parallel import Group
 from mlinterf_ds.runtime.session import session
-from mlinterf_ds.runtime.signals import Signals
 
 
 def main(arguments: Sequence[str], group: Group | None = None) -> int:

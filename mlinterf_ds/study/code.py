@@ -23,7 +23,6 @@ IRRELEVANT = (
     "runtime/launchers.py",
     "runtime/restarts.py",
     "runtime/output.py",
-    "runtime/signals.py",
     "tracking",
 )
 

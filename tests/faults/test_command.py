@@ -13,8 +13,7 @@ import pytest
 
 from mlinterf_ds.errors import UserError
 from mlinterf_ds.runtime.launchers import rendezvous
-from mlinterf_ds.runtime.output import PeerFailed, noted, remove_stale_locks
-from mlinterf_ds.runtime.signals import Signals
+from mlinterf_ds.runtime.output import PeerFailed, Signals, noted, remove_stale_locks
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="needs /proc")
@@ -43,7 +42,7 @@ def test_signals_ask_and_the_second_interrupt_interrupts() -> None:
 def test_a_closed_terminal_ends_a_run_as_sigterm_does() -> None:
     """A rank on a terminal of its own, which is closed: it still prints and goes on to its end."""
     code = (
-        "import os, sys, time; from mlinterf_ds.runtime.signals import Signals\n"
+        "import os, sys, time; from mlinterf_ds.runtime.output import Signals\n"
         "with Signals() as signals:\n"
         "    print('ready', flush=True)\n"
         "    while not signals.received: time.sleep(0.05)\n"
@@ -61,7 +60,7 @@ def test_a_closed_terminal_ends_a_run_as_sigterm_does() -> None:
 
 
 def test_nohup_is_respected() -> None:
-    code = "from mlinterf_ds.runtime.signals import ending_signals; print(*map(int, ending_signals()))"
+    code = "from mlinterf_ds.runtime.output import ending_signals; print(*map(int, ending_signals()))"
     done = subprocess.run(["nohup", sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.split() == [str(int(signal.SIGTERM)), str(int(signal.SIGINT))]
 
@@ -69,7 +68,7 @@ def test_nohup_is_respected() -> None:
 ENDING = """
 import ctypes, os, signal, sys, time
 from mlinterf_ds.runtime.output import main
-from mlinterf_ds.runtime.signals import Signals
+from mlinterf_ds.runtime.output import Signals
 def run(_):
     with Signals("go on so", grace=0.2):
         if sys.argv[1] == "failing":

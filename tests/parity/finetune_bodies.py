@@ -20,7 +20,7 @@ from mlinterf_ds.finetune.main import prepare
 from mlinterf_ds.finetune.trial import Trial
 from mlinterf_ds.pretrain.config import load_run
 from mlinterf_ds.pretrained import Point
-from mlinterf_ds.runtime.signals import Signals
+from mlinterf_ds.runtime.output import Signals
 from mlinterf_ds.tracking import Tracker
 from tests.parity.bodies import REPOSITORY
 from tests.ranks import laid_out

@@ -472,7 +472,7 @@ def routed_names(languages: tuple[str, ...]) -> set[str]:
 
 
 def pcgrad_facts(settings: list[str], json_name: str, tensor: int) -> list[dict[str, float]]:
-    from mlinterf_ds.engine.pcgrad import pcgrad_step
+    from mlinterf_ds.engine.meta_step import pcgrad_step
 
     engine, stream, config = bodies.make(settings, json_name, tensor)
     facts = []

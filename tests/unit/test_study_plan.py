@@ -331,7 +331,7 @@ def test_every_recipe_is_hashed_with_what_its_numbers_come_from() -> None:
         files = code.imported_files(code.RECIPES[kind], code.IRRELEVANT)
         assert {code.PACKAGE / name, code.PACKAGE / "model/encoder.py"} <= set(files)
     for name in code.IRRELEVANT:
-        assert (code.PACKAGE / name).exists() or name == "runtime/signals.py"
+        assert (code.PACKAGE / name).exists()
 
 
 def test_distances_are_measured_where_the_recipe_gives_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
