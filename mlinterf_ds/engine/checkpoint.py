@@ -59,9 +59,9 @@ class Saver:
     renames the folder. A Saver is a context manager that waits at its end for the save under way.
     """
 
-    def __init__(self, run: Path, keep: int):
-        """keep: how many of the newest checkpoints stay."""
-        self.run, self.keep = run, keep
+    def __init__(self, run: Path, keep: int, output: Path | None = None):
+        """keep: how many of the newest checkpoints stay. output: the folder that a user names to go on, if that is not `run`."""
+        self.run, self.keep, self.output = run, keep, output or run
         self._writing: _Writing | None = None  # the save under way
         self._copies: dict[str, Tensor] = {}  # this rank's tensors in host memory, which every save overwrites
 
@@ -86,7 +86,7 @@ class Saver:
         best: whether the checkpoint is then marked as the best of the run.
         """
         self.finish()
-        writing = _Writing(self.run, self.keep, engine.step, best)
+        writing = _Writing(self.run, self.keep, self.output, engine.step, best)
         tensors, metadata = _shard(engine)
         copied = engine.device.type != "cpu" or sum(tensor.nbytes for tensor in tensors.values()) <= MOST_COPIED
         writing.begin((self._copy(tensors) if copied else tensors, metadata), _run_json(engine, state), files)
@@ -120,17 +120,15 @@ def save(
     keep: int,
     output: Path | None = None,
 ) -> Path:
-    """Writes <run>/checkpoints/step-N from all ranks, which appears whole or not at all; returns its path (see `Saver`).
+    """Writes <run>/checkpoints/step-N from all ranks, which appears whole or not at all; returns its path (see `Saver`)."""
+    with Saver(run, keep, output) as saver:
+        saver.begin(engine, state, files)
+    return path_of(run, engine.step)
 
-    output: the folder that a user names to go on, if that is not `run`.
-    """
-    writing = _Writing(run, keep, engine.step, output=output)
 
-    tensors, metadata = _shard(engine)
-    on_host = {key: tensor.cpu() for key, tensor in tensors.items()}
-    writing.begin((on_host, metadata), _run_json(engine, state), files)
-    writing.finish()
-    return writing.target
+def path_of(run: Path, step: int) -> Path:
+    """The folder of the checkpoint of this step."""
+    return run / "checkpoints" / f"step-{step:08d}"
 
 
 def _host_memory(tensor: Tensor) -> Tensor:
@@ -144,9 +142,9 @@ def _host_memory(tensor: Tensor) -> Tensor:
 class _Writing:
     """One save: a thread on each rank writes that rank's files, and rank 0's completes the checkpoint."""
 
-    def __init__(self, run: Path, keep: int, step: int, best: bool = False, output: Path | None = None):
-        self.run, self.keep, self.best, self.output = run, keep, best, output or run
-        self.target = run / "checkpoints" / f"step-{step:08d}"
+    def __init__(self, run: Path, keep: int, output: Path, step: int, best: bool):
+        self.run, self.keep, self.output, self.best = run, keep, output, best
+        self.target = path_of(run, step)
         self.unfinished = self.target.with_name(self.target.name + PARTIAL)
         self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
         self.problem = ""  # why this rank could not save

@@ -103,9 +103,8 @@ class LossScale:
         fp16 = {key: value for key, value in fp16.items() if value != "auto"}
         static = float(fp16.get("loss_scale", 0))
         self.dynamic = enabled and static == 0
-        self.tensor = torch.ones(
-            (), dtype=torch.float64, device=device
-        )  # the device's scale, a step ahead of the host's
+        # the device's scale, a step ahead of the host's
+        self.tensor = torch.ones((), dtype=torch.float64, device=device)
         self.value = 1.0 if not enabled else static or 2.0 ** int(fp16.get("initial_scale_power", 16))
         self.window = int(fp16.get("loss_scale_window", 1000))
         self.hysteresis = int(fp16.get("hysteresis", 2))

@@ -11,7 +11,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -19,12 +19,12 @@ from torch import Tensor
 
 from mlinterf_ds.engine.space import FlatSpace, Space
 from mlinterf_ds.errors import UserError, warn
-from mlinterf_ds.model.encoder import SHARED
+from mlinterf_ds.model.encoder import SHARED, Batch
 from mlinterf_ds.model.routing import regions
 from mlinterf_ds.runtime.parallel import replayed
 
 if TYPE_CHECKING:
-    from mlinterf_ds.engine.engine import Engine, Rows
+    from mlinterf_ds.engine.engine import Engine
 
 WARM = 2  # passes of a kind before it is captured: by then compilers and allocators have done their work
 MOST_GRAPHS = 64
@@ -85,7 +85,7 @@ class Passes:
         engine = self.engine
         if self.graphs and (key := self._kind(batch, spaces)) is not None:
             return self._replay(key, batch, spaces)
-        self._require(spaces)
+        self.require(spaces)
         batch = batch.to(engine.device)
         factor = engine.scale.tensor * engine.layout.data
         if engine.partitioned and engine.spaces[SHARED] in spaces:
@@ -97,7 +97,8 @@ class Passes:
             (loss * factor.to(loss.dtype)).backward()
         return nll
 
-    def _require(self, spaces: Sequence[Space]) -> None:
+    def require(self, spaces: Sequence[Space]) -> None:
+        """Has the gradients of these groups computed, and no others."""
         for space in self.engine.spaces.values():
             space.require_grad(space in spaces)
 
@@ -135,7 +136,7 @@ class Passes:
         passing = self.engine.spaces.get(self.engine.languages[batch.step_languages[0]])
         single = passing if len(batch.step_languages) == 1 else None
         if passing is not None and self._slot is None:
-            self._slot = Slot(passing)
+            self._slot = Slot(*(torch.zeros_like(passing.working) for _ in Slot._fields))  # type: ignore[attr-defined]
         if single is not None and self._slot is not None:
             self._slot.working.copy_(single.working)  # type: ignore[attr-defined]
         if key not in self.captured:
@@ -152,7 +153,7 @@ class Passes:
     def _capture(self, batch: Any, spaces: Sequence[Space], single: Any) -> Captured:
         """Records the kernels of this pass; gradients stay as they are."""
         engine, slot = self.engine, self._slot
-        self._require(spaces)
+        self.require(spaces)
         own = [space for space in spaces if isinstance(space, FlatSpace) and space.name != SHARED]
         static = replace(batch, **{name: value.to(engine.device).clone() for name, value in tensors(batch).items()})
         if single is not None and slot is not None:
@@ -186,19 +187,19 @@ class Passes:
         return Captured(graph, static, nll)
 
 
-class Slot:
+class Slot(NamedTuple):
     """Fixed buffers for the working weights and the gradient of the one language whose modules a pass uses."""
 
-    def __init__(self, language: Any):
-        self.working = torch.zeros_like(language.working)
-        self.arriving = torch.zeros_like(language.working)
+    working: Tensor
+    arriving: Tensor
 
 
-class Captured:
+class Captured(NamedTuple):
     """A captured pass: its graph, the batch that the graph reads and the nll that it writes."""
 
-    def __init__(self, graph: torch.cuda.CUDAGraph, batch: Any, nll: Tensor):
-        self.graph, self.batch, self.nll = graph, batch, nll
+    graph: torch.cuda.CUDAGraph
+    batch: Any
+    nll: Tensor
 
 
 def tensors(batch: Any) -> dict[str, Tensor]:
@@ -212,7 +213,7 @@ def tensors(batch: Any) -> dict[str, Tensor]:
 # for one that ran out of memory. The ranks then agree on a size that fits all of them.
 
 
-def fit_micro_batch(engine: Engine, most: int, batches: Callable[[int], Sequence[Rows]], vectors: int) -> str:
+def fit_micro_batch(engine: Engine, most: int, batches: Callable[[int], Sequence[Batch]], vectors: int) -> str:
     """Sets the engine's micro-batch to the largest power of two up to `most` rows that fits; returns a note for the user.
 
     batches: makes the batches, of a given number of rows, whose passes are tried. vectors: the number of fp32 vectors as
@@ -265,7 +266,7 @@ def largest(most: int, least: int, attempt: Callable[[int], None], device: torch
     return 0
 
 
-def _pass_over(engine: Engine, batches: Sequence[Rows], vectors: int) -> None:
+def _pass_over(engine: Engine, batches: Sequence[Batch], vectors: int) -> None:
     """Runs forward and backward over each batch, and changes nothing.
 
     Raises torch.OutOfMemoryError if less than a tenth of the memory is left.
@@ -278,8 +279,7 @@ def _pass_over(engine: Engine, batches: Sequence[Rows], vectors: int) -> None:
     held = torch.empty(length, dtype=torch.float32, device=engine.device)
     engine.model.train()
     spaces = [engine.spaces[name] for name in engine.groups_of(batches[0].step_languages)]
-    for space in engine.spaces.values():
-        space.require_grad(space in spaces)
+    engine.passes.require(spaces)
     for batch in batches:
         parameters = [parameter for space in spaces for parameter in space.parameters.values()]
         loss, _ = engine.model(batch.to(engine.device))

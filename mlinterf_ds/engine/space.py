@@ -10,6 +10,7 @@ Legend: shard = 1-d fp32 tensor; Vector = list of shards, one for each of the sp
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -258,7 +259,7 @@ class ShardedSpace(Space):
         position = filled = 0
         for key, parameter in reversed(self.parameters.items()):  # gradients arrive from the top of the model down
             shape, width = self._cut(parameter)
-            numel = shape_numel(shape)
+            numel = math.prod(shape)
             start = min(numel, self.index * width)
             self.segments.append(Segment(key, shape, start, min(width, numel - start), 0, position, dims[key]))
             self._slots[key] = (position, width, numel)
@@ -343,11 +344,6 @@ class ShardedSpace(Space):
                 self.parameters[name].data.copy_(whole.view(self.parameters[name].shape))
 
 
-def shape_numel(shape: tuple[int, ...]) -> int:
-    """Elements of a tensor of this shape."""
-    return int(torch.Size(shape).numel())
-
-
 class NewRows:
     """This rank's elements of the shared space that belong to the vocabulary's pieces from number `old` on.
 
@@ -362,7 +358,7 @@ class NewRows:
             if segment.name in self.ROWS:
                 rows = segment.shape[0]
                 element = torch.arange(segment.start, segment.start + segment.length)
-                piece = tensor_rank * rows + element // (shape_numel(segment.shape) // rows)
+                piece = tensor_rank * rows + element // (math.prod(segment.shape) // rows)
                 mask = self.masks[segment.shard]
                 mask[segment.offset : segment.offset + segment.length] = (piece >= old).to(mask.device)
 

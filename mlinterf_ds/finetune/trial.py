@@ -241,8 +241,7 @@ class Trial:
 
     def load_best(self) -> None:
         """Loads the weights of the epoch with the best dev score."""
-        path = self.folder / "checkpoints" / f"step-{self.progress.best_step:08d}"
-        checkpoint.load(path, self.engine, moments=False)
+        checkpoint.load(checkpoint.path_of(self.folder, self.progress.best_step), self.engine, moments=False)
 
     def score(self, split: str, language: str) -> dict[str, float]:
         """The metrics of a dev or test set, the same on all ranks."""

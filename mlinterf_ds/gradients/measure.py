@@ -17,7 +17,7 @@ import numpy as np
 
 from mlinterf_ds.data.batch import Batch, Masker, key
 from mlinterf_ds.data.windows import TokenSource, Windows, split_windows
-from mlinterf_ds.engine.engine import Engine, Rows
+from mlinterf_ds.engine.engine import Engine
 from mlinterf_ds.engine.space import Vector
 from mlinterf_ds.engine.throughput import peak_memory
 from mlinterf_ds.errors import UserError, refusing
@@ -106,7 +106,7 @@ def _rows(config: ConflictSection, counts: dict[str, int], data_ranks: int, on_c
     return wanted
 
 
-def gradient(engine: Engine, batches: Sequence[Rows]) -> Vector:
+def gradient(engine: Engine, batches: Sequence[Batch]) -> Vector:
     """This rank's shards (fp32, unscaled) of the gradient of the shared parameters on these micro-batches.
 
     An overflow (fp16) halves the loss scale for this gradient only; at scale 1 infinities and NaN stay. The engine's
@@ -137,9 +137,7 @@ def measure(
     """
     from deepspeed.accelerator import get_accelerator
 
-    dimension = sketch
-    if sketch == "auto":
-        dimension = "exact" if len(draws.languages) <= MOST_EXACT else DIMENSION
+    dimension = sketch if sketch != "auto" else "exact" if len(draws.languages) <= MOST_EXACT else DIMENSION
     seconds, last = {"gradients": 0.0, "similarity": 0.0}, time.perf_counter()
 
     def lap(work: str) -> None:
@@ -240,13 +238,13 @@ class Monitor:
         return [self._table, figure]
 
 
-def read_curves(path: Path, scope: str = "model") -> Curves:
-    """Reads the measurements of one scope from a conflict.csv. UserError if the file is missing, no such table, or has none."""
+def read_curves(path: Path) -> Curves:
+    """The whole model's similarities in a conflict.csv. UserError if the file is missing, no such table, or has none."""
     curves: dict[tuple[str, str], list[tuple[int, float]]] = {}
     for row in read_csv(path, FIELDS, "a run writes it with --set conflict.every=N (its output folder is meant)"):
-        if row["scope"] == scope:
+        if row["scope"] == "model":
             with refusing(f"{path}: not a table of {','.join(FIELDS)}"):
                 curves.setdefault((row["left"], row["right"]), []).append((int(row["step"]), float(row["cosine"])))
     if not curves:
-        raise UserError(f"{path}: has no measurement of scope {scope!r}")
+        raise UserError(f"{path}: has no measurement of scope 'model'")
     return curves

@@ -9,6 +9,7 @@ similarity is the ceiling of what two languages can reach.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from mlinterf_ds.data.batch import generator, key
 from mlinterf_ds.engine.engine import Engine
-from mlinterf_ds.engine.space import Segment, Space, Vector, shape_numel
+from mlinterf_ds.engine.space import Segment, Space, Vector
 from mlinterf_ds.model.encoder import SHARED
 
 DRAWS = 2  # batches of each language
@@ -214,7 +215,7 @@ def blocks(segment: Segment, engine: Engine, dimension: int, seed: int, signs: i
     """
     tensor, rank = engine.layout.tensor, engine.layout.tensor_rank
     copies = tensor if segment.partition_dim is not None else 1
-    count = -(-shape_numel(segment.shape) * copies // dimension)
+    count = -(-math.prod(segment.shape) * copies // dimension)
     source = generator(key(seed, "blocks", segment.name, size=16))
     rotation, sign_at = source.integers(dimension, size=count), source.integers(signs, size=count)
     sign = 2 * source.integers(2, size=count) - 1
@@ -243,8 +244,8 @@ def runs(segment: Segment, copies: int, rank: int) -> Sequence[tuple[int, int, i
     """
     if not segment.length:
         return []
-    outer = shape_numel(segment.shape[: segment.partition_dim or 0])  # slices of the parameter that ranks share out
-    inner = shape_numel(segment.shape) // outer  # elements of each that this rank holds
+    outer = math.prod(segment.shape[: segment.partition_dim or 0])  # slices of the parameter that ranks share out
+    inner = math.prod(segment.shape) // outer  # elements of each that this rank holds
     stretches = []
     start, end = segment.start, segment.start + segment.length
     for row in range(start // inner, (end - 1) // inner + 1):

@@ -31,7 +31,7 @@ VOCABULARY_MULTIPLE = 64  # whatever the number of ranks, so that checkpoints do
 
 
 class Batch(Protocol):
-    """The attributes of a batch that a forward pass reads."""
+    """The attributes of a batch that a forward pass reads, and how it comes to the device."""
 
     @property
     def tokens(self) -> Tensor: ...  # (rows, length) int64
@@ -48,11 +48,10 @@ class Batch(Protocol):
     @property
     def dropout_seed(self) -> int: ...
     @property
-    def segment_ids(
-        self,
-    ) -> Tensor | None: ...  # (rows, length): tokens see those of the same number; None: the whole row
+    def segment_ids(self) -> Tensor | None: ...  # (rows, length): tokens see those of the same number; None: the row
     @property
     def position_ids(self) -> Tensor | None: ...  # (rows, length) int64; None: columns
+    def to(self, device: torch.device) -> Any: ...  # `languages` stay on the host
 
 
 # -- the word embeddings of a large model --------------------------------------------------------------------------------
@@ -152,7 +151,7 @@ class MaskedHead(nn.Module):
 
     excluded: Tensor  # (columns,) -inf where the vocabulary is padding, else 0
 
-    def __init__(self, width: int, vocabulary: int, epsilon: float = 1e-5):
+    def __init__(self, width: int, vocabulary: int, epsilon: float):
         super().__init__()
         self.group = parallel_state.get_tensor_model_parallel_group()
         self.dense = nn.Linear(width, width)

@@ -28,12 +28,8 @@ from mlinterf_ds.errors import UserError
 from mlinterf_ds.model.routing import Routed, Router
 from mlinterf_ds.sections import ModelConfig, Variant, has_adapters, is_meta
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "gelu": F.gelu,
-    "relu": F.relu,
-    "tanh": torch.tanh,
-    "silu": F.silu,
-}
+Activation = Callable[[Tensor], Tensor]
+ACTIVATIONS: dict[str, Activation] = {"gelu": F.gelu, "relu": F.relu, "tanh": torch.tanh, "silu": F.silu}
 ROTARY_BASE = 10_000.0  # of the wavelengths of rotary positions (Su et al., 2021)
 
 
@@ -46,11 +42,27 @@ def parallel_config() -> ModelParallelConfig:
     )
 
 
-class ColumnLinear(ColumnParallelLinear):
-    """megatron's column-parallel linear layer with its bias; on one rank torch's fused one.
+class OneOutput(nn.Module):
+    """A linear layer of megatron's whose one output includes the bias; on one rank it is torch's fused one.
 
-    torch's computes the gradients that are needed and no others, and is twice differentiable.
+    torch's computes the gradients that are needed and no others, and is twice differentiable. megatron's layers also put an
+    empty `_extra_state` into state dicts, and so into checkpoints; these do not.
     """
+
+    ranks: int
+    weight: Tensor
+    bias: Tensor
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        if self.ranks == 1:
+            return F.linear(hidden, self.weight, self.bias)
+        return super().forward(hidden)[0]  # type: ignore[misc]
+
+    get_extra_state, set_extra_state = nn.Module.get_extra_state, nn.Module.set_extra_state
+
+
+class ColumnLinear(OneOutput, ColumnParallelLinear):
+    """(rows, length, inputs) to this rank's (rows, length, outputs / ranks)."""
 
     def __init__(self, inputs: int, outputs: int):
         group = parallel_state.get_tensor_model_parallel_group()
@@ -60,19 +72,11 @@ class ColumnLinear(ColumnParallelLinear):
         self.ranks = group.size()
         mark_split(self.weight, 0)
         mark_split(self.bias, 0)
-        _drop_extra_state(self)
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        """(rows, length, inputs) to this rank's (rows, length, outputs / ranks)."""
-        if self.ranks == 1:
-            return F.linear(hidden, self.weight, self.bias)
-        return super().forward(hidden)[0]
-
-    get_extra_state, set_extra_state = nn.Module.get_extra_state, nn.Module.set_extra_state
+        self._load_state_dict_pre_hooks.clear()  # they fill in a missing `_extra_state`
 
 
-class RowLinear(RowParallelLinear):
-    """megatron's row-parallel linear layer with its bias; on one rank torch's fused one."""
+class RowLinear(OneOutput, RowParallelLinear):
+    """This rank's (rows, length, inputs / ranks) to (rows, length, outputs), summed over the ranks."""
 
     def __init__(self, inputs: int, outputs: int):
         group = parallel_state.get_tensor_model_parallel_group()
@@ -82,26 +86,13 @@ class RowLinear(RowParallelLinear):
         )  # fmt: skip
         self.ranks = group.size()
         mark_split(self.weight, 1)
-        _drop_extra_state(self)
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        """This rank's (rows, length, inputs / ranks) to (rows, length, outputs), summed over the ranks."""
-        if self.ranks == 1:
-            return F.linear(hidden, self.weight, self.bias)
-        return super().forward(hidden)[0]
-
-    get_extra_state, set_extra_state = nn.Module.get_extra_state, nn.Module.set_extra_state
+        self._load_state_dict_pre_hooks.clear()
 
 
 def mark_split(parameter: Any, dimension: int) -> None:
     """Marks, as megatron does, that tensor-parallel ranks hold slices of a parameter along this dimension."""
     if not hasattr(parameter, "tensor_model_parallel"):  # megatron refuses to mark twice
         set_tensor_model_parallel_attributes(parameter, is_parallel=True, dim=dimension, stride=1)
-
-
-def _drop_extra_state(linear: nn.Module) -> None:
-    """Keeps the empty `_extra_state` of megatron's linear layers out of state dicts, and so out of checkpoints."""
-    linear._load_state_dict_pre_hooks.clear()
 
 
 class QueryKeyValue(ColumnLinear):

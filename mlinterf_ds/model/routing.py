@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -17,17 +16,11 @@ from torch import Tensor, nn
 from mlinterf_ds.errors import UserError, warn
 
 Region = Callable[..., Any]
+# A step's languages in the order in which every rank visits them: (language, first of the grouped rows, row after the last).
+Route = tuple[tuple[int, int, int], ...]
 MOST_LANGUAGES = 8  # languages of a pass up to which regions are compiled, since the code repeats for each of them
-MOST_KINDS = (
-    64  # compiled forms of a region, which differ by shape, by training or not, and by whose gradients it computes
-)
-
-
-@dataclass(frozen=True)
-class Route:
-    """A step's languages in the order in which every rank visits them, each with its slice of the grouped rows."""
-
-    slices: tuple[tuple[int, int, int], ...]  # (language, first row, row after the last)
+# Compiled forms of a region, which differ by shape, by training or not, and by whose gradients it computes.
+MOST_KINDS = 64
 
 
 class Router:
@@ -46,7 +39,7 @@ class Router:
     def run(self, region: Region, *arguments: Any) -> Any:
         """Runs a region of the model with these arguments and returns its value."""
         if self.regions is not None:
-            region = self.regions(region, len(self.route.slices) if self.route else 1)
+            region = self.regions(region, len(self.route) if self.route else 1)
         return region(*arguments)
 
     def plan(self, languages: Tensor, step_languages: Sequence[int]) -> tuple[Route, list[int] | None]:
@@ -66,7 +59,7 @@ class Router:
             end = first + rows.count(language)
             slices.append((language, first, end))
             first = end
-        return Route(tuple(slices)), None if order == list(range(len(rows))) else order
+        return tuple(slices), None if order == list(range(len(rows))) else order
 
     def _check(self, language: int) -> None:
         if not 0 <= language < len(self.languages):
@@ -115,8 +108,9 @@ class Routed(nn.Module):
     def follow(self, route: Route | None) -> None:
         """Looks up the copies that the route visits. This happens outside of compiled regions, so that one serves all
         languages."""
-        slices = () if route is None else route.slices
-        self.parts = tuple((self.language(self.languages[language]), first, end) for language, first, end in slices)
+        self.parts = tuple(
+            (self.language(self.languages[language]), first, end) for language, first, end in route or ()
+        )
 
     def forward(self, hidden: Tensor, **others: Any) -> Tensor:
         """Tensors among `others` have one entry a row along dimension 0, like `hidden`."""

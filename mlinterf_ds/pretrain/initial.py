@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -15,7 +16,7 @@ from torch import Tensor
 from mlinterf_ds.config import with_present_keys
 from mlinterf_ds.data.tokenizer import Tokenizer, Vocabulary
 from mlinterf_ds.engine import checkpoint
-from mlinterf_ds.engine.space import Segment, shape_numel
+from mlinterf_ds.engine.space import Segment
 from mlinterf_ds.engine.weights import CheckpointReader, check_shape
 from mlinterf_ds.errors import UserError, refusing
 from mlinterf_ds.export import folder
@@ -174,7 +175,7 @@ class WithLanguages:
     def _grown(self, wanted: Segment, tensor: int, tensor_rank: int) -> Tensor:
         """Elements of a parameter of the vocabulary with rows for new pieces and for padding, which hold the mean row."""
         assert wanted.partition_dim == 0 or tensor == 1
-        width, is_text = shape_numel(wanted.shape[1:]), torch.zeros(self.wanted.size, dtype=torch.bool)
+        width, is_text = math.prod(wanted.shape[1:]), torch.zeros(self.wanted.size, dtype=torch.bool)
         is_text[self.wanted.ordinary] = True
         first, last = wanted.start // width, -(-(wanted.start + wanted.length) // width)
         offset = wanted.shape[0] * tensor_rank + first  # the piece of the first row that is asked for

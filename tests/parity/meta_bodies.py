@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -408,7 +409,7 @@ def largest_tensor(json_name: str) -> tuple[int, int, int]:
     finally:
         space.BUCKET = bucket
     groups = engine.model.parameter_groups().values()
-    whole = [sum(space.shape_numel(tuple(getattr(p, "ds_shape", p.shape))) for p in group.values()) for group in groups]
+    whole = [sum(math.prod(tuple(getattr(p, "ds_shape", p.shape))) for p in group.values()) for group in groups]
     return max(sizes), min(whole[0], whole[1]), max(whole) // 2
 
 

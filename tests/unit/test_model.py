@@ -327,7 +327,7 @@ def test_an_untrained_head_can_start_at_given_frequencies() -> None:
 
     frequencies = torch.rand(70, dtype=torch.float64) + 0.1
     frequencies /= frequencies.sum()
-    head = MaskedHead(8, 70)
+    head = MaskedHead(8, 70, 1e-5)
     head.start_at(frequencies.log())
     predicted = head(torch.zeros(3, 8), torch.zeros(128, 8)).softmax(-1)
     torch.testing.assert_close(predicted[:, :70].double(), frequencies.expand(3, -1))
