@@ -64,6 +64,12 @@ def write_csv(path: Path, fields: Sequence[str], rows: Iterable[Sequence[Any]]) 
     write_text(path, buffer.getvalue())
 
 
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:
+    """The lines of a table in Markdown."""
+    first, *others = (f"| {' | '.join(map(str, cells))} |" for cells in (head, *rows))
+    return [first, "|---" * len(head) + "|", *others]
+
+
 def read_csv(path: Path, fields: Sequence[str], remedy: str) -> list[dict[str, str]]:
     """Reads a table whose header row has at least `fields`. Raises UserError for anything else; `remedy` says what to do
     about a file that is missing."""

@@ -85,12 +85,12 @@ def study(output: str, *settings: str, report: bool = False) -> int:
     """The study of `launch/recipes/study_ci.toml` with these settings, one job at a time; or only its report."""
     from unittest import mock
 
-    from mlinterf_ds.study import launch, main, runner
+    from mlinterf_ds.study import folders, main, runner
     from tests.commands import flags
 
     words = [f"output={output}", "tracking.enabled=false", "parallel=1", *settings]
     options = ["--recipe", "study_ci", *["--report"] * report]
-    with mock.patch.object(launch, "launch_command", command), mock.patch.object(runner, "POLL", 0.02):
+    with mock.patch.object(folders, "launch_command", command), mock.patch.object(runner, "POLL", 0.02):
         return main.main([*options, *flags(*words)])
 
 

@@ -37,7 +37,7 @@ def registered(source: str, folder: Path, name: str) -> str:
     """Registers the folder exported from `source`, in the run that trained it if MLflow has that; returns a sentence about it."""
     import mlflow
 
-    from mlinterf_ds.export.registry import register
+    from mlinterf_ds.export.pyfunc import register
     from mlinterf_ds.pretrained import opened
     from mlinterf_ds.tracking.facts import tracking_uri
 

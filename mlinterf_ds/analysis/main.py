@@ -41,9 +41,7 @@ def run(config: AnalyzeConfig, deepspeed_json: dict[str, Any], group: Group | No
         if (output / "summary.json").is_file():
             raise UserError(f"{output} holds an analysis: choose another output")
 
-    from deepspeed.accelerator import (
-        get_accelerator,
-    )  # after `runtime.parallel`, which imports DeepSpeed in its own way
+    from deepspeed.accelerator import get_accelerator  # after `runtime.parallel`, which imports DeepSpeed its own way
 
     with session(config.name, config.output, config.parallel, refuse, group) as here:
         precision, reason = choose_precision(config.train.precision, deepspeed_json)

@@ -14,9 +14,9 @@ without context. Floors and scores are in percent.
 
 from __future__ import annotations
 
-import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -24,24 +24,28 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 from torch.nn.utils.rnn import pad_sequence
 
 from mlinterf_ds.analysis.config import ProbeTask
 from mlinterf_ds.analysis.job import AnalysisJob
-from mlinterf_ds.analysis.probe_scores import Array, Links, Probe, diagonal, f1, linked, retrieved
 from mlinterf_ds.data import synthetic
 from mlinterf_ds.data.tokenizer import lines_of, normalise
 from mlinterf_ds.engine.precision import DTYPES
 from mlinterf_ds.errors import UserError
-from mlinterf_ds.files import write_text
+from mlinterf_ds.files import markdown_table, write_text
 from mlinterf_ds.plots.heatmaps import heatmaps
 from mlinterf_ds.tasks import TASKS
 from mlinterf_ds.tasks.files import read_text
 from mlinterf_ds.tasks.tagging import Tagger
 
 ROWS = 64  # sentences encoded at once
+PENALTY = 0.01  # of the ridge, in variances of a feature
+NEIGHBOURS = 10  # over which CSLS takes its means (Conneau et al., 2018)
 METRICS = {"pos": "accuracy", "ner": "f1"}
 FLOOR, LEXICAL, EMBEDDINGS = "floor", "lexical", "embeddings"
+Array = NDArray[Any]
+Links = set[tuple[int, int]]  # (word of the left sentence, word of the right one)
 Scores = dict[str, dict[str, dict[str, float]]]  # measure -> language -> column -> percent
 States = list[Array]  # of each sentence (layers + 1, words, width) fp32: embeddings, then every layer's output
 
@@ -92,13 +96,17 @@ def write(job: AnalysisJob, scores: Scores, columns: Sequence[str], notes: Seque
 
 def shown(scores: Scores, columns: Sequence[str], notes: Sequence[str]) -> str:
     """The last layer's scores beside their floors, as Markdown."""
-    lines = ["| measure | language | last layer | embeddings | lexical | floor |", "|---|---|---|---|---|---|"]
-    for measure, of_measure in scores.items():
-        for code, row in of_measure.items():
-            cells = [row.get(name, math.nan) for name in (columns[-1], EMBEDDINGS, LEXICAL, FLOOR)]
-            numbers = " | ".join("" if math.isnan(value) else f"{value:.1f}" for value in cells)
-            lines.append(f"| {measure} | {code} | {numbers} |")
-    return "\n".join([*lines, "", *notes]) + "\n"
+    rows = [
+        [
+            measure,
+            code,
+            *(f"{row[name]:.1f}" if name in row else "" for name in (columns[-1], EMBEDDINGS, LEXICAL, FLOOR)),
+        ]
+        for measure, of_measure in scores.items()
+        for code, row in of_measure.items()
+    ]
+    head = ["measure", "language", "last layer", "embeddings", "lexical", "floor"]
+    return "\n".join([*markdown_table(head, rows), "", *notes]) + "\n"
 
 
 class Frozen:
@@ -269,10 +277,83 @@ def read_parallel(files: Mapping[str, str], codes: Sequence[str], count: int) ->
     lines = {}
     for code in codes:
         text = lines_of(read_text(Path(files[code])))
-        lines[code] = [
-            normalise(line).split() for line in text[: len(text) - (not text[-1])]
-        ]  # the end of the last is no line
+        if not text[-1]:  # behind the end of the last line
+            text.pop()
+        lines[code] = [normalise(line).split() for line in text]
     if len({len(of_file) for of_file in lines.values()}) > 1:
         counted = ", ".join(f"{files[code]} has {len(of_file)}" for code, of_file in lines.items())
         raise UserError(f"probe.parallel: the files are not parallel line by line: {counted} lines")
     return {code: list(of_file[:count]) for code, of_file in lines.items()}
+
+
+# -- scores of states: each has a closed form or is a count, so that nothing is drawn at random and no step size is chosen --------
+@dataclass(frozen=True)
+class Probe:
+    """A linear classifier of states: ridge regression of the classes' indicators on standardised features."""
+
+    mean: Array  # (width,)
+    scale: Array  # (width,)
+    weights: Array  # (width, classes)
+    bias: Array  # (classes,)
+
+    @classmethod
+    def fitted(cls, states: Array, classes: Array, count: int) -> Probe:
+        """states: (words, width); classes: (words,) numbers below `count`."""
+        states, indicators = states.astype(np.float64), np.eye(count)[classes]
+        mean, scale = states.mean(0), states.std(0)
+        features = (states - mean) / np.where(scale > 0, scale, 1)
+        bias = indicators.mean(0)
+        gram = features.T @ features + PENALTY * len(features) * np.eye(features.shape[1])
+        weights = np.linalg.solve(gram, features.T @ (indicators - bias))
+        return cls(mean, np.where(scale > 0, scale, 1), weights, bias)
+
+    def classes(self, states: Array) -> Array:
+        """The class of each of the states (words, width)."""
+        predicted: Array = ((states - self.mean) / self.scale @ self.weights + self.bias).argmax(-1)
+        return predicted
+
+
+def cosines(left: Array, right: Array) -> Array:
+    """(n, m) cosines of left (n, width) and right (m, width)."""
+    left, right = (side / np.maximum(np.linalg.norm(side, axis=-1, keepdims=True), 1e-12) for side in (left, right))
+    product: Array = left @ right.T
+    return product
+
+
+def csls(similarity: Array, neighbours: int = NEIGHBOURS) -> Array:
+    """2 s - r(row) - r(column), where r is the mean over the nearest neighbours: neighbours of all and sundry count for less."""
+    k = min(neighbours, *similarity.shape)
+    of_rows = np.sort(similarity, axis=1)[:, -k:].mean(1, keepdims=True)
+    of_columns = np.sort(similarity, axis=0)[-k:].mean(0, keepdims=True)
+    adjusted: Array = 2 * similarity - of_rows - of_columns
+    return adjusted
+
+
+def retrieved(left: Array, right: Array) -> tuple[float, float]:
+    """The percentages of sentences whose translation is nearest by CSLS, from left to right and back.
+
+    left, right: (sentences, width); row k of one translates row k of the other.
+    """
+    similarity = csls(cosines(left, right))
+    own = np.arange(len(similarity))
+    return float(100 * (similarity.argmax(1) == own).mean()), float(100 * (similarity.argmax(0) == own).mean())
+
+
+def linked(left: Array, right: Array) -> Links:
+    """The pairs of words each of which is the other's nearest by cosine; left: (words, width), right: (words, width)."""
+    similarity = cosines(left, right)
+    nearest, back = similarity.argmax(1), similarity.argmax(0)
+    return {(i, int(j)) for i, j in enumerate(nearest) if back[j] == i}
+
+
+def diagonal(left: int, right: int) -> Links:
+    """The links of words that stand at the same place in both sentences, which have so many words."""
+    return {(k, k) for k in range(min(left, right))}
+
+
+def f1(pairs: Iterable[tuple[Links, Links]]) -> float:
+    """F1 in percent of the predicted links against the gold ones, over all sentences together."""
+    right = predicted = gold = 0
+    for of_sentence, known in pairs:
+        right, predicted, gold = right + len(of_sentence & known), predicted + len(of_sentence), gold + len(known)
+    return 200 * right / (predicted + gold) if predicted + gold else 0.0

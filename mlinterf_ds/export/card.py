@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mlinterf_ds.export.heads import LINEAR, SPAN, TEXT, TOKENS, default_language, head_of
-from mlinterf_ds.files import read_json, sha256
+from mlinterf_ds.files import markdown_table, read_json, sha256
 from mlinterf_ds.pretrained import Finetuned, Pretrained
 from mlinterf_ds.sections import MetaConfig, has_adapters, is_meta, is_routed
 from mlinterf_ds.tasks import TASKS
@@ -61,59 +61,49 @@ answer(question="...", context="...")""",
 
 def card(model: Pretrained | Finetuned, config: dict[str, Any]) -> str:
     """The text of README.md: what the model is and scores, how it was trained and how to load it; config: its config.json."""
-    tuned = isinstance(model, Finetuned)
-    pretrained = model.pretrained if isinstance(model, Finetuned) else model
+    if isinstance(model, Finetuned):
+        pretrained, heading, training = model.pretrained, _task_heading(model), _finetuning(model)
+        scores, use, source = _task_scores(model), _task_use(model, config), model.saved.get("source", {})
+    else:
+        pretrained, heading, training = model, _heading(model), _pretraining(model)
+        scores, use = _perplexities(model), STOCK_USE
+        if "auto_map" in config:
+            use = ROUTED_USE.replace("CODE", json.dumps(model.languages[-1]))
+        source = {"manifest": model.saved.get("manifest"), **model.saved["config"]}
+    lines = [*heading, *_shape(pretrained), *training, "", "## Scores", "", *scores, "", "## Use", "", use, ""]
+    lines += [_reading(pretrained), "", "## Limits and licence", "", _departures(pretrained), "", _licence(source)]
+    return "\n".join(lines) + "\n"
+
+
+def _shape(pretrained: Pretrained) -> list[str]:
+    """What the model is made of."""
     variant, shape = pretrained.run_variant, pretrained.shape()
     how = "by the meta step (Algorithm 1 of the paper)" if is_meta(variant) else "with all other parameters"
     trained = f", trained {how}" if is_routed(variant) else ""
-    adapters = (
-        f", adapters of width {shape.adapter_width} ({shape.adapter_activation})" if has_adapters(variant) else ""
-    )
-    lines = [
-        *(_task_heading(model) if isinstance(model, Finetuned) else _heading(pretrained)),
+    width = f", adapters of width {shape.adapter_width} ({shape.adapter_activation})" if has_adapters(variant) else ""
+    return [
         f"- Variant `{variant}`: {ROUTED[pretrained.variant]}{trained}.",
         f"- {shape.layers} layers, width {shape.width}, {shape.heads} heads of width {shape.kv_channels}, feed-forward "
-        f"{shape.ffn}{adapters}, a vocabulary of {pretrained.saved['vocabulary']} pieces, rows of up to "
+        f"{shape.ffn}{width}, a vocabulary of {pretrained.saved['vocabulary']} pieces, rows of up to "
         f"{pretrained.positions} pieces.",
-        *(_finetuning(model) if isinstance(model, Finetuned) else _pretraining(pretrained)),
-        "",
-        "## Scores",
-        "",
-        *(_task_scores(model) if isinstance(model, Finetuned) else _perplexities(pretrained)),
-        "",
-        "## Use",
-        "",
-        _task_use(model, config) if isinstance(model, Finetuned) else _use(config, pretrained.languages),
-        "",
-        "The tokenizer is that of the model whose vocabulary the corpus took."
-        if pretrained.tokenizer().foreign
-        else "The tokenizer reads `<mask>` and the other special pieces in a text as such. It gives all other text the ids of "
-        "`sentencepiece.model`, after NFC normalisation and with single spaces.",
-        "",
-        "## Limits and licence",
-        "",
-        _departures(pretrained),
-        "",
-        _licence(
-            model.saved.get("source", {})
-            if tuned
-            else {"manifest": pretrained.saved.get("manifest"), **pretrained.saved["config"]}
-        ),
     ]
-    return "\n".join(lines) + "\n"
+
+
+def _reading(pretrained: Pretrained) -> str:
+    """How the tokenizer reads a text."""
+    if pretrained.tokenizer().foreign:
+        return "The tokenizer is that of the model whose vocabulary the corpus took."
+    return (
+        "The tokenizer reads `<mask>` and the other special pieces in a text as such. It gives all other text the ids of "
+        "`sentencepiece.model`, after NFC normalisation and with single spaces."
+    )
 
 
 def _yaml(languages: list[str], pipeline: str, tags: list[str]) -> list[str]:
     """The head of the card, in YAML, which programs read."""
     lines = ["---", "language:", *(f"- {json.dumps(code)}" for code in languages)]
-    return [
-        *lines,
-        "library_name: transformers",
-        f"pipeline_tag: {pipeline}",
-        "tags:",
-        *(f"- {tag}" for tag in tags),
-        "---",
-    ]
+    lines += ["library_name: transformers", f"pipeline_tag: {pipeline}", "tags:"]
+    return [*lines, *(f"- {tag}" for tag in tags), "---"]
 
 
 # --- a pretraining -------------------------------------------------------------------------------------------------------
@@ -151,14 +141,10 @@ def _perplexities(pretrained: Pretrained) -> list[str]:
     path = pretrained.path.parents[1] / "summary.json"
     floors = read_json(path).get("unigram_perplexity", {}) if path.is_file() else {}
     rows = [
-        f"| {code} | {perplexity:.2f} | {f'{floors[code]:.1f}' if code in floors else ''} | {step} |"
+        [code, f"{perplexity:.2f}", f"{floors[code]:.1f}" if code in floors else "", step]
         for code, (step, perplexity) in history.items()
     ]
-    return ["| language | validation perplexity | unigram | at step |", "|---|---|---|---|", *rows]
-
-
-def _use(config: dict[str, Any], languages: list[str]) -> str:
-    return ROUTED_USE.replace("CODE", json.dumps(languages[-1])) if "auto_map" in config else STOCK_USE
+    return markdown_table(["language", "validation perplexity", "unigram", "at step"], rows)
 
 
 # --- a fine-tuning -------------------------------------------------------------------------------------------------------
@@ -198,17 +184,16 @@ def _task_scores(model: Finetuned) -> list[str]:
     """A table of this seed's scores on every test set beside the baselines'; without a summary, of those on the dev sets."""
     summary, progress = model.summary, model.saved["progress"]
     if not summary:
-        rows = [f"| {code} | {score:.1f} |" for code, score in progress["dev"][progress["best_epoch"] - 1].items()]
-        return ["| language | dev score |", "|---|---|", *rows]
+        scores = progress["dev"][progress["best_epoch"] - 1]
+        return markdown_table(["language", "dev score"], [[code, f"{score:.1f}"] for code, score in scores.items()])
     seed = summary["seeds"].index(model.saved["point"]["seed"])
     metric, floors = summary["metric"], summary["baselines"]
     names = sorted({name for scores in floors.values() for name in scores}, reverse=True)
-    head = ["language", "setting", "examples", metric, *names]
-    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    rows = []
     for code, values in summary["per_seed"].items():
-        cells = [code, summary["setting"][code], str(summary["examples"]["test"][code]), f"{values[seed]:.1f}"]
-        cells += [f"{floors[code][name][metric]:.1f}" if name in floors[code] else "" for name in names]
-        lines.append(f"| {' | '.join(cells)} |")
+        cells = [code, summary["setting"][code], summary["examples"]["test"][code], f"{values[seed]:.1f}"]
+        rows.append(cells + [f"{floors[code][name][metric]:.1f}" if name in floors[code] else "" for name in names])
+    lines = markdown_table(["language", "setting", "examples", metric, *names], rows)
     return [*lines, "", "The columns after the score are baselines that need no model: see the task's guide."]
 
 

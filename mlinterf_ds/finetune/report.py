@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from mlinterf_ds.files import markdown_table
 from mlinterf_ds.finetune.trial import FinetuneJob
 from mlinterf_ds.tasks import metrics
 from mlinterf_ds.tasks.sources import Options
@@ -82,8 +83,7 @@ def table(summary: dict[str, Any]) -> str:
     title = f"{metric} (mean ± std of {seeds})" if seeds > 1 else metric
     head = ["language", "setting", "examples", title, "majority"]
     head += floors + [f"{name} (majority)" for name in others] + ["95% interval"] * ("interval" in summary)
-    lines = [f"# {summary['task']}: {summary['variant']}, {', '.join(summary['languages'])}", ""]
-    lines += [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    rows = []
     for language, setting in summary["setting"].items():
         cells = [language, setting, str(summary["examples"]["test"][language])]
         if language in summary["unscored"]:
@@ -96,8 +96,13 @@ def table(summary: dict[str, Any]) -> str:
             cells += [f"{means[name]['mean']:.1f} ({floor[name]:.1f})" for name in others]
             if "interval" in summary:
                 cells.append("{:.1f} to {:.1f}".format(*summary["interval"][language]))
-        lines.append(f"| {' | '.join(cells)} |")
-    lines += ["", f"Chosen by the dev set: {', '.join(f'{k} {v:g}' for k, v in summary['chosen'].items())}."]
+        rows.append(cells)
+    lines = [f"# {summary['task']}: {summary['variant']}, {', '.join(summary['languages'])}", ""]
+    lines += [
+        *markdown_table(head, rows),
+        "",
+        f"Chosen by the dev set: {', '.join(f'{k} {v:g}' for k, v in summary['chosen'].items())}.",
+    ]
     if "transfer" in summary:
         shown = {
             name: "n/a" if v is None else f"{v:.2f}" for name, v in summary["transfer"]["rank_correlation"].items()

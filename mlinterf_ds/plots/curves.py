@@ -45,9 +45,7 @@ def perplexity_curves(
     curves = {name: sorted(point for point in points if 0 < point[1] < math.inf) for name, points in history.items()}
     curves = {name: points for name, points in curves.items() if points}
     floors = {name: value for name, value in (baselines or {}).items() if name in curves and 0 < value < math.inf}
-    order = sorted(
-        curves, key=lambda name: curves[name][-1][1], reverse=True
-    )  # from the highest line end to the lowest
+    order = sorted(curves, key=lambda name: -curves[name][-1][1])  # from the highest line end to the lowest
     named = order if len(order) <= MOST_LABELS else order[:EXTREMES] + order[-EXTREMES:]
     figure = style.new_figure(7.2, max(4.2, 0.235 * len(named) + 1.2))
     axes = figure.add_subplot()

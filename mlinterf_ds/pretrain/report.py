@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from mlinterf_ds.data.corpus import Corpus
 from mlinterf_ds.errors import resumption
-from mlinterf_ds.files import write_csv, write_json
+from mlinterf_ds.files import markdown_table, write_csv, write_json
 from mlinterf_ds.pretrain.config import RunConfig
 from mlinterf_ds.tracking import Tracker, dataset, environment_facts
 
@@ -107,8 +107,7 @@ def description(summary: Mapping[str, Any]) -> str:
     head = ["language", "validation perplexity", "unigram", "bits per character"]
     names = ("valid_perplexity", "unigram_perplexity", "valid_bits_per_character")
     rows = [[code, *(f"{summary[name][code]:.2f}" for name in names)] for code in summary["languages"]]
-    lines = [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)]
-    return f"Pretraining: {summary['variant']}, {summary['steps']} steps\n\n" + "\n".join(lines)
+    return "\n".join([f"Pretraining: {summary['variant']}, {summary['steps']} steps", "", *markdown_table(head, rows)])
 
 
 def show(summary: Mapping[str, Any], seen: Mapping[str, Mapping[str, float]], output: Path, browse: str) -> None:

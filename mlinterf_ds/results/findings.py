@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from mlinterf_ds.files import markdown_table
 from mlinterf_ds.results import paper
 from mlinterf_ds.results.records import Records, TaskScore
 from mlinterf_ds.results.runs import read_counts
@@ -122,9 +123,8 @@ def example_counts(scores: Sequence[TaskScore]) -> np.ndarray | None:
     """(scores, examples, 3) counts of (right, predicted, gold), each the mean over a model's fine-tunings; None if not known."""
     tables = [read_counts(score.counts) for score in scores]
     known = [table.mean(axis=0) for table in tables if table is not None]
-    return (
-        np.stack(known) if known and len({len(table) for table in known}) == 1 and len(known) == len(tables) else None
-    )
+    comparable = known and len(known) == len(tables) and len({len(table) for table in known}) == 1
+    return np.stack(known) if comparable else None
 
 
 def difference(
@@ -261,26 +261,15 @@ def corrected(findings: Sequence[Finding], confidence: float) -> list[Finding]:
 # --- as text -----------------------------------------------------------------------------------------------------------
 def markdown(findings: Sequence[Finding], confidence: float) -> str:
     """A table of all findings with the scores that they are to be seen beside."""
-    head = [
-        "claim",
-        "verdict",
-        "uncorrected",
-        "effect",
-        f"{confidence:.0%} interval",
-        "d",
-        "seeds",
-        "p",
-        "adjusted p",
-        "beside",
-    ]
-    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    span = f"{confidence:.0%} interval"
+    head = ["claim", "verdict", "uncorrected", "effect", span, "d", "seeds", "p", "adjusted p", "beside"]
+    rows = []
     for row in findings:
         beside = ", ".join(f"{name} {value:.1f}" for name, value in row.beside.items())
         notes = "; ".join(dict.fromkeys(filter(None, [row.reason, beside, below_lexical(row), row.note])))
-        numbers, seeds = " | ".join(interval(row)), len(row.effect.values)
-        ps = " | ".join(p_values(row))
-        lines.append(f"| {row.claim} | **{row.verdict}** | {row.uncorrected} | {numbers} | {seeds} | {ps} | {notes} |")
-    return "\n".join([*lines, "", caution(findings, confidence)]) + "\n"
+        told = [row.claim, f"**{row.verdict}**", row.uncorrected, *interval(row), len(row.effect.values)]
+        rows.append([*told, *p_values(row), notes])
+    return "\n".join([*markdown_table(head, rows), "", caution(findings, confidence)]) + "\n"
 
 
 def below_lexical(finding: Finding) -> str:

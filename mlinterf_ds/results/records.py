@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 import statistics
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -48,9 +49,7 @@ class TaskScore(StudyModel):
     majority: float  # what always guessing the most frequent class scores
     others: dict[str, float] = field(default_factory=dict)  # further metrics
     lexical: float | None = None  # what each word's commonest label in the training data scores; None: no such baseline
-    counts: list[str] = field(
-        default_factory=list
-    )  # files of (right, predicted, gold) for each example, one a fine-tuning
+    counts: list[str] = field(default_factory=list)  # files of (right, predicted, gold), one a fine-tuning
 
     @property
     def within(self) -> bool:
@@ -70,6 +69,10 @@ class TrainedModel(StudyModel):
     unigram: dict[str, float] = field(default_factory=dict)  # language -> perplexity of its unigrams
     early_loss: float | None = None  # see `runs.early_loss`; in nats
     folder: str = ""
+
+    def curve(self, language: str) -> list[tuple[int, float]]:
+        """The finite perplexities after step 0; beside an untrained model's all others would look alike."""
+        return [(step, value) for step, value in self.history.get(language, []) if step and math.isfinite(value)]
 
 
 @dataclass(frozen=True)

@@ -170,9 +170,7 @@ class FineTunedRun:
     tests: dict[str, str]  # tested language -> its test data
     scores: dict[str, dict[int, float]]  # tested language -> fine-tuning seed -> score in percent
     majority: dict[str, float]  # tested language -> what always guessing the most frequent class scores
-    lexical: dict[
-        str, float
-    ]  # tested language -> what each word's commonest label in training scores, if that is known
+    lexical: dict[str, float]  # tested language -> what each word's commonest label in training scores, if known
     others: dict[str, dict[str, float]]  # tested language -> further metrics, means over the fine-tuning seeds
 
     @classmethod

@@ -123,6 +123,25 @@ def _spread(values: Sequence[float] | np.ndarray) -> float:
     return spread if spread and spread >= 1e-9 * abs(float(np.mean(values))) else 0.0
 
 
+def detectable(spread: float, seeds: int, confidence: float, power: float = 0.8) -> float:
+    """The least mean of paired differences that a two-sided t test tells from 0 with this power; inf with one seed.
+
+    spread: the standard deviation of the differences over seeds. The test's power is that of the noncentral t distribution
+    (Cohen, Statistical Power Analysis, 1988, chapter 2).
+    """
+    if seeds < 2:
+        return math.inf
+    from scipy.optimize import brentq
+    from scipy.stats import nct, t
+
+    freedom, border = seeds - 1, t.ppf((1 + confidence) / 2, seeds - 1)
+
+    def lacking(shift: float) -> float:
+        return power - float(nct.sf(border, freedom, shift))
+
+    return float(brentq(lacking, 0.0, 10.0 + 2.0 * float(border))) * spread / math.sqrt(seeds)
+
+
 # --- verdicts ----------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Judgement:

@@ -18,13 +18,7 @@ RECIPES = {
     "analyze": "mlinterf_ds.analysis.main",
 }
 # These files start a run, watch it and show what it measured: no number depends on them.
-IRRELEVANT = (
-    "plots",
-    "runtime/launchers.py",
-    "runtime/restarts.py",
-    "runtime/output.py",
-    "tracking",
-)
+IRRELEVANT = ("plots", "runtime/launchers.py", "runtime/restarts.py", "runtime/output.py", "tracking")
 
 
 @functools.cache
@@ -36,11 +30,10 @@ def code_hash(kind: str) -> str:
     return digest.hexdigest()
 
 
-def imported_files(module: str, without: tuple[str, ...] = (), in_functions: bool = True) -> list[Path]:
-    """The package's files that run when `module` is imported, itself included, sorted by path.
+def imported_files(module: str, without: tuple[str, ...] = ()) -> list[Path]:
+    """The package's files that `module` imports, at once or inside functions, itself included, sorted by path.
 
     without: files and folders below the package that are left out, and not followed.
-    in_functions: also follow the imports that stand inside functions, which run later or never.
     """
     reached: set[Path] = set()
     waiting = _files_of(module)
@@ -49,7 +42,7 @@ def imported_files(module: str, without: tuple[str, ...] = (), in_functions: boo
         if path in reached or any(path.is_relative_to(PACKAGE / name) for name in without):
             continue
         reached.add(path)
-        for name in _imports(_tree(path), in_functions):
+        for name in _imports(_tree(path)):
             waiting += _files_of(name)
     return sorted(reached)
 
@@ -59,17 +52,15 @@ def _tree(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"))
 
 
-def _imports(node: ast.AST, in_functions: bool) -> Iterator[str]:
+def _imports(node: ast.AST) -> Iterator[str]:
     """The dotted names that a syntax tree imports; names inside `if TYPE_CHECKING` are for the type checker alone."""
     for child in ast.iter_child_nodes(node):
         if isinstance(child, ast.Import):
             yield from (alias.name for alias in child.names)
         elif isinstance(child, ast.ImportFrom) and child.module:
             yield from (f"{child.module}.{alias.name}" for alias in child.names)  # a module, or a name in one
-        elif isinstance(child, ast.If) and "TYPE_CHECKING" in ast.dump(child.test):
-            continue
-        elif in_functions or not isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef):
-            yield from _imports(child, in_functions)
+        elif not (isinstance(child, ast.If) and "TYPE_CHECKING" in ast.dump(child.test)):
+            yield from _imports(child)
 
 
 def _files_of(name: str) -> list[Path]:

@@ -1,18 +1,34 @@
-"""An estimate of a study's time: from jobs that have finished if there are some, else from figures that were measured once."""
+"""What a study will cost and what it can tell, before it starts.
+
+Its time is estimated from jobs that have finished if there are some, else from figures that were measured once; the effects that it
+could tell from none, from the spread over seeds that an earlier study had.
+"""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import median
+from statistics import median, stdev
 
+from mlinterf_ds.errors import refusing
+from mlinterf_ds.files import read_json
+from mlinterf_ds.results.statistics import detectable
 from mlinterf_ds.sections import is_meta
 from mlinterf_ds.study.folders import is_finished, read_record
 from mlinterf_ds.study.jobs import Job, Unit
 
 UNIT = 2.0  # seconds to build a model and to write its results
+# seconds of each analysis
+ANALYSES = {
+    "conflict": 15.0,
+    "prune": 60.0,
+    "probe": 15.0,
+    "interference": 60.0,
+    "interference-null": 20.0,
+    "conflict-training": 5.0,
+}
 
 
 @dataclass(frozen=True)
@@ -35,16 +51,7 @@ class Calibration:
     rates: Rates = CPU
     startup: float = 12.0  # a job's launcher, imports and process group
     factor: dict[str, float] = field(default_factory=lambda: {"meta": 4.0})  # by kind of unit: seconds / `_work`
-    analysis: dict[str, float] = field(
-        default_factory=lambda: {
-            "conflict": 15.0,
-            "prune": 60.0,
-            "probe": 15.0,
-            "interference": 60.0,
-            "interference-null": 20.0,
-            "conflict-training": 5.0,
-        }
-    )
+    analysis: dict[str, float] = field(default_factory=lambda: dict(ANALYSES))
     measured: int = 0  # finished jobs that these figures come from
 
     @classmethod
@@ -115,4 +122,24 @@ def show(jobs: Sequence[Job], output: Path, slots: int, by_job: bool = False, ra
         names = job.needs[0].name if len(job.needs) == 1 else f"{len(job.needs)} jobs"
         state = f"{costs.seconds(job):.0f} s" if job in left else "finished"
         lines.append(f"  {job.name:<48}{len(job.units):>3} units  {state:>9}{f'  after {names}' if job.needs else ''}")
+    return "\n".join(lines)
+
+
+# --- power -------------------------------------------------------------------------------------------------------------
+def spreads(findings: Path) -> dict[str, float]:
+    """Claim -> standard deviation of its effect over the seeds, from the findings.json of a study; {} where there is none yet."""
+    if not findings.is_file():
+        return {}
+    with refusing(f"{findings}: not a study's findings", "; run the study with --report to make them anew"):
+        effects = {row["name"]: row["effect"]["values"] for row in read_json(findings)}
+        return {name: stdev(values) for name, values in effects.items() if len(values) > 1}
+
+
+def show_power(known: Mapping[str, float], seeds: int, confidence: float) -> str:
+    """A line for each claim with the effect that the study could detect, in the claim's unit."""
+    lines = [f"with {seeds} seeds an effect of this size is told from none in 80 of 100 studies (before correction):"]
+    lines += [
+        f"  {name:<40}{detectable(spread, seeds, confidence):>10.3g}   (spread {spread:.3g})"
+        for name, spread in known.items()
+    ]
     return "\n".join(lines)

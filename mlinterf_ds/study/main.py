@@ -20,14 +20,12 @@ from mlinterf_ds.config import describe, load_config
 from mlinterf_ds.config import parser as launcher_parser
 from mlinterf_ds.errors import UserError
 from mlinterf_ds.files import write_json
-from mlinterf_ds.results import power
 from mlinterf_ds.results.findings import Finding
 from mlinterf_ds.study import cost, mlflow_run, plan, report, runner, sequential, slurm, worker
 from mlinterf_ds.study.config import AnalysisSection, SetSection, StudyConfig, TaskSection
 from mlinterf_ds.study.corpora import Corpora
-from mlinterf_ds.study.folders import Outcome, last_known, read_outcome, try_lock
+from mlinterf_ds.study.folders import Outcome, last_known, read_outcome, try_lock, write_job
 from mlinterf_ds.study.jobs import Job
-from mlinterf_ds.study.launch import write_job
 from mlinterf_ds.tracking import Tracker
 from mlinterf_ds.tracking.__main__ import send_rest
 from mlinterf_ds.tracking.facts import first_line
@@ -122,8 +120,8 @@ class Study:
 
     def power(self) -> str:
         """Says which effects the study could detect, by its own findings so far or else the recipe's pilot; '' without both."""
-        known = power.spreads(self.output / "findings.json") or self.config.pilot
-        return power.show(known, len(self.config.seeds), self.config.confidence) if known else ""
+        known = cost.spreads(self.output / "findings.json") or self.config.pilot
+        return cost.show_power(known, len(self.config.seeds), self.config.confidence) if known else ""
 
     def run(self) -> int:
         """Run on this machine what has not finished, then report; 1 if a job failed."""

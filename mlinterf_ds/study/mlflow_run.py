@@ -92,7 +92,7 @@ def register(records: Records, name: str, output: Path, run_id: str) -> str:
     """Export the best model to `<output>/best_model` and register it under `name`; a sentence that says what was done."""
     import mlflow
 
-    from mlinterf_ds.export import registry
+    from mlinterf_ds.export import pyfunc
     from mlinterf_ds.export.hf import export
     from mlinterf_ds.tracking.facts import tracking_uri
 
@@ -100,16 +100,13 @@ def register(records: Records, name: str, output: Path, run_id: str) -> str:
     if chosen is None:
         return "no joint model to register"
     mlflow.set_tracking_uri(tracking_uri())
-    client, label = (
-        mlflow.MlflowClient(),
-        Path(chosen.folder).parent.name,
-    )  # the name of its job's folder, with the hash
-    versions = client.search_model_versions(f"name='{name}'")
+    label = Path(chosen.folder).parent.name  # of its job's folder, with the hash
+    versions = mlflow.MlflowClient().search_model_versions(f"name='{name}'")
     if label in {version.tags.get("job") for version in versions}:
         return f"the best model is still {label}, registered as {name}"
     folder = output / "best_model"
     shutil.rmtree(folder, ignore_errors=True)
     export(chosen.folder, folder)
     facts = {"job": label, "variant": chosen.variant, "languages": ",".join(chosen.languages), "seed": str(chosen.seed)}
-    newest = registry.register(folder, name, run_id, "best_model", facts)
+    newest = pyfunc.register(folder, name, run_id, "best_model", facts)
     return f"registered {label} as models:/{name}/{newest}"

@@ -15,7 +15,6 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from mlinterf_ds.results import paper
-from mlinterf_ds.results.convergence import CONVERGENCE
 from mlinterf_ds.results.findings import Finding, below_lexical, caution, interval, p_values
 from mlinterf_ds.results.forms import Cell, Table
 from mlinterf_ds.results.records import Records, TaskScore, TrainedModel
@@ -24,7 +23,7 @@ from mlinterf_ds.results.tables import NAMES, titles
 from mlinterf_ds.study.config import StudyConfig
 
 FIGURES = {
-    CONVERGENCE: "Convergence of plain and meta adapters",
+    "convergence": "Convergence of plain and meta adapters",
     "interference": "Interference",
     "interference-null": "Null control: two halves of one language",
     "conflict-training": "Gradient conflict during training",
@@ -39,7 +38,7 @@ CAPTIONS = {
     "transfer": "Zero-shot transfer between languages", "validation": "Validation perplexity during pretraining",
     "training": "Curves during training", "matrix": "Similarity of each two languages",
     "components": "Similarity by layer and component", "layers": "Similarity of the masks by layer",
-    "extremes": "Parameters that a language's masks value most and least", CONVERGENCE: "Validation perplexity, plain and meta adapters",
+    "extremes": "Parameters that a language's masks value most and least", "convergence": "Validation perplexity, plain and meta adapters",
 }  # fmt: skip
 ABOUT = ("made", "git_commit", "git_dirty")  # the facts at the head of the page; the others, versions, stand at its end
 LARGEST = 400_000  # bytes of a figure that the page still includes

@@ -11,7 +11,7 @@ from mlinterf_ds.data.corpus import Corpus
 from mlinterf_ds.files import write_json, write_text
 from mlinterf_ds.pretrain.config import load_run
 from mlinterf_ds.results.findings import Finding
-from mlinterf_ds.results.records import Records
+from mlinterf_ds.results.records import AnalysisSummary, Records
 from mlinterf_ds.results.statistics import VERDICTS
 from mlinterf_ds.sections import is_meta
 from mlinterf_ds.study.config import SYNTHETIC, StudyConfig
@@ -30,7 +30,7 @@ def write(
     notes: Sequence[str] = (),
 ) -> tuple[Records, list[Finding]]:
     """Write records, tables, figures, findings and the page. notes: stand under every table, before the departures."""
-    from mlinterf_ds.results import claims, convergence, findings, forms, tables
+    from mlinterf_ds.results import claims, findings, forms, tables
     from mlinterf_ds.study import page
 
     output.mkdir(parents=True, exist_ok=True)
@@ -43,7 +43,7 @@ def write(
     for job in jobs:
         for unit in job.units:
             records.add(job.kind, output / job.folder / unit.name, unit.facts)
-    records.analyses += convergence.draw(records, output / "figures")
+    records.analyses += convergence(records, output / "figures")
     records.save(output / "records.json")
     made, tested = tables.all_tables(records), claims.all_findings(records)
     for table in made:
@@ -121,6 +121,34 @@ def shared_pieces(config: StudyConfig, corpora: Corpora) -> dict[str, float]:
     corpus = Corpus.open(folder)
     shares = {code: unigrams(corpus, code) for code in {code for pair in pairs.values() for code in pair}}
     return {name: vocabulary_distance(shares[left], shares[right]) for name, (left, right) in pairs.items()}
+
+
+def convergence(records: Records, folder: Path) -> list[AnalysisSummary]:
+    """Draws validation perplexity of plain and meta adapters during training (figure 4c) for each pair set that was trained both
+    ways, over the seeds that both have; lists the figures as an analysis."""
+    from mlinterf_ds.plots.curves import seed_curves
+
+    figures = []
+    for name in dict.fromkeys(model.set for model in records.models if model.kind == "pair"):
+        models = {variant: records.models_of(name, variant) for variant in ("adpt", "meta_adpt")}
+        seeds = sorted(set.intersection(*(set(by_seed) for by_seed in models.values())))
+        if not seeds:
+            continue
+        path, count = folder / f"convergence-{name}.png", f"{len(seeds)} seed{'s' * (len(seeds) > 1)}"
+        curves = {
+            language: {
+                f"{variant}, {count}": {seed: by_seed[seed].curve(language) for seed in seeds}
+                for variant, by_seed in models.items()
+            }
+            for language in models["adpt"][seeds[0]].languages
+        }
+        caption = "line: mean of the seeds, shade: their range"
+        seed_curves(curves, path, title=f"Convergence, {name}", label="validation perplexity", caption=caption)
+        figures.append(str(path))
+    if not figures:
+        return []
+    seed = records.seeds[0]
+    return [AnalysisSummary("all", [], "all", seed, analysis="convergence", facts={}, figures=figures)]
 
 
 def announce(records: Records, findings: Sequence[Finding], output: Path) -> int:

@@ -17,7 +17,7 @@ import torch
 from mlinterf_ds.errors import UserError
 from mlinterf_ds.runtime.output import Signals
 from mlinterf_ds.runtime.restarts import free_port
-from mlinterf_ds.study import launch
+from mlinterf_ds.study import folders
 from mlinterf_ds.study.config import StudyConfig
 from mlinterf_ds.study.folders import Outcome, blocked_by, failures, is_finished, last_error, read_record
 from mlinterf_ds.study.jobs import Job
@@ -86,7 +86,7 @@ def run(jobs: Sequence[Job], config: StudyConfig, output: Path, write: Callable[
         while True:
             for slot in workplaces:
                 if slot.process is None and (job := _next(jobs, outcomes)):
-                    command = launch.launch_command(write(job), config.ranks, str(free_port()))
+                    command = folders.launch_command(write(job), config.ranks, str(free_port()))
                     _start(slot, job, command, output, config.ranks)
                     outcomes[job.name].state = "running"
             if not any(slot.process for slot in workplaces):

@@ -10,9 +10,8 @@ from pathlib import Path
 
 from mlinterf_ds.errors import UserError
 from mlinterf_ds.study.config import StudyConfig
-from mlinterf_ds.study.folders import is_finished
+from mlinterf_ds.study.folders import SCRIPT, is_finished, launch_command
 from mlinterf_ds.study.jobs import Job
-from mlinterf_ds.study.launch import SCRIPT, launch_command
 from mlinterf_ds.study.worker import STARTED
 from mlinterf_ds.tracking.facts import user_name
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from mlinterf_ds.analysis.masks.learning import draws
-from mlinterf_ds.analysis.masks.similarity import similarities
+from mlinterf_ds.analysis.masks.main import similarities
 from tests.parity import prune_bodies as bodies
 from tests.ranks import pool
 

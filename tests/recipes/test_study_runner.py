@@ -18,7 +18,7 @@ import pytest
 
 from mlinterf_ds.errors import UserError
 from mlinterf_ds.results.records import Records
-from mlinterf_ds.study import launch, main, runner, worker
+from mlinterf_ds.study import folders, main, runner, worker
 from mlinterf_ds.study.folders import is_complete, last_error, try_lock, wait_for_lock
 from mlinterf_ds.tracking import Tracker
 from tests import fake_launcher
@@ -125,9 +125,9 @@ def test_a_killed_retry_does_not_give_the_last_attempts_reason(tmp_path: Path, m
     script = "import os; os.kill(os.getpid(), 9)"
 
     def write(job: Job) -> Path:
-        return launch.write_job(job, config, tmp_path, "zero1.json", None)
+        return folders.write_job(job, config, tmp_path, "zero1.json", None)
 
-    monkeypatch.setattr(launch, "launch_command", lambda *_: [sys.executable, "-c", script])
+    monkeypatch.setattr(folders, "launch_command", lambda *_: [sys.executable, "-c", script])
     (found,) = runner.run([job], config, tmp_path, write)
     assert found.state == "failed" and found.reason.startswith("exit status -9") and "yesterday" not in found.reason
     assert list(json.loads((folder / "done.json").read_text())["units"]) == ["a"]  # what is finished stays
@@ -187,12 +187,12 @@ def test_accelerators_of_a_machine(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_job_of_several_ranks(tmp_path: Path) -> None:
     """The launcher gives each rank its number, and leaves the accelerators as the environment has them."""
-    words = launch.launch_command(tmp_path, 2, str(free_port()))
+    words = folders.launch_command(tmp_path, 2, str(free_port()))
     script, names = tmp_path / "rank.py", ["RANK", "LOCAL_RANK", "WORLD_SIZE", "CUDA_VISIBLE_DEVICES"]
     script.write_text(
         f"import os; open(f'{tmp_path}/{{os.environ[\"RANK\"]}}', 'w').write(' '.join(os.environ[name] for name in {names}))"
     )
-    words = [*words[: words.index(str(launch.SCRIPT))], str(script)]
+    words = [*words[: words.index(str(folders.SCRIPT))], str(script)]
     subprocess.run(words, env=os.environ | {"CUDA_VISIBLE_DEVICES": "5,7"}, timeout=120, check=True)
     assert [(tmp_path / rank).read_text() for rank in "01"] == ["0 0 2 5,7", "1 1 2 5,7"]
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from mlinterf_ds.analysis import distance
-from mlinterf_ds.analysis.interference_figures import draw
+from mlinterf_ds.analysis.interference import draw
 from mlinterf_ds.data.prepare.main import prepare
 from mlinterf_ds.data.synthetic import write_sentences
 from mlinterf_ds.errors import UserError

@@ -11,7 +11,8 @@ from scipy import stats
 
 from mlinterf_ds.errors import UserError
 from mlinterf_ds.files import write_json
-from mlinterf_ds.results.power import detectable, show, spreads
+from mlinterf_ds.results.statistics import detectable
+from mlinterf_ds.study.cost import show_power, spreads
 
 
 @pytest.mark.parametrize("seeds, power", [(3, 0.8), (5, 0.8), (8, 0.5)])
@@ -32,7 +33,7 @@ def test_spreads_are_read_from_findings(tmp_path: Path) -> None:
     assert spreads(path) == {}
     write_json(path, [{"name": "one", "effect": {"values": [1.0, 3.0]}}, {"name": "two", "effect": {"values": [1.0]}}])
     assert spreads(path) == {"one": pytest.approx(math.sqrt(2))}
-    assert "one" in show(spreads(path), 5, 0.95)
+    assert "one" in show_power(spreads(path), 5, 0.95)
     path.write_text("[{}]")
     with pytest.raises(UserError, match="findings.json: not a study's findings"):
         spreads(path)

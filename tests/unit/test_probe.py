@@ -7,8 +7,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mlinterf_ds.analysis.probe import distinct, read_parallel, shown
-from mlinterf_ds.analysis.probe_scores import PENALTY, Probe, csls, diagonal, f1, linked, retrieved
+from mlinterf_ds.analysis.probe import (
+    PENALTY,
+    Probe,
+    csls,
+    diagonal,
+    distinct,
+    f1,
+    linked,
+    read_parallel,
+    retrieved,
+    shown,
+)
 from mlinterf_ds.data import synthetic
 from mlinterf_ds.errors import UserError
 

@@ -13,11 +13,11 @@ import pytest
 from mlinterf_ds.config import load_config
 from mlinterf_ds.plots.curves import perplexity_curves
 from mlinterf_ds.results.claims import all_findings
-from mlinterf_ds.results.convergence import draw
 from mlinterf_ds.results.forms import Cell
 from mlinterf_ds.results.tables import all_tables
 from mlinterf_ds.study.config import StudyConfig
 from mlinterf_ds.study.page import figures, render, sortable
+from mlinterf_ds.study.report import convergence
 from tests.browser import CHROMIUM, browser
 from tests.study_records import planted
 
@@ -91,21 +91,21 @@ def test_cells_of_text_are_sorted_too() -> None:
 def test_convergence_is_drawn_over_the_seeds_of_both(tmp_path: Path) -> None:
     records = planted(seeds=3)
     records.models = [m for m in records.models if (m.variant, m.set, m.seed) != ("adpt", "far", 0)]
-    (drawn,) = draw(records, tmp_path)
+    (drawn,) = convergence(records, tmp_path)
     assert [Path(path).name for path in drawn.figures] == ["convergence-close.png", "convergence-far.png"]
     assert all(Path(path).stat().st_size > 5000 for path in drawn.figures)
     records.analyses = [drawn]
     ((heading, shown),) = figures(records)
     assert "Convergence" in heading and [caption.split(", ")[-1] for caption, _ in shown] == ["close", "far"]
     records.models = [m for m in records.models if m.variant != "meta_adpt"]
-    assert draw(records, tmp_path) == []
+    assert convergence(records, tmp_path) == []
 
 
 def test_convergence_leaves_out_the_untrained_model_and_what_is_not_finite(tmp_path: Path) -> None:
     records = planted(seeds=1)
     history = [(0, 9.0), (5, 4.0), (10, math.inf), (15, 2.0)]
     records.models = [replace(model, history=dict.fromkeys(model.languages, history)) for model in records.models]
-    draw(records, tmp_path)
+    convergence(records, tmp_path)
     lines = (tmp_path / "convergence-far.csv").read_text().splitlines()
     assert lines[1:3] == ['syn,"adpt, 1 seed",0,5,4.0', 'syn,"adpt, 1 seed",0,15,2.0'] and len(lines) == 9
 
