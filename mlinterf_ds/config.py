@@ -56,8 +56,8 @@ class Section(BaseModel):
             return values
         for name, value in values.items():
             kind = cls.model_fields[name].annotation if name in cls.model_fields else bool
-            truth = kind is bool or bool in get_args(kind)
-            if not truth and not _is_section(kind) and any(isinstance(part, bool) for part in _parts(value)):
+            truth = kind is bool or bool in get_args(kind) or (isinstance(kind, type) and issubclass(kind, Section))
+            if not truth and any(isinstance(part, bool) for part in _parts(value)):
                 raise ValueError(f"{name}={value!r}: expected no true or false here")
         named = [name for name, field in cls.model_fields.items() if "none" in get_args(field.annotation)]
         return values | {name: "none" for name in named if name in values and values[name] is None}
@@ -71,10 +71,6 @@ class Section(BaseModel):
 
 
 Kind = TypeVar("Kind", bound=Section)
-
-
-def _is_section(kind: Any) -> bool:
-    return isinstance(kind, type) and issubclass(kind, Section)
 
 
 def _parts(value: Any) -> list[Any]:

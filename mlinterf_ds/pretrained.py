@@ -35,7 +35,7 @@ class Pretrained:
     @classmethod
     def open(cls, folder: str) -> Pretrained:
         """The best checkpoint of a run's output folder, or the checkpoint of that folder."""
-        return cls.of(*agreed(lambda: (path := checkpoint.find(folder, "best"), checkpoint.verify(path))))
+        return cls.of(*_best(folder))
 
     @classmethod
     def of(cls, path: Path, saved: dict[str, Any]) -> Pretrained:
@@ -200,11 +200,10 @@ def opened(folder: str) -> Pretrained | Finetuned:
             summary = read_json(path / "summary.json")
             path /= Point(summary["seeds"][0], **summary["chosen"]).name
 
-    def verified() -> tuple[Path, dict[str, Any]]:
-        best = checkpoint.find(str(path), "best")
-        return best, checkpoint.verify(best)
+    best, saved = _best(path)
+    return Finetuned(best, saved) if "labels" in saved else Pretrained.of(best, saved)
 
-    best, saved = agreed(verified)
-    if "labels" in saved:
-        return Finetuned(best, saved)
-    return Pretrained.of(best, saved)
+
+def _best(folder: str | Path) -> tuple[Path, dict[str, Any]]:
+    """The best checkpoint of an output folder, or the checkpoint of that folder, and its run.json."""
+    return agreed(lambda: (path := checkpoint.find(folder, "best"), checkpoint.verify(path)))

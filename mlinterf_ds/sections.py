@@ -71,8 +71,6 @@ def _counts(value: Any) -> Any:
 Counts = Annotated[
     dict[Annotated[str, Field(pattern=LANGUAGE_PATTERN)], Annotated[int, Field(ge=1)]], BeforeValidator(_counts)
 ]
-
-
 Seeds = Annotated[list[Annotated[int, Field(ge=0)]], BeforeValidator(comma_list), Field(min_length=1), EACH_ONCE]
 
 

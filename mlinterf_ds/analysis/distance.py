@@ -14,6 +14,7 @@ import numpy as np
 
 from mlinterf_ds.data import synthetic
 from mlinterf_ds.data.corpus import Corpus
+from mlinterf_ds.data.stream import piece_counts
 from mlinterf_ds.errors import UserError
 
 SENTENCES = 5000  # sentences of each language whose characters are counted
@@ -44,13 +45,8 @@ def _matrix(languages: Sequence[str], distance: Callable[[str, str], float]) -> 
 # --- vocabulary ------------------------------------------------------------------------------------------------------
 def unigrams(corpus: Corpus, language: str) -> np.ndarray:
     """(vocabulary,) share of each piece in the language's training text, special pieces left out."""
-    counts = np.zeros(corpus.vocabulary_size, dtype=np.int64)
-    tokens = corpus.tokens(language, "train")
-    for first in range(0, len(tokens), 1 << 22):  # chunk by chunk, so that memory stays flat
-        counts += np.bincount(tokens[first : first + (1 << 22)], minlength=len(counts))
-    shares = np.zeros(len(counts))
-    ordinary = corpus.vocabulary.ordinary
-    shares[ordinary] = counts[ordinary]
+    shares, ordinary = np.zeros(corpus.vocabulary_size), corpus.vocabulary.ordinary
+    shares[ordinary] = piece_counts(corpus, language)[ordinary]
     return shares / max(1, shares.sum())
 
 

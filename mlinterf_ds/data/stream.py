@@ -370,10 +370,7 @@ class EvaluationSet:
     @cached_property
     def counts(self) -> np.ndarray:
         """(vocabulary,) how often each piece occurs in the language's `train`; `</s>`, which is not predicted, counts 0."""
-        counts = np.zeros(self.corpus.vocabulary.size, dtype=np.int64)
-        train = self.corpus.tokens(self.language, "train")
-        for first in range(0, len(train), TOKENS_AT_ONCE):
-            counts += np.bincount(train[first : first + TOKENS_AT_ONCE], minlength=len(counts))
+        counts = piece_counts(self.corpus, self.language)
         counts[self.corpus.vocabulary.eos] = 0
         return counts
 
@@ -391,6 +388,14 @@ class EvaluationSet:
         """Converts a mean loss in nats per prediction, at the whole split's tokens (without `</s>`) per character."""
         tokens = len(self._windows.tokens) - self.corpus.sentences(self.language, self.split)
         return bits_per_character(nll_per_token, tokens, self.corpus.characters(self.language, self.split))
+
+
+def piece_counts(corpus: TokenSource, language: str) -> np.ndarray:
+    """(vocabulary,) int64: how often each piece occurs in the language's `train`."""
+    counts, train = np.zeros(corpus.vocabulary.size, dtype=np.int64), corpus.tokens(language, "train")
+    for first in range(0, len(train), TOKENS_AT_ONCE):
+        counts += np.bincount(train[first : first + TOKENS_AT_ONCE], minlength=len(counts))
+    return counts
 
 
 def bits_per_character(nll_per_token: float, tokens: int, characters: int) -> float:

@@ -286,6 +286,11 @@ def _all(run: Path) -> list[Path]:
     return sorted(path for path in (run / "checkpoints").glob("step-*") if path.name[5:].isdigit())
 
 
+def begun(run: Path) -> bool:
+    """Whether a run has checkpoints; without, it was stopped before its first one."""
+    return bool(_all(run))
+
+
 def find(path: str | Path, prefer: str = "newest") -> Path:
     """The checkpoint that `path` names: a checkpoint's own folder, or a run's output folder.
 

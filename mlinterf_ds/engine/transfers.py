@@ -85,13 +85,9 @@ class IdleSpaces:
             state = optimizers[space.name].state
             tensors = [tensor for master in space.masters for tensor in (master, *state[master].values())]
             self._tensors[space.name] = tensors
-            self._host[space.name] = [self._host_copy(tensor.detach()) for tensor in tensors]
+            on_host = [torch.empty(t.shape, dtype=t.dtype, pin_memory=t.device.type == "cuda") for t in tensors]
+            self._host[space.name] = [copy.copy_(t.detach()) for copy, t in zip(on_host, tensors, strict=True)]
             self._point(space.name, self._host[space.name])
-
-    @staticmethod
-    def _host_copy(tensor: Tensor) -> Tensor:
-        copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.device.type == "cuda")
-        return copy.copy_(tensor)
 
     def _point(self, name: str, at: list[Tensor]) -> None:
         for tensor, data in zip(self._tensors[name], at, strict=True):

@@ -7,7 +7,7 @@ query, key and value side by side where they have three projections. ("Ours" is 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,8 +68,6 @@ FIXED = {
     "is_decoder": False,
     "add_cross_attention": False,
 }
-
-
 # Keys of `model` that have the same names in the config.json of our own class.
 OF_ADAPTERS = ("adapter_after", "adapter_on", "adapter_norm", "adapter_skip")
 OWN_KEYS = ("norm", "embedding_norm", "position_kind", "position_offset", "token_types", *OF_ADAPTERS)
@@ -119,11 +117,6 @@ class Names:
             parts = [part.replace("query", which) for which in PROJECTIONS] if "query" in part else [part]
             return tuple(f"{self.layer}.{match[1]}.{part}.{kind}" for part in parts)
         return (f"{self.modules[module]}.{kind}",) if module in self.modules else ()
-
-    def ours(self, name: str, read: Callable[[str], Tensor], heads: int) -> Tensor:
-        """Our parameter of this name in its full shape; read: returns one of the class's parameters by its name."""
-        parts = [read(theirs) for theirs in self.theirs(name)]
-        return joined(parts, heads) if len(parts) > 1 else parts[0]
 
     def converted(self, weights: Mapping[str, Tensor], heads: int) -> dict[str, Tensor]:
         """Translates all of our parameters to those of the class, by its names."""

@@ -125,13 +125,19 @@ def configuration(pretrained: Pretrained) -> dict[str, Any]:
         "tie_word_embeddings": True,
         "dtype": "float32",
     } | ({key: origin.get(key) for key in SPECIAL_IDS} if origin else {})
+    if not kind:
+        return config | _own_keys(pretrained, positions)
     if kind == "xmod":
         names = origin.get("languages", {})
         config |= {"languages": [names.get(code, code) for code in pretrained.languages]}
         config |= {"default_language": config["languages"][0]} if len(config["languages"]) == 1 else {}
-    if kind:
-        return config | stock_config(kind, shape, positions + _first_rows(pretrained, kind))
-    return config | {
+    return config | stock_config(kind, shape, positions + _first_rows(pretrained, kind))
+
+
+def _own_keys(pretrained: Pretrained, positions: int) -> dict[str, Any]:
+    """The keys of config.json that are particular to our own class; positions: rows of its position table."""
+    shape = pretrained.shape()
+    return {
         "model_type": OURS,
         "architectures": ["MLInterfForMaskedLM"],
         "auto_map": {

@@ -163,12 +163,8 @@ class Residual(nn.Module):
 
     def __init__(self, config: MLInterfConfig, adapted: bool):
         super().__init__()
-        self.dropout, self.on_sum, self.skip = (
-            config.hidden_dropout_prob,
-            config.adapter_on == "sum",
-            config.adapter_skip,
-        )
-        self.norm = config.adapter_norm
+        self.dropout, self.norm = config.hidden_dropout_prob, config.adapter_norm
+        self.on_sum, self.skip = config.adapter_on == "sum", config.adapter_skip
         self.adapter: nn.Module | None = None
         if adapted and config.variant == "share_adpt":
             self.adapter = Adapter(config)
@@ -358,6 +354,13 @@ class Encoder(PreTrainedModel):
         return [(code, (numbers == self._known(code)).nonzero()[:, 0]) for code in present], numbers
 
 
+def mean_nll(logits: Tensor, labels: Tensor | None) -> Tensor | None:
+    """The mean loss of logits (..., classes) for labels (...), -100 = not counted; None without labels."""
+    if labels is None:
+        return None
+    return F.cross_entropy(logits.float().flatten(0, -2), labels.to(logits.device).flatten())
+
+
 class MLInterfModel(Encoder):
     """The encoder without a head; it returns hidden states."""
 
@@ -400,10 +403,8 @@ class MLInterfForMaskedLM(Encoder):
     ) -> MaskedLMOutput:
         """Logits are (rows, length, vocabulary). labels: (rows, length), -100 = not predicted; others as `Encoder.encode`."""
         states = self.encode(input_ids, attention_mask, language)
-        logits = self.head(states[-1], self.embeddings.word.weight)
-        targets = None if labels is None else labels.to(logits.device).flatten()
-        loss = None if targets is None else F.cross_entropy(logits.float().flatten(0, 1), targets)
-        return MaskedLMOutput(loss=loss, logits=logits, hidden_states=states if output_hidden_states else None)
+        logits, hidden = self.head(states[-1], self.embeddings.word.weight), states if output_hidden_states else None
+        return MaskedLMOutput(loss=mean_nll(logits, labels), logits=logits, hidden_states=hidden)
 
 
 class Classifier(Encoder):
@@ -422,13 +423,6 @@ class Classifier(Encoder):
         return logits
 
 
-def _nll(logits: Tensor, labels: Tensor | None) -> Tensor | None:
-    """The mean loss of logits (..., classes) for labels (...), -100 = not counted; None without labels."""
-    return (
-        None if labels is None else F.cross_entropy(logits.float().flatten(0, -2), labels.to(logits.device).flatten())
-    )
-
-
 class MLInterfForTokenClassification(Classifier):
     """A label for each piece; that of a word is its first piece's."""
 
@@ -441,7 +435,7 @@ class MLInterfForTokenClassification(Classifier):
     ) -> TokenClassifierOutput:
         """Logits are (rows, length, labels). labels: (rows, length), -100 = not counted; others as `Encoder.encode`."""
         logits = self.classify(self.encode(input_ids, attention_mask, language)[-1])
-        return TokenClassifierOutput(loss=_nll(logits, labels), logits=logits)
+        return TokenClassifierOutput(loss=mean_nll(logits, labels), logits=logits)
 
 
 class MLInterfForSequenceClassification(Classifier):
@@ -456,7 +450,7 @@ class MLInterfForSequenceClassification(Classifier):
     ) -> SequenceClassifierOutput:
         """Logits are (rows, labels). labels: (rows,); others as `Encoder.encode`. Padding stands on the right."""
         logits = self.classify(self.encode(input_ids, attention_mask, language)[-1][:, 0])
-        return SequenceClassifierOutput(loss=_nll(logits, labels), logits=logits)
+        return SequenceClassifierOutput(loss=mean_nll(logits, labels), logits=logits)
 
 
 class MLInterfForQuestionAnswering(Classifier):

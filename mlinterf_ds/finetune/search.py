@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mlinterf_ds.config import REMOVED, decisive, differences
+from mlinterf_ds.engine import checkpoint
 from mlinterf_ds.errors import UserError, refusing, resumption
-from mlinterf_ds.files import sha256, write_json, write_text
+from mlinterf_ds.files import read_json, sha256, write_json, write_text
 from mlinterf_ds.finetune.config import FinetuneConfig
 from mlinterf_ds.finetune.report import show, summarise, table
 from mlinterf_ds.finetune.trial import FinetuneJob, Stopped, Trial
@@ -59,16 +60,15 @@ class Search:
         ]
         best = grid[0]
         if len(grid) > 1:
-            scores = [self._dev_score(point, signals) for point in grid]
+            scores = []
+            for point in grid:
+                trial = self._train(point, signals)
+                self._close(trial, "FINISHED")
+                scores.append(trial.progress.best)
             best = grid[scores.index(max(scores))]
             if self.job.first:
                 print(f"best of the grid by dev {self.job.task.metric}: {best.name}", flush=True)
         return [replace(best, seed=seed) for seed in settings.seeds]
-
-    def _dev_score(self, point: Point, signals: Signals) -> float:
-        trial = self._train(point, signals)
-        self._close(trial, "FINISHED")
-        return trial.progress.best
 
     def _train(self, point: Point, signals: Signals) -> Trial:
         gc.collect()  # frees the last engine, which holds reference cycles
@@ -168,7 +168,7 @@ class Search:
         job, folder = self.job, self.output / point.name
         if job.config.finetune.single or not job.first:
             return self.tracker
-        saved = sorted(folder.glob("checkpoints/step-*[0-9]/run.json"))
+        saved = checkpoint.find(folder) / "run.json" if checkpoint.begun(folder) else None
         return Tracker.start(
             enabled=job.config.tracking.enabled,
             experiment=job.config.tracking.experiment,
@@ -176,7 +176,7 @@ class Search:
             folder=folder,
             parameters=vars(point) | {"checkpoint": job.config.checkpoint, "task": job.task.name},
             tags=self._tags(),
-            run_id=json.loads(saved[-1].read_text(encoding="utf-8"))["run_id"] if saved else None,
+            run_id=read_json(saved)["run_id"] if saved else None,
             parent_id=self.tracker.run_id,
         )
 

@@ -228,7 +228,7 @@ class Trial:
 
     def _resume(self) -> None:
         """Go on from the newest checkpoint of the folder."""
-        if not any((self.folder / "checkpoints").glob("step-*[0-9]")):
+        if not checkpoint.begun(self.folder):
             return
         path = checkpoint.find(self.folder)
         self.progress = Progress(**checkpoint.load(path, self.engine)["progress"])

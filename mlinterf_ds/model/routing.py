@@ -141,7 +141,7 @@ def regions(
     if wanted is False or (wanted == "auto" and device.type == "cpu"):
         return None
     try:
-        torch.compile(_probe, dynamic=False)(torch.zeros(2, device=device))
+        torch.compile(lambda value: 2 * value + 1, dynamic=False)(torch.zeros(2, device=device))
     except Exception as error:  # a compiler fails in many ways: a missing one, an old one, a read-only cache folder
         if first:
             reason = str(error).strip().splitlines()
@@ -151,10 +151,6 @@ def regions(
             )
         return None
     return Compiled()
-
-
-def _probe(value: torch.Tensor) -> torch.Tensor:
-    return value * 2 + 1
 
 
 class Compiled:

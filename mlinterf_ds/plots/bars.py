@@ -42,8 +42,7 @@ def bars(values: Sequence[Value], path: Path, *, title: str, label: str, caption
         _draw_row(axes, values, categories[row * across : (row + 1) * across], series)
         axes.set_xlim(-0.5, across - 0.5)
     figure.supylabel(label, fontsize=9)
-    handles, names = grid[0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside right upper", fontsize=8, frameon=False)
+    style.legend_beside(figure, grid[0], "right upper")
     style.finish(figure, path, title, caption)
 
 
@@ -96,7 +95,7 @@ def intervals(values: Sequence[Value], path: Path, *, title: str, label: str, ca
     axes.margins(y=0.08)
     style.tidy(axes, "x")
     if len(series) > 1:
-        figure.legend(loc="outside upper right", ncols=len(series), fontsize=8, frameon=False)
+        style.legend_beside(figure, axes, "upper right", ncols=len(series))
     style.finish(figure, path, title, caption)
 
 

@@ -124,18 +124,13 @@ def seed_curves(curves: SeedCurves, path: Path, *, title: str, label: str, capti
     caption = style.shortened(caption, len(curves), MOST_PANELS)
     languages = list(curves)[:MOST_PANELS]
     across = min(len(languages), 4 if len(languages) != 3 else 3)
-    down = -(-len(languages) // across)
-    figure = style.new_figure(max(5.0, 2.5 * across) + 1.6, 2.3 * down + 1.3)
-    grid = figure.subplots(down, across, squeeze=False, sharex=True)
+    figure = style.new_figure(max(5.0, 2.5 * across) + 1.6, 2.3 * -(-len(languages) // across) + 1.3)
     models = sorted({model for language in languages for model in curves[language]}, key=lambda m: (m != BASELINE, m))
     looks = style.model_looks(models)
     if BASELINE in looks:
         looks[BASELINE] |= {"linestyle": (0, (5, 2)), "marker": ""}
     handles: dict[str, Any] = {}
-    for index, axes in enumerate(grid.flat):
-        if index >= len(languages):
-            axes.set_visible(False)
-            continue
+    for index, axes in enumerate(style.panels(figure, len(languages), across, sharex=True)):
         handles |= _panel(axes, languages[index], curves[languages[index]], looks)
         if index + across >= len(languages):
             axes.set_xlabel("training step", fontsize=8)

@@ -45,25 +45,22 @@ def heatmaps(
     names = list(matrices)
     values = np.stack([np.asarray(matrices[name], dtype=float) for name in names])  # (panels, rows, columns)
     assert values.shape[1:] == (len(rows), len(columns)), (values.shape, len(rows), len(columns))
-    cells = [[names[p], rows[r], columns[c], float(value)] for (p, r, c), value in np.ndenumerate(values)]
+    cells = ((names[p], rows[r], columns[c], float(value)) for (p, r, c), value in np.ndenumerate(values))
     write_csv(path.with_suffix(".csv"), ["panel", "row", "column", "value"], cells)
     colours = _colours(values, signed)
     levels = np.stack([noise[name] for name in names]) if noise else np.full(values.shape, np.nan)
-    most, across = max(len(rows), len(columns)), min(len(names), 3)
+    across = min(len(names), 3)
+    most, down = max(len(rows), len(columns)), -(-len(names) // across)
     cell = (0.52 if most <= 8 else 0.38) if most <= READABLE else min(0.24, 9 / most)
-    down = -(-len(names) // across)
     width, height = max(1.9, cell * len(columns) + 0.9), max(1.6, cell * len(rows) + 0.9)
     figure = style.new_figure(across * width + 1.3, down * height + 1.0)
-    grid = figure.subplots(down, across, squeeze=False)
-    for index, axes in enumerate(grid.flat):
-        if index >= len(names):
-            axes.set_visible(False)
-            continue
+    grid = style.panels(figure, len(names), across)
+    for index, axes in enumerate(grid):
         _panel(axes, values[index], levels[index], rows, columns, colours, form)
         axes.set_title(names[index], fontsize=9, fontfamily=style.families(names[index]))
         axes.set_xlabel(column_label, fontsize=8)
         axes.set_ylabel(row_label if index % across == 0 else "", fontsize=8)
-    bar = figure.colorbar(colours, ax=list(grid.flat), shrink=0.8, aspect=30)
+    bar = figure.colorbar(colours, ax=figure.axes, shrink=0.8, aspect=30)
     bar.set_label(label, fontsize=8)
     bar.ax.tick_params(labelsize=7)
     if np.isfinite(levels).any():

@@ -50,8 +50,7 @@ def by_component(
         axes.set_title(part, fontsize=9)
         axes.set_xlabel("layer" if part else "")
     grid[0].set_ylabel("cosine of the gradients")
-    handles, labels = grid[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper right", ncols=2, fontsize=8, frameon=False)
+    style.legend_beside(figure, grid[0], "upper right", ncols=2)
     style.finish(figure, path, title, caption)
 
 
@@ -91,9 +90,7 @@ def layers_figure(
         axes.set_xlabel("layer")
         axes.set_title(part, fontsize=9)
     grid[0].set_ylabel("cosine of pi")
-    handles, labels = grid[0].get_legend_handles_labels()
-    look = {"size": 8, "family": style.families("".join(labels))}
-    figure.legend(handles, labels, loc="outside right upper", prop=look, frameon=False, handlelength=3.2)
+    style.legend_beside(figure, grid[0], "right upper", handlelength=3.2)
     style.finish(figure, path, title, caption + band_note(lines[max(lines, key=lambda part: len(lines[part]))]))
 
 

@@ -67,6 +67,21 @@ def shortened(caption: str, count: int, most: int) -> str:
     return f"{caption}; the first {most} of {count} are drawn, the CSV has all" if count > most else caption
 
 
+def panels(figure: Figure, count: int, across: int, **shared: bool) -> list[Axes]:
+    """`count` panels, `across` in a row; what is left of the last row stays empty."""
+    grid = figure.subplots(-(-count // across), across, squeeze=False, **shared)
+    for axes in grid.flat[count:]:
+        axes.set_visible(False)
+    return list(grid.flat[:count])
+
+
+def legend_beside(figure: Figure, axes: Axes, where: str, **form: Any) -> None:
+    """A legend outside of the panels, of what is drawn in one of them."""
+    handles, names = axes.get_legend_handles_labels()
+    font = {"size": 8, "family": families("".join(names))}
+    figure.legend(handles, names, loc=f"outside {where}", prop=font, frameon=False, **form)
+
+
 # --- lines and axes ----------------------------------------------------------------------------------------------------
 def look(index: int, linestyle: Any = None) -> Look:
     """The look of the line with this number: all differ up to 20; `linestyle` replaces the line's own."""

@@ -27,6 +27,7 @@ from mlinterf_ds.sections import (
     architecture,
     has_adapters,
     is_meta,
+    is_routed,
 )
 
 if TYPE_CHECKING:
@@ -129,35 +130,47 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> RunConfig:
-        languages, tensor = self.languages or [], self.parallel.tensor
-        freezes_init = self.train.freeze == "shared" and self.routing in ROUTED and (self.init or self.resume)
-        projects_mixed = self.data.mixed and self.variant in ("joint", "share_adpt")
-        refusals = {
+        for message, refused in (self._layout_refusals() | self._recipe_refusals()).items():
+            if refused:
+                raise ValueError(message)
+        return self
+
+    def _layout_refusals(self) -> dict[str, Any]:
+        """What is wrong with languages, rows and ranks, each message with whether it holds."""
+        languages, tensor, model = self.languages or [], self.parallel.tensor, self.model
+        return {
             "languages is empty: name at least one, or leave it out for all the corpus has":
                 self.languages is not None and not languages,
             f"variant=mono takes one language, languages has {len(languages)}: use variant=joint":
                 self.variant == "mono" and len(languages) > 1,
-            f"data.sequence_length={self.data.sequence_length} is more than the model's {self.model.longest_row} positions "
-            f"(model.positions={self.model.positions}): shorten the rows":
-                self.data.sequence_length > (self.model.longest_row or self.data.sequence_length),
-            f"model.heads={self.model.heads} is not divisible by parallel.tensor={tensor}: change one of them":
-                self.model.heads % tensor,
-            f"model.ffn={self.model.ffn} is not divisible by parallel.tensor={tensor}: change one of them":
-                self.model.ffn % tensor,
-            f"adapter bottleneck {self.model.adapter_width} is not divisible by parallel.tensor={tensor}: "
+            f"data.sequence_length={self.data.sequence_length} is more than the model's {model.longest_row} positions "
+            f"(model.positions={model.positions}): shorten the rows":
+                self.data.sequence_length > (model.longest_row or self.data.sequence_length),
+            f"model.heads={model.heads} is not divisible by parallel.tensor={tensor}: change one of them":
+                model.heads % tensor,
+            f"model.ffn={model.ffn} is not divisible by parallel.tensor={tensor}: change one of them":
+                model.ffn % tensor,
+            f"adapter bottleneck {model.adapter_width} is not divisible by parallel.tensor={tensor}: "
             "set model.adapter to a multiple of it":
-                has_adapters(self.variant) and self.model.adapter_width % tensor,
+                has_adapters(self.variant) and model.adapter_width % tensor,
+        }  # fmt: skip
+
+    def _recipe_refusals(self) -> dict[str, Any]:
+        """What is wrong with how the run starts and trains, each message with whether it holds."""
+        metas = is_meta(self.variant)
+        freezes_init = self.train.freeze == "shared" and is_routed(self.variant) and (self.init or self.resume)
+        projects_mixed = self.data.mixed and self.variant in ("joint", "share_adpt")
+        return {
             f"train.freeze=shared trains language modules alone on a model that init= names (now {self.init}): set it, "
             f"and variant={', '.join(ROUTED[:-1])} or {ROUTED[-1]} (now {self.variant})":
                 self.train.freeze == "shared" and not freezes_init,
             f"meta.every={self.meta.every} trains shared parameters alone in the steps between, and train.freeze=shared none of "
             "them: set meta.every=1 or meta.between=plain":
-                is_meta(self.variant) and self.train.freeze == "shared" and self.meta.every > 1
-                and self.meta.between == "freeze",
+                metas and self.train.freeze == "shared" and self.meta.every > 1 and self.meta.between == "freeze",
             f"variant={self.variant} needs two languages or more, languages has one: use variant=mono":
-                is_meta(self.variant) and len(languages) == 1,
+                metas and len(self.languages or []) == 1,
             f"variant={self.variant} trains one language a step (Algorithm 1): set data.mixed=false":
-                is_meta(self.variant) and self.data.mixed,
+                metas and self.data.mixed,
             f"treatment=pcgrad compares languages inside a step: set data.mixed=true (now {self.data.mixed}) and "
             f"variant=joint or share_adpt (now {self.variant})":
                 self.treatment == "pcgrad" and not projects_mixed,
@@ -168,10 +181,6 @@ class RunConfig(Section):
             "resume and init exclude each other: resume continues a run, init starts a new one":
                 self.resume not in ("", "auto") and self.init,
         }  # fmt: skip
-        for message, refused in refusals.items():
-            if refused:
-                raise ValueError(message)
-        return self
 
 
 def read_arguments(arguments: Sequence[str]) -> tuple[RunConfig, str]:

@@ -90,8 +90,7 @@ class Start:
 
     @classmethod
     def of_checkpoint(cls, init: str) -> Start:
-        path = checkpoint.find(init, "best")
-        saved = agreed(lambda: checkpoint.verify(path))
+        path, saved = agreed(lambda: (path := checkpoint.find(init, "best"), checkpoint.verify(path)))
         pieces, source = Tokenizer(path / "tokenizer.model").pieces, CheckpointReader(path)
         variant = str(saved.get("pretrained", saved["config"])["variant"])
         return cls(path, source, _keys_of(saved), pieces, saved["languages"], variant, saved.get("origin", {}))

@@ -164,8 +164,7 @@ class PretrainingRun:
     def _restore(self) -> str:
         """Resume from a checkpoint, or start from the weights of `init`; returns in words which of them it did."""
         config, output = self.config, self.session.output
-        begun = any((output / "checkpoints").glob("step-*"))  # else it was stopped before its first checkpoint
-        if not config.resume or (config.resume == "auto" and not begun):
+        if not config.resume or (config.resume == "auto" and not checkpoint.begun(output)):
             return self._start_from(config.init) if config.init else ""
         path = checkpoint.find(output if config.resume == "auto" else config.resume)
         saved = agreed(lambda: checkpoint.verify(path))

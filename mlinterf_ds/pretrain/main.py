@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mlinterf_ds.data.corpus import open_corpus
+from mlinterf_ds.engine import checkpoint
 from mlinterf_ds.engine.precision import choose_precision, read_json, rows_per_rank
 from mlinterf_ds.errors import UserError, resumption
 from mlinterf_ds.pretrain.config import RunConfig, read_arguments
@@ -25,7 +26,7 @@ def main(arguments: Sequence[str], group: Group | None = None) -> int:
 
 def resuming(config: RunConfig) -> RunConfig:
     """With `restarts`, a run goes on from the newest checkpoint in its output as soon as there is one."""
-    begun = config.output and _checkpoints(Path(config.output))
+    begun = config.output and checkpoint.begun(Path(config.output))
     return config.model_copy(update={"resume": "auto"}) if config.restarts and (begun or not config.resume) else config
 
 
@@ -33,7 +34,7 @@ def run(config: RunConfig, deepspeed_json: dict[str, Any], group: Group | None =
     """Pretrain; the summary, which rank 0 also writes to summary.json in the output folder."""
 
     def refuse(output: Path) -> None:
-        if not config.resume and _checkpoints(output):
+        if not config.resume and checkpoint.begun(output):
             raise UserError(f"{output} holds checkpoints: continue with --set resume=auto, or choose another output")
 
     with session(config.name, config.output, config.parallel, refuse, group) as here:
@@ -50,12 +51,8 @@ def run(config: RunConfig, deepspeed_json: dict[str, Any], group: Group | None =
             with Signals(remedy) as signals:
                 return training.train(signals)
         except Exception as error:  # errors of any kind, because the message must end with the remedy
-            if _checkpoints(here.output):
+            if checkpoint.begun(here.output):
                 error.add_note(remedy)
             raise
         finally:
             training.records.tracker.close("FAILED")  # unless it was closed before
-
-
-def _checkpoints(output: Path) -> bool:
-    return any((output / "checkpoints").glob("step-*"))

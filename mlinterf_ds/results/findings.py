@@ -79,10 +79,6 @@ class Part:
         seeds = self.per_seed.keys()
         return [score for _, scores in self.terms.values() for score in scores if score.seed in seeds]
 
-    @property
-    def test_set(self) -> tuple[str, str]:
-        return self.scores[0].task, self.scores[0].language
-
     def shares(self, seeds: Sequence[int]) -> np.ndarray | None:
         """(seeds, examples): what each example contributes to the sum; None where counts of the examples are not kept."""
         tables = []
@@ -190,7 +186,9 @@ def mean_effect(parts: Sequence[Part], confidence: float) -> tuple[Effect, int]:
     for part in parts:
         table = part.shares(list(per_seed))
         if table is not None:
-            tables.setdefault((*part.test_set, table.shape[1]), []).append(table / len(parts))
+            tables.setdefault((part.scores[0].task, part.scores[0].language, table.shape[1]), []).append(
+                table / len(parts)
+            )
     shares = [np.sum(of_test_set, axis=0) for of_test_set in tables.values()]
     known = sum(map(len, tables.values()))
     return Effect.of(list(per_seed.values()), shares, confidence), len(parts) - known

@@ -18,7 +18,6 @@ import math
 import os
 import shlex
 import signal
-import sys
 import threading
 import time
 import uuid
@@ -34,10 +33,10 @@ from mlinterf_ds.tracking.facts import (
     first_line,
     flatten,
     scrub,
+    source_tags,
     sqlite_uri,
     tidy_tags,
     tracking_uri,
-    user_name,
 )
 from mlinterf_ds.tracking.spool import SPOOL, Record, Sender, SpoolWriter
 from mlinterf_ds.tracking.store import PENDING, SAMPLED, SystemMetrics, set_client_defaults
@@ -111,18 +110,11 @@ class Tracker:
         except OSError as error:
             log.warning("MLflow tracking is off: %s cannot be written (%s)", folder / SPOOL, first_line(error))
             return cls.off()
-        source = {
-            "mlflow.user": user_name(),
-            "mlflow.source.name": Path(sys.argv[0]).name,
-            "mlflow.source.type": "LOCAL",
-        }
-        if "git_commit" in tags:
-            source["mlflow.source.git.commit"] = tags["git_commit"]
         start = {
             "experiment": experiment[:500],
             "name": scrub(name),
             "parameters": flatten(parameters),
-            "tags": tidy_tags(source | tags | ({NOTE: about} if about and not run_id else {})),
+            "tags": tidy_tags(source_tags(tags) | tags | ({NOTE: about} if about and not run_id else {})),
             "datasets": [{key: scrub(value) for key, value in dataset.items()} for dataset in datasets],
             "run_id": run_id,
             "parent_id": parent_id,

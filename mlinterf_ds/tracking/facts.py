@@ -12,6 +12,7 @@ import platform
 import posixpath
 import re
 import subprocess
+import sys
 import urllib.parse
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,8 +26,6 @@ MAX_NAME = 250
 SECRET_WORDS = {"password", "passwd", "passphrase", "secret", "secrets", "token", "credential", "credentials", "apikey"}
 SECRET_KEYS = {"api", "access", "private", "secret", "encryption", "auth"}  # followed by the word "key"
 HIDDEN = "***"
-
-
 _URI_USER = re.compile(r"(?<=://)[^/\s?#]+@")
 _URI_QUERY = re.compile(
     r"([?&;][\w.-]*(?:token|secret|password|passwd|key|signature)[\w.-]*=)[^&\s'\"]+", re.IGNORECASE
@@ -114,6 +113,13 @@ def user_name() -> str:
         return getpass.getuser()
     except (OSError, KeyError, ImportError):
         return str(os.getuid())
+
+
+def source_tags(tags: Mapping[str, str]) -> dict[str, str]:
+    """MLflow's own tags of who started a run and with what; tags: the run's, which may name the commit (`environment_facts`)."""
+    commit = {"mlflow.source.git.commit": tags["git_commit"]} if "git_commit" in tags else {}
+    started = {"mlflow.source.name": Path(sys.argv[0]).name, "mlflow.source.type": "LOCAL"}
+    return {"mlflow.user": user_name()} | started | commit
 
 
 def _git_facts(checkout: Path) -> dict[str, str]:

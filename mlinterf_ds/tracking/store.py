@@ -31,8 +31,6 @@ EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
 
 METRICS_PER_REQUEST = 1000  # MLflow's limit
 VALUES_PER_REQUEST = 20  # MLflow allows 100, and 1 MB a request: 20 of the longest fit with every character escaped
-
-
 SAMPLED = 30.0  # seconds between two samples of the host
 
 

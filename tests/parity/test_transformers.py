@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from mlinterf_ds.export.classes import Names
+from mlinterf_ds.export.classes import Names, joined
 from mlinterf_ds.model.encoder import Encoder
 from mlinterf_ds.model.layers import at_positions
 from mlinterf_ds.sections import ModelConfig
@@ -48,7 +48,8 @@ def copied(model: Any) -> Encoder:
     ours = Encoder(config, variant="mono", languages=["en"], vocabulary=VOCABULARY, positions=LENGTH).eval()
     source = model.state_dict()
     names = Names("xlm-roberta-xl")
-    target = {name: names.ours(name, source.__getitem__, HEADS) for name in ours.state_dict()}
+    theirs = {name: [source[part] for part in names.theirs(name)] for name in ours.state_dict()}
+    target = {name: joined(parts, HEADS) if len(parts) > 1 else parts[0] for name, parts in theirs.items()}
     padding = ours.embeddings.word.num_embeddings - VOCABULARY
     for name in ("embeddings.word.weight", "head.bias"):
         whole = target[name]

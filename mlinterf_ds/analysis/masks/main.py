@@ -37,6 +37,10 @@ from mlinterf_ds.plots.heatmaps import heatmaps
 from mlinterf_ds.plots.similarity import extremes_figure, layers_figure
 
 TITLE = "Similarity of the languages' masks"
+SCORES = (
+    "{language}, seed {seed}: {kept:.0%} of the parameters kept; perplexity {full:.2f} full, {pruned:.2f} pruned "
+    "({kept_whole:.2f} with the kept groups whole), {random:.2f} pruned at random"
+)
 EXTREMES = 10  # groups of either end in figure 4b
 
 
@@ -57,7 +61,7 @@ def run(job: AnalysisJob) -> dict[str, Any]:
         perplexities = subject.scores(language, pi, seed, settings.sequences)
         scores.append({"language": language, "seed": seed, **perplexities, **gates.kept(pi)})
         if job.first:
-            print(_score_line(scores[-1]), flush=True)
+            print(SCORES.format(**scores[-1]), flush=True)
     of_language = np.array(learned, dtype=np.float64).reshape(len(job.languages), len(settings.seeds), gates.count)
     masks = Masks(job.languages, tuple(settings.seeds), of_language, gates)
     summary = _summary(job, masks, scores)
@@ -99,14 +103,6 @@ def _mean_score(scores: Sequence[dict[str, Any]], language: str) -> dict[str, fl
     """A language's perplexities and shares kept, averaged over its seeds."""
     rows = [score for score in scores if score["language"] == language]
     return {name: float(np.mean([row[name] for row in rows])) for name in rows[0] if name not in ("language", "seed")}
-
-
-def _score_line(score: dict[str, Any]) -> str:
-    return (
-        f"{score['language']}, seed {score['seed']}: {score['kept']:.0%} of the parameters kept; perplexity "
-        f"{score['full']:.2f} full, {score['pruned']:.2f} pruned ({score['kept_whole']:.2f} with the kept groups whole), "
-        f"{score['random']:.2f} pruned at random"
-    )
 
 
 # --- similarity ---------------------------------------------------------------------------------------------------------
