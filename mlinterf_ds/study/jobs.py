@@ -10,6 +10,12 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 Kind = Literal["pretrain", "finetune", "analyze"]
+# The module with the recipe of each kind.
+RECIPES = {
+    "pretrain": "mlinterf_ds.pretrain.main",
+    "finetune": "mlinterf_ds.finetune.main",
+    "analyze": "mlinterf_ds.analysis.main",
+}
 
 
 @dataclass(frozen=True)

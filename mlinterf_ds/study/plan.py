@@ -6,6 +6,8 @@ complete folder is therefore the answer for every study that asks for this job, 
 
 from __future__ import annotations
 
+import ast
+import functools
 import hashlib
 import json
 from collections.abc import Iterator
@@ -15,11 +17,14 @@ from mlinterf_ds.errors import refusing
 from mlinterf_ds.files import read_json
 from mlinterf_ds.pretrain.config import load_run
 from mlinterf_ds.sections import architecture, is_meta
-from mlinterf_ds.study.code import code_hash
 from mlinterf_ds.study.config import SetSection, StudyConfig
 from mlinterf_ds.study.corpora import Corpora
-from mlinterf_ds.study.jobs import Job, Kind, Model, Unit
+from mlinterf_ds.study.jobs import RECIPES, Job, Kind, Model, Unit
 from mlinterf_ds.study.units import all_models, analyses, comparisons, finetunings, is_compared, pretraining
+
+PACKAGE = Path(__file__).resolve().parents[1]
+# These files start a run, watch it and show what it measured: no number depends on them.
+IRRELEVANT = ("plots", "runtime/launchers.py", "runtime/restarts.py", "runtime/output.py", "tracking")
 
 
 def expand(config: StudyConfig, corpora: Corpora, deepspeed_config: str) -> list[Job]:
@@ -95,3 +100,56 @@ def _multilingual(config: StudyConfig, group: SetSection, seed: int) -> Iterator
 def _steps(config: StudyConfig, *settings: str) -> int:
     """The training steps of a model with these further settings."""
     return load_run(config.recipes, [*config.settings, *settings]).train.steps
+
+
+# --- the code that decides a job's numbers: all files that its recipe imports, directly or through others, by their syntax trees --
+@functools.cache
+def code_hash(kind: str) -> str:
+    """SHA-256 of the code of a kind of job; comments and layout do not change it."""
+    digest = hashlib.sha256()
+    for path in imported_files(RECIPES[kind], without=IRRELEVANT):
+        digest.update(f"{path.relative_to(PACKAGE).as_posix()}\n{ast.dump(_tree(path))}\n".encode())
+    return digest.hexdigest()
+
+
+def imported_files(module: str, without: tuple[str, ...] = ()) -> list[Path]:
+    """The package's files that `module` imports, at once or inside functions, itself included, sorted by path.
+
+    without: files and folders below the package that are left out, and not followed.
+    """
+    reached: set[Path] = set()
+    waiting = _files_of(module)
+    while waiting:
+        path = waiting.pop()
+        if path in reached or any(path.is_relative_to(PACKAGE / name) for name in without):
+            continue
+        reached.add(path)
+        for name in _imports(_tree(path)):
+            waiting += _files_of(name)
+    return sorted(reached)
+
+
+@functools.cache
+def _tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def _imports(node: ast.AST) -> Iterator[str]:
+    """The dotted names that a syntax tree imports; names inside `if TYPE_CHECKING` are for the type checker alone."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.Import):
+            yield from (alias.name for alias in child.names)
+        elif isinstance(child, ast.ImportFrom) and child.module:
+            yield from (f"{child.module}.{alias.name}" for alias in child.names)  # a module, or a name in one
+        elif not (isinstance(child, ast.If) and "TYPE_CHECKING" in ast.dump(child.test)):
+            yield from _imports(child)
+
+
+def _files_of(name: str) -> list[Path]:
+    """The files of the package that importing a dotted name runs: each package on the way, and the module."""
+    root, *parts = name.split(".")
+    if root != PACKAGE.name:
+        return []
+    paths = [PACKAGE.joinpath(*parts[:count]) for count in range(len(parts) + 1)]
+    files = [path / "__init__.py" for path in paths] + [path.with_suffix(".py") for path in paths[1:]]
+    return [path for path in files if path.is_file()]

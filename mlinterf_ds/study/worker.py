@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from mlinterf_ds import ranks
 from mlinterf_ds.files import read_json, write_json
-from mlinterf_ds.study.code import RECIPES
 from mlinterf_ds.study.folders import DONE, finished_units, is_complete, wait_for_lock
+from mlinterf_ds.study.jobs import RECIPES
 from mlinterf_ds.tracking.facts import first_line
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ import pytest
 from mlinterf_ds.config import load_config
 from mlinterf_ds.data.corpus import Corpus
 from mlinterf_ds.errors import UserError
-from mlinterf_ds.study import code, cost, plan, report, units
+from mlinterf_ds.study import cost, plan, report, units
 from mlinterf_ds.study.config import StudyConfig
 from mlinterf_ds.study.corpora import Corpora
 from mlinterf_ds.study.jobs import Job, Unit
@@ -290,15 +290,15 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         path = folder / f"{name}.py"
         path.parent.mkdir(exist_ok=True)
         path.write_text(text)
-    monkeypatch.setattr(code, "PACKAGE", folder)
-    monkeypatch.setattr(code, "RECIPES", {"pretrain": "package.main"})
-    monkeypatch.setattr(code, "IRRELEVANT", ("shown.py",))
+    monkeypatch.setattr(plan, "PACKAGE", folder)
+    monkeypatch.setattr(plan, "RECIPES", {"pretrain": "package.main"})
+    monkeypatch.setattr(plan, "IRRELEVANT", ("shown.py",))
     return folder
 
 
 def test_a_recipes_code_is_what_it_imports(package: Path) -> None:
     def names(**options: Any) -> set[str]:
-        return {str(path.relative_to(package)) for path in code.imported_files("package.main", **options)}
+        return {str(path.relative_to(package)) for path in plan.imported_files("package.main", **options)}
 
     everything = {"__init__.py", "main.py", "model.py", "room/__init__.py", "room/base.py", "room/late.py", "shown.py"}
     assert names() == everything | {"other.py"}
@@ -318,19 +318,19 @@ def test_a_recipes_code_is_what_it_imports(package: Path) -> None:
     ],
 )
 def test_the_code_hash_changes_with_what_decides_numbers(package: Path, file: str, text: str, same: bool) -> None:
-    before = code.code_hash.__wrapped__("pretrain")
+    before = plan.code_hash.__wrapped__("pretrain")
     (package / file).write_text(text)
-    code._tree.cache_clear()
-    assert (code.code_hash.__wrapped__("pretrain") == before) is same
+    plan._tree.cache_clear()
+    assert (plan.code_hash.__wrapped__("pretrain") == before) is same
 
 
 def test_every_recipe_is_hashed_with_what_its_numbers_come_from() -> None:
     inputs = {"pretrain": "meta/bilevel.py", "finetune": "tasks/metrics.py", "analyze": "analysis/interference.py"}
     for kind, name in inputs.items():
-        files = code.imported_files(code.RECIPES[kind], code.IRRELEVANT)
-        assert {code.PACKAGE / name, code.PACKAGE / "model/encoder.py"} <= set(files)
-    for name in code.IRRELEVANT:
-        assert (code.PACKAGE / name).exists()
+        files = plan.imported_files(plan.RECIPES[kind], plan.IRRELEVANT)
+        assert {plan.PACKAGE / name, plan.PACKAGE / "model/encoder.py"} <= set(files)
+    for name in plan.IRRELEVANT:
+        assert (plan.PACKAGE / name).exists()
 
 
 def test_distances_are_measured_where_the_recipe_gives_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,7 +26,7 @@ from mlinterf_ds.data.synthetic import (
     sentences,
     write_sentences,
 )
-from mlinterf_ds.data.synthetic.language import SCRIPTS, is_common, lexicon, overlap
+from mlinterf_ds.data.synthetic.language import SCRIPTS, Grammar, is_common, lexicon, overlap
 from mlinterf_ds.data.synthetic.meanings import (
     CONCEPTS,
     FAMILY,
@@ -47,7 +47,6 @@ from mlinterf_ds.data.synthetic.meanings import (
     sample_meaning,
     world,
 )
-from mlinterf_ds.data.synthetic.sentence import Grammar
 from mlinterf_ds.errors import UserError
 
 LANGUAGES = ("syn", "syn-close", "syn-mid", "syn-far", "syn-far-4")

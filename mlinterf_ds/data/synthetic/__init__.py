@@ -23,9 +23,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from mlinterf_ds.data.synthetic.language import SyntheticLanguage, distance, language
+from mlinterf_ds.data.synthetic.language import Grammar, SyntheticLanguage, Token, distance, language
 from mlinterf_ds.data.synthetic.meanings import Meaning, draws, sample_meaning
-from mlinterf_ds.data.synthetic.sentence import Grammar, Token
 from mlinterf_ds.data.synthetic.tasks import Entailment, Question, entailments, questions
 from mlinterf_ds.errors import UserError
 from mlinterf_ds.files import replacing

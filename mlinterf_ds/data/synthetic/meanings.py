@@ -1,7 +1,7 @@
 """The meaning space that all synthetic languages share: concepts, what selects what, and how meanings are sampled.
 
 A meaning is a tree of concept numbers. It is sampled independently of any language, by random choices from the tables
-below, and `sentence.Grammar` turns it into a sentence of a language.
+below, and `language.Grammar` turns it into a sentence of a language.
 """
 
 import hashlib

@@ -5,9 +5,8 @@ from itertools import permutations
 from typing import Any, NamedTuple
 
 from mlinterf_ds.data.synthetic import meanings
-from mlinterf_ds.data.synthetic.language import SyntheticLanguage, language
+from mlinterf_ds.data.synthetic.language import Grammar, SyntheticLanguage, Token, language
 from mlinterf_ds.data.synthetic.meanings import Clause, Draw, Meaning, Phrase, draws, sample_adjunct, sample_clause
-from mlinterf_ds.data.synthetic.sentence import Grammar, Token
 
 CONTEXT_SENTENCES, TRIES = 4, 12  # sentences with different verbs, out of as many sampled clauses
 LABELS = ("entailment", "neutral", "contradiction")
