@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from mlinterf_ds.engine.optimizer import LOSS_PREFIX, LossScale, Spikes, adamw, apply, clip_factor, learning_rate
 from mlinterf_ds.engine.passes import Passes
 from mlinterf_ds.engine.precision import DTYPES, resolve
-from mlinterf_ds.engine.space import FlatSpace, NewRows, ShardedSpace, Space, Vector
+from mlinterf_ds.engine.space import FlatSpace, NewRows, Placement, ShardedSpace, Space, Vector
 from mlinterf_ds.engine.transfers import IdleSpaces, StepFacts, on_device
 from mlinterf_ds.engine.zero import Zero3ShardedSpace, release_small_parameters, shared_space
 from mlinterf_ds.errors import UserError
@@ -90,11 +90,12 @@ class Engine:
 
     def _make_spaces(self, groups: Mapping[str, dict[str, Any]], masters_on: torch.device) -> dict[str, Space]:
         """A space for each parameter group, by its name; DeepSpeed keeps the shared one where it is partitioned."""
-        data_group = ModelParallelUnit().get_data_parallel_group()
         kind: type[FlatSpace | ShardedSpace] = Zero3ShardedSpace if self.stage == 3 else ShardedSpace
         if self.stage < 3 and (self.layout.data == 1 or not self.partitioned):
             kind = FlatSpace
         dims = {name: partition_dim(parameter) for name, parameter in self.model.named_parameters()}
+        group = ModelParallelUnit().get_data_parallel_group()
+        here = Placement(dims, self.layout.tensor_rank, group, masters_on)
         if self.stage == 3:
             release_small_parameters(self.deepspeed, groups)
         spaces: dict[str, Space] = {}
@@ -102,7 +103,7 @@ class Engine:
             if name == SHARED and self.partitioned:
                 spaces[name] = shared_space(self.deepspeed, parameters, dims, self.layout.tensor_rank)
             else:
-                own = kind(name, parameters, dims, self.layout.tensor_rank, data_group, device=masters_on)
+                own = kind(name, parameters, here)
                 if isinstance(own, FlatSpace):
                     own.lasting = name == SHARED and not own.hands_over
                 spaces[name] = own

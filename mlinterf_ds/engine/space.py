@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -37,6 +38,15 @@ class Segment:
     shard: int
     offset: int
     partition_dim: int | None  # dimension split over tensor-parallel ranks; None: every rank has a replica
+
+
+class Placement(NamedTuple):
+    """How this rank holds the parameters that are kept here."""
+
+    dims: Mapping[str, int | None]  # the dimension along which tensor-parallel ranks split each parameter; None: none
+    tensor_rank: int
+    group: dist.ProcessGroup | None  # of the data-parallel ranks
+    device: torch.device  # where the masters lie
 
 
 class Space:
@@ -129,35 +139,28 @@ class FlatSpace(Space):
 
     partitions = 1
 
-    def __init__(
-        self,
-        name: str,
-        parameters: Mapping[str, nn.Parameter],
-        dims: Mapping[str, int | None],
-        tensor_rank: int,
-        group: dist.ProcessGroup | None,
-        *,
-        device: torch.device,
-    ):
+    def __init__(self, name: str, parameters: Mapping[str, nn.Parameter], at: Placement):
         super().__init__(name, parameters)
-        self.group, self.ranks = group, dist.get_world_size(group)
+        self.group, self.ranks = at.group, dist.get_world_size(at.group)
         position = 0
         for key, parameter in self.parameters.items():
             shape = tuple(parameter.shape)
-            self.segments.append(Segment(key, shape, 0, parameter.numel(), 0, position, dims[key]))
+            self.segments.append(Segment(key, shape, 0, parameter.numel(), 0, position, at.dims[key]))
             position += -(-parameter.numel() // ALIGNMENT) * ALIGNMENT
         some = next(iter(self.parameters.values()))
         self.working = torch.zeros(position, dtype=some.dtype, device=some.device)
         for parameter, view in self._views(self.working):
             view.copy_(parameter.detach())
         self.read_from(self.working)
-        self.masters = [self.working.to(device, torch.float32, copy=True).requires_grad_()]
-        whole = dist.get_rank(group) == 0
-        self._count(tensor_rank, whole)
+        self.masters = [self.working.to(at.device, torch.float32, copy=True).requires_grad_()]
+        whole = dist.get_rank(at.group) == 0
+        self._count(at.tensor_rank, whole)
         if whole and len(self.counted) == len(self.segments):
             self._counted = [(0, 0, position)]  # the padding between parameters is zero
         # whether `gradient` gives away the buffer itself, into which all micro-batches added theirs
-        self.hands_over = position >= LARGE and some.dtype is torch.float32 and some.device.type == device.type == "cpu"
+        self.hands_over = (
+            position >= LARGE and some.dtype is torch.float32 and some.device.type == at.device.type == "cpu"
+        )
         self.arriving: Tensor | None = None  # the flat buffer into which a backward pass adds its gradients
         self.lasting = False  # whether the buffer is kept during passes that do not train the group
         self._borrowed = False
@@ -241,19 +244,10 @@ class ShardedSpace(Space):
     Gradients are reduced bucket by bucket as they arrive, and dropped.
     """
 
-    def __init__(
-        self,
-        name: str,
-        parameters: Mapping[str, nn.Parameter],
-        dims: Mapping[str, int | None],
-        tensor_rank: int,
-        group: dist.ProcessGroup | None,
-        *,
-        device: torch.device,
-    ):
+    def __init__(self, name: str, parameters: Mapping[str, nn.Parameter], at: Placement):
         super().__init__(name, parameters)
-        self.group = group
-        self.partitions, self.index = dist.get_world_size(group), dist.get_rank(group)
+        self.group = at.group
+        self.partitions, self.index = dist.get_world_size(at.group), dist.get_rank(at.group)
         self._slots: dict[str, tuple[int, int, int]] = {}  # name -> (position in the shard, width of a slice, elements)
         self._buckets: list[list[str]] = [[]]
         position = filled = 0
@@ -261,7 +255,7 @@ class ShardedSpace(Space):
             shape, width = self._cut(parameter)
             numel = math.prod(shape)
             start = min(numel, self.index * width)
-            self.segments.append(Segment(key, shape, start, min(width, numel - start), 0, position, dims[key]))
+            self.segments.append(Segment(key, shape, start, min(width, numel - start), 0, position, at.dims[key]))
             self._slots[key] = (position, width, numel)
             if filled and filled + numel > BUCKET:
                 self._buckets.append([])
@@ -269,8 +263,8 @@ class ShardedSpace(Space):
             self._buckets[-1].append(key)
             filled += numel
             position += width
-        self.masters = [torch.zeros(position, dtype=torch.float32, device=device).requires_grad_()]
-        self._count(tensor_rank)
+        self.masters = [torch.zeros(position, dtype=torch.float32, device=at.device).requires_grad_()]
+        self._count(at.tensor_rank)
         self._gradient: Tensor | None = None
         self._arrived: list[dict[str, Tensor]] = [{} for _ in self._buckets]
         for number, bucket in enumerate(self._buckets):
