@@ -24,7 +24,7 @@ from mlinterf_ds.engine.space import FlatSpace, NewRows, Placement, ShardedSpace
 from mlinterf_ds.engine.transfers import IdleSpaces, StepFacts, on_device
 from mlinterf_ds.engine.zero import Zero3ShardedSpace, release_small_parameters, shared_space
 from mlinterf_ds.errors import UserError
-from mlinterf_ds.model.encoder import SHARED, Batch, partition_dim
+from mlinterf_ds.model.encoder import SHARED, Rows, partition_dim
 from mlinterf_ds.runtime.parallel import Layout, ModelParallelUnit
 from mlinterf_ds.sections import TrainConfig
 
@@ -160,7 +160,7 @@ class Engine:
         """Whether no shared parameter is trained."""
         return self.training.freeze == "shared" and not self.new_rows
 
-    def train_step(self, batches: Sequence[Batch], rates: Mapping[str, float] | None = None) -> StepFacts:
+    def train_step(self, batches: Sequence[Rows], rates: Mapping[str, float] | None = None) -> StepFacts:
         """One ordinary update; returns the step's facts, which the device may still be computing.
 
         rates: the groups to train, each with its learning rate; by default those of the step's languages at the
@@ -189,7 +189,7 @@ class Engine:
         known = {"lr": next(iter(rates.values())), "loss_scale": self.scale.value}
         return self.finish_step(known, computed, finite, spiked)
 
-    def accumulate(self, batches: Sequence[Batch], spaces: Sequence[Space], losses: bool = True) -> Tensor:
+    def accumulate(self, batches: Sequence[Rows], spaces: Sequence[Space], losses: bool = True) -> Tensor:
         """Forward and backward over this rank's micro-batches; only the gradients of `spaces` are computed.
 
         Returns the sum of nll and the count of predictions in this rank's rows, (step's languages, 2) float64, or an empty
@@ -306,14 +306,14 @@ class Engine:
             apply(self.optimizers[space.name], space.masters, gradient, rate, divisor, skip)
         space.write()
 
-    def evaluate(self, batches: Iterable[Batch]) -> float:
+    def evaluate(self, batches: Iterable[Rows]) -> float:
         """The weighted loss of all ranks' batches without dropout (see `weighted_loss`)."""
         self.model.eval()
         return weighted_loss(self.model, batches, self.device, self.layout)
 
 
 @torch.no_grad()
-def weighted_loss(model: Any, batches: Iterable[Batch], device: torch.device, layout: Layout) -> float:
+def weighted_loss(model: Any, batches: Iterable[Rows], device: torch.device, layout: Layout) -> float:
     """The sum of the losses of all ranks' batches, in nats: their mean loss, where their weights sum to one.
 
     Every rank must bring the same number of batches (ZeRO 3 gathers weights together).

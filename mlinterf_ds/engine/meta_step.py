@@ -35,7 +35,7 @@ from mlinterf_ds.meta.bilevel import (
     mixed_product,
     norm,
 )
-from mlinterf_ds.model.encoder import SHARED, Batch
+from mlinterf_ds.model.encoder import SHARED, Rows
 from mlinterf_ds.sections import MetaConfig
 
 SEARCH = 12  # radii that a run's first step may try; later steps start from the last of them
@@ -57,7 +57,7 @@ class MetaStep:
         start = float(config.radius) if fixed else 1e-3
         self.radius = RadiusControl(start, TARGETS[config.difference][engine.precision], fixed=fixed)
 
-    def step(self, batches: Sequence[Batch], validation: Sequence[Batch]) -> Mapping[str, float]:
+    def step(self, batches: Sequence[Rows], validation: Sequence[Rows]) -> Mapping[str, float]:
         """One step; returns its facts, which the device may still be computing.
 
         batches: this rank's micro-batches of the step's language. validation: those of L^val (none between meta steps).
@@ -84,7 +84,7 @@ class Phases:
     A phase does nothing from the first pass on whose gradient is not finite, the same on all ranks.
     """
 
-    def __init__(self, meta: MetaStep, batches: Sequence[Batch], validation: Sequence[Batch]):
+    def __init__(self, meta: MetaStep, batches: Sequence[Rows], validation: Sequence[Rows]):
         self.meta, self.engine, self.config = meta, meta.engine, meta.config
         (language,) = batches[0].step_languages
         self.theta = self.engine.spaces[SHARED]
@@ -198,7 +198,7 @@ class Phases:
         divisor = 1.0 / clip_factor(length, self.engine.training.clip)
         self.engine.update(space, gradient, divisor, self.rate, self.skip)
 
-    def _gradients_of(self, batches: Sequence[Batch], name: str) -> Gradients:
+    def _gradients_of(self, batches: Sequence[Rows], name: str) -> Gradients:
         """The function that runs passes over these micro-batches; the first pass's losses become facts under `name`."""
 
         def gradients(spaces: Sequence[Space]) -> list[Vector]:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from mlinterf_ds.engine.space import FlatSpace, Space
 from mlinterf_ds.errors import UserError, warn
-from mlinterf_ds.model.encoder import SHARED, Batch
+from mlinterf_ds.model.encoder import SHARED, Rows
 from mlinterf_ds.model.routing import regions
 from mlinterf_ds.runtime.parallel import replayed
 
@@ -213,7 +213,7 @@ def tensors(batch: Any) -> dict[str, Tensor]:
 # for one that ran out of memory. The ranks then agree on a size that fits all of them.
 
 
-def fit_micro_batch(engine: Engine, most: int, batches: Callable[[int], Sequence[Batch]], vectors: int) -> str:
+def fit_micro_batch(engine: Engine, most: int, batches: Callable[[int], Sequence[Rows]], vectors: int) -> str:
     """Sets the engine's micro-batch to the largest power of two up to `most` rows that fits; returns a note for the user.
 
     batches: makes the batches, of a given number of rows, whose passes are tried. vectors: the number of fp32 vectors as
@@ -266,7 +266,7 @@ def largest(most: int, least: int, attempt: Callable[[int], None], device: torch
     return 0
 
 
-def _pass_over(engine: Engine, batches: Sequence[Batch], vectors: int) -> None:
+def _pass_over(engine: Engine, batches: Sequence[Rows], vectors: int) -> None:
     """Runs forward and backward over each batch, and changes nothing.
 
     Raises torch.OutOfMemoryError if less than a tenth of the memory is left.

@@ -24,7 +24,7 @@ from mlinterf_ds.errors import UserError, refusing
 from mlinterf_ds.files import read_csv, write_csv
 from mlinterf_ds.gradients.similarity import ALL, DRAWS, Exact, Similarity, Sketch, pairs, spread
 from mlinterf_ds.meta.bilevel import norm
-from mlinterf_ds.model.encoder import SHARED
+from mlinterf_ds.model.encoder import SHARED, Rows
 from mlinterf_ds.sections import ConflictSection, RowFormat
 
 if TYPE_CHECKING:
@@ -106,7 +106,7 @@ def _rows(config: ConflictSection, counts: dict[str, int], data_ranks: int, on_c
     return wanted
 
 
-def gradient(engine: Engine, batches: Sequence[Batch]) -> Vector:
+def gradient(engine: Engine, batches: Sequence[Rows]) -> Vector:
     """This rank's shards (fp32, unscaled) of the gradient of the shared parameters on these micro-batches.
 
     An overflow (fp16) halves the loss scale for this gradient only; at scale 1 infinities and NaN stay. The engine's

@@ -30,8 +30,18 @@ SHARED = "shared"  # the name of the parameter group that all languages share
 VOCABULARY_MULTIPLE = 64  # whatever the number of ranks, so that checkpoints do not depend on it
 
 
-class Batch(Protocol):
-    """The attributes of a batch that a forward pass reads, and how it comes to the device."""
+class Rows(Protocol):
+    """The attributes of a batch that the engine reads, and how the batch comes to the device."""
+
+    @property
+    def languages(self) -> Tensor: ...  # (rows,) int64: index into the encoder's languages; stays on the host
+    @property
+    def step_languages(self) -> tuple[int, ...]: ...  # the languages of all ranks' rows, ascending
+    def to(self, device: torch.device) -> Any: ...
+
+
+class Batch(Rows, Protocol):
+    """The attributes of a batch that a forward pass reads."""
 
     @property
     def tokens(self) -> Tensor: ...  # (rows, length) int64
@@ -42,16 +52,11 @@ class Batch(Protocol):
     @property
     def weights(self) -> Tensor: ...  # (rows, masked) fp32
     @property
-    def languages(self) -> Tensor: ...  # (rows,) int64: index into the encoder's languages
-    @property
-    def step_languages(self) -> tuple[int, ...]: ...  # the languages of all ranks' rows, ascending
-    @property
     def dropout_seed(self) -> int: ...
     @property
     def segment_ids(self) -> Tensor | None: ...  # (rows, length): tokens see those of the same number; None: the row
     @property
     def position_ids(self) -> Tensor | None: ...  # (rows, length) int64; None: columns
-    def to(self, device: torch.device) -> Any: ...  # `languages` stay on the host
 
 
 # -- the word embeddings of a large model --------------------------------------------------------------------------------

@@ -56,7 +56,7 @@ class OneOutput(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         if self.ranks == 1:
             return F.linear(hidden, self.weight, self.bias)
-        return super().forward(hidden)[0]  # type: ignore[misc]
+        return super().forward(hidden)[0]
 
     get_extra_state, set_extra_state = nn.Module.get_extra_state, nn.Module.set_extra_state
 

@@ -67,9 +67,9 @@ def shortened(caption: str, count: int, most: int) -> str:
     return f"{caption}; the first {most} of {count} are drawn, the CSV has all" if count > most else caption
 
 
-def panels(figure: Figure, count: int, across: int, **shared: bool) -> list[Axes]:
+def panels(figure: Figure, count: int, across: int, sharex: bool = False) -> list[Axes]:
     """`count` panels, `across` in a row; what is left of the last row stays empty."""
-    grid = figure.subplots(-(-count // across), across, squeeze=False, **shared)
+    grid = figure.subplots(-(-count // across), across, squeeze=False, sharex=sharex)
     for axes in grid.flat[count:]:
         axes.set_visible(False)
     return list(grid.flat[:count])
