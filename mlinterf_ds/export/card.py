@@ -1,4 +1,4 @@
-"""The model card of an exported checkpoint."""
+"""The model card of an exported checkpoint: what is told in it; its text is in card.md.j2."""
 
 from __future__ import annotations
 
@@ -7,130 +7,44 @@ import math
 from pathlib import Path
 from typing import Any
 
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
 from mlinterf_ds.export.heads import LINEAR, SPAN, TEXT, TOKENS, default_language, head_of
 from mlinterf_ds.files import markdown_table, read_json, sha256
 from mlinterf_ds.pretrained import Finetuned, Pretrained
 from mlinterf_ds.sections import MetaConfig, has_adapters, is_meta, is_routed
 from mlinterf_ds.tasks import TASKS
 
-ROUTED = {
-    "adpt": "each language has its own residual adapters after attention and feed-forward",
-    "ffn": "each language has its own feed-forward layers",
-    "attn": "each language has its own attention layers",
-    "share_adpt": "all languages share one set of residual adapters",
-    "mono": "the model knows one language",
-    "joint": "all languages share all parameters",
-}
-STOCK_USE = """\
-```python
-from transformers import AutoModelForMaskedLM, AutoTokenizer
-
-tokenizer = AutoTokenizer.from_pretrained(FOLDER)
-model = AutoModelForMaskedLM.from_pretrained(FOLDER).eval()
-logits = model(**tokenizer("... <mask> ...", return_tensors="pt")).logits
-```"""
-ROUTED_USE = """\
-```python
-from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer, pipeline
-
-tokenizer = AutoTokenizer.from_pretrained(FOLDER, trust_remote_code=True)
-model = AutoModelForMaskedLM.from_pretrained(FOLDER, trust_remote_code=True).eval()
-tokens = tokenizer("... <mask> ...", return_tensors="pt")
-logits = model(**tokens, language=CODE).logits  # or one code for each row
-encoder = AutoModel.from_pretrained(FOLDER, trust_remote_code=True).eval()  # without the head
-hidden = encoder(**tokens, language=CODE).last_hidden_state
-fill = pipeline("fill-mask", FOLDER, trust_remote_code=True)  # "feature-extraction" takes a language too
-fill("... <mask> ...", language=CODE)
-model.set_default_language(CODE)  # from here on, calls need no language=
-```
-
-After `import mlinterf_ds.export.modeling_mlinterf` the two models need no `trust_remote_code=True`; pipelines always do."""
-
-HEAD_USE = {
-    TOKENS: """\
-tag = pipeline("ner", FOLDER, aggregation_strategy="first")  # a word has its first piece's label
-tag("...")""",
-    TEXT: """\
-classify = pipeline("text-classification", FOLDER)
-classify({"text": "...", "text_pair": "..."}, truncation=True)""",
-    SPAN: """\
-answer = pipeline("question-answering", FOLDER)
-answer(question="...", context="...")""",
-}
+TAGS = {TOKENS: "token-classification", TEXT: "text-classification", SPAN: "question-answering"}  # Hugging Face's
 
 
 def card(model: Pretrained | Finetuned, config: dict[str, Any]) -> str:
     """The text of README.md: what the model is and scores, how it was trained and how to load it; config: its config.json."""
-    if isinstance(model, Finetuned):
-        pretrained, heading, training = model.pretrained, _task_heading(model), _finetuning(model)
-        scores, use, source = _task_scores(model), _task_use(model, config), model.saved.get("source", {})
-    else:
-        pretrained, heading, training = model, _heading(model), _pretraining(model)
-        scores, use = _perplexities(model), STOCK_USE
-        if "auto_map" in config:
-            use = ROUTED_USE.replace("CODE", json.dumps(model.languages[-1]))
-        source = {"manifest": model.saved.get("manifest"), **model.saved["config"]}
-    lines = [*heading, *_shape(pretrained), *training, "", "## Scores", "", *scores, "", "## Use", "", use, ""]
-    lines += [_reading(pretrained), "", "## Limits and licence", "", _departures(pretrained), "", _licence(source)]
-    return "\n".join(lines) + "\n"
+    pretrained = model.pretrained if isinstance(model, Finetuned) else model
+    facts = _finetuned(model, config) if isinstance(model, Finetuned) else _pretrained(model)
+    environment = Environment(
+        loader=PackageLoader("mlinterf_ds.export", "."), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )  # fmt: skip
+    variant = pretrained.run_variant
+    return environment.get_template("card.md.j2").render(
+        pretrained=pretrained, config=config, variant=variant, shape=pretrained.shape(), languages=pretrained.languages,
+        name=model.saved["config"].get("name", "model"), saved=model.saved, is_routed=is_routed(variant), is_meta=is_meta(variant),
+        has_adapters=has_adapters(variant), departures=_departures(pretrained), **facts,
+    )  # fmt: skip
 
 
-def _shape(pretrained: Pretrained) -> list[str]:
-    """What the model is made of."""
-    variant, shape = pretrained.run_variant, pretrained.shape()
-    how = "by the meta step (Algorithm 1 of the paper)" if is_meta(variant) else "with all other parameters"
-    trained = f", trained {how}" if is_routed(variant) else ""
-    width = f", adapters of width {shape.adapter_width} ({shape.adapter_activation})" if has_adapters(variant) else ""
-    return [
-        f"- Variant `{variant}`: {ROUTED[pretrained.variant]}{trained}.",
-        f"- {shape.layers} layers, width {shape.width}, {shape.heads} heads of width {shape.kv_channels}, feed-forward "
-        f"{shape.ffn}{width}, a vocabulary of {pretrained.saved['vocabulary']} pieces, rows of up to "
-        f"{pretrained.positions} pieces.",
-    ]
-
-
-def _reading(pretrained: Pretrained) -> str:
-    """How the tokenizer reads a text."""
-    if pretrained.tokenizer().foreign:
-        return "The tokenizer is that of the model whose vocabulary the corpus took."
-    return (
-        "The tokenizer reads `<mask>` and the other special pieces in a text as such. It gives all other text the ids of "
-        "`sentencepiece.model`, after NFC normalisation and with single spaces."
-    )
-
-
-def _yaml(languages: list[str], pipeline: str, tags: list[str]) -> list[str]:
-    """The head of the card, in YAML, which programs read."""
-    lines = ["---", "language:", *(f"- {json.dumps(code)}" for code in languages)]
-    lines += ["library_name: transformers", f"pipeline_tag: {pipeline}", "tags:"]
-    return [*lines, *(f"- {tag}" for tag in tags), "---"]
-
-
-# --- a pretraining -------------------------------------------------------------------------------------------------------
-def _heading(pretrained: Pretrained) -> list[str]:
-    languages = pretrained.languages
-    return [
-        *_yaml(languages, "fill-mask", ["multilingual", "mlinterf"]),
-        f"# {pretrained.saved['config'].get('name', 'model')}: {pretrained.run_variant} on {', '.join(languages)}",
-        "",
-        "A masked language model of mlinterf_ds, a study of negative interference between languages "
-        "([arXiv:2010.03017](https://arxiv.org/abs/2010.03017)).",
-        "",
-    ]
-
-
-def _pretraining(pretrained: Pretrained) -> list[str]:
-    """How the model was trained."""
-    saved, train = pretrained.saved, pretrained.saved["config"].get("train", {})
-    lines = [f"- {saved['updates']} steps, checkpoint `{pretrained.path.name}`."]
-    if "batch" in train:
-        tokens = saved["updates"] * train["batch"] * pretrained.positions
-        share = f"{pretrained.row_format.mask_share:.0%} of a row masked"
-        lines.append(
-            f"- A step read {train['batch']} rows: {tokens:,} pieces in all, {share}; peak learning rate {train['lr']:g}, "
-            f"seed {train['seed']}."
-        )
-    return lines
+def _pretrained(model: Pretrained) -> dict[str, Any]:
+    """What is told of a pretraining."""
+    config = model.saved["config"]
+    return {
+        "tuned": None,
+        "pipeline": "fill-mask",
+        "train": config.get("train", {}),
+        "scores": "\n".join(_perplexities(model)),
+        "language": f', language="{model.languages[-1]}"',
+        "licence": _licence({"manifest": model.saved.get("manifest"), **config}),
+    }
 
 
 def _perplexities(pretrained: Pretrained) -> list[str]:
@@ -147,37 +61,39 @@ def _perplexities(pretrained: Pretrained) -> list[str]:
     return markdown_table(["language", "validation perplexity", "unigram", "at step"], rows)
 
 
-# --- a fine-tuning -------------------------------------------------------------------------------------------------------
-def _task_heading(model: Finetuned) -> list[str]:
-    task, languages = model.saved["config"]["task"], model.pretrained.languages
-    trained_on = ", ".join(model.saved.get("trained_on", [])) or "one language"
-    pipeline = {TOKENS: "token-classification", TEXT: "text-classification", SPAN: "question-answering"}
-    return [
-        *_yaml(languages, pipeline[head_of(TASKS[task])], ["multilingual", "mlinterf", task]),
-        f"# {model.saved['config'].get('name', 'model')}: {task}, fine-tuned on {trained_on}",
-        "",
-        f"A model of {', '.join(languages)} with a classifier for the task `{task}`, fine-tuned on {trained_on}. From mlinterf_ds, a "
-        "study of negative interference between languages ([arXiv:2010.03017](https://arxiv.org/abs/2010.03017)).",
-        "",
-        f"- Labels: {', '.join(f'`{label}`' for label in model.labels)}.",
-    ]
-
-
-def _finetuning(model: Finetuned) -> list[str]:
-    """How the model was trained."""
-    point, progress, source = model.saved["point"], model.saved["progress"], model.saved.get("source", {})
-    epochs = model.saved["config"]["finetune"]["epochs"]
-    counts = model.summary.get("examples", {}).get("train", {})
-    read = f" on {', '.join(f'{count:,} examples of {code}' for code, count in counts.items())}" if counts else ""
-    lines = [
-        f"- Fine-tuned{read}: epoch {progress['best_epoch']} of {epochs}, the best on the dev set "
-        f"({progress['best']:.1f}); {point['batch']} rows a step, peak learning rate {point['lr']:g}, of the classifier "
-        f"{point['head_lr']:g}, seed {point['seed']}."
-    ]
-    if source.get("steps") is not None:
-        rows = f" of {source['rows']} rows" if source.get("rows") else ""
-        lines.append(f"- Pretrained for {source['steps']} steps{rows}, checkpoint `{Path(source['checkpoint']).name}`.")
-    return lines
+def _finetuned(model: Finetuned, config: dict[str, Any]) -> dict[str, Any]:
+    """What is told of a fine-tuning."""
+    saved, task = model.saved, model.saved["config"]["task"]
+    head, source, remarks = head_of(TASKS[task]), saved.get("source", {}), []
+    default = default_language(model) if "auto_map" in config else None
+    if default:
+        remarks.append(f"Every text is read by the modules of `{default}`, unless a call names another `language=`.")
+    if head == TEXT and "auto_map" not in config:
+        remarks.append(
+            "The dense layer of the classifier is the identity times "
+            f"2^{math.log2(LINEAR):.0f}, where tanh is linear: this model was trained without it."
+        )
+    if config["model_type"] == "xmod" and "default_language" not in config:
+        remarks.append("Its pipelines read the language that `pipeline.model.set_default_language(...)` names.")
+    if head == TOKENS:
+        remarks.append("A text longer than a row is cut: give sentences, or `stride=` to read it in overlapping parts.")
+    named = "auto_map" in config and not default
+    return {
+        "tuned": model,
+        "pipeline": TAGS[head],
+        "task": task,
+        "head": head,
+        "trained_on": ", ".join(saved.get("trained_on", [])) or "one language",
+        "point": saved["point"],
+        "progress": saved["progress"],
+        "source": source,
+        "examples": model.summary.get("examples", {}).get("train", {}),
+        "scores": "\n".join(_task_scores(model)),
+        "folder": "FOLDER, trust_remote_code=True" if "custom_pipelines" in config else "FOLDER",
+        "language": f', language="{model.pretrained.languages[-1]}"' if named else "",
+        "remarks": remarks,
+        "licence": _licence(source),
+    }
 
 
 def _task_scores(model: Finetuned) -> list[str]:
@@ -197,54 +113,20 @@ def _task_scores(model: Finetuned) -> list[str]:
     return [*lines, "", "The columns after the score are baselines that need no model: see the task's guide."]
 
 
-def _task_use(model: Finetuned, config: dict[str, Any]) -> str:
-    head = head_of(TASKS[model.saved["config"]["task"]])
-    code, remarks = HEAD_USE[head], []
-    if "custom_pipelines" in config:
-        code = code.replace("FOLDER", "FOLDER, trust_remote_code=True")
-    if "auto_map" in config:
-        default = default_language(model)
-        if default:
-            remarks.append(
-                f"Every text is read by the modules of `{default}`, unless a call names another `language=`."
-            )
-        else:
-            language = json.dumps(model.pretrained.languages[-1])
-            code = f"{code.removesuffix(')')}, language={language})"
-    elif head == TEXT:
-        remarks.append(
-            "The dense layer of the classifier is the identity times "
-            f"2^{math.log2(LINEAR):.0f}, where tanh is linear: this model was trained without it."
-        )
-    if config["model_type"] == "xmod" and "default_language" not in config:
-        remarks.append("Its pipelines read the language that `pipeline.model.set_default_language(...)` names.")
-    if head == TOKENS:
-        remarks.append("A text longer than a row is cut: give sentences, or `stride=` to read it in overlapping parts.")
-    lines = ["```python", "from transformers import pipeline", "", code, "```"]
-    return "\n".join([*lines, *(["", " ".join(remarks)] if remarks else [])])
-
-
-def _departures(pretrained: Pretrained) -> str:
+def _departures(pretrained: Pretrained) -> list[str]:
     """How the model and its training differ from the paper's."""
     config, variant, shape = pretrained.saved["config"], pretrained.variant, pretrained.shape()
     said = ["it is pre-norm (XLM is post-norm)"] * (shape.norm == "pre")
     said += ["the embeddings have no LayerNorm"] * (not shape.embedding_norm)
     said += ["queries and keys are rotated by their positions (XLM adds a table's)"] * (shape.position_kind == "rotary")
     if has_adapters(variant):
-        place = (
-            "before the residual sum, after the sublayer's dropout"
-            if shape.adapter_on != "sum"
-            else "after the residual sum"
-        )
+        before, after = "before the residual sum, after the sublayer's dropout", "after the residual sum"
+        place = after if shape.adapter_on == "sum" else before
         said.append(f"adapters use {shape.adapter_activation} and stand {place}")
     said += ["all languages share the norms"] * (variant in ("ffn", "attn"))
     said += pretrained.row_format.departures
     said += MetaConfig(**config["meta"]).departures if is_meta(pretrained.run_variant) and "meta" in config else []
-    said.append("all models of a study share one vocabulary")
-    return (
-        f"The model departs from the paper in these ways: {'; '.join(said)}. Perplexities of models with different vocabularies "
-        "cannot be compared."
-    )
+    return [*said, "all models of a study share one vocabulary"]
 
 
 def _licence(source: dict[str, Any]) -> str:
