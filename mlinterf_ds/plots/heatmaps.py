@@ -63,12 +63,18 @@ def heatmaps(
     bar = figure.colorbar(colours, ax=figure.axes, shrink=0.8, aspect=30)
     bar.set_label(label, fontsize=8)
     bar.ax.tick_params(labelsize=7)
-    if np.isfinite(levels).any():
-        level = float(np.nanmedian(levels))
-        for end in (-level, level):
-            bar.ax.axhline(end, color="black", linewidth=1.2)
-        caption += f"{'; ' * bool(caption)}in brackets: within the noise; lines on the scale: its median, {level:{form.lstrip('+')}}"
+    caption = "; ".join(filter(None, [caption, _mark_noise(bar.ax, levels, form.lstrip("+"))]))
     style.finish(figure, path, title, caption)
+
+
+def _mark_noise(scale: Axes, levels: np.ndarray, form: str) -> str:
+    """Marks the median of the noise on the scale of colours, and says so for the caption; '' where the noise is not known."""
+    if not np.isfinite(levels).any():
+        return ""
+    level = float(np.nanmedian(levels))
+    for end in (-level, level):
+        scale.axhline(end, color="black", linewidth=1.2)
+    return f"in brackets: within the noise; lines on the scale: its median, {level:{form}}"
 
 
 def _colours(values: np.ndarray, signed: bool) -> ScalarMappable:
