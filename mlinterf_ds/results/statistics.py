@@ -15,6 +15,7 @@ or an accuracy), whose variance is that of its linearisation (Cochran, Sampling 
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, TypeVar
@@ -99,7 +100,9 @@ class Effect:
 
     def seeds_needed(self, distance: float, alpha: float) -> int | None:
         """The number of seeds of this spread with which the interval would reach less far; None where none would do."""
-        return next((n for n in range(2, MOST_SEEDS + 1) if self.half(alpha, n) < distance), None)
+        counts = range(2, MOST_SEEDS + 1)  # the half width falls with the number of seeds
+        first = bisect_left(counts, True, key=lambda count: self.half(alpha, count) < distance)
+        return counts[first] if first < len(counts) else None
 
 
 def _quantile(alpha: float, count: int) -> float:

@@ -1,4 +1,4 @@
-"""The micro-batch that is found by trying: sizes, agreement of ranks, recomputation where none fits."""
+"""The micro-batch that is found by trying: sizes, recomputation where none fits."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -11,8 +11,6 @@ from mlinterf_ds.engine import passes as fitting
 from mlinterf_ds.errors import UserError
 from mlinterf_ds.pretrain.config import load_run
 from mlinterf_ds.runtime.parallel import Layout
-from tests.parity import bodies
-from tests.ranks import pool
 
 CPU = torch.device("cpu")
 
@@ -40,14 +38,6 @@ def alone(monkeypatch) -> None:
 def test_the_largest_power_of_two_that_fits(alone: None, most: int, limit: int, size: int, tried: list[int]) -> None:
     asked: list[int] = []
     assert fitting.largest(most, fitting.LEAST, limited(limit, asked), CPU) == size and asked == tried
-
-
-def largest_on_ranks() -> int:
-    return fitting.largest(32, 1, limited(8 + 24 * (1 - dist.get_rank()), []), CPU)
-
-
-def test_ranks_take_what_fits_all_of_them() -> None:
-    assert pool(2).run(largest_on_ranks) == [8, 8]
 
 
 class Device(SimpleNamespace):
@@ -95,19 +85,3 @@ def test_recipes_leave_the_micro_batch_to_the_device(recipe: str) -> None:
     config = load_run([recipe])
     assert config.train.micro_batch == "auto" and config.train.fixed_micro_batch is None and not config.model.recompute
     assert load_run([recipe], ["train.micro_batch=8"]).train.fixed_micro_batch == 8
-
-
-def steps(settings: list[str], json_name: str, tried: bool) -> list[dict[str, float]]:
-    """Facts of two steps, after passes were tried or not."""
-    engine, stream, config = bodies.make([*settings, "model.dropout=0.1"], json_name)
-    if tried:
-        fitting._pass_over(engine, [stream.batch(0, 0, 8), stream.batch(0, 0, 8)], 2)
-    return bodies.advance(engine, stream, config, 2, bodies.meta_step(engine, config))
-
-
-@pytest.mark.parametrize("variant, json_name, ranks", [("meta_adpt", "zero1", 1), ("adpt", "zero2", 2)])
-def test_trying_leaves_nothing_behind(variant: str, json_name: str, ranks: int) -> None:
-    plain, after = (pool(ranks).run(steps, [f"variant={variant}"], json_name, tried) for tried in (False, True))
-    assert [[dict(facts) for facts in of_rank] for of_rank in plain] == [
-        [dict(facts) for facts in of_rank] for of_rank in after
-    ]

@@ -353,7 +353,7 @@ def test_the_last_layer_computes_only_what_the_loss_reads(variant: str, norm: st
 
 @pytest.mark.parametrize(
     ("variant", "kind"),
-    [("joint", "learned"), ("adpt", "learned"), ("ffn", "learned"), ("attn", "learned"), ("attn", "rotary")],
+    [("joint", "learned"), ("adpt", "learned"), ("ffn", "learned"), ("attn", "rotary")],
 )
 def test_one_compiled_region_serves_all_layers_and_languages(variant: str, kind: str) -> None:
     """Traced whole, without a break, and once for a shape; another language of a routed module is no reason to trace anew."""

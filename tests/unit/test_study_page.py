@@ -7,6 +7,7 @@ import re
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -20,6 +21,9 @@ from mlinterf_ds.study.page import figures, render, sortable
 from mlinterf_ds.study.report import convergence
 from tests.browser import CHROMIUM, browser
 from tests.study_records import planted
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 SORTED = """(() => {
     const heads = [...document.querySelectorAll("table.scores")].map((t) => t.querySelectorAll("thead th")[1]);
@@ -101,7 +105,7 @@ def test_convergence_is_drawn_over_the_seeds_of_both(tmp_path: Path) -> None:
     assert convergence(records, tmp_path) == []
 
 
-def test_convergence_leaves_out_the_untrained_model_and_what_is_not_finite(tmp_path: Path) -> None:
+def test_convergence_leaves_out_the_untrained_model_and_what_is_not_finite(tmp_path: Path, drawn: list[Figure]) -> None:
     records = planted(seeds=1)
     history = [(0, 9.0), (5, 4.0), (10, math.inf), (15, 2.0)]
     records.models = [replace(model, history=dict.fromkeys(model.languages, history)) for model in records.models]

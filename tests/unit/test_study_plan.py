@@ -34,6 +34,11 @@ def jobs() -> list[Job]:
     return expanded("study_cpu")
 
 
+@pytest.fixture(scope="module")
+def full() -> list[Job]:
+    return expanded("study_cpu", "study_cpu_full")
+
+
 def test_the_cpu_study_has_every_variant_and_analysis(jobs: list[Job]) -> None:
     pairs: dict[str, set[str]] = {}
     for job in jobs:
@@ -125,8 +130,8 @@ def test_a_share_of_train_is_tested_or_all_of_it_where_another_language_was_trai
     assert tested == {"syn": ["syn=split", f"syn-far={tmp_path}/syn-far"], "syn-far": ["syn-far=split"]}
 
 
-def test_controls() -> None:
-    jobs = {j.name: j for j in expanded("study_cpu", "study_cpu_full") if j.kind == "pretrain"}
+def test_controls(full: list[Job]) -> None:
+    jobs = {j.name: j for j in full if j.kind == "pretrain"}
     direct, compute = jobs["pretrain.meta_adpt-direct.far.seed4"], jobs["pretrain.adpt-compute.far.seed4"]
     assert "meta.terms=direct" in direct.units[0].arguments
     plain = jobs["pretrain.adpt.far.seed4"].units[0].facts
@@ -191,8 +196,8 @@ def test_a_null_control_is_a_joint_model_of_two_halves_and_a_model_of_each(tmp_p
     assert sizes[0] + sizes[1] == sizes[2]
 
 
-def test_the_larger_study_finds_the_smaller_ones_models(jobs: list[Job]) -> None:
-    larger = {j.digest for j in expanded("study_cpu", "study_cpu_full")}
+def test_the_larger_study_finds_the_smaller_ones_models(jobs: list[Job], full: list[Job]) -> None:
+    larger = {j.digest for j in full}
     assert {j.digest for j in jobs if j.kind == "pretrain"} <= larger
 
 

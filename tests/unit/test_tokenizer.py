@@ -1,6 +1,7 @@
 """The shared vocabulary: special ids, exactness of word-by-word encoding, sizes that the text doesn't allow."""
 
 import random
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -48,13 +49,18 @@ def test_an_unseen_character_is_unknown_and_bytes_are_not_used(tokenizer: Tokeni
     assert not any(piece.startswith("<0x") for piece in tokenizer.pieces)
 
 
+@cache
+def plain_sentencepiece(path: Path) -> sentencepiece.SentencePieceProcessor:
+    return sentencepiece.SentencePieceProcessor(model_file=str(path))
+
+
 @settings(deadline=None, max_examples=200)
 @given(st.text(max_size=60))
 def test_words_encoded_one_by_one_are_the_sentence(tokenizer: Tokenizer, text: str) -> None:
     sentence = normalise(text)
     words = sentence.split(" ") if sentence else []
     ids, counts = tokenizer.encode_words(words)
-    reference = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer.path)).encode(sentence)
+    reference = plain_sentencepiece(tokenizer.path).encode(sentence)
     assert ids.tolist() == reference == tokenizer.encode(text)
     assert counts.sum() == len(ids) and len(counts) == len(words)
 
