@@ -68,11 +68,16 @@ def create_database(uri: str) -> None:
     from mlflow import MlflowClient
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as folder:
+    # A run that ends meanwhile removes the folder while MLflow still writes there.
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent, ignore_cleanup_errors=True) as folder:
         complete = Path(folder) / path.name
         MlflowClient(sqlite_uri(complete)).search_experiments(max_results=1)
-        with contextlib.suppress(FileExistsError):  # another job was faster; its store is complete too
+        try:
             os.link(complete, path)
+        except FileExistsError:  # another job was faster; its store is complete too
+            pass
+        except OSError:  # a file system without hard links
+            complete.replace(path)
 
 
 class Store:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import math
@@ -17,7 +18,7 @@ import pytest
 from mlinterf_ds import tracking
 from mlinterf_ds.tracking import Tracker, dataset, environment_facts
 from mlinterf_ds.tracking.__main__ import main
-from mlinterf_ds.tracking.facts import clean_name, flatten, is_secret, scrub, sqlite_uri, tracking_uri
+from mlinterf_ds.tracking.facts import clean_name, flatten, is_secret, scrub, sqlite_path, sqlite_uri, tracking_uri
 from mlinterf_ds.tracking.spool import SENT, SPOOL, SpoolWriter, read_spool
 from mlinterf_ds.tracking.store import create_database
 from tests.commands import wait_until
@@ -90,6 +91,33 @@ def test_the_stores_folder_is_made(tmp_path: Path) -> None:
     path = tmp_path / "new%20?" / "folder" / "mlflow.db"
     create_database(sqlite_uri(path))
     assert path.is_file() and [file.name for file in path.parent.iterdir()] == ["mlflow.db"]
+
+
+def test_a_store_is_made_without_hard_links_and_while_its_folder_is_removed(tmp_path: Path, monkeypatch) -> None:
+    """As on a memory stick; and as at the end of a process, which removes the folder while MLflow writes there."""
+
+    class Client:
+        def __init__(self, uri: str) -> None:
+            self.path = sqlite_path(uri)
+
+        def search_experiments(self, max_results: int) -> None:
+            assert self.path and max_results == 1
+            (self.path.parent / "journal").mkdir()
+            self.path.write_text("a store")
+
+    def refuse(*_: object) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    def written_meanwhile(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOTEMPTY, "Directory not empty")
+
+    monkeypatch.setattr("mlflow.MlflowClient", Client)
+    monkeypatch.setattr(os, "link", refuse)
+    create_database(sqlite_uri(tmp_path / "stick" / "mlflow.db"))
+    assert [(file.name, file.read_text()) for file in (tmp_path / "stick").iterdir()] == [("mlflow.db", "a store")]
+    monkeypatch.setattr(os, "rmdir", written_meanwhile)
+    create_database(sqlite_uri(tmp_path / "stick" / "other.db"))
+    assert (tmp_path / "stick" / "other.db").read_text() == "a store"
 
 
 def test_off_does_nothing(workplace: Path) -> None:
