@@ -144,14 +144,19 @@ def _sentences(task: Task, path: Path) -> list[Any]:
 
 
 def write(task: Task, examples: list[Any], predictions: list[Any], out: Path | None) -> None:
-    """Writes the predictions to a file, or to standard output."""
+    """Writes the predictions to a file, or to standard output: in UTF-8, unless that is a terminal of another encoding."""
     if out:
         task.write(examples, predictions, out)
         return
     with tempfile.TemporaryDirectory() as folder:
         task.write(examples, predictions, Path(folder) / "predictions")
-        sys.stdout.write((Path(folder) / "predictions").read_bytes().decode())
-        sys.stdout.flush()
+        content = (Path(folder) / "predictions").read_bytes()
+    sys.stdout.flush()
+    if sys.stdout.isatty():
+        sys.stdout.write(content.decode())
+    else:
+        sys.stdout.buffer.write(content)
+    sys.stdout.flush()
 
 
 def probabilities(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import io
 import shlex
 import subprocess
 import sys
@@ -12,9 +13,12 @@ from pathlib import Path
 import pytest
 from sqlalchemy.engine import make_url
 
+from mlinterf_ds import predict
 from mlinterf_ds.errors import UserError, resumption, setting
 from mlinterf_ds.files import replacing
 from mlinterf_ds.runtime import session
+from mlinterf_ds.tasks import TASKS
+from mlinterf_ds.tasks.columns import in_memory
 from mlinterf_ds.tracking import facts
 from tools.doctor.hosts import read_hostfile, starters
 from tools.doctor.machine import unlaunchable
@@ -84,3 +88,14 @@ def test_two_runs_in_one_folder(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(fcntl, "lockf", without)
     with session.alone(lock):
         pass
+
+
+def test_predictions_on_standard_output_are_utf8_whatever_the_encoding_of_the_terminal(
+    tmp_path: Path, monkeypatch
+) -> None:
+    """A question mark in place of a letter would stay in the file to which they are sent."""
+    sentences = in_memory([(["天地", "na", "é"], ["O", "B-PER", "O"])], tmp_path / "text")
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, "latin-1", "replace"))
+    predict.write(TASKS["ner"], sentences, [["O", "B-PER", "O"]], None)
+    assert raw.getvalue().decode() == "天地\tO\nna\tB-PER\né\tO\n"
