@@ -74,8 +74,13 @@ def _ready(stream: Any, number: int, errors: str) -> Any:
     )  # fmt: skip
 
 
-def refuse_ascii() -> None:
-    """UserError where Python takes file names and text for ASCII: then libraries fail on files of their own."""
+def check_surroundings() -> None:
+    """UserError where Python takes file names and text for ASCII, or the working directory is gone: then libraries fail on
+    files of their own."""
+    try:
+        os.getcwd()
+    except OSError as error:
+        raise UserError(f"the working directory cannot be used ({error.strerror}): `cd` into one that exists") from None
     if codecs.lookup(sys.getfilesystemencoding()).name == "ascii":
         raise UserError(
             "Python takes file names and text for ASCII here, because PYTHONUTF8=0 is set and the locale has no other encoding: "

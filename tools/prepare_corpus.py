@@ -13,7 +13,7 @@ from pathlib import Path
 
 from mlinterf_ds.data.corpus import Corpus
 from mlinterf_ds.data.prepare.main import prepare
-from mlinterf_ds.errors import UserError, ready_streams, refuse_ascii
+from mlinterf_ds.errors import UserError, check_surroundings, ready_streams
 
 INPUTS = """\
 inputs, as LANGUAGE=INPUT (one language may have several):
@@ -31,7 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     started = time.perf_counter()
     try:
-        refuse_ascii()
+        check_surroundings()
         corpus = prepare(
             _inputs_by_language(options.inputs),
             options.out,

@@ -20,7 +20,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from mlinterf_ds.errors import UserError, ready_streams, refuse_ascii
+from mlinterf_ds.errors import UserError, check_surroundings, ready_streams
 from mlinterf_ds.runtime.launchers import adopt, find_home
 
 if TYPE_CHECKING:  # a study waits for signals without torch
@@ -269,7 +269,7 @@ def main(run: Callable[[Sequence[str]], int], arguments: Sequence[str] | None = 
     ready_streams()
     faulthandler.enable()
     try:
-        refuse_ascii()
+        check_surroundings()
         find_home()
         adopt()
         status = run(sys.argv[1:] if arguments is None else arguments)

@@ -14,7 +14,7 @@ import pytest
 from sqlalchemy.engine import make_url
 
 from mlinterf_ds import predict
-from mlinterf_ds.errors import UserError, resumption, setting
+from mlinterf_ds.errors import UserError, check_surroundings, resumption, setting
 from mlinterf_ds.files import replacing
 from mlinterf_ds.runtime import session
 from mlinterf_ds.tasks import TASKS
@@ -99,3 +99,11 @@ def test_predictions_on_standard_output_are_utf8_whatever_the_encoding_of_the_te
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, "latin-1", "replace"))
     predict.write(TASKS["ner"], sentences, [["O", "B-PER", "O"]], None)
     assert raw.getvalue().decode() == "天地\tO\nna\tB-PER\né\tO\n"
+
+
+def test_a_working_directory_that_was_removed(tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    with pytest.raises(UserError, match=r"the working directory cannot be used \(No such file or directory\): `cd`"):
+        check_surroundings()
