@@ -89,7 +89,10 @@ def load_config(kind: type[Kind], recipes: Sequence[str | Path] = (), overrides:
         if key in origin:
             raise UserError(f"{key} ({origin[key]}) is no longer a key: {reason}")
     try:
-        return kind.model_validate(merged)
+        config = kind.model_validate(merged)
+        for value in flat(merged).values():
+            str(value).encode()  # a checkpoint keeps it as text
+        return config
     except ValidationError as error:
         raise UserError(_explain(error, kind, origin)) from None
     except UnicodeEncodeError as error:  # half of a character, from a terminal or a TOML escape

@@ -122,6 +122,7 @@ REMEDIES = {
     "No space left on device": "free some space",
     "Disk quota exceeded": "free some space",
     "Cannot allocate memory": "free some memory",
+    "File name too long": "give shorter names",
     "Permission denied": "see who may read and write there, or name another place",
     "Read-only file system": "name a place in which you may write",
 }
@@ -143,7 +144,7 @@ def noted(log: Path) -> Iterator[None]:
     except Exception as error:  # errors of any kind, because they are raised again
         first = ""
         with contextlib.suppress(OSError):  # if the disk is full, the failure itself must still come through
-            with log.open("a", encoding="utf-8") as file:
+            with log.open("a", encoding="utf-8", errors="backslashreplace") as file:
                 traceback.print_exception(error, file=file)
             first = _first_failure(error, log)
         message = f"{type(error).__name__}: {error}".partition(". This is typically caused")[0]
@@ -161,7 +162,7 @@ def _first_failure(error: Exception, log: Path) -> str:
     """Returns the earlier failure of another rank from the file `failed`. If there was none, writes this one and returns ''."""
     failed = log.with_name("failed")
     try:
-        with failed.open("x", encoding="utf-8") as file:
+        with failed.open("x", encoding="utf-8", errors="backslashreplace") as file:
             rank = log.stem.replace("-", " ")
             file.write(f"{rank} failed first: {type(error).__name__}: {str(error)[:300]}; its log: {log}")
         return ""

@@ -223,3 +223,9 @@ def test_true_and_false_beside_auto(tmp_path: Path) -> None:
     assert RunConfig.model_validate(config.model_dump()) == config
     with pytest.raises(UserError, match=r"model\.compile"):
         load_run([], ["model.compile=perhaps"])
+
+
+def test_a_path_whose_bytes_are_no_text_is_named_by_its_key() -> None:
+    """As a terminal hands over `output=a\xff`: a checkpoint could not keep it."""
+    with pytest.raises(UserError, match=r"^output: 'a.udcffb' is no text that UTF-8 can hold"):
+        load_run([], ["output=a\udcffb"])
