@@ -125,14 +125,7 @@ def read_columns(
     line has); rename: the tag by which a file's tag is replaced; blank: of new text, the tag of words that have none, else "".
     UserError names the line of a mistake.
     """
-    lines = read_text(path).split("\n")
-    for number, line in enumerate(lines, 1):
-        if "\r" in line.rstrip("\r"):
-            raise bad(
-                path,
-                number,
-                "a carriage return inside the line; all lines end alike: with a newline, a carriage return, or both",
-            )
+    lines = _lines(path)
     layout = layout or find_layout(path, lines, lambda tag: check(rename(tag)), name, width, bool(blank))
     sentences: list[Sentence] = []
     pending: list[str] = []  # blocks of comments alone, which belong to the sentence that follows
@@ -156,6 +149,16 @@ def read_columns(
         sentences[-1] = replace(sentences[-1], raw=(*sentences[-1].raw, *pending))
     _check_words(sentences)
     return sentences
+
+
+def _lines(path: Path) -> list[str]:
+    """The lines of a file, each with the carriage return that may end it."""
+    lines = read_text(path).split("\n")
+    for number, line in enumerate(lines, 1):
+        if "\r" in line.rstrip("\r"):
+            ends = "all lines end alike: with a newline, a carriage return, or both"
+            raise bad(path, number, f"a carriage return inside the line; {ends}")
+    return lines
 
 
 def _blocks(lines: list[str]) -> Iterator[tuple[int, int, int]]:

@@ -57,6 +57,11 @@ class _Lines:
     def drop(self, reason: str, number: int) -> None:
         self.dropped.setdefault(reason, []).append(number)
 
+    def told(self, name: str) -> Dropped:
+        """The dropped lines of an input of this name."""
+        first = {why: [f"{name}:{number}" for number in lines[:FIRST_NUMBERS]] for why, lines in self.dropped.items()}
+        return {why: {"lines": len(lines), "first": first[why]} for why, lines in self.dropped.items()}
+
 
 def hash_path(block: Path) -> Path:
     """Returns the file of a block's line hashes, ascending, and of the line that each belongs to.  # (2, lines) uint64"""
@@ -85,12 +90,7 @@ def clean_block(task: tuple[RawBlock, Path]) -> dict[str, Any]:
     separator = known["\0"]
     index = np.fromiter(map(known.__getitem__, words), dtype=np.int32, count=len(words))
     line = hashes(lines)
-    unit, document = line, np.arange(len(lines), dtype=np.int32)
-    if raw.kind != "lines":
-        document = np.array(text.documents, dtype=np.int32)
-        starts = np.flatnonzero(np.diff(document, prepend=-1))
-        sizes = np.diff(starts, append=len(lines))
-        unit = np.repeat(hashes(["\n".join(lines[a : a + n]) for a, n in zip(starts, sizes, strict=True)]), sizes)
+    unit, document = (line, np.arange(len(lines), dtype=np.int32)) if raw.kind == "lines" else _units(text, lines)
     del known["\0"]
     order = np.argsort(line, kind="stable")
     write_array(hash_path(path), np.stack([line[order], order.astype(np.uint64)]))
@@ -109,13 +109,19 @@ def clean_block(task: tuple[RawBlock, Path]) -> dict[str, Any]:
         "source": raw.name,
         "sentences": len(lines),
         "characters": sum(map(len, lines)),
-        "dropped": {
-            reason: {"lines": len(numbers), "first": [f"{raw.name}:{n}" for n in numbers[:FIRST_NUMBERS]]}
-            for reason, numbers in text.dropped.items()
-        },
+        "dropped": text.told(raw.name),
     }
     write_json(facts_path, facts)
     return {**facts, "reused": False}
+
+
+def _units(text: _Lines, lines: list[str]) -> tuple[np.ndarray, np.ndarray]:
+    """The hash of each line's document, and the document's number: two arrays (lines,)."""
+    document = np.array(text.documents, dtype=np.int32)
+    starts = np.flatnonzero(np.diff(document, prepend=-1))
+    sizes = np.diff(starts, append=len(lines))
+    unit = hashes(["\n".join(lines[a : a + n]) for a, n in zip(starts, sizes, strict=True)])
+    return np.repeat(unit, sizes), document
 
 
 def _fingerprint(raw: RawBlock) -> str:

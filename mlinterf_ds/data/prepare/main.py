@@ -85,34 +85,47 @@ def prepare(
     arguments = {
         "sources": {code: [text.identity() for text in of_language] for code, of_language in texts.items()},
         "vocabulary": [vocabulary_size, temperature] if given is None else _facts(given),
-        **({} if old is None else {"extends": _facts(old)}),
         "limits": limits,
         "licence": licence,
-        **({"meta_split": True} if meta_split else {}),
-        **({"halves": halves} if halves else {}),
     }
+    further = {"extends": old and _facts(old), "meta_split": meta_split, "halves": halves}
+    arguments |= {name: value for name, value in further.items() if value}
     folder = Path(out)
     with _explained(folder), _locked(folder):
         if _already_prepared(folder, arguments):
-            corpus = Corpus.open(folder)
-            check_known(folder, {code: corpus.unknown(code) for code in corpus.languages})
-            return corpus
+            return _checked(Corpus.open(folder))
         languages = [
             stages.Language(code, of_language, folder / WORK / code, limits.get(code), meta_split, _half(code, halves))
             for code, of_language in texts.items()
         ]
-        try:
-            with Workers(workers or len(os.sched_getaffinity(0))) as pool:
-                manifest = _run(languages, folder, vocabulary_size, temperature, given, old, known, pool, progress)
-        except WorkerKilled:
-            raise
-        except UserError:  # the arguments or the inputs must change: free the folder for other ones
-            (folder / ARGUMENTS).unlink()
-            raise
-        manifest = {"format": FORMAT, "version": VERSION, "licence": licence, **manifest}
-        write_json(folder / MANIFEST, manifest | {"digest": manifest_digest(manifest)})
-        shutil.rmtree(folder / WORK)
+        with _freed(folder), Workers(workers or len(os.sched_getaffinity(0))) as pool:
+            manifest = _run(languages, folder, vocabulary_size, temperature, given, old, known, pool, progress)
+        _finish(folder, {"format": FORMAT, "version": VERSION, "licence": licence, **manifest})
     return Corpus.open(folder)
+
+
+def _finish(folder: Path, manifest: dict[str, Any]) -> None:
+    """Writes the manifest, which makes the corpus one, and removes the work files."""
+    write_json(folder / MANIFEST, manifest | {"digest": manifest_digest(manifest)})
+    shutil.rmtree(folder / WORK)
+
+
+def _checked(corpus: Corpus) -> Corpus:
+    """The corpus. Warns, or raises UserError, if its vocabulary lacks too much of a language's text."""
+    check_known(corpus.folder, {code: corpus.unknown(code) for code in corpus.languages})
+    return corpus
+
+
+@contextmanager
+def _freed(folder: Path) -> Iterator[None]:
+    """A context whose UserError frees the folder for other arguments or inputs, since these must change."""
+    try:
+        yield
+    except WorkerKilled:
+        raise
+    except UserError:
+        (folder / ARGUMENTS).unlink()
+        raise
 
 
 def _run(
@@ -139,28 +152,25 @@ def _run(
     path = folder / TOKENIZER
     if given is not None:
         write_bytes(path, given.content)
-    if path.exists():  # given, or learned before an interruption
-        tokenizer = Tokenizer(path)
-    elif old:
-        new = [language for language in languages if language.code not in known]
-        tokenizer = learn(new or languages, size, temperature, path, pool, show, old)
-    else:
-        tokenizer = learn(languages, size, temperature, path, pool, show)
+    if not path.exists():  # neither given nor learned before an interruption
+        new = [language for language in languages if language.code not in known] if old else []
+        learn(new or languages, size, temperature, path, pool, show, old)
+    tokenizer = Tokenizer(path)
     splits = stages.encode(languages, tokenizer, folder, pool, show)
     check_known(folder, {code: unknown_share(of_language) for code, of_language in splits.items()})
     return {
         "vocabulary": {"size": tokenizer.size, "temperature": None if given else temperature, **_entry(path)},
         "dtype": tokenizer.dtype.__name__,
         "languages": {
-            language.code: {
-                "sources": [text.facts for text in language.inputs],
-                "limit": language.limit,
-                "dropped": language.dropped,
-                "splits": splits[language.code],
-            }
-            for language in languages
+            language.code: _language_facts(language) | {"splits": splits[language.code]} for language in languages
         },
     }
+
+
+def _language_facts(language: stages.Language) -> dict[str, Any]:
+    """What the manifest says of a language's text."""
+    sources = [text.facts for text in language.inputs]
+    return {"sources": sources, "limit": language.limit, "dropped": language.dropped}
 
 
 def vocabulary_of(path: str | Path) -> Tokenizer:
