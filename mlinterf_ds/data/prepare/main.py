@@ -82,7 +82,7 @@ def prepare(
     _check_numbers(texts, vocabulary_size, temperature, limits, workers)
     given = None if tokenizer is None else vocabulary_of(tokenizer)
     old, known = (None, []) if extends is None else _extended(Path(extends))
-    arguments = {
+    arguments: dict[str, Any] = {
         "sources": {code: [text.identity() for text in of_language] for code, of_language in texts.items()},
         "vocabulary": [vocabulary_size, temperature] if given is None else _facts(given),
         "limits": limits,
