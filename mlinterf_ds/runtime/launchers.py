@@ -53,6 +53,10 @@ def adopt() -> None:
             variables["MASTER_ADDR"] = _first_slurm_host()
         variables.setdefault("MASTER_PORT", str(20000 + int(variables["SLURM_JOB_ID"]) % 20000))
     else:
+        if not variables.get("LOCAL_RANK", "0").isdecimal():
+            raise UserError(
+                f"LOCAL_RANK={variables['LOCAL_RANK']}: expected a number; `unset LOCAL_RANK` for one process"
+            )
         if variables.get("WORLD_SIZE", "1") != "1":
             raise UserError(
                 f"WORLD_SIZE={variables['WORLD_SIZE']} is set, but RANK is not, so that this process cannot tell which rank it "

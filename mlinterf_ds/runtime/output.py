@@ -122,6 +122,7 @@ REMEDIES = {
     "No space left on device": "free some space",
     "Disk quota exceeded": "free some space",
     "Cannot allocate memory": "free some memory",
+    "Unable to find address for": "`unset GLOO_SOCKET_IFNAME`, or name a network of this host in it",
     "File name too long": "give shorter names",
     "Permission denied": "see who may read and write there, or name another place",
     "Read-only file system": "name a place in which you may write",
@@ -273,6 +274,9 @@ def main(run: Callable[[Sequence[str]], int], arguments: Sequence[str] | None = 
         check_surroundings()
         find_home()
         adopt()
+        os.environ["MPLBACKEND"] = (
+            "agg"  # figures go to files, whatever the notebook asked for from which this was started
+        )
         status = run(sys.argv[1:] if arguments is None else arguments)
         sys.stdout.flush()
     except UserError as error:

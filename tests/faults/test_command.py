@@ -166,6 +166,17 @@ def test_a_run_that_succeeds_ends_its_process_without_taking_the_interpreter_apa
     assert (done.returncode, done.stdout, done.stderr) == (0, "joined\nat exit\n", "")
 
 
+def test_figures_are_drawn_as_files_whatever_a_notebook_left_behind() -> None:
+    """matplotlib refuses the name of a backend that it does not know as it is imported."""
+    code = (
+        "from mlinterf_ds.runtime.output import main\n"
+        "def run(_):\n    import matplotlib; print(matplotlib.get_backend()); return 0\nmain(run, [])"
+    )
+    left = os.environ | {"MPLBACKEND": "nonsense"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=left, timeout=60)
+    assert (done.returncode, done.stdout) == (0, "agg\n"), done.stderr
+
+
 def test_a_first_failure_that_is_just_being_written_is_waited_for(tmp_path: Path) -> None:
     told = tmp_path / "failed"
     told.touch()

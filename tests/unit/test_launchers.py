@@ -81,6 +81,7 @@ def test_what_an_interactive_step_leaves_is_no_task_of_srun(left_over: dict[str,
 @pytest.mark.parametrize(
     "variables, words",
     [
+        ({"LOCAL_RANK": "x"}, "LOCAL_RANK=x: expected a number; `unset LOCAL_RANK`"),
         ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2 is set, but RANK is not.*unset WORLD_SIZE"),
         ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK=2, WORLD_SIZE=2 and LOCAL_RANK=0: expected ranks from 0"),
         ({"RANK": "1"}, "RANK=1, WORLD_SIZE=1 and"),
