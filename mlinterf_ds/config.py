@@ -160,6 +160,7 @@ def _merge(into: dict[str, Any], new: dict[str, Any], origin: dict[str, str], so
     for key, value in new.items():
         if isinstance(value, dict) and isinstance(into.get(key, {}), dict):
             _merge(into.setdefault(key, {}), value, origin, source, f"{prefix}{key}.")
+            origin |= {} if value else {f"{prefix}{key}": source}  # an empty table has no keys that say where it stands
         else:
             into[key] = value
             origin[f"{prefix}{key}"] = source
@@ -177,7 +178,9 @@ def _explain(error: ValidationError, kind: type[Section], origin: dict[str, str]
         if problem["type"] == "extra_forbidden":
             lines.append(f"{given}: unknown key; {_nearest(key, kind)}")
         elif problem["type"] == "value_error":  # the sections' own validators name key and value themselves
-            lines.append(problem["msg"].removeprefix("Value error, ") + source)
+            said = problem["msg"].removeprefix("Value error, ")
+            whole_key = f"{key}.{re.split('[:=]', said)[0]}"  # a section's validator knows its own keys' short names
+            lines.append(f"{key}.{said} ({origin[whole_key]})" if whole_key in origin else said + source)
         elif problem["type"] == "string_pattern_mismatch" and re.search(
             problem["ctx"]["pattern"], lower := str(problem["input"]).lower()
         ):

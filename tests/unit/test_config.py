@@ -121,6 +121,17 @@ def test_bad_recipes_are_named(tmp_path: Path) -> None:
         load_run([tmp_path / "key.toml"])
 
 
+def test_refusals_say_where_a_key_was_set(tmp_path: Path) -> None:
+    """Also one whose table is empty, and one that a section's own validator refuses, whatever a recipe set beside it."""
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text("[model]\nlayers = 2\n[odd]\n")
+    with pytest.raises(UserError, match=rf"odd=\{{\}} \({recipe}\): unknown key"):
+        load_run([recipe])
+    recipe.write_text("[model]\nlayers = 2\n")
+    with pytest.raises(UserError, match=r"^model\.heads: expected numbers below .* \(--set model\.heads=9{30}\)$"):
+        load_run([recipe], [f"model.heads={'9' * 30}"])
+
+
 def test_a_removed_key_is_refused_with_its_reason_and_ignored_in_a_checkpoints_record() -> None:
     key = "finetune.eval_batch"
     with pytest.raises(UserError, match=rf"{key} \(--set {key}=8\) is no longer a key: {REMOVED[key]}"):
