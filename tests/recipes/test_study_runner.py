@@ -133,13 +133,13 @@ def test_a_killed_retry_does_not_give_the_last_attempts_reason(tmp_path: Path, m
     assert list(json.loads((folder / "done.json").read_text())["units"]) == ["a"]  # what is finished stays
 
 
-def test_threads_are_shared_out_to_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_job_gets_the_threads_and_accelerators_of_its_slot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    given: list[str] = []
+    given: list[tuple[str, str]] = []
 
     class Started:
         def __init__(self, words: list[str], env: dict[str, str], **_: object) -> None:
-            given.append(env["OMP_NUM_THREADS"])
+            given.append((env["OMP_NUM_THREADS"], env["CUDA_VISIBLE_DEVICES"]))
             self.pid = os.getpid()
 
     monkeypatch.setattr(runner.subprocess, "Popen", Started)
@@ -147,10 +147,10 @@ def test_threads_are_shared_out_to_ranks(tmp_path: Path, monkeypatch: pytest.Mon
     job = types.SimpleNamespace(folder="job")
     (tmp_path / "job").mkdir()
     for ranks in (1, 2, 16):
-        slot = runner.Slot(list(range(8)))
+        slot = runner.Slot(list(range(8)), {"CUDA_VISIBLE_DEVICES": f"of {ranks}"})
         runner._start(slot, job, [], tmp_path, ranks)  # type: ignore[arg-type]
         slot.log.close()
-    assert given == ["8", "4", "1"]
+    assert given == [("8", "of 1"), ("4", "of 2"), ("1", "of 16")]
 
 
 def test_accelerators_are_shared_out_to_jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -169,6 +169,8 @@ def test_accelerators_are_shared_out_to_jobs(tmp_path: Path, monkeypatch: pytest
     assert names("ranks=2", "parallel=3") == ["2,3", "GPU-a,GPU-b", "2,3"]
     with pytest.raises(UserError, match=r"ranks=5: this machine has 4 accelerators"):
         names("ranks=5")
+    plan = main.Study(load_config(StudyConfig, ["study_ci"], [f"output={tmp_path}"]), "ds_configs/zero1.json").show()
+    assert "left, GPU-minutes" in plan and "with 4 at once" in plan
 
 
 def test_accelerators_of_a_machine(monkeypatch: pytest.MonkeyPatch) -> None:
