@@ -59,7 +59,9 @@ class Passes:
         self.graphs = False  # whether passes are captured; see `capture`
         self._seen: dict[Hashable, int] = {}
         self.captured: dict[Hashable, Captured] = {}
+        # graphs share the memory of their activations, which an allocator gives again to the same stream alone
         self._pool: Any = None
+        self._stream: Any = None
         self._slot: Slot | None = None  # the buffers of the language whose modules a pass uses
 
     def capture(self, wanted: bool | str) -> str:
@@ -74,14 +76,26 @@ class Passes:
             reason = "passes over partitioned parameters and under tensor parallelism run uncaptured"
         elif engine.model.embeddings.language is not None:
             reason = "language embeddings run uncaptured"
+        elif any(getattr(module, "recompute", False) for module in engine.model.modules()):
+            reason = "passes that recompute activations run uncaptured, since they read the state of the random numbers"
         self.graphs = wanted is not False and not reason
         return reason
 
     def run(self, batch: Any, spaces: Sequence[Space], last: bool) -> Tensor:
         """Adds the gradients of a micro-batch to those of `spaces`; returns its nll (rows, masked).
 
-        last: whether it is the last micro-batch of the step, after which DeepSpeed reduces what it partitions.
+        last: whether it is the last micro-batch of the step, after which DeepSpeed reduces what it partitions. Where the memory
+        does not hold the graphs beside a pass that is not captured, they are given up, and the pass runs again.
         """
+        try:
+            return self._run(batch, spaces, last)
+        except RuntimeError as error:
+            if not (self.captured and out_of_memory(error)):
+                raise
+        self._give_up_graphs(spaces)  # after the `except`, in which the error still holds the pass's tensors
+        return self._run(batch, spaces, last)
+
+    def _run(self, batch: Any, spaces: Sequence[Space], last: bool) -> Tensor:
         engine = self.engine
         if self.graphs and (key := self._kind(batch, spaces)) is not None:
             return self._replay(key, batch, spaces)
@@ -168,23 +182,44 @@ class Passes:
             (loss * factor.to(loss.dtype)).backward()
             return nll
 
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream), replayed(batch.dropout_seed):
-            forward_and_backward()
-        torch.cuda.current_stream().wait_stream(stream)
-        for flat in (space for space in spaces if isinstance(space, FlatSpace)):
-            assert flat.arriving is not None
-            flat.arriving.zero_()
-        graph = torch.cuda.CUDAGraph()
-        with replayed(batch.dropout_seed), torch.cuda.graph(graph, self._pool, stream, "thread_local"):
-            nll = forward_and_backward()
+        stream = self._stream = self._stream or torch.cuda.Stream()
+        try:
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream), replayed(batch.dropout_seed):
+                forward_and_backward()
+            torch.cuda.current_stream().wait_stream(stream)
+            self._clear(spaces)
+            graph = torch.cuda.CUDAGraph()
+            with replayed(batch.dropout_seed), torch.cuda.graph(graph, self._pool, stream, "thread_local"):
+                nll = forward_and_backward()
+        finally:
+            if single is not None:
+                single.read_from(single.working)
+            for space in own:
+                space.receive_in(None)
         self._pool = self._pool or graph.pool()
-        if single is not None:
-            single.read_from(single.working)
-        for space in own:
-            space.receive_in(None)
         return Captured(graph, static, nll)
+
+    @staticmethod
+    def _clear(spaces: Sequence[Space]) -> None:
+        """Removes the gradients of a pass that does not count."""
+        for space in spaces:
+            if isinstance(space, FlatSpace) and space.arriving is not None:
+                space.arriving.zero_()
+
+    def _give_up_graphs(self, spaces: Sequence[Space]) -> None:
+        """Runs all later passes uncaptured, in the memory that the graphs held; the pass over `spaces` that failed is undone."""
+        from deepspeed.accelerator import get_accelerator
+
+        get_accelerator().synchronize()  # what was launched of the pass may be on the stream of captures
+        self.graphs, self._pool, self._slot = False, None, None
+        self.captured.clear()
+        self._clear(spaces)
+        _release(self.engine.device)
+        if self.engine.layout.rank == 0:
+            warn(
+                "train.graphs: the memory does not hold CUDA graphs beside other passes; passes run uncaptured from now on"
+            )
 
 
 class Slot(NamedTuple):
@@ -255,7 +290,9 @@ def largest(most: int, least: int, attempt: Callable[[int], None], device: torch
         fits = True
         try:
             attempt(size)
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
             fits = False
         _release(device)  # after the `except`, in which the error still holds the attempt's tensors
         agreed = torch.tensor(float(fits), device=device)
@@ -264,6 +301,12 @@ def largest(most: int, least: int, attempt: Callable[[int], None], device: torch
             return size
         size //= 2
     return 0
+
+
+def out_of_memory(error: RuntimeError) -> bool:
+    """Whether an error says that the device has no memory left; CUDA and its libraries, which allocate too, say so in words."""
+    words = "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED"
+    return isinstance(error, torch.OutOfMemoryError) or any(part in str(error) for part in words)
 
 
 def _pass_over(engine: Engine, batches: Sequence[Rows], vectors: int) -> None:

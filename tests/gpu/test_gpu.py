@@ -1,5 +1,6 @@
 """What only a GPU can show: the same checks in fp16 on CUDA, through NCCL. Skips elsewhere."""
 
+import argparse
 from pathlib import Path
 from unittest import mock
 
@@ -10,6 +11,7 @@ from mlinterf_ds.data.stream import TrainStream
 from mlinterf_ds.sections import RowFormat
 from tests.parity import bodies, meta_bodies, test_step_costs
 from tests.ranks import pool
+from tools.bench import engines
 from tools.plan import calibrate, pace
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -84,3 +86,35 @@ def test_dropout_of_compiled_passes_is_replayed() -> None:
     settings = ["variant=meta_adpt", "train.precision=bf16", "model.dropout=0.1", "model.attention_dropout=0.1"]
     ((facts, _, _),) = pool(1).run(test_step_costs.trained, [*settings, "meta.check_every=1", "model.compile=true"], 8)
     assert min(fact["meta/self_check"] for fact in facts) > 0.9
+
+
+def test_recomputed_activations_run_beside_graphs() -> None:
+    """Such passes are not captured, since a capture may not read the state of the random numbers."""
+    settings = ["variant=adpt", "model.recompute=true", "model.dropout=0.1", "train.precision=bf16"]
+    ((facts, _, captured),) = pool(1).run(test_step_costs.trained, [*settings, "model.compile=false"], 6)
+    assert not captured and facts[-1]["loss"] < facts[0]["loss"]
+
+
+def captured() -> tuple[int, int]:
+    """How many kinds of passes were captured, and how many streams have memory of graphs (in a rank of a pool)."""
+    settings = ["variant=meta_adpt", "model.compile=false", "train.graphs=true", "train.precision=bf16"]
+    engine, stream, config = bodies.make(settings, "zero1")
+    bodies.advance(engine, stream, config, 12, bodies.meta_step(engine, config))
+    segments = [segment for segment in torch.cuda.memory_snapshot() if tuple(segment["segment_pool_id"]) != (0, 0)]
+    return len(engine.passes.captured), len({segment["stream"] for segment in segments})
+
+
+def test_graphs_share_the_memory_of_their_activations() -> None:
+    ((kinds, streams),) = pool(1).run(captured)
+    assert kinds > 2 and streams == 1
+
+
+def measured_batch() -> bool:
+    """Whether a measurement's batch is copied while the host goes on, as a training batch is (in a rank of a pool)."""
+    options = argparse.Namespace(vocabulary=1000, precision="bf16", set=["train.batch=4"])
+    _, _, train, _ = engines.build(options, ["l0"], "tiny", ["variant=joint"], "zero0")
+    return bool(train(0)[0].tokens.is_pinned())
+
+
+def test_measurements_copy_their_batches_as_training_does() -> None:
+    assert pool(1).run(measured_batch) == [True]

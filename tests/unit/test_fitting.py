@@ -15,13 +15,16 @@ from mlinterf_ds.runtime.parallel import Layout
 CPU = torch.device("cpu")
 
 
-def limited(limit: int, tried: list[int]) -> Any:
+PLANTED = torch.OutOfMemoryError("planted")
+
+
+def limited(limit: int, tried: list[int], error: RuntimeError = PLANTED) -> Any:
     """An attempt that runs out of memory above this many rows."""
 
     def attempt(rows: int) -> None:
         tried.append(rows)
         if rows > limit:
-            raise torch.OutOfMemoryError("planted")
+            raise error
 
     return attempt
 
@@ -38,6 +41,14 @@ def alone(monkeypatch) -> None:
 def test_the_largest_power_of_two_that_fits(alone: None, most: int, limit: int, size: int, tried: list[int]) -> None:
     asked: list[int] = []
     assert fitting.largest(most, fitting.LEAST, limited(limit, asked), CPU) == size and asked == tried
+
+
+def test_a_library_without_memory_is_too_large_a_size_and_another_error_is_none(alone: None) -> None:
+    """cuBLAS takes memory of its own when the backward pass first multiplies, and says so in an error of its own."""
+    full = RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
+    assert fitting.largest(64, fitting.LEAST, limited(16, [], full), CPU) == 16
+    with pytest.raises(RuntimeError, match="shape"):
+        fitting.largest(64, fitting.LEAST, limited(16, [], RuntimeError("a wrong shape")), CPU)
 
 
 class Device(SimpleNamespace):

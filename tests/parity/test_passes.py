@@ -1,0 +1,131 @@
+"""What a GPU alone runs, as far as stand-ins show it: captures of passes, memory that runs out, copies that a step waits for."""
+
+from __future__ import annotations
+
+import contextlib
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+
+from mlinterf_ds.engine import passes
+from mlinterf_ds.engine.meta_step import MetaStep
+from mlinterf_ds.model.encoder import SHARED
+from tests.parity import bodies
+from tests.ranks import pool
+
+
+def reasons(settings: list[str]) -> tuple[str, bool]:
+    """Why the passes of such a model would not be captured on a GPU, and whether they are (in a rank of a pool)."""
+    engine, _, _ = bodies.make(settings, "zero0")
+    engine.device = torch.device("cuda")
+    return engine.passes.capture("auto"), engine.passes.graphs
+
+
+def test_passes_that_recompute_activations_are_not_captured() -> None:
+    """A capture may not read the state of the random numbers, which recomputation does."""
+    assert pool(1).run(reasons, ["variant=adpt"]) == [("", True)]
+    ((reason, captured),) = pool(1).run(reasons, ["variant=adpt", "model.recompute=true"])
+    assert "recompute" in reason and not captured
+
+
+def streams_of_captures(settings: list[str]) -> tuple[int, int]:
+    """How many kinds of passes were captured, and on how many streams, with stand-ins for CUDA's (in a rank of a pool)."""
+    engine, stream, config = bodies.make(settings, "zero0")
+    engine.passes.graphs, used = True, []
+
+    @contextlib.contextmanager
+    def graph(_graph: Any, _pool: Any, stream: Any, _mode: str) -> Any:
+        used.append(stream)
+        yield
+
+    made = SimpleNamespace(
+        Stream=lambda: SimpleNamespace(wait_stream=lambda _: None),
+        current_stream=lambda: SimpleNamespace(wait_stream=lambda _: None),
+        stream=lambda _: contextlib.nullcontext(),
+        CUDAGraph=lambda: SimpleNamespace(pool=lambda: 1, replay=lambda: None),
+        graph=graph,
+    )
+    with mock.patch.object(passes.torch, "cuda", made):
+        bodies.advance(engine, stream, config, 5, bodies.meta_step(engine, config))
+    return len(engine.passes.captured), len({id(stream) for stream in used})
+
+
+def test_all_captures_share_one_stream() -> None:
+    """The allocator gives memory of a pool to the stream alone that had it: else each graph would hold activations of its own."""
+    ((kinds, streams),) = pool(1).run(streams_of_captures, ["variant=meta_adpt", "languages=te,as"])
+    assert kinds > 1 and streams == 1
+
+
+def crowded(error: RuntimeError, graphs: bool) -> tuple[torch.Tensor, torch.Tensor, bool]:
+    """The gradient of a batch; that of a pass which runs out of memory at its end, while graphs hold some; whether any are
+    left (in a rank of a pool)."""
+    engine, stream, _ = bodies.make(["variant=adpt", "model.dropout=0.1"], "zero0")
+    batch, shared = stream.batch(0), engine.spaces[SHARED]
+    engine.accumulate([batch], [shared])
+    (wanted,) = shared.gradient()
+    loss, failures = engine.model.loss, [error]
+
+    def fails_once(rows: Any) -> Any:
+        result = loss(rows)
+        if failures:
+            result[0].backward()
+            raise failures.pop()
+        return result
+
+    engine.model.loss = fails_once
+    if graphs:
+        engine.passes.captured["a kind"] = SimpleNamespace()
+    engine.accumulate([batch], [shared])
+    return wanted, shared.gradient()[0], engine.passes.graphs or bool(engine.passes.captured)
+
+
+def test_graphs_are_given_up_where_memory_does_not_hold_them_beside_a_pass() -> None:
+    full = torch.OutOfMemoryError("planted")
+    ((wanted, gradient, left),) = pool(1).run(crowded, full, True)
+    assert torch.equal(gradient, wanted) and not left
+    for error, graphs in ((full, False), (RuntimeError("planted"), True)):
+        with pytest.raises(AssertionError, match="planted"):
+            pool(1).run(crowded, error, graphs)
+
+
+def order(settings: list[str], freeze: str) -> list[str]:
+    """What a meta step does with the masters and moments of its language, in order (in a rank of a pool)."""
+    engine, stream, config = bodies.make(["variant=meta_adpt", *settings], "zero0", freeze=freeze)
+    done: list[str] = []
+    calls = {name: lambda *_, name=name: done.append(name) for name in ("fetch", "wait", "release", "finish")}
+    engine.idle, update = SimpleNamespace(**calls), engine.update
+
+    def updated(space: Any, *arguments: Any) -> None:
+        if space.name != SHARED:
+            done.append("update")
+        update(space, *arguments)
+
+    engine.update = updated
+    bodies.advance(engine, stream, config, 1, MetaStep(engine, config.meta))
+    return done
+
+
+@pytest.mark.parametrize("freeze", ["none", "shared"])
+@pytest.mark.parametrize("way", ["phi_first", "theta_first", "simultaneous"])
+def test_a_meta_step_waits_for_its_language_before_the_update(way: str, freeze: str) -> None:
+    ((*before, release, finish),) = pool(1).run(order, [f"meta.order={way}"], freeze)
+    assert before[0] == "fetch" and "wait" in before[: before.index("update")] and before[-1] == "update"
+    assert (release, finish) == ("release", "finish"), "whoever has read a step's facts finds its language on the host"
+
+
+def left_by_a_plain_step() -> tuple[list[str], list[str]]:
+    """Whether the copies to the host are over when a step returns, and when its facts are read (in a rank of a pool)."""
+    engine, stream, _ = bodies.make(["variant=adpt", "train.idle_languages=host"], "zero0")
+    done: list[str] = []
+    with mock.patch.object(engine.idle, "finish", lambda: done.append("finish")):
+        facts = engine.train_step([stream.batch(0)])
+        launched = list(done)
+        facts.read()
+    return launched, done
+
+
+def test_the_facts_of_a_step_are_read_after_its_copies_to_the_host() -> None:
+    assert pool(1).run(left_by_a_plain_step) == [([], ["finish"])]
