@@ -86,6 +86,7 @@ class Saver:
         best: whether the checkpoint is then marked as the best of the run.
         """
         self.finish()
+        engine.settle()  # idle languages are in host memory then
         writing = _Writing(self.run, self.keep, self.output, engine.step, best)
         tensors, metadata = _shard(engine)
         copied = engine.device.type != "cpu" or sum(tensor.nbytes for tensor in tensors.values()) <= MOST_COPIED

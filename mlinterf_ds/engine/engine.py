@@ -265,13 +265,13 @@ class Engine:
         """Waits for the newest step, if its facts are not known yet, and counts it."""
         if self._unread is not None:
             self._unread.read()
-        self.idle.finish()
 
     def _count(
         self, counted: Callable[[Mapping[str, float]], None] | None, facts: dict[str, float]
     ) -> dict[str, float]:
-        """Advances the counters once by a step's facts."""
+        """Advances the counters once by a step's facts; idle groups are in host memory then, for whoever reads them there."""
         self._unread = None
+        self.idle.finish()
         finite, spiked = bool(facts.pop("finite")), bool(facts.pop("spiked"))
         self.spiked = self.spikes.spike(facts) if spiked else ""
         if not spiked:  # a spike explains an overflow by itself

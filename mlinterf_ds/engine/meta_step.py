@@ -103,6 +103,7 @@ class Phases:
     def update_phi(self) -> None:
         """phi_i <- AdamW(phi_i, h_i) (Algorithm 1, line 6)."""
         h = self._hypergradient()
+        self.engine.idle.wait()
         self._update(self.phi, h.total, "meta/gradient_norm", h.total_norm)
 
     def update_theta(self) -> None:

@@ -33,6 +33,7 @@ def test_no_room_where_rank_0_writes_alone(method: str, name: str, tmp_path: Pat
     monkeypatch.setattr(dist, "all_gather_object", lambda found, mine: found.__setitem__(0, mine))
     scale, spikes = SimpleNamespace(state=dict), SimpleNamespace(seen=0)
     counters = {"updates": 7, "skipped": 0, "scale": scale, "spikes": spikes, "stage": 1, "precision": "fp32"}
+    counters["settle"] = lambda: None
     engine: Any = SimpleNamespace(step=7, spaces={}, layout=Layout(0, 1, 1), device=torch.device("cpu"), **counters)
     with pytest.raises(UserError, match="could not save .*rank 0: .*No space left") as refused:
         checkpoint.save(tmp_path, engine, {}, {}, keep=9)

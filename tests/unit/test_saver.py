@@ -37,6 +37,7 @@ def engine(monkeypatch) -> Any:
         layout=Layout(0, 1, 1),
         scale=scale,
         spikes=spikes,
+        settle=lambda: None,
         **counters,
     )
 
@@ -83,6 +84,16 @@ def test_a_checkpoint_holds_the_step_at_which_it_began(engine: Any, disk: Simple
     assert first["shared/0/master"].tolist() == [1, 2, 3] and first["shared/0/step"].tolist() == [1]
     assert all(torch.equal(first[key] + 1, second[key]) for key in first), "the copies' memory is used again"
     assert not list(folder.glob("*.partial"))
+
+
+def test_a_checkpoint_holds_what_a_step_leaves_when_it_is_settled(
+    engine: Any, disk: SimpleNamespace, tmp_path: Path
+) -> None:
+    """Until then a language's masters and moments may be on their way to host memory."""
+    disk.free.set()
+    engine.settle = lambda: engine.spaces["shared"].masters[0].fill_(7)
+    checkpoint.save(tmp_path, engine, {}, {}, keep=9)
+    assert load_file(checkpoint.find(tmp_path) / "shard-00000.safetensors")["shared/0/master"].tolist() == [7, 7, 7]
 
 
 def test_training_waits_where_a_copy_would_take_too_much_memory(
