@@ -82,10 +82,11 @@ class Space:
             self.write()
 
     def dot(self, left: Vector, right: Vector) -> Tensor:
-        """<left, right> over all ranks, replicas counted once; a scalar for which the host does not wait."""
-        total = self.share_of_dot(left, right)
+        """<left, right> over all ranks, replicas counted once; a scalar on the device of the working weights, for which the
+        host does not wait unless the masters are offloaded."""
+        total = self.share_of_dot(left, right).to(self.device)
         if dist.get_world_size() > 1:
-            total = total.to(self.device, torch.float64)
+            total = total.to(torch.float64)
             dist.all_reduce(total)
         return total
 
@@ -199,6 +200,7 @@ class FlatSpace(Space):
 
     def borrow(self, arriving: Tensor) -> None:
         """Takes the gradient of one pass from a flat buffer of a graph, into which its replay has added it."""
+        self.receive_in(None)  # else the parameters would keep the buffer of an eager pass
         self.arriving, self._borrowed = arriving, True
 
     def absorb(self) -> None:

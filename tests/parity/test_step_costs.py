@@ -188,7 +188,7 @@ def test_a_large_gradient_is_handed_over_and_not_copied(settings: list[str], mos
     torch.testing.assert_close(gradient, wanted, rtol=1e-3, atol=1e-5 * wanted.abs().max().item())
 
 
-def lent() -> tuple[bool, bool, bool]:
+def lent() -> tuple[bool, bool, bool, bool]:
     """A gradient that a graph left in a buffer of its own, then an eager pass of the same language (in a rank of a pool)."""
     engine, stream, _ = bodies.make(["variant=adpt"], "zero0")
     batch = stream.batch(0)
@@ -197,13 +197,15 @@ def lent() -> tuple[bool, bool, bool]:
     (wanted,) = own.gradient()
     buffer = torch.ones_like(own.working)
     own.borrow(buffer)
+    kept = any(parameter.grad is not None for parameter in own.parameters.values())
     (gradient,) = own.gradient()
     engine.accumulate([batch], [engine.spaces[SHARED], own])
-    return bool((gradient == 1).all()), not buffer.any(), torch.equal(own.gradient()[0], wanted)
+    return bool((gradient == 1).all()), not buffer.any(), torch.equal(own.gradient()[0], wanted), kept
 
 
 def test_an_eager_pass_after_a_graph_has_a_buffer_of_its_own() -> None:
-    assert pool(1).run(lent) == [(True, True, True)]
+    """And the graph's gradient takes the place of the eager one, or every language would keep a buffer in time."""
+    assert pool(1).run(lent) == [(True, True, True, False)]
 
 
 def test_idle_groups_lie_on_the_host_between_their_steps_and_keep_what_a_step_did() -> None:
