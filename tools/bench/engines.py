@@ -86,13 +86,17 @@ def build(
             languages_per_step=config.meta.languages_per_step,
         )  # fmt: skip
 
+    def ready(batch: Any) -> Any:
+        """The batch as training has it: where it is copied to a device, from memory for which the host need not wait."""
+        return batch if engine.device.type == "cpu" else batch.pinned()
+
     def train(step: int) -> list[Any]:
-        return [stream.batch(step, *rows) for rows in engine.slices(config.train.batch)]
+        return [ready(stream.batch(step, *rows)) for rows in engine.slices(config.train.batch)]
 
     def validation(step: int) -> list[Any]:
         assert held_out is not None
         language = train(step)[0].step_languages[0]
-        return [held_out.batch(step, language, *rows) for rows in engine.slices(held_out.rows)]
+        return [ready(held_out.batch(step, language, *rows)) for rows in engine.slices(held_out.rows)]
 
     return engine, config, train, validation
 
