@@ -39,6 +39,10 @@ def all_findings(records: Records) -> list[Finding]:
     claims = [
         mono_beats_joint(records, "mono", "a monolingual model beats the joint one within a language"),
         mono_beats_joint(records, "mono-text", "a monolingual model that reads no more text beats the joint one"),
+        mono_beats_joint(
+            records, "mono-vocabulary", "a monolingual model with a vocabulary of its own beats the joint one"
+        ),
+        own_vocabulary_predicts_better(records),
         joint_beats_mono_low(records),
         *(beats_joint(records, variant, paper.WITHIN) for variant in ("ffn", "attn", "adpt")),
         *(collapses(records, variant) for variant in ("ffn", "attn")),
@@ -58,19 +62,36 @@ def all_findings(records: Records) -> list[Finding]:
         meta_predicts_better(
             records, "adpt-compute", "meta adapters predict text better than plain ones of equal compute"
         ),
+        meta_predicts_better(records, "meta_adpt-direct", "the second-order term helps to predict text"),
     ]
     return corrected(claims, records.confidence)
 
 
 # --- interference ------------------------------------------------------------------------------------------------------
 def mono_beats_joint(records: Records, row: str, claim: str) -> Finding:
-    """Counts the targets and the source of each pair. row: "mono", or "mono-text" with as much text of its language as joint."""
+    """Counts the targets and the source of each pair. row: "mono", or a control of it: "mono-text" or "mono-vocabulary"."""
     parts = compared(records, row, "joint", paper.WITHIN)
     source = records.source
     for task, group in itertools.product(records.tasks, dict.fromkeys(records.targets.values())):
         mono, joint = (records.pick(side, paper.WITHIN, task, source, group) for side in (row, "joint"))
         parts[f"{task} {source} in {group}"] = difference(mono, joint, (row, "joint"))
     return finding(records, f"{row.replace('-', '_')}_beats_joint_within", claim, parts)
+
+
+def own_vocabulary_predicts_better(records: Records) -> Finding:
+    """By bits per character of validation text, which do not depend on the size of the pieces as perplexity does."""
+
+    def bits(group: str, variant: str, control: str, language: str) -> PerSeed:
+        models = [m for m in records.models if (m.set, m.variant, m.control) == (group, variant, control)]
+        return {m.seed: m.bits_per_character[language] for m in models}
+
+    parts = {}
+    for target, group in records.targets.items():
+        for language in (records.source, target):
+            sides = bits(group, "joint", "", language), bits(language, "mono", "vocabulary", language)
+            parts[f"{language} in {group}"] = {seed: joint - mono for seed, (joint, mono) in paired(*sides).items()}
+    claim = "a monolingual model with a vocabulary of its own predicts text better than the joint one"
+    return measured(records, "mono_vocabulary_predicts_better_than_joint", claim, parts, "bits per character")
 
 
 def joint_beats_mono_low(records: Records) -> Finding:

@@ -34,7 +34,7 @@ class StudyModel(AnalysedModel):
     """The further fields by which a row names one of the study's own models."""
 
     kind: str  # pair, low, triple, many, null, mono
-    control: str  # "", direct, compute, text, freeze
+    control: str  # "", direct, compute, text, vocabulary, freeze
 
 
 @dataclass(frozen=True)
@@ -143,16 +143,15 @@ class Records:
         """
         train = language if setting == paper.WITHIN else self.source
         on = {"task": task, "language": language, "train": train}
-        single = {"mono": language, "mono-text": language, "unseen": self.source}
-        single["mono-low"] = self.low_resource.get(language, "")
-        if row in single:
-            control = "text" if row == "mono-text" else ""
-            return self.chosen(variant="mono", set=single[row], control=control, **on)
+        single = {"unseen": self.source, "mono-low": self.low_resource.get(language, "")}
+        variant, _, control = row.partition("-")
+        if row in single or variant == "mono":
+            of_single = "" if row in single else control
+            return self.chosen(variant="mono", set=single.get(row, language), control=of_single, **on)
         if row == "xlm":
             return self.chosen(kind="many", variant="joint", **on)
         if row in ("low", "triple"):
             return self.chosen(kind=row, set=group, variant="joint", **on)
-        variant, _, control = row.partition("-")
         return self.chosen(set=group, variant=variant, control=control, **on)
 
     def models_of(self, group: str, variant: str) -> dict[int, TrainedModel]:

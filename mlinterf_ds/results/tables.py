@@ -15,7 +15,7 @@ from mlinterf_ds.tasks import TASKS
 NAMES = {
     "mono": "Mono", "joint": "JointPair", "xlm": "XLM", "unseen": "never saw it", "majority": "majority", "lexical": "lexical",
     "meta_adpt-direct": "meta adpt, direct term only", "adpt-compute": "adpt, compute-matched",
-    "mono-text": "Mono, equal text",
+    "mono-text": "Mono, equal text", "mono-vocabulary": "Mono, own vocabulary",
 }  # fmt: skip
 PAPERS_TASKS = ("ner", "pos", "qa", "nli")
 SIGNIFICANT = 0.05
@@ -163,8 +163,10 @@ def rows_of(records: Records, setting: str) -> list[str]:
     pairs = [score for score in records.scores if score.kind == "pair"]
     present = dict.fromkeys(score.variant + (f"-{score.control}" if score.control else "") for score in pairs)
     known = [row for row in paper.ROWS if row in present or row == "xlm" or (row == "mono" and setting == paper.WITHIN)]
-    if setting == paper.WITHIN and any(score.control == "text" for score in records.scores):
-        known.insert(known.index("mono") + 1, "mono-text")
+    controls = {score.control for score in records.scores if score.kind == "mono"}
+    if setting == paper.WITHIN and "mono" in known:
+        after = known.index("mono") + 1
+        known[after:after] = [f"mono-{control}" for control in ("text", "vocabulary") if control in controls]
     others = [row for row in present if row not in known and not row.endswith("freeze")]
     return known + others + (["unseen"] if setting == paper.ZERO_SHOT else []) + ["majority", "lexical"]
 

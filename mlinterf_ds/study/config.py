@@ -94,6 +94,10 @@ class ControlsSection(Section):
         False,
         "also train each monolingual model with half the steps, so that it reads as much text of its language as the model of a pair does",
     )
+    vocabulary: bool = key(
+        False,
+        "also train each monolingual model with a vocabulary of its language alone, of as many pieces as the study's",
+    )
     freeze: list[TaskName] = key(
         [], "tasks on which variants with language modules are also fine-tuned with these frozen"
     )

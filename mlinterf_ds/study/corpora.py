@@ -26,12 +26,13 @@ class Corpora:
         self.limits = [dict(limits) for limits in dict.fromkeys(tuple(sorted(s.limits.items())) for s in config.sets)]
         self.limits += [{code: n} for limits in self.limits for code, n in limits.items()]  # for monolingual models
         self.halves = list(dict.fromkeys(group.languages[1] for group in config.sets if group.kind == "null"))
+        self.own = [code for code in self.languages if config.controls.vocabulary and config.mono]
         if missing := [code for code in self.languages if self.section.text and code not in self.section.text]:
             raise UserError(f"corpus.text has no {', '.join(missing)}: name a file for every language of the sets")
-        if (any(self.limits) or self.halves) and not self.made:
+        if (any(self.limits) or self.halves or self.own) and not self.made:
             raise UserError(
                 f"corpus.folder={self.section.folder}: a prepared corpus can't be subsampled for sets with limits or of kind "
-                "null: give corpus.text, from which the study prepares what it needs"
+                "null, nor cut into other pieces for controls.vocabulary: give corpus.text, from which the study prepares what it needs"
             )
         texts = {code: path for code, path in self.section.text.items() if code in self.languages}
         files = {code: file_hash(f"corpus.text: {code}", path) for code, path in texts.items()}
@@ -43,12 +44,13 @@ class Corpora:
         """The number of pieces in the vocabulary; UserError for a folder that is no corpus."""
         return self.section.vocabulary if self.made else Corpus.open(self.section.folder).vocabulary_size
 
-    def of(self, limits: Mapping[str, int], half: str = "") -> tuple[str, str]:
+    def of(self, limits: Mapping[str, int], half: str = "", own: str = "") -> tuple[str, str]:
         """The folder of the corpus with these limits, and its manifest's hash, '' before the corpus is prepared.
 
-        half: instead the source's text alone, half of it under this code.
+        half: instead the source's text alone, half of it under this code. own: instead this language alone, with a vocabulary
+        of its own.
         """
-        folder = self._folder(limits, half)
+        folder = self._folder(limits, half, own)
         return str(folder), Corpus.open(folder).manifest_hash if (folder / MANIFEST).is_file() else ""
 
     def make(self) -> None:
@@ -71,6 +73,11 @@ class Corpora:
                 text = {source: sources[source]}
                 prepare(text, self._folder({}, half), halves={half: source}, tokenizer=tokenizer, progress=False)
 
+        for code in self.own:
+            if not (self._folder({}, own=code) / MANIFEST).is_file():
+                folder, pieces = self._folder({}, own=code), self.section.vocabulary
+                prepare({code: sources[code]}, folder, vocabulary_size=pieces, progress=False)
+
     def adopt(self) -> bool:
         """If the present text was never prepared, uses the corpora that were prepared last; False if there are none."""
         others = [folder for folder in self.root.parent.glob("*") if folder.is_dir()]
@@ -79,11 +86,13 @@ class Corpora:
         self.root = max(others, key=lambda folder: folder.stat().st_mtime)
         return True
 
-    def _folder(self, limits: Mapping[str, int], half: str = "") -> Path:
+    def _folder(self, limits: Mapping[str, int], half: str = "", own: str = "") -> Path:
         if not self.made:
             return Path(self.section.folder).resolve()
         if half:
             return self.root / f"halves+{half}"
+        if own:
+            return self.root / f"own+{own}"
         return self.root / ("all" if not limits else "+".join(f"{code}@{n}" for code, n in sorted(limits.items())))
 
     def _text(self, language: str) -> str | Path:

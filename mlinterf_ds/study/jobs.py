@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 Kind = Literal["pretrain", "finetune", "analyze"]
+VOCABULARY = "vocabulary"  # the control whose models have a vocabulary of their language alone
 # The module with the recipe of each kind.
 RECIPES = {
     "pretrain": "mlinterf_ds.pretrain.main",
@@ -29,7 +30,7 @@ class Model:
     seed: int
     settings: tuple[str, ...] = ()
     limits: tuple[tuple[str, int], ...] = ()  # (language, training sentences kept)
-    control: str = ""  # "direct", "compute" or "text" (see ControlsSection)
+    control: str = ""  # "direct", "compute", "text" or "vocabulary" (see ControlsSection)
     half: str = ""  # of a null control: the code of the source's other half
 
     @property

@@ -19,7 +19,7 @@ from mlinterf_ds.pretrain.config import load_run
 from mlinterf_ds.sections import architecture, is_meta
 from mlinterf_ds.study.config import SetSection, StudyConfig
 from mlinterf_ds.study.corpora import Corpora
-from mlinterf_ds.study.jobs import RECIPES, Job, Kind, Model, Unit
+from mlinterf_ds.study.jobs import RECIPES, VOCABULARY, Job, Kind, Model, Unit
 from mlinterf_ds.study.units import all_models, analyses, comparisons, finetunings, is_compared, pretraining
 
 PACKAGE = Path(__file__).resolve().parents[1]
@@ -74,6 +74,8 @@ def _monolingual(config: StudyConfig, group: SetSection, seed: int) -> Iterator[
             if config.controls.text and not limit:
                 shorter = (f"train.steps={max(1, _steps(config) // 2)}",)
                 yield Model(language, "mono", (language,), "mono", seed, shorter, (), "text")
+            if config.controls.vocabulary and not limit:
+                yield Model(language, "mono", (language,), "mono", seed, control=VOCABULARY)
     if group.kind == "null":
         for language in group.languages:
             of_half = f"{language}-in-{group.name}"

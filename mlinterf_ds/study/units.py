@@ -21,7 +21,7 @@ from mlinterf_ds.pretrain.config import RunConfig
 from mlinterf_ds.sections import is_routed
 from mlinterf_ds.study.config import SYNTHETIC, StudyConfig, TaskSection
 from mlinterf_ds.study.corpora import Corpora, file_hash
-from mlinterf_ds.study.jobs import Job, Model, Unit
+from mlinterf_ds.study.jobs import VOCABULARY, Job, Model, Unit
 
 SPLIT = "split"  # stands for a share of the training data, where a file of examples is expected
 FROZEN = "finetune.freeze=language"
@@ -34,7 +34,9 @@ EVALUATED = 1 / 3  # cost of an evaluated row, in trained rows
 # --- pretraining -------------------------------------------------------------------------------------------------------
 def pretraining(config: StudyConfig, model: Model, corpora: Corpora) -> tuple[Unit, RunConfig]:
     """The pretraining of a model, and its configuration."""
-    folder, manifest_hash = corpora.of(dict(model.limits), model.half)
+    folder, manifest_hash = corpora.of(
+        dict(model.limits), model.half, model.languages[0] if model.control == VOCABULARY else ""
+    )
     settings = [*config.settings, *model.settings, f"variant={model.variant}", f"train.seed={model.seed}"]
     settings += [f"languages={','.join(model.languages)}", f"corpus={folder}"]
     with _blaming("settings", config.settings):

@@ -21,7 +21,8 @@ from tests.study_records import LEXICAL, MAJORITY, planted, score
 
 UNASKED = {  # planted() has no controls
     "meta_adpt_beats_meta_adpt_direct", "meta_adpt_beats_adpt_compute", "meta_adpt_predicts_better_than_adpt_compute",
-    "mono_text_beats_joint_within",
+    "mono_text_beats_joint_within", "mono_vocabulary_beats_joint_within", "mono_vocabulary_predicts_better_than_joint",
+    "meta_adpt_predicts_better_than_meta_adpt_direct",
 }  # fmt: skip
 
 
@@ -128,6 +129,13 @@ def test_controls_are_compared_by_their_own_rows() -> None:
     direct = of["meta_adpt_beats_meta_adpt_direct"]
     assert direct.verdict == "holds" and direct.effect.mean == pytest.approx(1.54)
     assert of["meta_adpt_best_within"].effect.mean == pytest.approx(2.0, abs=0.05)  # the control is no rival
+    worse = [
+        replace(m, control="direct", perplexity={code: value * math.exp(0.1) for code, value in m.perplexity.items()})
+        for m in records.models
+        if m.variant == "meta_adpt"
+    ]
+    records.models += [m for m in worse if m.set == "far"]
+    assert by_name(records)["meta_adpt_predicts_better_than_meta_adpt_direct"].parts == {"far": pytest.approx(0.1)}
 
 
 def test_monolingual_models_that_read_no_more_text() -> None:
@@ -142,6 +150,30 @@ def test_monolingual_models_that_read_no_more_text() -> None:
     assert control.verdict == "fails" and control.effect.mean == pytest.approx(before.mean - 5.0)
     names = [name for name, _ in main_table(records, 2, "POS", [("pos", "f1")]).blocks[0][1]]
     assert names[:3] == ["Mono", "Mono, equal text", "JointPair"]
+
+
+def test_monolingual_models_with_a_vocabulary_of_their_own() -> None:
+    """Planted a point above the other monolingual models, and half a bit per character below the joint ones."""
+    records = planted()
+    before = by_name(records)
+    mono = [s for s in records.scores if s.kind == "mono" and "@" not in s.set]
+    records.scores += [replace(s, control="vocabulary", score=s.score + 1.0) for s in mono]
+    joint = {m.seed: m.bits_per_character["syn"] for m in records.models if (m.set, m.variant) == ("close", "joint")}
+    records.models += [
+        replace(m, control="vocabulary", bits_per_character={m.set: joint[m.seed] - 0.5 - 0.01 * m.seed})
+        for m in records.models
+        if m.kind == "mono" and "@" not in m.set
+    ]
+    of = by_name(records)
+    for name in ("mono_beats_joint_within", "meta_adpt_predicts_better_than_adpt"):
+        assert of[name].effect == before[name].effect  # the controls stand in no other row
+    own = of["mono_vocabulary_beats_joint_within"]
+    assert own.effect.mean == pytest.approx(before["mono_beats_joint_within"].effect.mean + 1.0)
+    bits = of["mono_vocabulary_predicts_better_than_joint"]
+    assert bits.verdict == "holds" and bits.effect.values == pytest.approx([0.5 + 0.01 * seed for seed in joint])
+    assert bits.parts.keys() == {f"{code} in {pair}" for pair in ("close", "far") for code in ("syn", f"syn-{pair}")}
+    names = [name for name, _ in main_table(records, 2, "POS", [("pos", "f1")]).blocks[0][1]]
+    assert names[:3] == ["Mono", "Mono, own vocabulary", "JointPair"]
 
 
 def test_transfer_that_falls_with_distance() -> None:

@@ -46,7 +46,7 @@ def test_the_cpu_study_has_every_variant_and_analysis(jobs: list[Job]) -> None:
             pairs.setdefault(job.model.set, set()).add(job.model.variant)
     assert pairs["close"] == {"joint", "ffn", "attn", "adpt", "share_adpt", "meta_adpt"}
     assert pairs["mid"] < pairs["far"] < pairs["close"] and pairs.keys() == {"close", "mid", "far"}
-    assert {job.model.seed for job in jobs if job.kind == "pretrain"} == {0, 1, 2, 3, 4}
+    assert {job.model.seed for job in jobs if job.kind == "pretrain"} == {0, 1, 2, 3, 4, 5}
     tasks = {u.facts["task"] for j in jobs if j.kind == "finetune" for u in j.units}
     assert tasks == {"ner", "pos"}
     analyses = {u.facts["analysis"] for j in jobs if j.kind == "analyze" for u in j.units}
@@ -76,7 +76,7 @@ def test_what_the_analyses_of_all_models_are_given(jobs: list[Job]) -> None:
     by_name = {unit.name: dict(word.split("=", 1) for word in unit.arguments if "=" in word) for unit in last.units}
     inputs = by_name["interference.all"]
     mono, joint = (inputs[f"interference.{kind}"].split(",") for kind in ("mono", "joint"))
-    assert len(mono) == 4 * 5 and len(joint) == 3 * 5 and len(inputs["interference.larger"].split(",")) == 5
+    assert len(mono) == 4 * 6 and len(joint) == 3 * 6 and len(inputs["interference.larger"].split(",")) == 6
     assert len(inputs["interference.tasks"].split(",")) == sum(len(j.units) for j in last.needs if j.kind == "finetune")
     curves = by_name["conflict-training.all"]["conflict.runs"].split(",")
     assert [name.rpartition("/")[2] for name in curves] == ["joint.close.seed0", "joint.far.seed0"]
@@ -194,6 +194,31 @@ def test_a_null_control_is_a_joint_model_of_two_halves_and_a_model_of_each(tmp_p
     sizes = [sum(c.sentences(code, s) for s in ("train", "valid", "test")) for c, code in
              ((halves, "syn"), (halves, "syn-b"), (whole, "syn"))]  # fmt: skip
     assert sizes[0] + sizes[1] == sizes[2]
+
+
+def test_a_monolingual_model_with_a_vocabulary_of_its_own(tmp_path: Path) -> None:
+    """A corpus of its language alone, with the text and the splits of the study's corpus and as many pieces of its own."""
+    (tmp_path / "null.toml").write_text(NULL)
+    config = load_config(StudyConfig, [str(tmp_path / "null.toml")], ["controls.vocabulary=true"])
+    config = config.model_copy(update={"sets": config.sets[:1]})
+    corpora = Corpora(config, tmp_path)
+    grid = [job for job in plan.expand(config, corpora, ZERO1) if job.model.control == "vocabulary"]
+    corpus_of = {job.model.set: [word for unit in job.units for word in unit.arguments if word.startswith("corpus=")]
+                 for job in grid if job.kind == "pretrain"}  # fmt: skip
+    assert corpus_of == {code: [f"corpus={corpora.root / f'own+{code}'}"] for code in ("syn", "syn-far")}
+    assert {job.model.set for job in grid if job.kind == "finetune"} == corpus_of.keys()
+    corpora.make()
+    shared = Corpus.open(corpora.root / "all")
+    for code in corpus_of:
+        own = Corpus.open(corpora.root / f"own+{code}")
+        assert own.languages == [code] and own.vocabulary_size == shared.vocabulary_size
+        assert own.tokenizer.content != shared.tokenizer.content
+        for split in ("train", "valid"):
+            texts = [c.tokenizer.decode(c.tokens(code, split).tolist()) for c in (own, shared)]
+            assert texts[0] == texts[1]
+    with pytest.raises(UserError, match="controls.vocabulary: give corpus.text"):
+        prepared = config.model_copy(update={"corpus": config.corpus.model_copy(update={"folder": str(tmp_path)})})
+        Corpora(prepared, tmp_path)
 
 
 def test_the_larger_study_finds_the_smaller_ones_models(jobs: list[Job], full: list[Job]) -> None:
