@@ -75,21 +75,27 @@ class Engine:
         self.deepspeed, *_ = deepspeed.initialize(
             model=self.model, optimizer=placeholder, config=resolved, mpu=ModelParallelUnit(), dist_init_required=False
         )
-        self.spaces = self._make_spaces(groups, torch.device("cpu") if offload else self.device)
+        away = self.languages if self._idle_on_host(offload) else ()
+        self.spaces = self._make_spaces(groups, torch.device("cpu") if offload else self.device, away)
         frozen = [SHARED] if self.frozen else []
         self.optimizers = {name: adamw(space.masters, training, name in frozen) for name, space in self.spaces.items()}
         self.passes = Passes(self)
-        self.idle = IdleSpaces(self._idle_on_host(offload), self.optimizers, self.device)
+        kept_away = [space for name, space in self.spaces.items() if name in away]
+        self.idle = IdleSpaces(kept_away, self.optimizers, self.device)
 
-    def _idle_on_host(self, offload: bool) -> list[Space]:
-        """The groups that are kept in host memory between their steps: all languages' or none."""
-        on_host = self.training.idle_languages == "host"
+    def _idle_on_host(self, offload: bool) -> bool:
+        """Whether the languages' groups are kept in host memory between their steps."""
         if self.training.idle_languages == "auto":
-            on_host = self.device.type != "cpu" and not offload and len(self.languages) > FEW_LANGUAGES
-        return [space for name, space in self.spaces.items() if on_host and name in self.languages]
+            return self.device.type != "cpu" and not offload and len(self.languages) > FEW_LANGUAGES
+        return self.training.idle_languages == "host"
 
-    def _make_spaces(self, groups: Mapping[str, dict[str, Any]], masters_on: torch.device) -> dict[str, Space]:
-        """A space for each parameter group, by its name; DeepSpeed keeps the shared one where it is partitioned."""
+    def _make_spaces(
+        self, groups: Mapping[str, dict[str, Any]], masters_on: torch.device, away: Sequence[str]
+    ) -> dict[str, Space]:
+        """A space for each parameter group, by its name; DeepSpeed keeps the shared one where it is partitioned.
+
+        away: the groups whose masters are made in host memory, since a device need not hold those of all languages at once.
+        """
         kind: type[FlatSpace | ShardedSpace] = Zero3ShardedSpace if self.stage == 3 else ShardedSpace
         if self.stage < 3 and (self.layout.data == 1 or not self.partitioned):
             kind = FlatSpace
@@ -103,7 +109,7 @@ class Engine:
             if name == SHARED and self.partitioned:
                 spaces[name] = shared_space(self.deepspeed, parameters, dims, self.layout.tensor_rank)
             else:
-                own = kind(name, parameters, here)
+                own = kind(name, parameters, here._replace(device=torch.device("cpu")) if name in away else here)
                 if isinstance(own, FlatSpace):
                     own.lasting = name == SHARED and not own.hands_over
                 spaces[name] = own

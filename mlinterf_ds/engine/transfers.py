@@ -85,7 +85,7 @@ class IdleSpaces:
             state = optimizers[space.name].state
             tensors = [tensor for master in space.masters for tensor in (master, *state[master].values())]
             self._tensors[space.name] = tensors
-            on_host = [torch.empty(t.shape, dtype=t.dtype, pin_memory=t.device.type == "cuda") for t in tensors]
+            on_host = [torch.empty(t.shape, dtype=t.dtype, pin_memory=device.type == "cuda") for t in tensors]
             self._host[space.name] = [copy.copy_(t.detach()) for copy, t in zip(on_host, tensors, strict=True)]
             self._point(space.name, self._host[space.name])
 

@@ -129,3 +129,18 @@ def left_by_a_plain_step() -> tuple[list[str], list[str]]:
 
 def test_the_facts_of_a_step_are_read_after_its_copies_to_the_host() -> None:
     assert pool(1).run(left_by_a_plain_step) == [([], ["finish"])]
+
+
+def masters_at_the_start(kept: str) -> dict[str, str]:
+    """On which device the masters of each group are made, where a device stands in for a GPU (in a rank of a pool)."""
+    engine, _, _ = bodies.make(["variant=adpt"], "zero0")
+    away = engine.languages if kept == "host" else ()
+    spaces = engine._make_spaces(engine.model.parameter_groups(), torch.device("meta"), away)
+    return {name: space.masters[0].device.type for name, space in spaces.items()}
+
+
+def test_masters_of_idle_languages_are_made_where_they_are_kept() -> None:
+    """A device that holds the languages of one step need not hold those of all when the run starts."""
+    here, away = dict.fromkeys(bodies.LANGUAGES, "meta"), dict.fromkeys(bodies.LANGUAGES, "cpu")
+    assert pool(1).run(masters_at_the_start, "device") == [{SHARED: "meta", **here}]
+    assert pool(1).run(masters_at_the_start, "host") == [{SHARED: "meta", **away}]
