@@ -9,6 +9,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from mlinterf_ds.errors import UserError
 from mlinterf_ds.export.heads import LINEAR, SPAN, TEXT, TOKENS, default_language, head_of
 from mlinterf_ds.files import markdown_table, read_json, sha256
 from mlinterf_ds.pretrained import Finetuned, Pretrained
@@ -17,10 +18,27 @@ from mlinterf_ds.tasks import TASKS
 
 TAGS = {TOKENS: "token-classification", TEXT: "text-classification", SPAN: "question-answering"}  # Hugging Face's
 
+VARIANTS = {
+    "adpt": "each language has its own residual adapters after attention and feed-forward",
+    "ffn": "each language has its own feed-forward layers",
+    "attn": "each language has its own attention layers",
+    "share_adpt": "all languages share one set of residual adapters",
+    "mono": "the model knows one language",
+    "joint": "all languages share all parameters",
+}
+
 
 def card(model: Pretrained | Finetuned, config: dict[str, Any]) -> str:
-    """The text of README.md: what the model is and scores, how it was trained and how to load it; config: its config.json."""
+    """The text of README.md: what the model is and scores, how it was trained and how to load it; config: its config.json.
+
+    UserError for a variant whose modules the exported class lacks.
+    """
     pretrained = model.pretrained if isinstance(model, Finetuned) else model
+    if pretrained.variant not in VARIANTS:
+        raise UserError(
+            f"{pretrained.path}: variant {pretrained.variant} cannot be exported; its modules belong into "
+            "export/modeling_mlinterf.py, and a sentence on them into export/card.py"
+        )
     facts = _finetuned(model, config) if isinstance(model, Finetuned) else _pretrained(model)
     environment = Environment(
         loader=PackageLoader("mlinterf_ds.export", "."), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
@@ -30,7 +48,7 @@ def card(model: Pretrained | Finetuned, config: dict[str, Any]) -> str:
     return environment.get_template("card.md.j2").render(
         pretrained=pretrained, config=config, variant=variant, shape=pretrained.shape(), languages=pretrained.languages,
         name=model.saved["config"].get("name", "model"), saved=model.saved, is_routed=is_routed(variant), is_meta=is_meta(variant),
-        has_adapters=has_adapters(variant), departures=_departures(pretrained), **facts,
+        has_adapters=has_adapters(variant), departures=_departures(pretrained), modules=VARIANTS[pretrained.variant], **facts,
     )  # fmt: skip
 
 

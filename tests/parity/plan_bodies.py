@@ -166,7 +166,7 @@ def held(engine: Engine) -> dict[str, float]:
     return {
         "weights": sum(storages(weights(shared)).values()),
         "optimizer": sum(storages(states(SHARED)).values()),
-        "adapters": sum(storages(t for space in own for t in weights(space)).values())
+        "own modules": sum(storages(t for space in own for t in weights(space)).values())
         + sum(storages(own_states).values()),
     }
 

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from mlinterf_ds.data.corpus import SYNTHETIC_LANGUAGES
 from mlinterf_ds.data.prepare.synthetic import prepare_synthetic
 from mlinterf_ds.errors import UserError
+from mlinterf_ds.export import card
 from mlinterf_ds.export.hf import export
 from tests.parity import export_bodies as bodies
 from tests.parity import finetune_bodies
@@ -265,7 +266,7 @@ def test_a_folder_that_does_not_fit_is_refused(made, tmp_path: Path, file, chang
     assert not refusal  # the folder itself is as it was: its feed-forward layers serve every language
 
 
-def test_what_cannot_be_exported(made, tmp_path: Path) -> None:
+def test_what_cannot_be_exported(made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint, folder = made("meta_adpt")
     before = sorted(path.name for path in folder.iterdir())
     with pytest.raises(UserError, match=r"is not empty; nothing was written"):
@@ -282,6 +283,9 @@ def test_what_cannot_be_exported(made, tmp_path: Path) -> None:
     (tuned / "complete.json").write_text('{"format": 1, "files": {}}')
     with pytest.raises(UserError, match="of a fine-tuning"):
         export(str(tuned), tmp_path / "out")
+    monkeypatch.setattr(card, "VARIANTS", {"joint": "all languages share all parameters"})
+    with pytest.raises(UserError, match="variant adpt cannot be exported"):
+        export(str(whole), tmp_path / "out")
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".export-*"))
 
 

@@ -2,7 +2,9 @@
 
 import pytest
 
+from mlinterf_ds import sections
 from mlinterf_ds.engine import engine, throughput
+from mlinterf_ds.errors import UserError
 from mlinterf_ds.pretrain.config import load_run
 from tests.parity import bodies, plan_bodies
 from tests.ranks import pool
@@ -28,6 +30,9 @@ SETTINGS = [
     ("zero3", 2, 1, ["variant=adpt", BF16]),
     ("zero3", 2, 2, ["variant=joint", BF16]),
     ("zero2", 4, 2, ["variant=attn", BF16]),
+    ("zero1", 2, 2, ["variant=meta_adpt"]),
+    ("zero1", 2, 2, ["variant=meta_ffn"]),
+    ("zero1", 2, 2, ["variant=meta_attn"]),
 ]  # fmt: skip
 
 
@@ -44,7 +49,7 @@ def test_memory_and_traffic_of_a_step(json_name: str, ranks: int, tensor: int, e
     planned = arithmetic.memory(config, count, layout, VOCABULARY, on_gpu=False)
     planned["vectors"] = planned.pop("gradients") + planned.pop("meta step", 0.0)
     measured = pool(ranks).run(plan_bodies.measure, settings, json_name, tensor, bodies.LANGUAGES)[0]
-    for kind in ("weights", "optimizer", "adapters", "vectors", "activations"):
+    for kind in ("weights", "optimizer", "own modules", "vectors", "activations"):
         print(f"{kind:<12}{planned[kind] / 1e6:>10.3f}{measured[kind] / 1e6:>10.3f} MB planned, measured")
         assert planned[kind] == pytest.approx(measured[kind], rel=0.1, abs=64), kind
     check_traffic(config, count, layout, measured["traffic"])
@@ -78,6 +83,15 @@ def test_parameters_are_those_of_the_encoder(variant: str, tensor: int) -> None:
     assert (count.shared, count.own) == pool(tensor).run(plan_bodies.elements, settings, tensor, bodies.LANGUAGES)[0]
 
 
+def test_a_module_that_the_plan_does_not_count_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = load_run([], [*bodies.TINY, *SHAPE, "variant=ffn"]).model_copy(update={"variant": "scale"})
+    monkeypatch.setattr(sections, "ROUTED", (*sections.ROUTED, "scale"))
+    with pytest.raises(
+        UserError, match="variant=scale: the plan does not count its modules; add them to arithmetic.py"
+    ):
+        arithmetic.parameters(config, 2, VOCABULARY, 1)
+
+
 def test_the_papers_large_model() -> None:
     """DESIGN: 16 layers, width 1280, 200k pieces, tied: 571M distinct parameters."""
     count = arithmetic.parameters(load_run(["large"]), 100, 200_000, 1)
@@ -89,9 +103,9 @@ def test_an_absent_language_costs_its_share_of_memory_and_nothing_else() -> None
     layout = arithmetic.PlannedLayout(64, 1, 1, "bf16")
     few, many = (arithmetic.parameters(config, languages, 250_000, 1) for languages in (2, 500))
     less, more = (arithmetic.memory(config, count, layout, 250_000) for count in (few, many))
-    assert {kind for kind in less if less[kind] != more[kind]} == {"adapters"}
-    assert more["adapters"] == pytest.approx(250 * less["adapters"])
-    away = arithmetic.memory(load_run(["base"]), many, layout, 250_000)["adapters"]
+    assert {kind for kind in less if less[kind] != more[kind]} == {"own modules"}
+    assert more["own modules"] == pytest.approx(250 * less["own modules"])
+    away = arithmetic.memory(load_run(["base"]), many, layout, 250_000)["own modules"]
     assert away == pytest.approx(many.own * (500 * 2 + 2 * 12 / 64)), (
         "on the host, idle ones leave their 16-bit weights"
     )

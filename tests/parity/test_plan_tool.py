@@ -24,7 +24,7 @@ def test_tables_figures_and_numbers_agree(tmp_path: Path, capsys) -> None:
         "988M parameters",
         "128 x h100, fp16",
         "fastest that fits:",
-        "adapters",
+        "own modules",
         "all_reduce, tensor parallel",
     ):
         assert text in printed

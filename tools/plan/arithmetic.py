@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 from mlinterf_ds.engine.throughput import flops_per_row, passes, rows_passed
+from mlinterf_ds.errors import UserError
 from mlinterf_ds.pretrain.config import RunConfig
-from mlinterf_ds.sections import MetaConfig, has_adapters, is_meta
+from mlinterf_ds.sections import MetaConfig, has_adapters, is_meta, is_routed
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 FEW_LANGUAGES = 8  # more than that, and train.idle_languages=auto keeps idle ones on the host (engine/engine.py)
@@ -72,6 +74,10 @@ def parameters(config: RunConfig, languages: int, vocabulary: int, tensor: int) 
     a = model.adapter_width
     adapters = model.adapters * (_linear(a, w, tensor, column=True) + _linear(w, a, tensor, column=False))
     parts = {"attn": attention, "ffn": ffn, "adpt": adapters if has_adapters(routing) else []}
+    if is_routed(routing) and routing not in parts:
+        raise UserError(
+            f"variant={config.variant}: the plan does not count its modules; add them to {Path(__file__).name}"
+        )
     own = parts.pop(routing, [])
     own_norms = model.adapters if has_adapters(routing) and model.adapter_norm == "own" else 0
     layer = [(2 + own_norms) * [w, w], *parts.values()]
@@ -100,7 +106,7 @@ def memory(
 ) -> dict[str, float]:
     """Bytes that one rank holds at the fullest moment of a step, by kind.
 
-    "weights" and "optimizer" (master weights and moments) are those of the shared parameters; "adapters" are the weights,
+    "weights" and "optimizer" (master weights and moments) are those of the shared parameters; "own modules" are the weights,
     masters and moments of all languages' own parameters. "gradients" include DeepSpeed's buffers, "gathered" are the weights
     that ZeRO 3 collects for a pass, "meta step" the vectors that a meta step keeps beside the gradients, and "activations"
     are those of one micro-batch.
@@ -110,7 +116,7 @@ def memory(
     size = {
         "weights": b * ((count.shared - count.small) / cut + count.small if cut > 1 else count.shared),
         "optimizer": STATE * count.shared / d,
-        "adapters": count.own * (count.languages * b / cut + _with_state_here(config, count, on_gpu) * STATE / d),
+        "own modules": count.own * (count.languages * b / cut + _with_state_here(config, count, on_gpu) * STATE / d),
     }
     vector, own = 4 * count.shared / d, 4 * count.own / d
     size["gradients"] = _gradients(count, layout, vector, own)
@@ -263,7 +269,9 @@ def tensor_parallel_volume(config: RunConfig, layout: PlannedLayout) -> float:
     outputs = sums * ((model.layers - 1) * n + m)  # the last layer computes what is read, but queries of all tokens
     forward = model.width * b * (outputs * (2 if model.recompute else 1) + n)
     backward = model.width * b * (outputs + n)
-    return times["forward"] * (forward + backward + 3 * 4 * m)
+    # A pass to one language's gradients ends at the first layer's own module, before the gradient of the attention's input.
+    ends_early = (times["forward"] - times["shared"]) * model.width * b * n * (config.routing in ("adpt", "ffn"))
+    return times["forward"] * (forward + backward + 3 * 4 * m) - ends_early
 
 
 def step_flops(config: RunConfig, vocabulary: int) -> float:

@@ -108,11 +108,7 @@ def show(options: argparse.Namespace, config: RunConfig, plans: list[Plan]) -> N
     """Prints all layouts, then the memory, traffic and time of the fastest one that fits."""
     count = arithmetic.parameters(config, options.languages, options.vocabulary, 1)
     ranks = options.nodes * options.gpus
-    own = (
-        f"{count.own / 1e6:,.2f}M for each of {count.languages} languages"
-        if count.languages
-        else "none of one language"
-    )
+    own = f"{count.own:,} for each of {count.languages} languages" if count.languages else "none of one language"
     print(
         f"{config.name}, {config.variant}, {options.languages} languages: {count.total / 1e6:,.0f}M parameters "
         f"({count.shared / 1e6:,.0f}M shared, {own}), {options.vocabulary:,} pieces\n"
