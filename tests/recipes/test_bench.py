@@ -11,7 +11,7 @@ import pytest
 
 from tests.commands import ROOT, flags
 from tests.ranks import pool, preloaded
-from tools.bench import languages
+from tools.bench import gpu, languages
 from tools.bench import main as bench
 
 BENCH = ROOT / "tools" / "bench.py"
@@ -23,6 +23,27 @@ def on_a_rank(words: Sequence[str]) -> int:
     """Measures on a rank of the pool, which has joined a group already."""
     with mock.patch.object(bench, "start"):
         return bench.main(words)
+
+
+def measures_the_gpu_cases(words: Sequence[str]) -> int:
+    """`bench.py gpu` on a rank of the pool, with two small cases and one that fails."""
+    small, off = ("tiny", 4, 200), ["model.compile=false", "train.graphs=false"]
+    cases = [
+        ("plain", small, "joint", 2, off),
+        ("meta", small, "meta_adpt", 2, [*off, *gpu.ONE_SIDED]),
+        ("wrong", small, "joint", 2, ["model.heads=3"]),
+    ]
+    with mock.patch.object(gpu, "CASES", cases), mock.patch.multiple(gpu, WARM=2, STEPS=2):
+        return on_a_rank(words)
+
+
+def test_a_case_that_fails_leaves_the_others(tmp_path: Path) -> None:
+    out = tmp_path / "gpu.json"
+    words = ["gpu", "--precision", "fp32", "--threads", "1", *flags(*SMALL), "--json", str(out)]
+    assert pool(1).run(measures_the_gpu_cases, words) == [0]
+    result = json.loads(out.read_text())
+    assert result["plain"]["ms"] > 0 and result["meta"]["ms"] > 0 and result["wrong"]["failed"].startswith("UserError")
+    assert bench.arguments(["gpu"]).precision == "bf16" and bench.arguments(["step"]).precision == "fp32"
 
 
 @pytest.mark.parametrize("mode", ["step", "meta", "languages", "conflict", "plan", "loader"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import json
 import time
 import traceback
 from collections.abc import Callable
@@ -50,6 +51,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             if options.profile:
                 traceback.print_exc()
         print(case[0], results[case[0]], flush=True)
+        if options.json:  # whatever ends this run early leaves the cases before
+            options.json.write_text(json.dumps(results, indent=1) + "\n", "utf-8")
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

@@ -56,7 +56,7 @@ def arguments(words: Sequence[str]) -> argparse.Namespace:
     add("--case", nargs="+", help="`gpu`: only the cases whose names contain one of these")
     add("--length", type=int, help="tokens of a row (default: 128; loader 256)")
     add("--vocabulary", type=int, help="pieces of the vocabulary (default: 32000; languages 2000)")
-    add("--precision", choices=["fp32", "bf16", "fp16"], default="fp32", help="of weights and arithmetic")
+    add("--precision", choices=["fp32", "bf16", "fp16"], help="of weights and arithmetic (default fp32; gpu bf16)")
     add("--dropout", type=float, default=0.1, help="all dropout rates (default 0.1)")
     add("--variant", default="joint", help="the variant that `step` trains (default joint)")
     add(
@@ -75,6 +75,7 @@ def arguments(words: Sequence[str]) -> argparse.Namespace:
     add("--json", type=Path, help="write the result to this file too")
     options = parser.parse_args(words)
     options.rows = options.rows or {"meta": 32, "conflict": 64, "loader": 512, "gpu": None}.get(options.mode, 16)
+    options.precision = options.precision or ("bf16" if options.mode == "gpu" else "fp32")
     options.length = options.length or {"loader": 256}.get(options.mode, 128)
     options.vocabulary = options.vocabulary or (2000 if options.mode == "languages" else 32_000)
     return options
