@@ -143,7 +143,7 @@ class Tracker:
         if not uri.startswith(("http://", "https://")):
             here = f"{sqlite_uri(Path.cwd())}/"
             shown = "sqlite:///" + uri.removeprefix(here) if uri.startswith(here) else scrub(uri)
-            return f"mlflow ui --backend-store-uri {shlex.quote(shown)}" + (f"  # {LOCAL_UI}{page}" if page else "")
+            return f"mlflow ui --backend-store-uri {shlex.quote(shown)}  # {LOCAL_UI}{page}"
         return scrub(uri).rstrip("/") + page
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:

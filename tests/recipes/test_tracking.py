@@ -69,7 +69,7 @@ def test_a_run_reads_back(workplace: Path) -> None:
     assert history(tracker.run_id, "train/loss/zh-hans") == [(step, 1.0 / step) for step in range(1, 1001)]
     assert [file.path for file in client().list_artifacts(tracker.run_id, "figures")] == ["figures/curves.png"]
     assert list((workplace / "mlruns").rglob("curves.png")), "artifacts lie beside the database"
-    assert tracker.browse().startswith("mlflow ui --backend-store-uri sqlite:///mlflow.db")
+    assert tracker.browse().startswith("mlflow ui --backend-store-uri sqlite:///mlflow.db  # http://127.0.0.1:5000")
 
 
 def test_a_run_has_a_description_its_data_and_the_use_of_its_host(workplace: Path, monkeypatch) -> None:
