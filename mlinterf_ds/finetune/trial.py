@@ -23,7 +23,7 @@ from mlinterf_ds.finetune.config import FinetuneConfig
 from mlinterf_ds.model.encoder import SHARED
 from mlinterf_ds.pretrained import Point, Pretrained
 from mlinterf_ds.ranks import from_first
-from mlinterf_ds.runtime.output import Signals, stop_reason
+from mlinterf_ds.runtime.output import Signals, StopVote
 from mlinterf_ds.runtime.parallel import Layout
 from mlinterf_ds.sections import TrainConfig
 from mlinterf_ds.tasks import Limits, Row, Task
@@ -148,6 +148,7 @@ class Trial:
         self._resume()
         bar = tqdm(total=self.steps, initial=engine.step, disable=not self.job.first, unit="step", mininterval=1)
         bar.set_description(self.point.name)
+        vote = StopVote(signals, engine.device)
         recent: list[float] = []  # losses that the tracker does not have yet
         while engine.step < self.steps:
             step = engine.step
@@ -162,7 +163,7 @@ class Trial:
             bar.update()
             if engine.step % self.batches.epoch_steps == 0:
                 self._end_epoch()
-            if stopped := stop_reason(signals, engine.device):
+            if stopped := vote.reason():
                 self._save()
                 bar.close()
                 raise Stopped(stopped)

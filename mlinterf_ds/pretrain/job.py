@@ -29,7 +29,7 @@ from mlinterf_ds.pretrain import initial
 from mlinterf_ds.pretrain.config import RunConfig
 from mlinterf_ds.pretrain.report import Records
 from mlinterf_ds.ranks import agreed
-from mlinterf_ds.runtime.output import Signals, stop_reason
+from mlinterf_ds.runtime.output import Signals, StopVote
 from mlinterf_ds.runtime.session import Session
 from mlinterf_ds.sections import is_meta
 
@@ -288,7 +288,7 @@ class PretrainingRun:
         """The steps to come; returns what stopped them before the last one."""
         train, engine = self.config.train, self.engine
         rows, before, clock = self.config.rows_seen(engine.step), self.seconds, time.perf_counter()
-        hours = f"train.max_hours={train.max_hours}"
+        hours, vote = f"train.max_hours={train.max_hours}", StopVote(signals, engine.device)
         for batches, validation in prefetch(self.batches()):
             self._measure_conflict()
             facts = self.step(batches, validation)
@@ -299,7 +299,7 @@ class PretrainingRun:
                 bar.set_postfix_str(f"loss {loss:.3f}, {rate:,.0f} tokens/s", refresh=False)
             bar.update()
             late = train.max_hours is not None and spent > train.max_hours * 3600
-            if stopped := stop_reason(signals, engine.device, {hours: late, "a failed save": self.saver.failed}):
+            if stopped := vote.reason({hours: late, "a failed save": self.saver.failed}):
                 return stopped
         return ""
 

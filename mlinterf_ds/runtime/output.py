@@ -25,6 +25,7 @@ from mlinterf_ds.runtime.launchers import adopt, find_home
 
 if TYPE_CHECKING:  # a study waits for signals without torch
     import torch
+    from torch import Tensor
 
 NOISY = ("DeepSpeed", "megatron", "mlflow", "alembic", "torch", "matplotlib")
 
@@ -238,23 +239,53 @@ def ending_signals() -> list[signal.Signals]:
     return [signal.SIGTERM, signal.SIGINT, *hang_up]
 
 
-def stop_reason(signals: Signals, device: torch.device, others: Mapping[str, bool] | None = None) -> str:
-    """Why all ranks stop now: the signal that any of them received, or the first of `others` that holds on any; '' to go on.
+class StopVote:
+    """Asks all ranks after every step whether one of them has to stop.
 
-    others: further reasons in words, the same on all ranks, and whether each holds on this one.
+    One rank, and ranks on CPUs, are answered at once. Ranks on accelerators are answered after the next step: an answer at once
+    would have the host wait for its device before it launches that step. All ranks read the same answer, and so stop together.
     """
-    import torch
-    import torch.distributed as dist
 
-    others = others or {}
-    held = torch.tensor([float(signals.received is not None), *map(float, others.values())])
-    if dist.get_world_size() > 1:  # one rank asks nobody, and so need not wait for its device
-        held = held.to(device)
-        dist.all_reduce(held, op=dist.ReduceOp.MAX)
-    received, *others_held = held.tolist()
-    if received:
-        return signals.received or "a signal to another rank"
-    return next((reason for reason, holds in zip(others, others_held, strict=True) if holds), "")
+    def __init__(self, signals: Signals, device: torch.device, late: bool | None = None) -> None:
+        """late: answer after the next step; default: on accelerators."""
+        self._signals, self._device = signals, device
+        self._late = device.type != "cpu" if late is None else late
+        self._asked: Tensor | None = None  # the votes of the step before, on the host as soon as the event has happened
+        self._event: Any = None
+
+    def reason(self, others: Mapping[str, bool] | None = None) -> str:
+        """Why all ranks stop now: the signal that any of them received, or the first of `others` that holds on any; '' to go on.
+
+        others: further reasons in words, the same on all ranks and at all steps, and whether each holds on this one.
+        """
+        import torch
+        import torch.distributed as dist
+
+        others = others or {}
+        votes = torch.tensor([float(self._signals.received is not None), *map(float, others.values())])
+        if dist.get_world_size() > 1:
+            votes = votes.to(self._device)
+            dist.all_reduce(votes, op=dist.ReduceOp.MAX)
+            votes = self._answer(votes) if self._late else votes
+        received, *others_held = votes.tolist()
+        if received:
+            return self._signals.received or "a signal to another rank"
+        return next((reason for reason, holds in zip(others, others_held, strict=True) if holds), "")
+
+    def _answer(self, votes: Tensor) -> Tensor:
+        """The votes of the step before, none at the first; these ones are copied to the host meanwhile."""
+        import torch
+
+        asked, event = self._asked, self._event
+        self._asked = votes.clone()
+        if votes.device.type == "cuda":
+            self._asked = torch.empty(votes.shape, dtype=votes.dtype, pin_memory=True)
+            self._asked.copy_(votes, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+        if event is not None:
+            event.synchronize()
+        return torch.zeros_like(votes, device="cpu") if asked is None else asked
 
 
 # --- the whole program -----------------------------------------------------------------------------------------------

@@ -10,10 +10,12 @@ import threading
 from pathlib import Path
 
 import pytest
+import torch
 
 from mlinterf_ds.errors import UserError
 from mlinterf_ds.runtime.launchers import rendezvous
-from mlinterf_ds.runtime.output import PeerFailed, Signals, noted, remove_stale_locks
+from mlinterf_ds.runtime.output import PeerFailed, Signals, StopVote, noted, remove_stale_locks
+from tests.ranks import pool
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="needs /proc")
@@ -37,6 +39,31 @@ def test_signals_ask_and_the_second_interrupt_interrupts() -> None:
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def votes(late: bool) -> list[str]:
+    """What this rank is answered after each of five steps: a signal reaches rank 1 in step 2, and a save fails on rank 0 in step 3."""
+    signals, rank = Signals(), int(os.environ["RANK"])
+    vote, answers = StopVote(signals, torch.device("cpu"), late), []
+    for step in range(5):
+        if (step, rank) == (2, 1):
+            signals.received = "SIGTERM"
+        answers.append(vote.reason({"too late": False, "a failed save": step == 3 and rank == 0}))
+        if step == 2 and rank == 1 and not late:
+            signals.received = None
+    return answers
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_all_ranks_stop_at_one_step(late: bool) -> None:
+    """At once, or a step later where the answer would have to be waited for."""
+    first, second = pool(2).run(votes, late)
+    step = 2 + late
+    assert [bool(reason) for reason in first[: step + 1]] == [False] * step + [True]
+    assert first[step] == "a signal to another rank" and first[:step] == second[:step]
+    assert second[step] == "SIGTERM"
+    if not late:
+        assert first[3] == second[3] == "a failed save"
 
 
 def test_a_closed_terminal_ends_a_run_as_sigterm_does() -> None:
