@@ -90,6 +90,12 @@ class ControlsSection(Section):
     compute: float | None = key(
         None, "also train the plain variant of each meta_* model, with this many times the steps", gt=1
     )
+    rows: float | None = key(
+        None,
+        "also train the plain variant of each meta_* model with this many times the rows a step, in the same steps; "
+        "as in a meta step, the rows of a step are of all languages (data.mixed)",
+        gt=1,
+    )
     text: bool = key(
         False,
         "also train each monolingual model with half the steps, so that it reads as much text of its language as the model of a pair does",

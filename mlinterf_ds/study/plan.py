@@ -16,7 +16,7 @@ from pathlib import Path
 from mlinterf_ds.errors import refusing
 from mlinterf_ds.files import read_json
 from mlinterf_ds.pretrain.config import load_run
-from mlinterf_ds.sections import architecture, is_meta
+from mlinterf_ds.sections import TrainConfig, architecture, is_meta
 from mlinterf_ds.study.config import SetSection, StudyConfig
 from mlinterf_ds.study.corpora import Corpora
 from mlinterf_ds.study.jobs import RECIPES, VOCABULARY, Job, Kind, Model, Unit
@@ -72,7 +72,7 @@ def _monolingual(config: StudyConfig, group: SetSection, seed: int) -> Iterator[
             limits = ((language, limit),) if limit else ()
             yield Model(f"{language}@{limit}" if limit else language, "mono", (language,), "mono", seed, (), limits)
             if config.controls.text and not limit:
-                shorter = (f"train.steps={max(1, _steps(config) // 2)}",)
+                shorter = (f"train.steps={max(1, _train(config).steps // 2)}",)
                 yield Model(language, "mono", (language,), "mono", seed, shorter, (), "text")
             if config.controls.vocabulary and not limit:
                 yield Model(language, "mono", (language,), "mono", seed, control=VOCABULARY)
@@ -95,13 +95,17 @@ def _multilingual(config: StudyConfig, group: SetSection, seed: int) -> Iterator
             if config.controls.direct:
                 yield Model(*common, variant, seed, (*settings, "meta.terms=direct"), limits, "direct")
             if config.controls.compute:
-                longer = (*settings, f"train.steps={round(_steps(config, *settings) * config.controls.compute)}")
+                longer = (*settings, f"train.steps={round(_train(config, *settings).steps * config.controls.compute)}")
                 yield Model(*common, architecture(variant), seed, longer, limits, "compute")
+            if config.controls.rows:
+                rows = round(_train(config, *settings).batch * config.controls.rows)
+                more = (*settings, f"train.batch={rows}", "data.mixed=true")
+                yield Model(*common, architecture(variant), seed, more, limits, "rows")
 
 
-def _steps(config: StudyConfig, *settings: str) -> int:
-    """The training steps of a model with these further settings."""
-    return load_run(config.recipes, [*config.settings, *settings]).train.steps
+def _train(config: StudyConfig, *settings: str) -> TrainConfig:
+    """The section `train` of a model with these further settings."""
+    return load_run(config.recipes, [*config.settings, *settings]).train
 
 
 # --- the code that decides a job's numbers: all files that its recipe imports, directly or through others, by their syntax trees --

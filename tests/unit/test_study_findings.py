@@ -22,7 +22,7 @@ from tests.study_records import LEXICAL, MAJORITY, planted, score
 UNASKED = {  # planted() has no controls
     "meta_adpt_beats_meta_adpt_direct", "meta_adpt_beats_adpt_compute", "meta_adpt_predicts_better_than_adpt_compute",
     "mono_text_beats_joint_within", "mono_vocabulary_beats_joint_within", "mono_vocabulary_predicts_better_than_joint",
-    "meta_adpt_predicts_better_than_meta_adpt_direct",
+    "meta_adpt_predicts_better_than_meta_adpt_direct", "meta_adpt_beats_adpt_rows", "meta_adpt_predicts_better_than_adpt_rows",
 }  # fmt: skip
 
 
@@ -129,6 +129,13 @@ def test_controls_are_compared_by_their_own_rows() -> None:
     direct = of["meta_adpt_beats_meta_adpt_direct"]
     assert direct.verdict == "holds" and direct.effect.mean == pytest.approx(1.54)
     assert of["meta_adpt_best_within"].effect.mean == pytest.approx(2.0, abs=0.05)  # the control is no rival
+    plain = [s for s in records.scores if s.variant == "adpt" and not s.control]
+    records.scores += [replace(s, control="rows", score=s.score + 0.5) for s in plain]
+    records.models += [replace(m, control="rows") for m in records.models if m.variant == "adpt"]
+    of = by_name(records)
+    for name, shift in (("meta_adpt_beats_adpt{}", 0.5), ("meta_adpt_predicts_better_than_adpt{}", 0.0)):
+        equal_rows, equal_steps = of[name.format("_rows")].effect, of[name.format("")].effect
+        assert equal_rows.mean == pytest.approx(equal_steps.mean - shift)
     worse = [
         replace(m, control="direct", perplexity={code: value * math.exp(0.1) for code, value in m.perplexity.items()})
         for m in records.models

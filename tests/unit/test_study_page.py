@@ -138,7 +138,7 @@ def test_it_says_what_was_found_and_what_was_lost(page: Path) -> None:
     assert text.count('class="claim"') == len(all_findings(planted(seeds=3)))
     assert "…/en.txt: &lt;b&gt;bad &amp; sad&lt;/b&gt;" in text and "/home/me" not in text and "<b>bad" not in text
     assert text.count("<figure>") == 1 and "1/3" in text
-    assert text.count('class="verdict not-measured"') == 7 and '<b class="not-measured">7</b>' in text
+    assert text.count('class="verdict not-measured"') == 9 and '<b class="not-measured">9</b>' in text
     claims = text[text.index('id="findings"') : text.index('id="tables"')]
     assert (
         claims.count("majority 10.0, lexical 55.0") > 15 and "below the lexical baseline: ffn, never saw it" in claims

@@ -130,6 +130,14 @@ def test_a_share_of_train_is_tested_or_all_of_it_where_another_language_was_trai
     assert tested == {"syn": ["syn=split", f"syn-far={tmp_path}/syn-far"], "syn-far": ["syn-far=split"]}
 
 
+def test_plain_adapters_with_the_rows_of_a_meta_step() -> None:
+    jobs = {job.name: job for job in expanded("study_treatment") if job.kind == "pretrain"}
+    rows, plain = (jobs[f"pretrain.adpt{control}.small.seed7"] for control in ("-rows", ""))
+    assert {"train.batch=32", "data.mixed=true"} <= set(rows.units[0].arguments)
+    assert rows.units[0].facts["steps"] == plain.units[0].facts["steps"] and rows.model.limits == plain.model.limits
+    assert rows.units[0].facts["tokens"] == 2 * plain.units[0].facts["tokens"]
+
+
 def test_controls(full: list[Job]) -> None:
     jobs = {j.name: j for j in full if j.kind == "pretrain"}
     direct, compute = jobs["pretrain.meta_adpt-direct.far.seed4"], jobs["pretrain.adpt-compute.far.seed4"]
