@@ -304,9 +304,8 @@ class MetaConfig(Section):
             )
         return self
 
-    @property
-    def departures(self) -> list[str]:
-        """How the meta step differs from Algorithm 1 with a held-out L^val; in words."""
+    def departures(self, mixed: bool) -> list[str]:
+        """How the meta step differs from Algorithm 1 with a held-out L^val, in words; mixed: steps mix languages."""
         texts = {
             "train": "reads training text that the step itself does not read",
             "half": "reads the second half of the training text, and training proper the first",
@@ -318,6 +317,7 @@ class MetaConfig(Section):
         said = [f"the meta step's validation loss {texts[self.text]}"] if self.text in texts else []
         said += [f"the meta step {orders[self.order]}"] if self.order in orders else []
         said += ["the rows of the validation loss train the shared parameters too"] * self.reuse
+        said += ["a meta step updates the modules of all languages of its rows, which are mixed"] * mixed
         return said + ["the meta step looks ahead along Adam's step"] * (self.lookahead == "adam")
 
 

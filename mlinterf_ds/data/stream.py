@@ -124,6 +124,7 @@ class TrainStream:
         if only is not None:
             smoothed *= np.isin(self.languages, list(only))
         self.probabilities = smoothed / smoothed.sum()  # (languages,)
+        self._mixed = mixed
         self._schedule = Schedule(self.probabilities, rows, mixed, seed)
 
     def batch(self, step: int, start: int = 0, stop: int | None = None) -> Batch:
@@ -157,8 +158,10 @@ class TrainStream:
         languages, starts = self._starts(step, 0, self.rows)
         return starts[languages == language]
 
-    def language(self, step: int) -> int:
-        """Returns the number of the one language of a step."""
+    def language(self, step: int) -> int | None:
+        """Returns the number of a step's one language; None where a step mixes languages."""
+        if self._mixed:
+            return None
         (index,) = np.flatnonzero(self._schedule.at(step)[1])
         return int(index)
 
@@ -188,6 +191,7 @@ class ValidationStream:
 
     With `languages_per_step` = K below L, a step holds its own language at weight 1/L and K - 1 others, drawn uniformly
     without replacement, at weight (L - 1) / (L (K - 1)) each: the loss is unbiased, and exact in the step's own language.
+    A step that mixes languages has none of its own: it holds K at weight 1/K each.
     """
 
     def __init__(
@@ -275,22 +279,28 @@ class ValidationStream:
         """Returns how many tokens of each language's text it reads that training proper does not."""
         return [0 if self._beside else len(windows.tokens) for windows in self._windows]
 
-    def plan(self, step: int, language: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Returns the step's languages, ascending, their weights in the loss and their rows: three arrays (per_step,)."""
+    def plan(self, step: int, language: int | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Returns the step's languages, ascending, their weights in the loss and their rows: three arrays (per_step,).
+
+        language: the step's own; None where it mixes languages.
+        """
         total, per_step = len(self.languages), self.per_step
-        assert 0 <= language < total and step >= 0, (language, step)
-        others = np.delete(np.arange(total), language)
+        assert step >= 0, step
+        own = np.array([] if language is None else [language], dtype=np.int64)
+        others = np.delete(np.arange(total), own)
+        drawn, each = others, 1 / total
         if per_step < total:
-            drawn = generator(key(self._seed, "meta languages", size=16), step).permutation(total - 1)
-            others = others[drawn[: per_step - 1]]
-        chosen = np.sort(np.append(others, language))
-        weights = np.where(chosen == language, 1 / total, (total - 1) / (total * max(1, per_step - 1)))
+            wanted = per_step - len(own)
+            order = generator(key(self._seed, "meta languages", size=16), step).permutation(len(others))
+            drawn, each = others[order[:wanted]], len(others) / (total * wanted)
+        chosen = np.sort(np.append(drawn, own))
+        weights = np.where(np.isin(chosen, own), 1 / total, each)
         share, extra = divmod(self.rows, per_step)  # each step gives the extra rows to other languages
         counts = share + ((np.arange(per_step) - step * extra) % per_step < extra)
         return chosen, weights, counts
 
-    def batch(self, step: int, language: int, start: int = 0, stop: int | None = None) -> Batch:
-        """Returns rows `start` to `stop` (default: all) of the global batch of `step`, whose own language has this index."""
+    def batch(self, step: int, language: int | None, start: int = 0, stop: int | None = None) -> Batch:
+        """Returns rows `start` to `stop` (default: all) of the global batch of `step`; language: see `plan`."""
         stop = self.rows if stop is None else stop
         assert 0 <= start <= stop <= self.rows, (start, stop, self.rows)
         chosen, weights, counts = self.plan(step, language)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from mlinterf_ds.engine.engine import Engine
 from mlinterf_ds.engine.optimizer import clip_factor
-from mlinterf_ds.engine.space import Space, Vector
+from mlinterf_ds.engine.space import JoinedSpace, Space, Vector
 from mlinterf_ds.engine.transfers import StepFacts
 from mlinterf_ds.meta.bilevel import (
     AdamLookahead,
@@ -49,10 +49,14 @@ TARGETS = {
 
 
 class MetaStep:
-    """Steps of a `meta_*` variant. Holds the radius of the finite difference, which is part of a checkpoint."""
+    """Steps of a `meta_*` variant. Holds the radius of the finite difference, which is part of a checkpoint.
 
-    def __init__(self, engine: Engine, config: MetaConfig):
-        self.engine, self.config = engine, config
+    mixed: a step's rows are of several languages (`data.mixed`); their modules and those of the validation rows' languages
+    are then one phi, which is updated as a whole.
+    """
+
+    def __init__(self, engine: Engine, config: MetaConfig, mixed: bool = False):
+        self.engine, self.config, self.mixed = engine, config, mixed
         fixed = config.radius != "auto"
         start = float(config.radius) if fixed else 1e-3
         self.radius = RadiusControl(start, TARGETS[config.difference][engine.precision], fixed=fixed)
@@ -60,7 +64,7 @@ class MetaStep:
     def step(self, batches: Sequence[Rows], validation: Sequence[Rows]) -> Mapping[str, float]:
         """One step; returns its facts, which the device may still be computing.
 
-        batches: this rank's micro-batches of the step's language. validation: those of L^val (none between meta steps).
+        batches: this rank's micro-batches of the step's language or, mixed, languages. validation: those of L^val (none between meta steps).
         """
         engine, config = self.engine, self.config
         if engine.step % config.every:
@@ -81,14 +85,17 @@ class MetaStep:
 class Phases:
     """The two updates of one step over one language i (Algorithm 1, lines 6 and 7), and the facts that they gather.
 
+    In a mixed step phi_i stands for the modules of all its languages, and L_i^train for the mean loss of its rows.
+
     A phase does nothing from the first pass on whose gradient is not finite, the same on all ranks.
     """
 
     def __init__(self, meta: MetaStep, batches: Sequence[Rows], validation: Sequence[Rows]):
         self.meta, self.engine, self.config = meta, meta.engine, meta.config
-        (language,) = batches[0].step_languages
+        languages = {*batches[0].step_languages, *(validation[0].step_languages if meta.mixed else ())}
+        own = [self.engine.spaces[self.engine.languages[language]] for language in sorted(languages)]
         self.theta = self.engine.spaces[SHARED]
-        self.phi = self.engine.spaces[self.engine.languages[language]]
+        self.phi = own[0] if len(own) == 1 else JoinedSpace(own)
         self.rate, self.radius = self.engine.learning_rate, meta.radius.radius
         self.known = {"lr": self.rate, "loss_scale": self.engine.scale.value}
         self.computed: dict[str, Tensor] = {}
@@ -96,7 +103,7 @@ class Phases:
         self.lengths = torch.zeros((), dtype=torch.float64, device=self.engine.device)
         self.spiked = torch.zeros_like(self.lengths, dtype=torch.bool)
         self._finite = (self.lengths, ~self.spiked)  # the sum that was last tested, and whether it is finite
-        self.engine.idle.fetch([self.phi])
+        self.engine.idle.fetch(self.phi.parts)
         self.train = self._gradients_of(batches, "loss")
         self.validation = self._gradients_of(validation, "meta/validation")
 
@@ -138,8 +145,9 @@ class Phases:
     def in_turn(self, space: Space, first: Callable[[], None], second: Callable[[], None]) -> None:
         """Makes two updates, the second with the first one's result; the first, of `space`, is undone if the second fails."""
         self.engine.idle.wait()
-        state = self.engine.optimizers[space.name].state
-        tensors = [tensor.detach() for master in space.masters for tensor in (master, *state[master].values())]
+        states = [self.engine.optimizers[part.name].state for part in space.parts]
+        held = [(master, *state[master].values()) for state in states for master in state]
+        tensors = [tensor.detach() for together in held for tensor in together]
         saved = [tensor.clone() for tensor in tensors]
         first()
         second()
@@ -162,7 +170,7 @@ class Phases:
 
     def finish(self) -> StepFacts:
         """The step's facts. The radius of the next difference is set when they are read."""
-        self.engine.idle.release([self.phi])
+        self.engine.idle.release(self.phi.parts)
         return self.engine.finish_step(self.known, self.computed, self.finite, self.spiked, self._settle)
 
     def _settle(self, facts: Mapping[str, float]) -> None:
@@ -197,7 +205,8 @@ class Phases:
             self.lengths = self.lengths + length
         self.computed[name] = length
         divisor = 1.0 / clip_factor(length, self.engine.training.clip)
-        self.engine.update(space, gradient, divisor, self.rate, self.skip)
+        for part, own in space.apart(gradient):
+            self.engine.update(part, own, divisor, self.rate, self.skip)
 
     def _gradients_of(self, batches: Sequence[Rows], name: str) -> Gradients:
         """The function that runs passes over these micro-batches; the first pass's losses become facts under `name`."""
@@ -205,7 +214,8 @@ class Phases:
         def gradients(spaces: Sequence[Space]) -> list[Vector]:
             engine = self.engine
             noted = name in self.computed
-            sums = engine.accumulate(batches, spaces, losses=not noted)
+            parts = [part for space in spaces for part in space.parts]
+            sums = engine.accumulate(batches, parts, losses=not noted)
             vectors = [space.gradient() for space in spaces]
             if engine.precision == "fp16":
                 for shard in (shard for vector in vectors for shard in vector):

@@ -11,7 +11,7 @@ Legend: shard = 1-d fp32 tensor; Vector = list of shards, one for each of the sp
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -60,6 +60,17 @@ class Space:
         self.parameters = dict(parameters)
         self.masters: Vector = []
         self.segments: list[Segment] = []
+
+    @property
+    def parts(self) -> Sequence[Space]:
+        """The groups that this one is made of."""
+        return [self]
+
+    def apart(self, vector: Vector) -> Iterator[tuple[Space, Vector]]:
+        """Each of the parts with its part of a vector."""
+        shards = iter(vector)
+        for part in self.parts:
+            yield part, [next(shards) for _ in part.masters]
 
     def gradient(self) -> Vector:
         """This rank's shards (fp32) of the gradients since the last call, averaged over the data-parallel ranks."""
@@ -132,6 +143,35 @@ class Space:
         if isinstance(scale, Tensor):
             return torch.addcmul(master, offset[index], scale.to(master))
         return torch.add(master, offset[index], alpha=scale)
+
+
+class JoinedSpace(Space):
+    """Several groups as one that a step moves as a whole: its vectors are theirs, one after the other."""
+
+    def __init__(self, parts: Sequence[Space]):
+        super().__init__(", ".join(part.name for part in parts), {})
+        self._parts = parts
+        self.masters = [master for part in parts for master in part.masters]
+
+    @property
+    def parts(self) -> Sequence[Space]:
+        return self._parts
+
+    @property
+    def device(self) -> torch.device:
+        return self._parts[0].device
+
+    def share_of_dot(self, left: Vector, right: Vector) -> Tensor:
+        pairs = zip(self.apart(left), self.apart(right), strict=True)
+        return torch.stack([part.share_of_dot(own, other) for (part, own), (_, other) in pairs]).sum()
+
+    def gradient(self) -> Vector:
+        return [shard for part in self._parts for shard in part.gradient()]
+
+    def write(self, offset: Vector | None = None, scale: float | Tensor = 0.0) -> None:
+        assert offset is None, "only the shared parameters are displaced"
+        for part in self._parts:
+            part.write()
 
 
 class FlatSpace(Space):

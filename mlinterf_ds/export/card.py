@@ -143,7 +143,8 @@ def _departures(pretrained: Pretrained) -> list[str]:
         said.append(f"adapters use {shape.adapter_activation} and stand {place}")
     said += ["all languages share the norms"] * (variant in ("ffn", "attn"))
     said += pretrained.row_format.departures
-    said += MetaConfig(**config["meta"]).departures if is_meta(pretrained.run_variant) and "meta" in config else []
+    if is_meta(pretrained.run_variant) and "meta" in config:
+        said += MetaConfig(**config["meta"]).departures(config.get("data", {}).get("mixed", False))
     return [*said, "all models of a study share one vocabulary"]
 
 

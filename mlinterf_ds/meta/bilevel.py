@@ -14,7 +14,9 @@ A step of Algorithm 1 over language i changes its own parameters phi_i, then the
                                                                                                                (Eq. 8)
 
 The step's order can be turned round (theta first, as in the authors' released code), or both updates start from the same
-point ("simultaneous": theta's gradient is then g, which phase 1 has already, and a pass is saved).
+point ("simultaneous": theta's gradient is then g, which phase 1 has already, and a pass is saved). A step may mix
+languages: phi_i then stands for all of their parameters, and L_i^train for the mean loss of the step's rows. All equations
+stay as they are.
 
 Nothing here knows about ranks, dtypes or models: `engine/meta_step.py` takes the steps on the engine, and
 `tools/bench/double_backward.py` is the same in plain torch, with exact second derivatives.

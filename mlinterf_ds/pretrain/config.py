@@ -46,7 +46,10 @@ class DataConfig(Section):
     only: Languages | None = key(
         None, "languages to train on, of all in languages; the others keep the modules of init="
     )
-    mixed: bool = key(False, "mix languages by row inside a step; default: one language a step")
+    mixed: bool = key(
+        False,
+        "mix languages by row inside a step, so that it trains the modules of all of them; default: one language a step",
+    )
     synthetic_sentences: int = key(20000, "sentences of each language of corpus=synthetic", ge=200)
     synthetic_limit: Counts = key(
         {}, "LANG=N, ...: training sentences kept of a language of corpus=synthetic, to make it low-resource"
@@ -169,8 +172,6 @@ class RunConfig(Section):
                 metas and self.train.freeze == "shared" and self.meta.every > 1 and self.meta.between == "freeze",
             f"variant={self.variant} needs two languages or more, languages has one: use variant=mono":
                 metas and len(self.languages or []) == 1,
-            f"variant={self.variant} trains one language a step (Algorithm 1): set data.mixed=false":
-                metas and self.data.mixed,
             f"treatment=pcgrad compares languages inside a step: set data.mixed=true (now {self.data.mixed}) and "
             f"variant=joint or share_adpt (now {self.variant})":
                 self.treatment == "pcgrad" and not projects_mixed,

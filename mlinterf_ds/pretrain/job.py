@@ -54,7 +54,7 @@ class PretrainingRun:
         copies = [self.layout.tensor if partition_dim(p) is not None else 1 for p in model.parameters()]
         self.parameters = sum(n * p.numel() for n, p in zip(copies, model.parameters(), strict=True))
         self.engine = Engine(model, config.train, deepspeed_json, precision, self.layout)
-        self.meta = MetaStep(self.engine, config.meta) if self.validation else None
+        self.meta = MetaStep(self.engine, config.meta, config.data.mixed) if self.validation else None
         # (step, validation perplexity) of each language
         self.history: dict[str, list[tuple[int, float]]] = {language: [] for language in self.languages}
         self.best = math.inf  # mean validation loss of the best checkpoint, in nats
@@ -140,7 +140,7 @@ class PretrainingRun:
             train = self.stream.batch(0, 0, rows)
             if not self.validation:
                 return [train]
-            return [train, self.validation.batch(0, train.step_languages[0], 0, min(rows, self.meta_rows))]
+            return [train, self.validation.batch(0, self.stream.language(0), 0, min(rows, self.meta_rows))]
 
         said = fit_micro_batch(self.engine, self.tried_from, batches, VECTORS["meta" if self.meta else "plain"])
         self.start = "; ".join(filter(None, [self.start, said]))
@@ -246,8 +246,7 @@ class PretrainingRun:
             train = [self.stream.batch(step, start, stop) for start, stop in slices]
             validation: list[Batch] = []
             if self.validation and step % self.config.meta.every == 0:
-                (language,) = train[0].step_languages
-                rows = self.engine.slices(self.meta_rows)
+                rows, language = self.engine.slices(self.meta_rows), self.stream.language(step)
                 validation = [self.validation.batch(step, language, start, stop) for start, stop in rows]
             if self.engine.device.type != "cpu":  # pinned here, by the thread that prefetches
                 train, validation = ([batch.pinned() for batch in batches] for batches in (train, validation))

@@ -70,7 +70,7 @@ def departures(config: StudyConfig) -> list[str]:
     said += ["queries and keys are rotated by their positions (XLM adds a table's)"] * rotary
     metas = any(is_meta(variant) for variant in config.variants)
     for run in runs:
-        said += run.data.row_format.departures + (run.meta.departures if metas else [])
+        said += run.data.row_format.departures + (run.meta.departures(run.data.mixed) if metas else [])
     return [*dict.fromkeys(said), *config.departures]
 
 

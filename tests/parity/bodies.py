@@ -139,7 +139,7 @@ def resumed(settings: list[str], json_name: str, tensor: int, source: str, steps
 
 
 def meta_step(engine: Engine, config: RunConfig) -> MetaStep | None:
-    return MetaStep(engine, config.meta) if config.variant.startswith("meta_") else None
+    return MetaStep(engine, config.meta, config.data.mixed) if config.variant.startswith("meta_") else None
 
 
 def weights(folder: str | Path, kind: str = "master") -> dict[str, torch.Tensor]:
@@ -182,7 +182,7 @@ def advance_meta(
     validation, facts = validation_stream(stream, config), []
     while engine.step < until:
         train = [stream.batch(engine.step, *slice_) for slice_ in engine.slices(config.train.batch)]
-        (language,) = train[0].step_languages
+        language = stream.language(engine.step)
         held_out = [validation.batch(engine.step, language, *slice_) for slice_ in engine.slices(validation.rows)]
         facts.append(dict(meta.step(train, held_out)))
     return facts

@@ -27,9 +27,12 @@ def double(batch: Any) -> Any:
 
 
 class Exact:
-    """A float64 copy of an engine's model, and the losses of one step as functions of its weights."""
+    """A float64 copy of an engine's model, and the losses of one step as functions of its weights.
 
-    def __init__(self, engine: Engine, batch: Any, held_out: Any):
+    languages: those whose modules are phi; by default those of the batch.
+    """
+
+    def __init__(self, engine: Engine, batch: Any, held_out: Any, languages: Any = ()):
         model = engine.model
         self.model = Encoder(
             model.config,
@@ -45,9 +48,10 @@ class Exact:
             for name, parameter in self.model.named_parameters():
                 parameter.copy_(masters[name].view_as(parameter))
                 parameter.requires_grad_(True)
-        self.language = engine.languages[batch.step_languages[0]]
+        self.languages = [engine.languages[language] for language in sorted(languages or batch.step_languages)]
         groups = self.model.parameter_groups()
-        self.theta_names, self.phi_names = list(groups[SHARED]), list(groups[self.language])
+        self.theta_names = list(groups[SHARED])
+        self.phi_names = [name for language in self.languages for name in groups[language]]
         self.theta = LocalSpace([self.model.get_parameter(name) for name in self.theta_names])
         self.phi = LocalSpace([self.model.get_parameter(name) for name in self.phi_names])
         self.train = lambda: self.model(double(batch))[0]
@@ -65,7 +69,7 @@ class Exact:
     def moments(self, engine: Engine) -> AdamLookahead:
         """Adam's rule as the lookahead, from the engine's moments."""
         config = engine.training
-        first, second = (gathered(engine, SHARED, kind, self.theta_names) for kind in ("exp_avg", "exp_avg_sq"))
+        first, second = (gathered(engine, [SHARED], kind, self.theta_names) for kind in ("exp_avg", "exp_avg_sq"))
         space = engine.spaces[SHARED]
         number = int(engine.optimizers[SHARED].state[space.masters[0]]["step"].item()) + 1
         return AdamLookahead(first, second, number, config.beta1, config.beta2, config.eps)
@@ -80,17 +84,21 @@ def flat_weights(engine: Engine) -> dict[str, torch.Tensor]:
     }
 
 
-def by_name(engine: Engine, space_name: str, vector: Vector) -> dict[str, torch.Tensor]:
-    return {
-        segment.name: vector[segment.shard][segment.offset : segment.offset + segment.length].double()
-        for segment in engine.spaces[space_name].segments
-    }
+def by_name(engine: Engine, space_names: list[str], vector: Vector) -> dict[str, torch.Tensor]:
+    """The parameters' pieces of a vector of these groups, one after the other."""
+    known, shards = {}, list(vector)
+    for space in (engine.spaces[name] for name in space_names):
+        for segment in space.segments:
+            piece = shards[segment.shard][segment.offset : segment.offset + segment.length]
+            known[segment.name] = piece.double()
+        del shards[: len(space.masters)]
+    return known
 
 
-def gathered(engine: Engine, space_name: str, kind: str, names: list[str]) -> Vector:
-    space = engine.spaces[space_name]
-    vector = [engine.optimizers[space_name].state[master][kind] for master in space.masters]
-    vectors = by_name(engine, space_name, vector)
+def gathered(engine: Engine, space_names: list[str], kind: str, names: list[str]) -> Vector:
+    spaces = [engine.spaces[name] for name in space_names]
+    vector = [engine.optimizers[space.name].state[master][kind] for space in spaces for master in space.masters]
+    vectors = by_name(engine, space_names, vector)
     return [vectors[name] for name in names]
 
 
@@ -115,8 +123,7 @@ def batches(stream: Any, config: Any, step: int) -> tuple[Any, Any]:
         row_format=config.data.row_format,
         seed=config.train.seed,
     )
-    batch = stream.batch(step)
-    return batch, validation.batch(step, batch.step_languages[0])
+    return stream.batch(step), validation.batch(step, stream.language(step))
 
 
 def mixed_products(settings: list[str], source: str, lookahead: str, difference: str) -> dict[str, float]:
@@ -131,7 +138,7 @@ def mixed_products(settings: list[str], source: str, lookahead: str, difference:
     exact = Exact(engine, batch, held_out)
     v, wanted = exact.mixed_product(engine, lookahead, engine.learning_rate)
     meta = MetaStep(engine, config.meta)
-    theta, phi = engine.spaces[SHARED], engine.spaces[exact.language]
+    theta, phi = engine.spaces[SHARED], engine.spaces[exact.languages[0]]
     direction = shard(engine, SHARED, exact.theta_names, v)
 
     def train(spaces: Any) -> list[Vector]:
@@ -143,7 +150,7 @@ def mixed_products(settings: list[str], source: str, lookahead: str, difference:
         product, change = mixed_product(train, theta, phi, direction, meta.radius.radius, here)
         used = meta.radius.radius
         meta.radius.update(change)
-    named = by_name(engine, exact.language, product)
+    named = by_name(engine, exact.languages, product)
     ours = torch.cat([named[name] for name in exact.phi_names]).to(wanted)
     return {
         "cosine": torch.nn.functional.cosine_similarity(ours, wanted, dim=0).item(),
@@ -172,7 +179,7 @@ class Watched:
         self.passes: list[tuple[str, list[Vector]]] = []  # ("loss" or "meta/validation", a vector for each space)
         self.updates: list[
             tuple[str, Vector, dict[str, torch.Tensor]]
-        ] = []  # space, its clipped gradient, weights after
+        ] = []  # SHARED or "phi", its clipped gradient, weights after
 
     def step(self, meta: MetaStep, batch: Any, held_out: Any) -> None:
         make, update, engine = Phases._gradients_of, self.engine.update, self.engine
@@ -190,7 +197,9 @@ class Watched:
         def watched_update(space: Any, gradient: Vector, divisor: Any, rate: float, skip: Any) -> None:
             clipped = [shard / divisor for shard in gradient]
             update(space, gradient, divisor, rate, skip)
-            self.updates.append((space.name, clipped, flat_weights(engine)))
+            if space.name != SHARED and self.updates and self.updates[-1][0] == "phi":
+                clipped = [*self.updates.pop()[1], *clipped]  # a step that mixes languages updates them one by one
+            self.updates.append((SHARED if space.name == SHARED else "phi", clipped, flat_weights(engine)))
 
         with (
             mock.patch.object(Phases, "_gradients_of", watched_passes),
@@ -206,12 +215,15 @@ def stages(settings: list[str]) -> dict[str, float]:
     that it may have (see the test). "hypergradient": its sum. "update": the largest of AdamW's two changes of weights.
     """
     engine, stream, config = bodies.make(settings, "zero1")
-    meta = MetaStep(engine, config.meta)
+    meta = MetaStep(engine, config.meta, config.data.mixed)
     bodies.advance_meta(engine, stream, config, meta, 2)
     batch, held_out = batches(stream, config, engine.step)
-    exact, rate, radius = Exact(engine, batch, held_out), engine.learning_rate, meta.radius.radius
-    names = {SHARED: exact.theta_names, exact.language: exact.phi_names}
-    adamw = {name: local_adamw(engine, name, exact, rate) for name in names}
+    # all languages have validation rows, so that a step that mixes them trains all
+    exact = Exact(engine, batch, held_out, held_out.step_languages if config.data.mixed else ())
+    rate, radius = engine.learning_rate, meta.radius.radius
+    names = {SHARED: exact.theta_names, "phi": exact.phi_names}
+    groups = {SHARED: [SHARED], "phi": exact.languages}
+    adamw = {name: local_adamw(engine, groups[name], names[name], exact, rate) for name in names}
     lookahead = GradientDescent() if config.meta.lookahead == "sgd" else exact.moments(engine)
     watched = Watched(engine)
     watched.step(meta, batch, held_out)
@@ -219,7 +231,7 @@ def stages(settings: list[str]) -> dict[str, float]:
     errors = {"gradient": 0.0, "update": 0.0}
 
     def exact_pieces(space_name: str, vector: Vector) -> Vector:
-        known = by_name(engine, space_name, vector)
+        known = by_name(engine, groups[space_name], vector)
         return [known[name] for name in names[space_name]]
 
     def next_pass(loss: Any, *space_names: str) -> list[Vector]:
@@ -234,17 +246,17 @@ def stages(settings: list[str]) -> dict[str, float]:
     def hypergradient() -> tuple[Vector, Vector]:
         """phi's gradient, and theta's where both are updated at once."""
         beta, one_sided = config.meta.beta or rate, config.meta.difference == "one_sided"
-        descent, *at_theta = next_pass(exact.train, SHARED, *[exact.language] * (one_sided or simultaneous))
+        descent, *at_theta = next_pass(exact.train, SHARED, *["phi"] * (one_sided or simultaneous))
         with exact.theta.displaced(lookahead.step(descent), -beta):
-            value, direct = next_pass(exact.validation, SHARED, exact.language)
+            value, direct = next_pass(exact.validation, SHARED, "phi")
         v = lookahead.pull_back(descent, value)
         epsilon = radius * exact.theta.weights_norm() / torch.cat(v).norm().item()
         with exact.theta.displaced(v, epsilon):
-            (plus,) = next_pass(exact.train, exact.language)
+            (plus,) = next_pass(exact.train, "phi")
         minus, width = at_theta, epsilon
         if not one_sided:
             with exact.theta.displaced(v, -epsilon):
-                minus, width = next_pass(exact.train, exact.language), 2 * epsilon
+                minus, width = next_pass(exact.train, "phi"), 2 * epsilon
         mixed = [(above - below) / width for above, below in zip(plus, minus[0], strict=True)]
         wanted = exact_mixed_product(exact.train, exact.theta, exact.phi, v)
         gradients = gradients_of(exact.train)
@@ -288,19 +300,21 @@ def relative(ours: Vector, wanted: Vector) -> float:
     return ((ours_flat - flat).norm() / flat.norm()).item()
 
 
-def local_adamw(engine: Engine, space_name: str, exact: Exact, lr: float) -> Any:
+def local_adamw(engine: Engine, space_names: list[str], names: list[str], exact: Exact, lr: float) -> Any:
     """torch's AdamW in float64 on the copy, continuing from the engine's moments."""
-    names = exact.theta_names if space_name == SHARED else exact.phi_names
     parameters = [exact.model.get_parameter(name) for name in names]
     train = engine.training
     optimizer = torch.optim.AdamW(
         parameters, lr=lr, betas=(train.beta1, train.beta2), eps=train.eps, weight_decay=train.weight_decay
     )
-    master = engine.spaces[space_name].masters[0]
-    steps = engine.optimizers[space_name].state[master]["step"].item()
-    moments = {kind: gathered(engine, space_name, kind, names) for kind in ("exp_avg", "exp_avg_sq")}
-    for index, parameter in enumerate(parameters):
-        optimizer.state[parameter] = {"step": torch.tensor(float(steps))} | {
+    steps = {
+        segment.name: engine.optimizers[space.name].state[space.masters[0]]["step"].item()
+        for space in (engine.spaces[name] for name in space_names)
+        for segment in space.segments
+    }
+    moments = {kind: gathered(engine, space_names, kind, names) for kind in ("exp_avg", "exp_avg_sq")}
+    for index, (name, parameter) in enumerate(zip(names, parameters, strict=True)):
+        optimizer.state[parameter] = {"step": torch.tensor(float(steps[name]))} | {
             kind: vectors[index].view_as(parameter).clone() for kind, vectors in moments.items()
         }
 
@@ -327,7 +341,7 @@ def same(left: list[torch.Tensor], right: list[torch.Tensor]) -> bool:
 def moved_by_a_meta_step(settings: list[str], json_name: str) -> tuple[int, bool]:
     """(languages whose state changed in a meta step, whether theta changed before phase 2)."""
     engine, stream, config = bodies.make(settings, json_name)
-    meta = MetaStep(engine, config.meta)
+    meta = MetaStep(engine, config.meta, config.data.mixed)
     bodies.advance_meta(engine, stream, config, meta, 2)
     before = {name: state_of(engine, name) for name in engine.spaces}
     seen: list[bool] = []
@@ -348,7 +362,7 @@ def overflow(settings: list[str], json_name: str, failing: int) -> dict[str, Any
     """Plant an infinite loss in pass number `failing` of a meta step; what changed."""
     engine, stream, config = bodies.make(settings, json_name)
     engine.scale.value, engine.scale.hysteresis, engine.scale.patience, engine.scale.minimum = 1.0, 1, 1, 0.125
-    meta = MetaStep(engine, config.meta)
+    meta = MetaStep(engine, config.meta, config.data.mixed)
     bodies.advance_meta(engine, stream, config, meta, 2)
     before = {name: state_of(engine, name) for name in engine.spaces}
     working = {name: p.detach().clone() for name, p in engine.model.named_parameters()}

@@ -73,6 +73,8 @@ def test_mixed_product(trained, settings: list[str], lookahead: str, difference:
         ["variant=meta_adpt", "meta.order=simultaneous"],
         ["variant=meta_adpt", "meta.order=simultaneous", "meta.reuse=true"],
         ["variant=meta_adpt", "meta.order=simultaneous", "meta.reuse=true", "meta.difference=one_sided"],
+        ["variant=meta_adpt", "data.mixed=true"],
+        ["variant=meta_ffn", "data.mixed=true", "meta.order=simultaneous", "meta.reuse=true"],
     ],
     ids=" ".join,
 )
@@ -122,6 +124,9 @@ def one_process(tmp_path_factory: pytest.TempPathFactory):
 # A fixed radius: the controller would turn round-off in `change` into other radii. Three languages over rows of all.
 SETTINGS = ["variant=meta_adpt", "meta.radius=1e-3", "meta.check_every=0", "meta.batch=12"]
 STEPS = 2  # the second one starts from moments, and from a theta and phi that differ from the initial ones
+
+
+MIXED = ["data.mixed=true", "meta.order=simultaneous", "meta.reuse=true"]
 
 
 @pytest.mark.parametrize("json_name, ranks, tensor, extra", LAYOUTS)

@@ -53,6 +53,12 @@ class ParameterCount:
     languages: int  # how many languages have parameters of their own
     small: int  # the shared parameters that ZeRO 3 never divides
     matrix: int  # the largest matrix of a layer
+    together: int  # how many languages' own parameters a step trains
+
+    @property
+    def trained(self) -> int:
+        """The languages' own parameters that a step trains."""
+        return self.own * self.together
 
     @property
     def total(self) -> int:
@@ -98,6 +104,7 @@ def parameters(config: RunConfig, languages: int, vocabulary: int, tensor: int) 
         languages=languages if own else 0,
         small=sum(size for size in sizes if size <= PERSISTENT),
         matrix=max(in_layer),
+        together=languages if config.data.mixed else 1,
     )
 
 
@@ -118,18 +125,18 @@ def memory(
         "optimizer": STATE * count.shared / d,
         "own modules": count.own * (count.languages * b / cut + _with_state_here(config, count, on_gpu) * STATE / d),
     }
-    vector, own = 4 * count.shared / d, 4 * count.own / d
+    vector, own = 4 * count.shared / d, 4 * count.trained / d
     size["gradients"] = _gradients(count, layout, vector, own)
     if layout.stage == 3:
         size["gathered"] = b * min(LIVE, count.shared - count.small) if layout.data > 1 else 0.0
     if is_meta(config.variant):
-        size["meta step"] = STATE * count.own / d + _meta_vectors(config.meta, vector, own, size["gradients"])
+        size["meta step"] = STATE * count.trained / d + _meta_vectors(config.meta, vector, own, size["gradients"])
     rows = micro_rows(config, layout.data)
     size["activations"] = activations(config, rows, vocabulary, layout, on_gpu)
     if config.variant == "meta_ffn" and not config.model.recompute and layout.stage < 3:
-        # No pass asks for the gradients of more than one language, so the layers of the others do not keep their inputs.
+        # A pass asks for the gradients of the languages that the step trains, so the layers of the others do not keep their inputs.
         # (Under ZeRO 3 they do: DeepSpeed replaces the linear layer by one that always keeps its input.)
-        others = 1 - 1 / (config.meta.languages_per_step or count.languages)
+        others = 1 - min(1, count.together / (config.meta.languages_per_step or count.languages))
         tokens = rows * ((config.model.layers - 1) * config.data.sequence_length + config.data.row_format.masked)
         size["activations"] -= others * b * tokens * (config.model.width + config.model.ffn / layout.tensor)
     return size
@@ -140,11 +147,11 @@ def _with_state_here(config: RunConfig, count: ParameterCount, on_gpu: bool) -> 
     still written back from the step before."""
     kept = config.train.idle_languages
     on_host = kept == "host" or (kept == "auto" and on_gpu and count.languages > FEW_LANGUAGES)
-    return min(2, count.languages) if on_host else count.languages
+    return min(2 * count.together, count.languages) if on_host else count.languages
 
 
 def _meta_vectors(meta: MetaConfig, vector: float, own: float, gradients: float) -> float:
-    """Bytes of vectors that a meta step holds beside its gradients, at its fullest moment; `vector` is one of theta, `own` of phi.
+    """Bytes of vectors that a meta step holds beside its gradients, at its fullest moment; `vector` is one of theta, `own` of what it trains of the languages'.
 
     The validation pass still holds the descent direction, and in a run's first step, which tries radii, the vectors of the
     try before; the last displaced pass holds v and two gradients of phi.
@@ -163,12 +170,12 @@ def _meta_vectors(meta: MetaConfig, vector: float, own: float, gradients: float)
 
 def _gradients(count: ParameterCount, layout: PlannedLayout, vector: float, own: float) -> float:
     """Bytes of gradients and of DeepSpeed's buffers for them at the end of a pass; `vector`: of an fp32 one of the shared
-    parameters, `own`: of one language's own."""
+    parameters, `own`: of the languages' own that the step trains."""
     b, stage = BYTES[layout.precision], layout.stage
     if stage == 3:
         return own + vector + b * BUCKET
     if stage == 0 or layout.data == 1:  # nothing is partitioned: the buffer of arriving gradients, and their fp32 sum
-        return (b + 4) * (count.shared + count.own)
+        return (b + 4) * (count.shared + count.trained)
     return own + _partitioned_gradients(count, layout, vector)
 
 
@@ -238,11 +245,11 @@ def data_parallel_volume(config: RunConfig, count: ParameterCount, layout: Plann
     if layout.data == 1:
         return {}
     b, times, stage = BYTES[layout.precision], passes(config.variant, config.meta), layout.stage
-    shared, own = b * count.shared, b * count.own
+    shared, own = b * count.shared, b * count.trained
     micro = max(1, config.train.batch // layout.data // micro_rows(config, layout.data))
     if stage == 0:
-        return {"all_reduce": 4 * times["shared"] * count.shared + 4 * times["own"] * count.own}
-    volume = {"reduce_scatter": 4 * times["own"] * count.own * micro, "all_gather": 0.0}
+        return {"all_reduce": 4 * times["shared"] * count.shared + 4 * times["own"] * count.trained}
+    volume = {"reduce_scatter": 4 * times["own"] * count.trained * micro, "all_gather": 0.0}
     writes = times["write"] + 1
     if stage == 3:
         cut = b * (count.shared - count.small) + own  # DeepSpeed may keep some from the forward to the backward pass

@@ -95,7 +95,7 @@ def update_seconds(config: RunConfig, count: ParameterCount, layout: PlannedLayo
     micro = max(1, config.train.batch // layout.data // micro_rows(config, layout.data))
     shared = 10 * micro * times["shared"] + (46 + 14 * times["write"] + 48 * is_meta(config.variant)) / layout.share
     own = (10 * micro * times["own"] + 46 / layout.share) * (count.own > 0)
-    return (shared * count.shared + own * count.own) / rates.memory
+    return (shared * count.shared + own * count.trained) / rates.memory
 
 
 def compute_seconds(
