@@ -1,6 +1,7 @@
 """The meta step against exact double backward in float64, at every layout, and what it must leave alone."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -112,13 +113,29 @@ LAYOUTS = [
     ("zero1", 1, 1, ["train.micro_batch=2"]),
     ("zero3", 1, 1, ["train.micro_batch=2"]),
 ]
+# all languages of a step at once, in turn and from one point
+MIXED = ["data.mixed=true"], ["data.mixed=true", "meta.order=simultaneous", "meta.reuse=true"]
+LAYOUTS += [
+    ("zero2", 2, 1, MIXED[0]),
+    ("zero1", 2, 2, MIXED[1]),
+    ("zero3", 2, 1, [*MIXED[1], "train.micro_batch=2"]),
+    ("zero2_offload", 1, 1, [*MIXED[0], "train.idle_languages=host"]),
+]
 
 
 @pytest.fixture(scope="module")
 def one_process(tmp_path_factory: pytest.TempPathFactory):
-    out = tmp_path_factory.mktemp("meta")
-    facts = pool(1).run(bodies.train, SETTINGS, "zero0", 1, str(out), STEPS)[0]
-    return facts, bodies.weights(out / "checkpoints" / f"step-{STEPS:08d}")
+    """Returns the facts and weights of a kind of step in one process, once each."""
+    known: dict[tuple[str, ...], Any] = {}
+
+    def get(kind: list[str]) -> Any:
+        if tuple(kind) not in known:
+            out = tmp_path_factory.mktemp("meta")
+            facts = pool(1).run(bodies.train, SETTINGS + kind, "zero0", 1, str(out), STEPS)[0]
+            known[tuple(kind)] = facts, bodies.weights(out / "checkpoints" / f"step-{STEPS:08d}")
+        return known[tuple(kind)]
+
+    return get
 
 
 # A fixed radius: the controller would turn round-off in `change` into other radii. Three languages over rows of all.
@@ -126,12 +143,10 @@ SETTINGS = ["variant=meta_adpt", "meta.radius=1e-3", "meta.check_every=0", "meta
 STEPS = 2  # the second one starts from moments, and from a theta and phi that differ from the initial ones
 
 
-MIXED = ["data.mixed=true", "meta.order=simultaneous", "meta.reuse=true"]
-
-
 @pytest.mark.parametrize("json_name, ranks, tensor, extra", LAYOUTS)
 def test_every_layout_equals_one_process(one_process, json_name, ranks, tensor, extra, tmp_path: Path) -> None:
-    wanted, weights = one_process
+    kind = [text for text in extra if any(text in mixed for mixed in MIXED)]
+    wanted, weights = one_process(kind)
     for facts in pool(ranks).run(bodies.train, SETTINGS + extra, json_name, tensor, str(tmp_path), STEPS):
         for step, expected in zip(facts, wanted, strict=True):
             assert step == pytest.approx(expected, rel=1e-3, abs=1e-5)
@@ -140,9 +155,12 @@ def test_every_layout_equals_one_process(one_process, json_name, ranks, tensor, 
             assert (value - weights[name]).norm() <= 1e-3 * weights[name].norm() + 1e-6, name
 
 
-@pytest.mark.parametrize("json_name, tensor", [("zero0", 1), ("zero2", 1), ("zero3", 1), ("zero1", 2)])
-def test_resume_is_bit_exact(json_name: str, tensor: int, tmp_path: Path) -> None:
-    settings = ["variant=meta_adpt", "model.dropout=0.1", "meta.lookahead=adam"]
+@pytest.mark.parametrize(
+    "json_name, tensor, extra",
+    [("zero0", 1, []), ("zero2", 1, []), ("zero3", 1, []), ("zero1", 2, []), ("zero2", 1, MIXED[1])],
+)
+def test_resume_is_bit_exact(json_name: str, tensor: int, extra: list[str], tmp_path: Path) -> None:
+    settings = ["variant=meta_adpt", "model.dropout=0.1", "meta.lookahead=adam", *extra]
     whole = pool(2).run(bodies.train, settings, json_name, tensor, str(tmp_path), 3, 1)
     source = tmp_path / "checkpoints" / "step-00000001"
     rest = pool(2).run(bodies.resumed, settings, json_name, tensor, str(source), 3)
@@ -158,13 +176,19 @@ def test_only_the_steps_language_moves(json_name: str) -> None:
         assert moved == 1 and not theta_moved_in_phase_1
 
 
+def test_a_mixed_step_moves_all_languages() -> None:
+    """The validation rows are of all of them, whatever the batch holds."""
+    settings = ["variant=meta_adpt", "meta.radius=1e-3", "train.batch=2", "data.mixed=true"]
+    assert pool(2).run(meta_bodies.moved_by_a_meta_step, settings, "zero1") == [(3, False)] * 2
+
+
 ORDERS = {"phi_first": 5, "theta_first": 5, "simultaneous": 4}  # passes of a step
 
 
 @pytest.mark.parametrize("order, failing", [(order, n) for order, passes in ORDERS.items() for n in range(passes)])
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
-def test_an_overflow_in_any_pass_changes_nothing(failing: int, precision: str, order: str) -> None:
-    settings = ["variant=meta_adpt", f"train.precision={precision}", f"meta.order={order}"]
+@pytest.mark.parametrize("precision, mixed", [("fp32", "false"), ("fp16", "false"), ("fp32", "true")])
+def test_an_overflow_in_any_pass_changes_nothing(failing: int, precision: str, mixed: str, order: str) -> None:
+    settings = ["variant=meta_adpt", f"train.precision={precision}", f"meta.order={order}", f"data.mixed={mixed}"]
     settings += ["meta.reuse=true"] if order == "simultaneous" else []
     (outcome,) = pool(1).run(meta_bodies.overflow, settings, "zero1", failing)
     assert outcome["unchanged"] and outcome["skipped"] == 1

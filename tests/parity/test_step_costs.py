@@ -15,7 +15,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mlinterf_ds.engine import checkpoint, space
 from mlinterf_ds.engine.engine import Engine
-from mlinterf_ds.engine.meta_step import MetaStep
 from mlinterf_ds.engine.transfers import IdleSpaces
 from mlinterf_ds.model.encoder import SHARED
 from tests.memory import Alive
@@ -70,13 +69,11 @@ def cost(settings: list[str], layers: int = 2) -> tuple[dict[str, int], dict[str
     Three steps go before, so that nothing is done for the first time.
     """
     engine, stream, config = bodies.make([*settings, "train.precision=bf16", f"model.layers={layers}"], "zero0")
-    meta = MetaStep(engine, config.meta) if config.variant.startswith("meta_") else None
+    meta = bodies.meta_step(engine, config)
     held_out = bodies.validation_stream(stream, config) if meta else None
 
     batches = [stream.batch(number) for number in range(5)]
-    rows = [
-        held_out.batch(number, batch.step_languages[0]) if held_out else None for number, batch in enumerate(batches)
-    ]
+    rows = [held_out.batch(number, stream.language(number)) if held_out else None for number in range(5)]
 
     def step() -> Any:
         batch, own = batches[engine.step], rows[engine.step]
@@ -94,7 +91,7 @@ def cost(settings: list[str], layers: int = 2) -> tuple[dict[str, int], dict[str
 def trained(settings: list[str], steps: int = 6) -> tuple[list[dict[str, float]], torch.Tensor, int]:
     """The facts of these steps, the masters after them, and how many kinds of passes were captured (in a rank of a pool)."""
     engine, stream, config = bodies.make(settings, "zero1")
-    meta = MetaStep(engine, config.meta) if config.variant.startswith("meta_") else None
+    meta = bodies.meta_step(engine, config)
     if meta:
         facts = bodies.advance_meta(engine, stream, config, meta, steps)
     else:
@@ -225,10 +222,10 @@ def test_idle_groups_lie_on_the_host_between_their_steps_and_keep_what_a_step_di
     assert optimizer.state[master]["exp_avg"].tolist() == [2.0] * 3
 
 
-@pytest.mark.parametrize("variant", ["adpt", "meta_adpt"])
+@pytest.mark.parametrize("variant, mixed", [("adpt", "false"), ("meta_adpt", "false"), ("meta_adpt", "true")])
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_idle_languages_on_the_host_change_nothing(variant: str, ranks: int) -> None:
-    settings = [f"variant={variant}", "meta.check_every=3"]
+def test_idle_languages_on_the_host_change_nothing(variant: str, mixed: str, ranks: int) -> None:
+    settings = [f"variant={variant}", "meta.check_every=3", f"data.mixed={mixed}"]
     here = pool(ranks).run(trained, [*settings, "train.idle_languages=device"])
     away = pool(ranks).run(trained, [*settings, "train.idle_languages=host"])
     for (facts, masters, _), (other_facts, other_masters, _) in zip(here, away, strict=True):
@@ -242,6 +239,7 @@ def test_idle_languages_on_the_host_change_nothing(variant: str, ranks: int) -> 
         (["variant=adpt"], 50),
         (["variant=meta_adpt", "meta.check_every=0"], 150),
         (["variant=meta_adpt", "meta.check_every=0", "meta.order=simultaneous", "meta.reuse=true"], 150),
+        (["variant=meta_adpt", "meta.check_every=0", "data.mixed=true"], 200),  # AdamW of three languages
     ],
 )
 def test_a_step_costs_little_beside_its_passes(settings: list[str], most: int) -> None:

@@ -248,18 +248,22 @@ def test_validation_does_not_repeat_text_within_an_epoch() -> None:
 
 
 @pytest.mark.parametrize("held", [2, 3, 4])
-@pytest.mark.parametrize("language", [0, 2, 4])
-def test_languages_per_step_is_unbiased(held: int, language: int) -> None:
-    """Over all subsets, equally likely, the weight vectors average to 1/L each: the estimate is the full one."""
+@pytest.mark.parametrize("language", [0, 2, 4, None])
+def test_languages_per_step_is_unbiased(held: int, language: int | None) -> None:
+    """Over all subsets, equally likely, the weight vectors average to 1/L each: the estimate is the full one.
+
+    A step's own language is always among them; one that mixes languages (None) has none.
+    """
     stream = validation(corpus=Corpus(dict.fromkeys("abcde", 100)), languages=list("abcde"), languages_per_step=held)
     vectors: dict[tuple[int, ...], np.ndarray] = {}
     drawn = Counter[tuple[int, ...]]()
     for step in range(1200):
         chosen, weights, counts = stream.plan(step, language)
-        assert language in chosen and weights[chosen == language] == 1 / 5 and counts.sum() == 10
+        assert language is None or (language in chosen and weights[chosen == language] == 1 / 5)
+        assert counts.sum() == 10 and len(chosen) == held
         drawn[tuple(chosen)] += 1
         vectors[tuple(chosen)] = np.bincount(chosen, weights, minlength=5)
-    subsets = math.comb(4, held - 1)
+    subsets = math.comb(5, held) if language is None else math.comb(4, held - 1)
     assert len(vectors) == subsets
     assert np.mean(list(vectors.values()), axis=0) == pytest.approx(np.full(5, 1 / 5), abs=1e-15)
     assert all(abs(n - 1200 / subsets) < 5 * math.sqrt(1200 / subsets) for n in drawn.values())

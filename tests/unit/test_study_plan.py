@@ -68,6 +68,7 @@ def test_departures_are_those_of_the_studys_models() -> None:
     assert plain.endswith("text is small") and "token" not in plain and "meta" not in plain
     reused = said("meta.order=simultaneous", "meta.reuse=true", "meta.text=held_out", "data.positions=row")
     assert "from one point" in reused and "train the shared parameters too" in reused
+    assert "all languages" in said("data.mixed=true") and "all languages" not in reused
     assert "reads" not in reused and "counted" not in reused
 
 
