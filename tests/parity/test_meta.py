@@ -178,7 +178,7 @@ def test_only_the_steps_language_moves(json_name: str) -> None:
 
 def test_a_mixed_step_moves_all_languages() -> None:
     """The validation rows are of all of them, whatever the batch holds."""
-    settings = ["variant=meta_adpt", "meta.radius=1e-3", "train.batch=2", "data.mixed=true"]
+    settings = ["variant=meta_adpt", "meta.radius=1e-3", "train.batch=2", "meta.batch=6", "data.mixed=true"]
     assert pool(2).run(meta_bodies.moved_by_a_meta_step, settings, "zero1") == [(3, False)] * 2
 
 

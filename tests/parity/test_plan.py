@@ -33,8 +33,9 @@ SETTINGS = [
     ("zero1", 2, 2, ["variant=meta_adpt"]),
     ("zero1", 2, 2, ["variant=meta_ffn"]),
     ("zero1", 2, 2, ["variant=meta_attn"]),
+    ("zero1", 2, 2, ["variant=meta_attn", "meta.order=simultaneous", "meta.reuse=true"]),
     ("zero1", 2, 1, ["variant=adpt", "data.mixed=true"]),
-    ("zero1", 2, 2, ["variant=meta_ffn", "data.mixed=true", "meta.order=simultaneous", "meta.reuse=true"]),
+    ("zero1", 2, 2, ["variant=meta_ffn", "data.mixed=true"]),
 ]  # fmt: skip
 
 

@@ -66,7 +66,6 @@ def test_set_beats_recipe_beats_default(tmp_path: Path) -> None:
         (["languages=EN"], ["languages", "EN"]),
         (["variant=mono", "languages=en,sw"], ["mono", "joint"]),
         (["variant=meta_adpt", "languages=en"], ["meta_adpt", "mono"]),
-        (["variant=meta_adpt", "data.mixed=true"], ["data.mixed"]),
         (["meta.radius=0"], ["meta.radius", "greater than 0"]),
         (["meta.beta=0"], ["meta.beta", "greater than 0"]),
         (["treatment=pcgrad", "variant=joint"], ["data.mixed=true"]),

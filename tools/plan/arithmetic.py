@@ -130,7 +130,9 @@ def memory(
     if layout.stage == 3:
         size["gathered"] = b * min(LIVE, count.shared - count.small) if layout.data > 1 else 0.0
     if is_meta(config.variant):
-        size["meta step"] = STATE * count.trained / d + _meta_vectors(config.meta, vector, own, size["gradients"])
+        size["meta step"] = _meta_vectors(config.meta, vector, own, size["gradients"])
+        if config.meta.order != "simultaneous":  # the first update of two in turn may be undone
+            size["meta step"] += STATE * count.trained / d
     rows = micro_rows(config, layout.data)
     size["activations"] = activations(config, rows, vocabulary, layout, on_gpu)
     if config.variant == "meta_ffn" and not config.model.recompute and layout.stage < 3:
