@@ -158,6 +158,11 @@ class TrainStream:
         languages, starts = self._starts(step, 0, self.rows)
         return starts[languages == language]
 
+    @property
+    def together(self) -> list[int]:
+        """The numbers of the languages that are drawn, if a step mixes them; else none."""
+        return np.flatnonzero(self.probabilities).tolist() if self._mixed else []
+
     def language(self, step: int) -> int | None:
         """Returns the number of a step's one language; None where a step mixes languages."""
         if self._mixed:

@@ -11,7 +11,7 @@ begins.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -51,12 +51,12 @@ TARGETS = {
 class MetaStep:
     """Steps of a `meta_*` variant. Holds the radius of the finite difference, which is part of a checkpoint.
 
-    mixed: a step's rows are of several languages (`data.mixed`); their modules and those of the validation rows' languages
-    are then one phi, which is updated as a whole.
+    together: where a step mixes languages (`data.mixed`), the languages that are trained. The modules of those that have rows
+    in a step, validation rows included, are then one phi, which is updated as a whole.
     """
 
-    def __init__(self, engine: Engine, config: MetaConfig, mixed: bool = False):
-        self.engine, self.config, self.mixed = engine, config, mixed
+    def __init__(self, engine: Engine, config: MetaConfig, together: Collection[int] = ()):
+        self.engine, self.config, self.together = engine, config, frozenset(together)
         fixed = config.radius != "auto"
         start = float(config.radius) if fixed else 1e-3
         self.radius = RadiusControl(start, TARGETS[config.difference][engine.precision], fixed=fixed)
@@ -64,7 +64,8 @@ class MetaStep:
     def step(self, batches: Sequence[Rows], validation: Sequence[Rows]) -> Mapping[str, float]:
         """One step; returns its facts, which the device may still be computing.
 
-        batches: this rank's micro-batches of the step's language or, mixed, languages. validation: those of L^val (none between meta steps).
+        batches: this rank's micro-batches of the step's language, or languages if it mixes them. validation: those of L^val
+        (none between meta steps).
         """
         engine, config = self.engine, self.config
         if engine.step % config.every:
@@ -92,7 +93,7 @@ class Phases:
 
     def __init__(self, meta: MetaStep, batches: Sequence[Rows], validation: Sequence[Rows]):
         self.meta, self.engine, self.config = meta, meta.engine, meta.config
-        languages = {*batches[0].step_languages, *(validation[0].step_languages if meta.mixed else ())}
+        languages = {*batches[0].step_languages, *meta.together.intersection(validation[0].step_languages)}
         own = [self.engine.spaces[self.engine.languages[language]] for language in sorted(languages)]
         self.theta = self.engine.spaces[SHARED]
         self.phi = own[0] if len(own) == 1 else JoinedSpace(own)
@@ -146,8 +147,7 @@ class Phases:
         """Makes two updates, the second with the first one's result; the first, of `space`, is undone if the second fails."""
         self.engine.idle.wait()
         states = [self.engine.optimizers[part.name].state for part in space.parts]
-        held = [(master, *state[master].values()) for state in states for master in state]
-        tensors = [tensor.detach() for together in held for tensor in together]
+        tensors = [t.detach() for state in states for master in state for t in (master, *state[master].values())]
         saved = [tensor.clone() for tensor in tensors]
         first()
         second()

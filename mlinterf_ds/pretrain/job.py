@@ -54,7 +54,7 @@ class PretrainingRun:
         copies = [self.layout.tensor if partition_dim(p) is not None else 1 for p in model.parameters()]
         self.parameters = sum(n * p.numel() for n, p in zip(copies, model.parameters(), strict=True))
         self.engine = Engine(model, config.train, deepspeed_json, precision, self.layout)
-        self.meta = MetaStep(self.engine, config.meta, config.data.mixed) if self.validation else None
+        self.meta = MetaStep(self.engine, config.meta, self.stream.together) if self.validation else None
         # (step, validation perplexity) of each language
         self.history: dict[str, list[tuple[int, float]]] = {language: [] for language in self.languages}
         self.best = math.inf  # mean validation loss of the best checkpoint, in nats

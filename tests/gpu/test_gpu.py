@@ -99,7 +99,7 @@ def captured() -> tuple[int, int]:
     """How many kinds of passes were captured, and how many streams have memory of graphs (in a rank of a pool)."""
     settings = ["variant=meta_adpt", "model.compile=false", "train.graphs=true", "train.precision=bf16"]
     engine, stream, config = bodies.make(settings, "zero1")
-    bodies.advance(engine, stream, config, 12, bodies.meta_step(engine, config))
+    bodies.advance(engine, stream, config, 12, bodies.meta_step(engine, config, stream))
     segments = [segment for segment in torch.cuda.memory_snapshot() if tuple(segment["segment_pool_id"]) != (0, 0)]
     return len(engine.passes.captured), len({segment["stream"] for segment in segments})
 

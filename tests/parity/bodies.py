@@ -122,7 +122,7 @@ def train(
 ) -> list[dict[str, float]]:
     """Trains `steps` steps, and saves after the last of them or after `save_at`; the facts of every step."""
     engine, stream, config = make(settings, json_name, tensor)
-    meta = meta_step(engine, config)
+    meta = meta_step(engine, config, stream)
     facts = advance(engine, stream, config, save_at or steps, meta)
     checkpoint.save(Path(out), engine, {"radius": meta and meta.radius.radius}, {}, keep=9)
     return facts + advance(engine, stream, config, steps, meta)
@@ -131,15 +131,15 @@ def train(
 def resumed(settings: list[str], json_name: str, tensor: int, source: str, steps: int) -> list[dict[str, float]]:
     """Continues from a checkpoint that `train` saved, up to `steps`; the facts of every step."""
     engine, stream, config = make(settings, json_name, tensor)
-    meta = meta_step(engine, config)
+    meta = meta_step(engine, config, stream)
     radius = checkpoint.load(Path(source), engine)["radius"]
     if meta:
         meta.radius.radius = radius
     return advance(engine, stream, config, steps, meta)
 
 
-def meta_step(engine: Engine, config: RunConfig) -> MetaStep | None:
-    return MetaStep(engine, config.meta, config.data.mixed) if config.variant.startswith("meta_") else None
+def meta_step(engine: Engine, config: RunConfig, stream: TrainStream) -> MetaStep | None:
+    return MetaStep(engine, config.meta, stream.together) if config.variant.startswith("meta_") else None
 
 
 def weights(folder: str | Path, kind: str = "master") -> dict[str, torch.Tensor]:

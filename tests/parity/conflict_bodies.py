@@ -98,7 +98,7 @@ def trained(settings: list[str], json_name: str, tensor: int, out: str, every: i
     """Two steps, with a measurement before every `every`-th (0: none); the facts of every step, and a checkpoint."""
     engine, stream, config = bodies.make(settings, json_name, tensor)
     draws = drawn(engine, engine.languages, micro=4)
-    meta = bodies.meta_step(engine, config)
+    meta = bodies.meta_step(engine, config, stream)
     facts = []
     for step in range(2):
         if every and step % every == 0:

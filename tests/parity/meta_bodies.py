@@ -215,7 +215,7 @@ def stages(settings: list[str]) -> dict[str, float]:
     that it may have (see the test). "hypergradient": its sum. "update": the largest of AdamW's two changes of weights.
     """
     engine, stream, config = bodies.make(settings, "zero1")
-    meta = MetaStep(engine, config.meta, config.data.mixed)
+    meta = MetaStep(engine, config.meta, stream.together)
     bodies.advance_meta(engine, stream, config, meta, 2)
     batch, held_out = batches(stream, config, engine.step)
     # all languages have validation rows, so that a step that mixes them trains all
@@ -341,7 +341,7 @@ def same(left: list[torch.Tensor], right: list[torch.Tensor]) -> bool:
 def moved_by_a_meta_step(settings: list[str], json_name: str) -> tuple[int, bool]:
     """(languages whose state changed in a meta step, whether theta changed before phase 2)."""
     engine, stream, config = bodies.make(settings, json_name)
-    meta = MetaStep(engine, config.meta, config.data.mixed)
+    meta = MetaStep(engine, config.meta, stream.together)
     bodies.advance_meta(engine, stream, config, meta, 2)
     before = {name: state_of(engine, name) for name in engine.spaces}
     seen: list[bool] = []
@@ -362,7 +362,7 @@ def overflow(settings: list[str], json_name: str, failing: int) -> dict[str, Any
     """Plant an infinite loss in pass number `failing` of a meta step; what changed."""
     engine, stream, config = bodies.make(settings, json_name)
     engine.scale.value, engine.scale.hysteresis, engine.scale.patience, engine.scale.minimum = 1.0, 1, 1, 0.125
-    meta = MetaStep(engine, config.meta, config.data.mixed)
+    meta = MetaStep(engine, config.meta, stream.together)
     bodies.advance_meta(engine, stream, config, meta, 2)
     before = {name: state_of(engine, name) for name in engine.spaces}
     working = {name: p.detach().clone() for name, p in engine.model.named_parameters()}

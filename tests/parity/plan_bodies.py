@@ -84,7 +84,7 @@ def measure(
     if json_name != "zero3":  # a process in which DeepSpeed's ZeRO 3 ran keeps its replacement
         torch.nn.functional.linear = torch._C._nn.linear
     engine, stream, config = bodies.make(settings, json_name, tensor, languages, bucket)
-    meta = bodies.meta_step(engine, config)
+    meta = bodies.meta_step(engine, config, stream)
 
     bodies.advance(engine, stream, config, 1, meta)
     sizes = held(engine)
@@ -198,7 +198,7 @@ def flops(settings: list[str], languages: tuple[str, ...]) -> float:
     """FLOPs of an average step, as torch counts dispatched operators; the first steps, which search a radius, do not count."""
     torch.nn.functional.linear = torch._C._nn.linear  # see `measure`
     engine, stream, config = bodies.make([*settings, "meta.check_every=0"], "zero0", 1, languages)
-    meta = bodies.meta_step(engine, config)
+    meta = bodies.meta_step(engine, config, stream)
 
     every = config.meta.every
     bodies.advance(engine, stream, config, every, meta)

@@ -23,7 +23,7 @@ def steps(settings: list[str], json_name: str, tried: bool) -> list[dict[str, fl
     engine, stream, config = bodies.make([*settings, "model.dropout=0.1"], json_name)
     if tried:
         fitting._pass_over(engine, [stream.batch(0, 0, 8), stream.batch(0, 0, 8)], 2)
-    return bodies.advance(engine, stream, config, 2, bodies.meta_step(engine, config))
+    return bodies.advance(engine, stream, config, 2, bodies.meta_step(engine, config, stream))
 
 
 @pytest.mark.parametrize("variant, json_name, ranks", [("meta_adpt", "zero1", 1), ("adpt", "zero2", 2)])

@@ -158,10 +158,16 @@ def test_frozen_but_for_the_new_language(
     assert torch.equal(again[WORDS][:OLD], before[WORDS][:OLD]) and (again[WORDS] != after[WORDS]).any()
 
 
-@pytest.mark.parametrize("settings", [[], ["meta.order=simultaneous", "meta.reuse=true"]], ids=["in turn", "at once"])
+AT_ONCE = ["meta.order=simultaneous", "meta.reuse=true"]
+
+
+@pytest.mark.parametrize(
+    "settings", [[], AT_ONCE, [*AT_ONCE, "data.mixed=true"]], ids=["in turn", "at once", "languages mixed"]
+)
 @pytest.mark.parametrize("grown", [True, False])
 def test_the_meta_step_trains_modules_on_a_frozen_encoder(ground: Path, settings: list[str], grown: bool) -> None:
-    """The lookahead moves the shared parameters, the step does not; new rows are trained all the same."""
+    """The lookahead moves the shared parameters, the step does not; new rows are trained all the same. Modules of languages
+    that `data.only` leaves out stay, though the validation rows are of all languages."""
     output = f"meta-{len(settings)}-{grown}"
     corpus = ["corpus=new"] if grown else ["corpus=old", "data.only=sw"]
     run = [*GROWN, *corpus, *settings, "variant=meta_adpt", "train.steps=2", "meta.batch=8", f"output={output}"]

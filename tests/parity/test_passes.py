@@ -49,7 +49,7 @@ def streams_of_captures(settings: list[str]) -> tuple[int, int]:
         graph=graph,
     )
     with mock.patch.object(passes.torch, "cuda", made):
-        bodies.advance(engine, stream, config, 5, bodies.meta_step(engine, config))
+        bodies.advance(engine, stream, config, 5, bodies.meta_step(engine, config, stream))
     return len(engine.passes.captured), len({id(stream) for stream in used})
 
 

@@ -69,7 +69,7 @@ def cost(settings: list[str], layers: int = 2) -> tuple[dict[str, int], dict[str
     Three steps go before, so that nothing is done for the first time.
     """
     engine, stream, config = bodies.make([*settings, "train.precision=bf16", f"model.layers={layers}"], "zero0")
-    meta = bodies.meta_step(engine, config)
+    meta = bodies.meta_step(engine, config, stream)
     held_out = bodies.validation_stream(stream, config) if meta else None
 
     batches = [stream.batch(number) for number in range(5)]
@@ -91,7 +91,7 @@ def cost(settings: list[str], layers: int = 2) -> tuple[dict[str, int], dict[str
 def trained(settings: list[str], steps: int = 6) -> tuple[list[dict[str, float]], torch.Tensor, int]:
     """The facts of these steps, the masters after them, and how many kinds of passes were captured (in a rank of a pool)."""
     engine, stream, config = bodies.make(settings, "zero1")
-    meta = bodies.meta_step(engine, config)
+    meta = bodies.meta_step(engine, config, stream)
     if meta:
         facts = bodies.advance_meta(engine, stream, config, meta, steps)
     else:
@@ -156,7 +156,7 @@ def handed_over(settings: list[str], least: int) -> tuple[torch.Tensor, float, b
         engine, stream, config = bodies.make(
             [*settings, "train.batch=2", "meta.batch=3", "data.sequence_length=8"], "zero1"
         )
-    meta, shared = bodies.meta_step(engine, config), engine.spaces[SHARED]
+    meta, shared = bodies.meta_step(engine, config, stream), engine.spaces[SHARED]
     assert isinstance(shared, space.FlatSpace)
     bodies.advance(engine, stream, config, 2, meta)
     batches = [stream.batch(2, *slice_) for slice_ in engine.slices(2)]

@@ -104,7 +104,7 @@ def parameters(config: RunConfig, languages: int, vocabulary: int, tensor: int) 
         languages=languages if own else 0,
         small=sum(size for size in sizes if size <= PERSISTENT),
         matrix=max(in_layer),
-        together=languages if config.data.mixed else 1,
+        together=len(config.data.only or range(languages)) if config.data.mixed else 1,
     )
 
 
@@ -153,7 +153,8 @@ def _with_state_here(config: RunConfig, count: ParameterCount, on_gpu: bool) -> 
 
 
 def _meta_vectors(meta: MetaConfig, vector: float, own: float, gradients: float) -> float:
-    """Bytes of vectors that a meta step holds beside its gradients, at its fullest moment; `vector` is one of theta, `own` of what it trains of the languages'.
+    """Bytes of vectors that a meta step holds beside its gradients, at its fullest moment; `vector` is one of theta, `own` one of the
+    languages' parameters that it trains.
 
     The validation pass still holds the descent direction, and in a run's first step, which tries radii, the vectors of the
     try before; the last displaced pass holds v and two gradients of phi.
