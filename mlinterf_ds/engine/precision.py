@@ -43,6 +43,9 @@ def bf16_arithmetic() -> bool:
     from deepspeed.accelerator import get_accelerator
 
     if get_accelerator().device_name() == "cpu":
+        has = torch.cpu.get_capabilities()
+        if has["architecture"] == "x86_64":  # where oneDNN calls bf16 supported although it emulates it
+            return bool(has["avx512_bf16"] or has["amx_bf16"])
         return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
     return bool(get_accelerator().is_bf16_supported())
 
