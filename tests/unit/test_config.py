@@ -5,10 +5,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from mlinterf_ds.config import REMOVED, decisive, describe, differences, fields, load_config, with_present_keys
 from mlinterf_ds.engine.optimizer import LossScale
-from mlinterf_ds.engine.precision import choose_precision, read_json, resolve
+from mlinterf_ds.engine.precision import bf16_arithmetic, choose_precision, read_json, resolve
 from mlinterf_ds.errors import UserError
 from mlinterf_ds.finetune.config import FinetuneConfig
 from mlinterf_ds.pretrain.config import RunConfig, load_run, read_arguments
@@ -208,6 +209,20 @@ def test_a_precision_the_device_lacks_is_refused() -> None:
     with pytest.raises(UserError, match="fp16.*no fp16 arithmetic"):
         choose_precision("fp16", {})
     assert choose_precision("auto", {})[0] in ("bf16", "fp32")
+
+
+def test_bf16_is_chosen_where_the_processor_computes_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not where it is emulated, as oneDNN does on each processor with AVX-512; the oracle is the kernel's list of flags."""
+    from deepspeed.accelerator import get_accelerator
+
+    flags = set(Path("/proc/cpuinfo").read_text().split()) if Path("/proc/cpuinfo").exists() else set()
+    if get_accelerator().device_name() != "cpu" or "avx2" not in flags:
+        pytest.skip("not a processor of this kind under Linux")
+    assert bf16_arithmetic() == bool(flags & {"avx512_bf16", "amx_bf16"})
+    has = torch.cpu.get_capabilities() | {"avx512_f": True, "avx512_bf16": False, "amx_bf16": False}
+    for more, expected in [({}, "fp32"), ({"avx512_bf16": True}, "bf16"), ({"amx_bf16": True}, "bf16")]:
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda more=more: has | more)
+        assert choose_precision("auto", {})[0] == expected
 
 
 def test_why_a_perplexity_rises_depends_on_what_is_trained() -> None:
