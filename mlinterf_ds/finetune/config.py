@@ -82,7 +82,9 @@ class FinetuneSection(Section):
     unfound_answers: Literal["skip", "error"] = key(
         "skip", "QA: answers that their context does not hold: left out and counted, or refused"
     )
-    limit: int | None = key(None, "number of examples read of each file; default: all", ge=1)
+    limit: int | None = key(
+        None, "number of examples read of each file, drawn at random, always the same ones; default: all", ge=1
+    )
     synthetic_train: int = key(1000, "training examples of LANG=synthetic", ge=2)
     synthetic_eval: int = key(500, "dev and test examples of LANG=synthetic", ge=1)
 

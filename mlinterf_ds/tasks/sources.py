@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from mlinterf_ds.errors import UserError
 from mlinterf_ds.files import sha256
 from mlinterf_ds.sections import LANGUAGE_PATTERN
@@ -53,7 +55,7 @@ def parse(options: Sequence[str], split: str) -> dict[str, str]:
 def load(task: Task, options: Options, *, synthetic: dict[str, int], limit: int | None = None) -> Sets:
     """Reads or makes every set. UserError names a mistake in a file, or a set without labels.
 
-    synthetic: how many examples of each split; limit: the most examples kept of a set.
+    synthetic: how many examples of each split; limit: the most examples kept of a set, see `_at_random`.
     """
     sets = Sets({split: {} for split in SPLITS})
     for split in SPLITS:
@@ -68,7 +70,11 @@ def load(task: Task, options: Options, *, synthetic: dict[str, int], limit: int 
                 sets.origin[f"{split} {language}"] = f"{Path(source).name}, sha256 {sha256(Path(source))}"
             else:
                 continue
-            sets.examples[split][language] = examples[:limit]
+            sets.examples[split][language] = kept = _at_random(examples, limit)
+            if len(kept) < len(examples):
+                sets.notes.append(
+                    f"{split} {language}: {len(kept)} of {len(examples)} examples are read, drawn at random"
+                )
     if unused := sorted(task.label_map.keys() - task.mapped if task.label_map else ()):
         raise UserError(
             f"finetune.labels renames {', '.join(unused)}, which no file has: leave it out or spell it right"
@@ -88,6 +94,17 @@ def load(task: Task, options: Options, *, synthetic: dict[str, int], limit: int 
         for language in options[split]:
             _check_labels(task, sets, split, language, options[split][language])
     return sets
+
+
+def _at_random(examples: list[Any], limit: int | None) -> list[Any]:
+    """Returns `limit` of the examples, always the same ones, in their order; a larger limit keeps these too.
+
+    The first of a file would not do: many treebanks and benchmarks are ordered by source.
+    """
+    if limit is None or limit >= len(examples):
+        return examples
+    kept = np.random.default_rng(SEED).permutation(len(examples))[:limit]
+    return [examples[index] for index in sorted(kept)]
 
 
 def _split(task: Task, sets: Sets, split: str, language: str, size: int) -> None:
