@@ -421,6 +421,26 @@ def test_a_split_keeps_groups_together_and_is_always_the_same(tmp_path: Path) ->
     assert [s.first_line for s in again.examples["dev"]["en"]] == [s.first_line for s in first.examples["dev"]["en"]]
 
 
+def test_a_limit_draws_from_the_whole_file(tmp_path: Path) -> None:
+    """A file of three sources, one after the other: each has about its share, always the same, and more keep these."""
+    words = [f"{source}{number}" for source in "abc" for number in range(100)]
+    file = put(tmp_path, "train.txt", "".join(f"{word} NOUN\n\n" for word in words))
+    options = {split: {"sw": str(file)} for split in ("train", "dev", "test")}
+
+    def kept(limit: int | None) -> list[str]:
+        found = load(TASKS["pos"].configured(), options, synthetic={}, limit=limit)
+        notes = [note for note in found.notes if "at random" in note]
+        expected = [f"{split} sw: {limit} of 300 examples are read, drawn at random" for split in options]
+        assert notes == (expected if limit and limit < 300 else [])
+        return [example.words[0] for example in found.examples["train"]["sw"]]
+
+    some = kept(90)
+    assert len(some) == 90 and some == sorted(some, key=words.index) == kept(90)
+    # hypergeometric: 30 of each source, with a standard deviation of 3.7
+    assert all(abs(sum(word.startswith(source) for word in some) - 30) < 4 * 3.7 for source in "abc")
+    assert set(some) < set(kept(150)) and kept(300) == kept(None) == words
+
+
 @pytest.mark.parametrize("task", TASKS)
 def test_synthetic_sets_differ_by_split(task: str, tmp_path: Path) -> None:
     made = sets("syn=synthetic", "syn=synthetic", "syn-mid=synthetic", task)
