@@ -66,6 +66,10 @@ class TaskSection(Section):
     settings: list[str] = key([], "further settings of fine-tuning")
     repeats: int = key(1, "fine-tunings of each model, with seeds of their own, whose scores are averaged", ge=1)
     within: bool = key(True, "also fine-tune on each target language (the paper does not for nli)")
+    limits: dict[Language, Annotated[int, Field(ge=1)]] = key(
+        {},
+        "LANG = finetune.limit of the fine-tunings on this language, where it needs more examples, or fewer, than the others",
+    )
     train: dict[Language, str] = key({}, "LANG = FILE of training examples; default: synthetic")
     dev: dict[Language, str] = key(
         {}, "LANG = FILE of examples for model selection, or split: a share of train; default: synthetic"
@@ -160,6 +164,9 @@ class StudyConfig(Section):
                 f"sets: {clash[0]} is half of {self.source} in a set of kind null, and a language of another set: give the half "
                 "a code of its own"
             )
+        for task in self.tasks:
+            if unknown := sorted(task.limits.keys() - set(self.languages)):
+                raise ValueError(f"tasks: {task.task}: limits: {', '.join(unknown)}: no language of the sets")
         kept: dict[str, int] = {}
         for code, count in (limit for group in self.sets for limit in group.limits.items()):
             if kept.setdefault(code, count) != count:

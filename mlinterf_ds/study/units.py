@@ -66,6 +66,7 @@ def finetunings(config: StudyConfig, model: Model, pretrained: RunConfig) -> Ite
             data = _splits(config, model, task, language)
             seeds = ",".join(str(model.seed + FAR * repeat) for repeat in range(task.repeats))
             settings = [*task.settings, f"task={task.task}", f"finetune.seeds={seeds}"]
+            settings += [f"finetune.limit={task.limits[language]}"] if language in task.limits else []
             settings += [f"finetune.unseen={language}"] * (model.kind == "mono")
             yield _finetuning(task, language, data, settings, model, "", pretrained)
             frozen = is_routed(model.variant) and task.task in config.controls.freeze

@@ -131,6 +131,21 @@ def test_a_share_of_train_is_tested_or_all_of_it_where_another_language_was_trai
     assert tested == {"syn": ["syn=split", f"syn-far={tmp_path}/syn-far"], "syn-far": ["syn-far=split"]}
 
 
+def test_a_language_with_a_limit_of_its_own(tmp_path: Path) -> None:
+    recipe = tmp_path / "limits.toml"
+    pair = '[[sets]]\nname = "far"\nlanguages = "syn,syn-far"\nvariants = ["joint"]\n'
+    recipe.write_text(f'{pair}[[tasks]]\ntask = "pos"\nsettings = ["finetune.limit=50"]\nlimits = {{ syn-far = 70 }}\n')
+    read: dict[tuple[str, str], str] = {}
+    for job in expanded(str(recipe)):
+        for unit in job.units if job.kind == "finetune" else ():
+            limits = [word for word in unit.arguments if word.startswith("finetune.limit=")]
+            read[job.model.variant, unit.facts["train"]] = limits[-1]  # the last setting of a key counts
+    small, large = "finetune.limit=50", "finetune.limit=70"
+    assert read == {
+        ("mono", "syn"): small, ("mono", "syn-far"): large, ("joint", "syn"): small, ("joint", "syn-far"): large
+    }  # fmt: skip
+
+
 def test_plain_adapters_with_the_rows_of_a_meta_step() -> None:
     jobs = {job.name: job for job in expanded("study_treatment") if job.kind == "pretrain"}
     rows, plain = (jobs[f"pretrain.adpt{control}.small.seed7"] for control in ("-rows", ""))
@@ -399,6 +414,7 @@ def test_distances_are_measured_where_the_recipe_gives_none(tmp_path: Path, monk
         ('[[sets]]\nname = "a"\nlanguages = "en,sw"\nlimits = { sw = 9 }', "kind low"),
         ('variants = ["mono"]\n[[sets]]\nname = "a"\nlanguages = "en,sw"', "leave mono out"),
         ('[[sets]]\nname = "a"\nlanguages = "en,sw"\n[[tasks]]\ntask = "ner"\nlr = 3', "unknown key"),
+        ('[[sets]]\nname = "a"\nlanguages = "en,sw"\n[[tasks]]\ntask = "pos"\nlimits = { ws = 9 }', "pos: limits: ws: no language of the sets"),
         ('settings = ["train.stepz=3"]\n[[sets]]\nname = "a"\nlanguages = "syn,syn-far"', "did you mean train.steps"),
         ('settings = ["train.lr=fast"]\n[[sets]]\nname = "a"\nlanguages = "syn,syn-far"', r"in the study's settings: train.lr='fast' \(train.lr=fast\)"),
         ('settings = ["parallel.tensor=2"]\n[[sets]]\nname = "a"\nlanguages = "syn,syn-far"', "ranks=1 is not a multiple of parallel.tensor=2"),
