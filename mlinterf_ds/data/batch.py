@@ -9,7 +9,7 @@ positions of a row, equally many in every row.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 from typing import Any
@@ -54,6 +54,17 @@ class Batch:
             name: change(value) for name, value in vars(self).items() if torch.is_tensor(value) and name != "languages"
         }
         return replace(self, **changed)
+
+
+def joined(batches: Sequence[Batch]) -> Batch:
+    """Returns the rows of all these as one slice, with the first one's languages of the step and dropout."""
+    first = batches[0]
+    tensors: dict[str, Any] = {
+        name: torch.cat([getattr(batch, name) for batch in batches])
+        for name, value in vars(first).items()
+        if torch.is_tensor(value)
+    }
+    return replace(first, **tensors)
 
 
 def key(*parts: int | str, size: int = 8) -> int:

@@ -12,12 +12,14 @@ import math
 import queue
 import threading
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any, TypeVar
 
 import numpy as np
+import torch
 
-from mlinterf_ds.data.batch import Batch, Masker, generator, key
+from mlinterf_ds.data.batch import Batch, Masker, generator, joined, key
 from mlinterf_ds.data.windows import Half, TokenSource, Windows, split_windows
 from mlinterf_ds.errors import UserError
 from mlinterf_ds.sections import MetaText, RowFormat
@@ -136,10 +138,13 @@ class TrainStream:
             *_texts(self._windows, languages, starts),
             np.full(stop - start, 1 / (self.rows * self._masker.masked)),
             languages,
-            tuple(np.flatnonzero(self._schedule.at(step)[1]).tolist()),
+            self._step_languages(step),
             step=step,
             start=start,
         )
+
+    def _step_languages(self, step: int) -> tuple[int, ...]:
+        return tuple(np.flatnonzero(self._schedule.at(step)[1]).tolist())
 
     def _starts(self, step: int, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         """Returns the language of each of the step's rows from `start` to `stop`, and its window's offset: two (rows,)."""
@@ -245,7 +250,8 @@ class ValidationStream:
         if self.rows < self.per_step:
             raise UserError(
                 f"meta.batch = {self.rows}: a step's validation loss covers {self.per_step} languages and needs a row of "
-                f"each. Set meta.batch to at least {self.per_step}, or meta.languages_per_step (2 or more) to fewer."
+                f"each. Set meta.batch (in plain training data.meta_rows) to at least {self.per_step}, or "
+                "meta.languages_per_step (2 or more) to fewer."
             )
 
     def _check_texts(self, part: str) -> None:
@@ -332,6 +338,54 @@ class ValidationStream:
                 # twice in an epoch. A window whose number a step leaves unused is left out of that epoch.
                 starts.append(windows.starts(step * -(-self.rows // self.per_step) + np.arange(len(own))))
         return np.concatenate(starts)
+
+
+class MetaRowsStream(TrainStream):
+    """Batches of plain training on the very rows of a meta step: those that it trains on, and those of its validation loss.
+
+    Every row has the same weight. What differs between a run on these and one of meta steps is the treatment alone: text,
+    order and masks are the same.
+    """
+
+    def __init__(
+        self,
+        corpus: TokenSource,
+        languages: Sequence[str],
+        *,
+        rows: int,
+        meta_rows: int,
+        row_format: RowFormat,
+        seed: int,
+        text: MetaText = "train",
+        languages_per_step: int | None = None,
+        **training: Any,
+    ) -> None:
+        """Of a step's `rows`, the last `meta_rows` are those of the validation loss. The rest is as for the other streams."""
+        common: dict[str, Any] = {"row_format": row_format, "seed": seed}
+        super().__init__(corpus, languages, rows=rows - meta_rows, **common, **training)
+        self._validation = ValidationStream(
+            corpus, languages, rows=meta_rows, languages_per_step=languages_per_step, text=text, training=self, **common
+        )
+
+    def batch(self, step: int, start: int = 0, stop: int | None = None) -> Batch:
+        """Returns rows `start` to `stop` (default: all) of the global batch of `step`, all of equal weight."""
+        own, other = self.rows, self._validation.rows
+        stop = own + other if stop is None else stop
+        assert 0 <= start <= stop <= own + other, (start, stop, own, other)
+        languages = self._validation.plan(step, self.language(step))[0].tolist()
+        together = tuple(sorted({*self._step_languages(step), *languages}))
+        parts = []
+        if start < own or stop <= own:
+            parts.append(super().batch(step, start, min(stop, own)))
+        if stop > own:
+            parts.append(self._validation.batch(step, self.language(step), max(start, own) - own, stop - own))
+        batch = joined(parts)
+        weight = 1 / ((own + other) * self._masker.masked)
+        return replace(batch, weights=torch.full_like(batch.weights, weight), step_languages=together)
+
+    def seen(self, step: int, validation: ValidationStream | None = None) -> dict[str, dict[str, float]]:
+        """Returns what training saw before `step`, as TrainStream's, the rows of the validation loss included."""
+        return super().seen(step, self._validation)
 
 
 class EvaluationSet:

@@ -50,6 +50,12 @@ class DataConfig(Section):
         False,
         "mix languages by row inside a step, so that it trains the modules of all of them; default: one language a step",
     )
+    meta_rows: int | None = key(
+        None,
+        "plain training on the very rows of a meta step (a control): so many rows of a step are those of its validation loss, "
+        "chosen as the section meta says",
+        ge=2,
+    )
     synthetic_sentences: int = key(20000, "sentences of each language of corpus=synthetic", ge=200)
     synthetic_limit: Counts = key(
         {}, "LANG=N, ...: training sentences kept of a language of corpus=synthetic, to make it low-resource"
@@ -111,20 +117,29 @@ class RunConfig(Section):
 
     def streams(self, corpus: TokenSource, languages: Sequence[str]) -> tuple[TrainStream, ValidationStream | None]:
         """The batches of training and, for a meta variant, those of the validation loss."""
-        from mlinterf_ds.data.stream import TrainStream, ValidationStream  # the launcher's own process needs no torch
+        from mlinterf_ds.data.stream import MetaRowsStream, TrainStream, ValidationStream  # the launcher needs no torch
 
-        data, meta, is_reading_half = self.data, self.meta, is_meta(self.variant) and self.meta.text == "half"
+        data, meta = self.data, self.meta
         common: dict[str, Any] = {"row_format": data.row_format, "seed": self.train.seed}
-        stream = TrainStream(
-            corpus, languages, rows=self.train.batch, temperature=data.temperature, mixed=data.mixed, only=data.only,
-            half="first" if is_reading_half else None, **common,
-        )  # fmt: skip
+        training = common | {
+            "rows": self.train.batch, "temperature": data.temperature, "mixed": data.mixed, "only": data.only,
+            "half": "first" if self.reads_meta_rows and meta.text == "half" else None,
+        }  # fmt: skip
+        validation: dict[str, Any] = {"text": meta.text, "languages_per_step": meta.languages_per_step}
+        if data.meta_rows:
+            return MetaRowsStream(corpus, languages, meta_rows=data.meta_rows, **training, **validation), None
+        stream = TrainStream(corpus, languages, **training)
         if not is_meta(self.variant):
             return stream, None
+        rows = meta.batch or self.train.batch
         return stream, ValidationStream(
-            corpus, languages, rows=meta.batch or self.train.batch, languages_per_step=meta.languages_per_step,
-            text=meta.text, training=stream, every=meta.every, **common,
-        )  # fmt: skip
+            corpus, languages, rows=rows, training=stream, every=meta.every, **common, **validation
+        )
+
+    @property
+    def reads_meta_rows(self) -> bool:
+        """Whether the rows of a validation loss are read, so that the section `meta` counts."""
+        return is_meta(self.variant) or self.data.meta_rows is not None
 
     @property
     def routing(self) -> str:
@@ -172,6 +187,12 @@ class RunConfig(Section):
                 metas and self.train.freeze == "shared" and self.meta.every > 1 and self.meta.between == "freeze",
             f"variant={self.variant} needs two languages or more, languages has one: use variant=mono":
                 metas and len(self.languages or []) == 1,
+            f"data.meta_rows={self.data.meta_rows} gives a plain variant the rows of a meta step (now {self.variant}): leave it out":
+                metas and self.data.meta_rows,
+            f"data.meta_rows={self.data.meta_rows}: needs train.batch={self.train.batch} to be larger, for rows to train on":
+                (self.data.meta_rows or 0) >= self.train.batch,
+            "data.meta_rows needs two languages or more, as a meta step does: leave it out":
+                self.data.meta_rows and len(self.languages or [0, 1]) == 1,
             f"treatment=pcgrad compares languages inside a step: set data.mixed=true (now {self.data.mixed}) and "
             f"variant=joint or share_adpt (now {self.variant})":
                 self.treatment == "pcgrad" and not projects_mixed,

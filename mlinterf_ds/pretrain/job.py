@@ -202,7 +202,7 @@ class PretrainingRun:
         defaults = flat(RunConfig().model_dump())  # for keys that are newer than the checkpoint
         before = decisive(RunConfig, defaults | flat(with_present_keys(saved["config"])))
         now = decisive(RunConfig, self.config.model_dump())
-        if not is_meta(self.config.variant):  # keys that the run never reads
+        if not self.config.reads_meta_rows:  # keys that the run never reads
             now, before = ({k: v for k, v in keys.items() if not k.startswith("meta.")} for keys in (now, before))
         now["languages"], before["languages"] = list(self.languages), saved["languages"]
         now["corpus manifest"], before["corpus manifest"] = self.corpus.manifest_hash, saved["manifest"]

@@ -94,11 +94,10 @@ class ControlsSection(Section):
     compute: float | None = key(
         None, "also train the plain variant of each meta_* model, with this many times the steps", gt=1
     )
-    rows: float | None = key(
-        None,
-        "also train the plain variant of each meta_* model with this many times the rows a step, in the same steps; "
-        "as in a meta step, the rows of a step are of all languages (data.mixed)",
-        gt=1,
+    rows: bool = key(
+        False,
+        "also train the plain variant of each meta_* model, in as many steps, on the very rows that its meta steps read, those of "
+        "the validation loss included (data.meta_rows)",
     )
     text: bool = key(
         False,

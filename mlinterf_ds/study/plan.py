@@ -13,7 +13,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from mlinterf_ds.errors import refusing
+from mlinterf_ds.errors import UserError, refusing
 from mlinterf_ds.files import read_json
 from mlinterf_ds.pretrain.config import load_run
 from mlinterf_ds.sections import TrainConfig, architecture, is_meta
@@ -98,14 +98,26 @@ def _multilingual(config: StudyConfig, group: SetSection, seed: int) -> Iterator
                 longer = (*settings, f"train.steps={round(_train(config, *settings).steps * config.controls.compute)}")
                 yield Model(*common, architecture(variant), seed, longer, limits, "compute")
             if config.controls.rows:
-                rows = round(_train(config, *settings).batch * config.controls.rows)
-                more = (*settings, f"train.batch={rows}", "data.mixed=true")
-                yield Model(*common, architecture(variant), seed, more, limits, "rows")
+                yield Model(
+                    *common, architecture(variant), seed, (*settings, *_meta_rows(config, *settings)), limits, "rows"
+                )
 
 
 def _train(config: StudyConfig, *settings: str) -> TrainConfig:
     """The section `train` of a model with these further settings."""
     return load_run(config.recipes, [*config.settings, *settings]).train
+
+
+def _meta_rows(config: StudyConfig, *settings: str) -> tuple[str, ...]:
+    """The settings by which a plain step reads the rows of a meta step of the model with these further settings."""
+    run = load_run(config.recipes, [*config.settings, *settings])
+    if run.meta.every > 1:
+        raise UserError(
+            f"controls.rows gives plain steps the rows of meta steps, of which meta.every={run.meta.every} makes steps without "
+            "validation rows: set meta.every=1, or controls.rows=false"
+        )
+    meta_rows = run.meta.batch or run.train.batch
+    return f"train.batch={run.train.batch + meta_rows}", f"data.meta_rows={meta_rows}"
 
 
 # --- the code that decides a job's numbers: all files that its recipe imports, directly or through others, by their syntax trees --

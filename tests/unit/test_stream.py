@@ -14,7 +14,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlinterf_ds.data.batch import Batch
-from mlinterf_ds.data.stream import EvaluationSet, Schedule, TrainStream, ValidationStream, bits_per_character, prefetch
+from mlinterf_ds.data.stream import (
+    EvaluationSet,
+    MetaRowsStream,
+    Schedule,
+    TrainStream,
+    ValidationStream,
+    bits_per_character,
+    prefetch,
+)
 from mlinterf_ds.data.tokenizer import BOS, EOS, SPECIAL_PIECES, Vocabulary
 from mlinterf_ds.data.windows import Windows
 from mlinterf_ds.errors import UserError
@@ -57,6 +65,7 @@ class Corpus:
 SIZES = {"en": 900, "sw": 350, "te": 140, "pt": 70}
 CORPUS = Corpus(SIZES)
 LANGUAGES = list(SIZES)
+ROOMY = Corpus({language: 3 * size for language, size in SIZES.items()})  # room for validation rows beside a step's own
 
 
 def train(**changes: object) -> TrainStream:
@@ -104,6 +113,37 @@ def test_validation_slices_join_to_the_whole(step: int, per_step: int | None, la
     stream = validation(languages_per_step=per_step)
     parts = [stream.batch(step, language, start, stop) for start, stop in pairwise(layout)]
     assert same(joined(parts), stream.batch(step, language))
+
+
+@settings(deadline=None, max_examples=60)
+@given(step=st.integers(0, 3000), mixed=st.booleans(), text=st.sampled_from(["train", "half"]), layout=cuts)
+def test_plain_training_on_the_rows_of_a_meta_step(step: int, mixed: bool, text: str, layout: list[int]) -> None:
+    """They are those of both its batches, masks included, of equal weight; slices join to the whole."""
+    half = {"half": "first"} if text == "half" else {}
+    own = train(rows=6, mixed=mixed, corpus=ROOMY, **half)
+    meta = validation(rows=4, training=own, text=text, corpus=ROOMY, languages_per_step=3).batch(
+        step, own.language(step)
+    )
+    both = [own.batch(step), meta]
+    common = {"row_format": RowFormat(16), "seed": 7, "temperature": 2.0, "mixed": mixed, "text": text, **half}
+    plain = MetaRowsStream(ROOMY, LANGUAGES, rows=10, meta_rows=4, languages_per_step=3, **common)
+    batch = plain.batch(step)
+    for name in ("tokens", "positions", "labels", "languages", "segment_ids", "position_ids"):
+        assert torch.equal(getattr(batch, name), torch.cat([getattr(one, name) for one in both])), name
+    assert batch.step_languages == tuple(sorted({*both[0].step_languages, *meta.step_languages}))
+    assert torch.allclose(batch.weights, torch.tensor(1 / batch.weights.numel())) and len(batch.tokens) == 10
+    assert same(joined([plain.batch(step, start, stop) for start, stop in pairwise(layout)]), batch)
+    assert plain.batch(step, 7).step_languages == batch.step_languages
+
+
+def test_rows_of_meta_steps_are_counted() -> None:
+    plain = MetaRowsStream(ROOMY, LANGUAGES, rows=10, meta_rows=4, row_format=RowFormat(16), seed=7, mixed=True)
+    walked: Counter[int] = Counter()
+    for step in range(20):
+        walked.update(plain.batch(step).languages.tolist())
+    assert {code: facts["rows"] for code, facts in plain.seen(20).items()} == {
+        code: walked[number] for number, code in enumerate(LANGUAGES)
+    }
 
 
 @pytest.mark.parametrize("mixed", [False, True])

@@ -149,9 +149,16 @@ def test_a_language_with_a_limit_of_its_own(tmp_path: Path) -> None:
 def test_plain_adapters_with_the_rows_of_a_meta_step() -> None:
     jobs = {job.name: job for job in expanded("study_treatment") if job.kind == "pretrain"}
     rows, plain = (jobs[f"pretrain.adpt{control}.small.seed7"] for control in ("-rows", ""))
-    assert {"train.batch=32", "data.mixed=true"} <= set(rows.units[0].arguments)
+    assert {"train.batch=32", "data.meta_rows=16"} <= set(rows.units[0].arguments)
     assert rows.units[0].facts["steps"] == plain.units[0].facts["steps"] and rows.model.limits == plain.model.limits
     assert rows.units[0].facts["tokens"] == 2 * plain.units[0].facts["tokens"]
+
+
+def test_the_control_of_equal_rows_refuses_steps_without_validation_rows(tmp_path: Path) -> None:
+    text = (ROOT / "launch/recipes/study_treatment.toml").read_text().replace('"data.mixed=true"', '"meta.every=2"')
+    (tmp_path / "study.toml").write_text(text)
+    with pytest.raises(UserError, match=r"controls\.rows .* meta\.every=2"):
+        expanded(str(tmp_path / "study.toml"))
 
 
 def test_controls(full: list[Job]) -> None:
