@@ -17,7 +17,6 @@ from functools import cached_property
 from typing import Any, TypeVar
 
 import numpy as np
-import torch
 
 from mlinterf_ds.data.batch import Batch, Masker, generator, joined, key
 from mlinterf_ds.data.windows import Half, TokenSource, Windows, split_windows
@@ -340,11 +339,16 @@ class ValidationStream:
         return np.concatenate(starts)
 
 
+def _weighted(batch: Batch, factor: float) -> Batch:
+    """Returns the batch with its loss multiplied."""
+    return replace(batch, weights=batch.weights * factor)
+
+
 class MetaRowsStream(TrainStream):
     """Batches of plain training on the very rows of a meta step: those that it trains on, and those of its validation loss.
 
-    Every row has the same weight. What differs between a run on these and one of meta steps is the treatment alone: text,
-    order and masks are the same.
+    The two losses count by their rows. What differs between a run on these and one of meta steps that train on every row
+    (`meta.reuse`) is the treatment alone: text, order and masks are the same.
     """
 
     def __init__(
@@ -368,20 +372,19 @@ class MetaRowsStream(TrainStream):
         )
 
     def batch(self, step: int, start: int = 0, stop: int | None = None) -> Batch:
-        """Returns rows `start` to `stop` (default: all) of the global batch of `step`, all of equal weight."""
+        """Returns rows `start` to `stop` (default: all) of the global batch of `step`."""
         own, other = self.rows, self._validation.rows
         stop = own + other if stop is None else stop
         assert 0 <= start <= stop <= own + other, (start, stop, own, other)
-        languages = self._validation.plan(step, self.language(step))[0].tolist()
-        together = tuple(sorted({*self._step_languages(step), *languages}))
+        language = self.language(step)
+        languages = {*self._step_languages(step), *self._validation.plan(step, language)[0].tolist()}
         parts = []
         if start < own or stop <= own:
-            parts.append(super().batch(step, start, min(stop, own)))
+            parts.append(_weighted(super().batch(step, start, min(stop, own)), own / (own + other)))
         if stop > own:
-            parts.append(self._validation.batch(step, self.language(step), max(start, own) - own, stop - own))
-        batch = joined(parts)
-        weight = 1 / ((own + other) * self._masker.masked)
-        return replace(batch, weights=torch.full_like(batch.weights, weight), step_languages=together)
+            batch = self._validation.batch(step, language, max(start, own) - own, stop - own)
+            parts.append(_weighted(batch, other / (own + other)))
+        return replace(joined(parts), step_languages=tuple(sorted(languages)))
 
     def seen(self, step: int, validation: ValidationStream | None = None) -> dict[str, dict[str, float]]:
         """Returns what training saw before `step`, as TrainStream's, the rows of the validation loss included."""

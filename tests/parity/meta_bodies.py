@@ -126,6 +126,28 @@ def batches(stream: Any, config: Any, step: int) -> tuple[Any, Any]:
     return stream.batch(step), validation.batch(step, stream.language(step))
 
 
+def held_out_losses(settings: list[str]) -> list[float]:
+    """The loss on rows of all languages after each of six steps on the streams that the configuration asks for."""
+    engine, _, config = bodies.make(
+        [*settings, "train.clip=0"]
+    )  # a meta step clips by group, a plain one by the norm of all
+    stream, validation = config.streams(bodies.Made(), bodies.LANGUAGES)
+    meta = MetaStep(engine, config.meta, stream.together) if validation else None
+    common = {"row_format": config.data.row_format, "seed": 1}
+    batch = ValidationStream(bodies.Made(), bodies.LANGUAGES, rows=12, **common).batch(0, None)
+    losses = []
+    for step in range(6):
+        train = [stream.batch(step, *rows) for rows in engine.slices(config.train.batch)]
+        if meta and validation:
+            rows_of_meta = engine.slices(config.meta.batch)
+            meta.step(train, [validation.batch(step, stream.language(step), *rows) for rows in rows_of_meta])
+        else:
+            engine.train_step(train)
+        engine.settle()
+        losses.append(engine.evaluate([batch]) / engine.layout.data)
+    return losses
+
+
 def mixed_products(settings: list[str], source: str, lookahead: str, difference: str) -> dict[str, float]:
     """Cosine and relative error of the engine's mixed product against double backward, at the checkpoint `source`."""
     engine, stream, config = bodies.make(settings, "zero1")
