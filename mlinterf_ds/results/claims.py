@@ -58,13 +58,13 @@ def all_findings(records: Records) -> list[Finding]:
         meta_beats(records, "adpt", "meta beats plain adapters"),
         meta_beats(records, "meta_adpt-direct", "the second-order term helps"),
         meta_beats(records, "adpt-compute", "meta beats plain adapters of equal compute"),
-        meta_beats(records, "adpt-rows", "meta beats plain adapters of equal rows a step"),
+        meta_beats(records, "adpt-rows", "meta beats plain adapters of the same rows a step"),
         meta_predicts_better(records, "adpt", "meta adapters predict text better than plain ones"),
         meta_predicts_better(
             records, "adpt-compute", "meta adapters predict text better than plain ones of equal compute"
         ),
         meta_predicts_better(
-            records, "adpt-rows", "meta adapters predict text better than plain ones of equal rows a step"
+            records, "adpt-rows", "meta adapters predict text better than plain ones of the same rows a step"
         ),
         meta_predicts_better(records, "meta_adpt-direct", "the second-order term helps to predict text"),
     ]

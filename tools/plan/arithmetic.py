@@ -104,7 +104,11 @@ def parameters(config: RunConfig, languages: int, vocabulary: int, tensor: int) 
         languages=languages if own else 0,
         small=sum(size for size in sizes if size <= PERSISTENT),
         matrix=max(in_layer),
-        together=len(config.data.only or range(languages)) if config.data.mixed else 1,
+        together=languages
+        if config.data.meta_rows
+        else len(config.data.only or range(languages))
+        if config.data.mixed
+        else 1,
     )
 
 
