@@ -56,7 +56,13 @@ def main(arguments: Sequence[str], group: Group | None = None) -> int:
         examples = _sentences(task, Path(file)) if options.sentences else task.read(Path(file), language)
         limits = config.finetune.limits(pretrained.positions)
         rows, notes = task.rows(examples, pretrained.tokenizer(), labels, limits)
-        model = TaskModel(kind=task.kind, classes=len(labels), seed=0, **pretrained.architecture(dropout=0.0))
+        model = TaskModel(
+            kind=task.kind,
+            classes=len(labels),
+            seed=0,
+            word=config.finetune.word,
+            **pretrained.architecture(dropout=0.0),
+        )
         device = torch.device(get_accelerator().current_device_name())
         dtype = DTYPES[choose_precision(options.precision or config.train.precision, {})[0]]
         pretrained.filled(model, layout).to(device, dtype)

@@ -18,6 +18,7 @@ MASK_SHARE = 0.15  # BERT's
 Boundaries = Literal["none", "sentence", "document"]
 Positions = Literal["row", "boundary"]
 MetaText = Literal["train", "half", "held_out"]
+WordState = Literal["first", "mean"]
 LANGUAGE_PATTERN = r"^[a-z][a-z0-9_-]*$"
 
 

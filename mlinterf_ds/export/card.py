@@ -10,7 +10,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from mlinterf_ds.errors import UserError
-from mlinterf_ds.export.heads import LINEAR, SPAN, TEXT, TOKENS, default_language, head_of
+from mlinterf_ds.export.heads import LINEAR, SPAN, TEXT, TOKENS, default_language, head_of, word_state
 from mlinterf_ds.files import markdown_table, read_json, sha256
 from mlinterf_ds.pretrained import Finetuned, Pretrained
 from mlinterf_ds.sections import MetaConfig, has_adapters, is_meta, is_routed
@@ -95,6 +95,11 @@ def _finetuned(model: Finetuned, config: dict[str, Any]) -> dict[str, Any]:
         remarks.append("Its pipelines read the language that `pipeline.model.set_default_language(...)` names.")
     if head == TOKENS:
         remarks.append("A text longer than a row is cut: give sentences, or `stride=` to read it in overlapping parts.")
+    if head == TOKENS and word_state(model) == "mean":
+        remarks.append(
+            "A word's label was learned from the mean of its pieces' logits; the pipeline averages their probabilities, which may "
+            "differ where two labels are near each other."
+        )
     named = "auto_map" in config and not default
     return {
         "tuned": model,
@@ -107,6 +112,7 @@ def _finetuned(model: Finetuned, config: dict[str, Any]) -> dict[str, Any]:
         "source": source,
         "examples": model.summary.get("examples", {}).get("train", {}),
         "scores": "\n".join(_task_scores(model)),
+        "aggregation": {"first": "first", "mean": "average"}[word_state(model)],
         "folder": "FOLDER, trust_remote_code=True" if "custom_pipelines" in config else "FOLDER",
         "language": f', language="{model.pretrained.languages[-1]}"' if named else "",
         "remarks": remarks,

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from mlinterf_ds.pretrained import Finetuned
+from mlinterf_ds.sections import WordState
 from mlinterf_ds.tasks import TASKS, Limits, Task
 from mlinterf_ds.tasks.tagging import Tagger
 
@@ -75,7 +76,7 @@ def configuration(model: Finetuned, encoder: dict[str, Any], modelling: str, pip
         "architectures": [architecture],
         "id2label": dict(enumerate(names)),
         "label2id": {name: number for number, name in enumerate(names)},
-        "finetuned": {"task": task.name, "no_answer": "none" in model.labels, **rows},
+        "finetuned": {"task": task.name, "no_answer": "none" in model.labels, "word": word_state(model), **rows},
     }
     config.pop("custom_pipelines", None)
     if not stock or head == SPAN:  # transformers has no pipeline that answers questions
@@ -92,6 +93,11 @@ def configuration(model: Finetuned, encoder: dict[str, Any], modelling: str, pip
 def limits_of(model: Finetuned) -> Limits:
     """The limits on the length of rows in the fine-tuning."""
     return Limits.of(model.saved["config"]["finetune"], model.pretrained.positions)
+
+
+def word_state(model: Finetuned) -> WordState:
+    """What a word's tag is predicted from (`finetune.word`)."""
+    return cast(WordState, model.saved["config"]["finetune"].get("word", "first"))
 
 
 def default_language(model: Finetuned) -> str | None:

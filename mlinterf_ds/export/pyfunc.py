@@ -82,13 +82,22 @@ class Model:
         return text
 
     def _tags(self, row: dict[str, str], **language: str) -> str:
-        """The label of each word's first piece; words are what white space separates."""
-        words = row["text"].split()
-        pieces = self.pipeline(" ".join(words), ignore_labels=[], **language) if words else []
+        """The label of each word, by its first piece or by the mean of all (`finetune.word`); words are what white space separates."""
+        import torch
+
+        model, tokenizer, words = self.pipeline.model, self.pipeline.tokenizer, row["text"].split()
+        places = {"return_offsets_mapping": True, "return_special_tokens_mask": True}
+        tokens = tokenizer(" ".join(words), return_tensors="pt", truncation=True, **places).to(model.device)
+        offsets, special = (tokens.pop(name)[0].tolist() for name in ("offset_mapping", "special_tokens_mask"))
+        with torch.no_grad():
+            rows = model(**tokens, **language).logits[0].float()
+        pieces = [(*span, logits) for span, skipped, logits in zip(offsets, special, rows, strict=True) if not skipped]
         tags, end = [], 0
         for word in words:
             start, end = end, end + len(word)
-            tags.append(next((piece["entity"] for piece in pieces if piece["end"] > start), "O"))
+            own = [logits for begin, last, logits in pieces if last > start and begin < end]
+            read = own if model.config.finetuned.get("word") == "mean" else own[:1]
+            tags.append(model.config.id2label[int(sum(read).argmax())] if read else "O")
             end += 1  # the space
         return " ".join(tags)
 

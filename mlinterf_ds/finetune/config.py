@@ -15,6 +15,7 @@ from mlinterf_ds.sections import (
     PrecisionSection,
     Seeds,
     TrackingConfig,
+    WordState,
     comma_list,
 )
 from mlinterf_ds.tasks import Limits, TaskName
@@ -58,6 +59,11 @@ class FinetuneSection(Section):
     micro_batch: int | None = key(None, "rows a rank handles at once; default: all its rows", RESUMABLE, ge=1)
     freeze: Literal["none", "language", "shared"] = key(
         "none", "what stays as pretrained: nothing (as in the paper), the language modules, or all but those"
+    )
+    word: WordState = key(
+        "first",
+        "what a word's tag is predicted from: the state of its first piece (as in the paper), or the mean state of all its pieces, which "
+        "helps where words have many",
     )
     route: Literal["target", "source"] = key(
         "target",

@@ -125,7 +125,9 @@ class Trial:
             "spike": None,  # near the end a hard batch has many times the usual loss and still must count
         }
         shape = pretrained.architecture(settings.dropout)
-        model = TaskModel(kind=job.task.kind, classes=len(job.labels), seed=self.point.seed, **shape)
+        model = TaskModel(
+            kind=job.task.kind, classes=len(job.labels), seed=self.point.seed, word=settings.word, **shape
+        )
         names = {name for name, _ in model.named_parameters() if not name.startswith("classifier.")}
         known = set(CheckpointReader(pretrained.path).names)
         if missing := sorted(names - known):

@@ -18,6 +18,7 @@ from mlinterf_ds.study.config import SYNTHETIC, StudyConfig
 from mlinterf_ds.study.corpora import Corpora
 from mlinterf_ds.study.folders import Outcome
 from mlinterf_ds.study.jobs import Job
+from mlinterf_ds.study.units import task_config
 from mlinterf_ds.tracking import environment_facts
 
 
@@ -71,6 +72,8 @@ def departures(config: StudyConfig) -> list[str]:
     metas = any(is_meta(variant) for variant in config.variants)
     for run in runs:
         said += run.data.row_format.departures + (run.meta.departures(run.data.mixed) if metas else [])
+    if any(task_config(task, task.settings).finetune.word == "mean" for task in config.tasks):
+        said += ["a word's tag is predicted from the mean of its pieces (the paper: from its first piece)"]
     return [*dict.fromkeys(said), *config.departures]
 
 

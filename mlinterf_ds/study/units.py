@@ -116,8 +116,7 @@ def _finetuning(
     task: TaskSection, language: str, data: dict[str, dict[str, str]], settings: list[str], model: Model, control: str,
     pretrained: RunConfig,
 ) -> Unit:  # fmt: skip
-    with _blaming(f"[[tasks]] {task.task}: settings", task.settings):
-        run = load_config(FinetuneConfig, [*task.recipes], [*settings, "checkpoint=model"])
+    run = task_config(task, settings)
     sources = [(split, code, path) for split, files in data.items() for code, path in files.items()]
     arguments = _arguments(task.recipes, settings)
     arguments += tuple(word for split, code, path in sources for word in (f"--{split}", f"{code}={path}"))
@@ -126,6 +125,12 @@ def _finetuning(
     identity = [_deciding(run), {f"{split} {code}": _data_hash(path) for split, code, path in sources}]
     name = f"{task.task}-{language}{'-' + control if control else ''}.{model.name}"
     return Unit(name, arguments, facts, identity)
+
+
+def task_config(task: TaskSection, settings: Sequence[str]) -> FinetuneConfig:
+    """The configuration of a task's fine-tuning with these settings."""
+    with _blaming(f"[[tasks]] {task.task}: settings", task.settings):
+        return load_config(FinetuneConfig, [*task.recipes], [*settings, "checkpoint=model"])
 
 
 def _finetuning_work(run: FinetuneConfig, data: dict[str, dict[str, str]], pretrained: RunConfig) -> dict[str, float]:

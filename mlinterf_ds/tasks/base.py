@@ -46,6 +46,7 @@ class Row:
     positions: list[int]
     targets: list[int]  # -1: the file does not give the answer; it is not trained on
     detail: Any = field(default=None, compare=False)  # what the task's `predict` needs to read the outputs
+    ends: list[int] | None = None  # of tagged words, which begin at `positions`: the column after each one's last piece
 
 
 class Task(ABC):

@@ -114,11 +114,13 @@ def collate(
     tokens = _padded([row.tokens for row in rows], PAD)
     positions = _padded([row.positions for row in rows], 0)
     targets = _padded([row.targets for row in rows], -1)
+    ends = [row.ends for row in rows if row.ends is not None]
     lengths = torch.tensor([[len(row.tokens), len(row.positions)] for row in rows])
     return TaskBatch(
         tokens=tokens,
         padding=torch.arange(tokens.shape[1]) >= lengths[:, :1],
         positions=positions,
+        ends=_padded(ends, 0) if ends else None,
         valid=torch.arange(positions.shape[1]) < lengths[:, 1:],
         targets=targets.clamp(min=0),
         weights=((targets >= 0) * torch.from_numpy(weights)[:, None]).float(),

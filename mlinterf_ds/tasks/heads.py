@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from mlinterf_ds.model.encoder import SHARED, Encoder
 from mlinterf_ds.model.layers import at_positions
 from mlinterf_ds.runtime.parallel import replayed
-from mlinterf_ds.sections import ModelConfig
+from mlinterf_ds.sections import ModelConfig, WordState
 from mlinterf_ds.tasks.base import Kind
 
 HEAD_STD = 0.02  # standard deviation of a new classifier's weights, as in BERT
@@ -32,6 +32,7 @@ class TaskBatch:
     tokens: Tensor  # (rows, length) int64
     padding: Tensor  # (rows, length) bool, True where a row has ended
     positions: Tensor  # (rows, positions) int64: columns
+    ends: Tensor | None  # (rows, positions) int64: columns after the last piece of the words that begin at `positions`
     valid: Tensor  # (rows, positions) bool: False where a row has fewer positions
     targets: Tensor  # (rows, targets) int64: classes (0 where there is none), or indices into `positions`
     weights: Tensor  # (rows, targets) float32: they sum to 1 over the global batch; 0 where there is no target
@@ -49,15 +50,18 @@ class TaskModel(Encoder):
     """The pretrained encoder (its parameters keep their names) with a linear classifier in place of the masked head.
 
     kind "labels": `classes` logits at each position (sentence pairs have one, `<s>`). kind "span": every position is scored
-    as a start and as an end. The classifier is a parameter group of its own, which can have its own learning rate and is
+    as a start and as an end. word "mean": a word's logits come from the mean state of all its pieces (Ács et al., 2021), "first": from
+    that of its first one. The classifier is a parameter group of its own, which can have its own learning rate and is
     trained where all else is frozen; tensor-parallel ranks hold replicas of it.
     """
 
-    def __init__(self, config: ModelConfig, *, kind: Kind, classes: int, seed: int, **shape: Any):
+    def __init__(
+        self, config: ModelConfig, *, kind: Kind, classes: int, seed: int, word: WordState = "first", **shape: Any
+    ):
         """shape: the encoder's other arguments, as `Pretrained.architecture` gives them."""
         super().__init__(config, **shape)
         del self.head
-        self.kind = kind
+        self.kind, self.word = kind, word
         self.dropout = config.dropout
         self.classifier = nn.Linear(config.width, 2 if kind == "span" else classes)
         digest = blake2b(f"{seed} classifier".encode(), digest_size=8).digest()
@@ -75,7 +79,11 @@ class TaskModel(Encoder):
             if self.training:
                 stack.enter_context(replayed(batch.dropout_seed))
             hidden = self.hidden(batch.tokens, batch.languages, batch.step_languages, batch.padding)
-            hidden = F.dropout(at_positions(hidden, batch.positions), self.dropout, self.training)
+            if self.word == "mean" and batch.ends is not None:
+                hidden = means(hidden, batch.positions, batch.ends)
+            else:
+                hidden = at_positions(hidden, batch.positions)
+            hidden = F.dropout(hidden, self.dropout, self.training)
         logits = self.classifier(hidden).float()
         if self.kind == "span":
             logits = logits.masked_fill(~batch.valid[:, :, None], -torch.inf).transpose(1, 2)
@@ -92,3 +100,13 @@ class TaskModel(Encoder):
         groups = super().parameter_groups()
         classifier = {name: groups[SHARED].pop(name) for name in list(groups[SHARED]) if name.startswith("classifier.")}
         return groups | {CLASSIFIER: classifier}
+
+
+def means(hidden: Tensor, starts: Tensor, ends: Tensor) -> Tensor:
+    """The mean of hidden (rows, length, width) over the columns from each start to before its end: (rows, starts, width).
+
+    starts, ends: (rows, starts); 0 where nothing lies between them.
+    """
+    columns = torch.arange(hidden.shape[1], device=hidden.device)
+    within = (columns >= starts[..., None]) & (columns < ends[..., None])  # (rows, starts, length)
+    return (within / within.sum(-1, keepdim=True).clamp(min=1)).to(hidden.dtype) @ hidden

@@ -1,6 +1,6 @@
 """Word tagging (entities, parts of speech): rows of the encoder, predictions, baselines.
 
-A word's tag is predicted from its first piece (paper, section 3.2). A word that tokenises to nothing (control characters
+A word's tag is predicted from its first piece (paper, section 3.2), or with `finetune.word=mean` from all its pieces. A word that tokenises to nothing (control characters
 alone) becomes `<unk>`, so that every word has a prediction. A sentence too long for the encoder is cut into windows at
 word boundaries: each word is predicted in one window, which begins with up to `stride` pieces of the words before.
 """
@@ -152,9 +152,10 @@ def _row(
     example: int, pieces: list[list[int]], targets: list[int], span: tuple[int, int, int], special: Vocabulary
 ) -> Row:
     begin, first, end = span
-    tokens, positions = [special.bos], []
+    tokens, positions, ends = [special.bos], [], []
     for word in range(begin, end):
         if word >= first:
             positions.append(len(tokens))
+            ends.append(len(tokens) + len(pieces[word]))
         tokens += pieces[word]
-    return Row(example, [*tokens, special.eos], positions, targets[first:end], (first, end))
+    return Row(example, [*tokens, special.eos], positions, targets[first:end], (first, end), ends)

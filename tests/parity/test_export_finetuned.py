@@ -38,11 +38,13 @@ FOREIGN = "foreign"
 CASES += [("ner", FOREIGN), ("qa", FOREIGN), ("nli", FOREIGN)]
 XMOD = "xmod"  # adapters in X-MOD's places, which transformers has as a class of its own
 CASES += [("ner", XMOD), ("qa", XMOD), ("nli", XMOD)]
+MEAN = "mean"  # words are tagged from all their pieces
 VARIANTS = ["joint", "adpt", FOREIGN, XMOD]
-PREFIXES = {"joint": "XLMRobertaXL", "adpt": "MLInterf", FOREIGN: "XLMRoberta", XMOD: "Xmod"}
+PREFIXES = {"joint": "XLMRobertaXL", "adpt": "MLInterf", FOREIGN: "XLMRoberta", XMOD: "Xmod", MEAN: "MLInterf"}
 POST = ["model.norm=post", "model.embedding_norm=true"]
 SHAPES = {
     FOREIGN: ("joint", POST),
+    MEAN: ("adpt", []),
     XMOD: ("adpt", [*POST, "model.adapter_after=ffn", "model.adapter_on=sum", "model.adapter_norm=layer", "model.adapter_skip=normed"]),
 }  # fmt: skip
 
@@ -86,7 +88,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Made]
     @functools.cache
     def make(task: str, variant: str) -> Made:
         run, out = folder / f"{task}-{variant}", folder / f"{task}-{variant}-exported"
-        settings = ["finetune.dropout=0", *SETTINGS[task]]
+        settings = ["finetune.dropout=0", *SETTINGS[task], *["finetune.word=mean"] * (variant == MEAN)]
         (result,) = pool(1).run(
             bodies.finetune, task, str(pretrained(variant)), str(folder / "data"), str(run), settings, "zero0", 1
         )
@@ -157,7 +159,7 @@ def test_labels_of_pairs_of_a_whole_file(made, variant: str, language: str) -> N
     assert [given["label"] for given in classify(pairs, **settings)] == model.predictions[language]
 
 
-@pytest.mark.parametrize("task, variant", CASES)
+@pytest.mark.parametrize("task, variant", [*CASES, ("ner", MEAN)])
 def test_mlflows_model_answers_requests(made, task: str, variant: str) -> None:
     pandas = pytest.importorskip("pandas")
     model = made(task, variant)
@@ -170,6 +172,25 @@ def test_mlflows_model_answers_requests(made, task: str, variant: str) -> None:
     wanted = model.predictions["as"]
     wanted = [" ".join(tags) for tags in wanted] if task in ("ner", "pos") else wanted
     assert Model(model.folder).predict(frame) == wanted
+
+
+def test_words_that_are_tagged_from_all_their_pieces(made) -> None:
+    """Otherwise than from the first ones; the card names the strategy of a pipeline that comes near."""
+    pandas = pytest.importorskip("pandas")
+    model = made("ner", MEAN)
+    assert 'aggregation_strategy="average"' in (model.folder / "README.md").read_text()
+    texts = [" ".join(sentence.words) for sentence in model.examples("as")]
+    served = Model(model.folder)
+    served.pipeline.model.config.finetuned["word"] = "first"
+    frame = pandas.DataFrame({"text": texts, "language": "as"})
+    assert served.predict(frame) != [" ".join(tags) for tags in model.predictions["as"]]
+    loaded = transformers.pipeline("ner", str(model.folder), trust_remote_code=True)
+    entities = loaded(texts, aggregation_strategy="average", language="as")
+    near = 0
+    for tags, answers in zip(model.predictions["as"], entities, strict=True):
+        kinds = [kind for kind, _, _ in spans(tags)]
+        near += kinds == [answer["entity_group"] for answer in answers]
+    assert near >= 0.8 * len(texts)
 
 
 def test_the_classifier_of_texts_is_ours_to_single_precision(made) -> None:

@@ -70,6 +70,11 @@ def test_departures_are_those_of_the_studys_models() -> None:
     assert "from one point" in reused and "train the shared parameters too" in reused
     assert "all languages" in said("data.mixed=true") and "all languages" not in reused
     assert "reads" not in reused and "counted" not in reused
+    config = load_config(StudyConfig, ["study_ci"])
+    (task, *_), words = config.tasks, "the mean of its pieces"
+    changed = task.model_copy(update={"settings": [*task.settings, "finetune.word=mean"]})
+    assert words in "; ".join(report.departures(config.model_copy(update={"tasks": [changed]})))
+    assert words not in said()
 
 
 def test_what_the_analyses_of_all_models_are_given(jobs: list[Job]) -> None:

@@ -73,6 +73,10 @@ def test_first_pieces_stand_for_their_words(name: str, tokenizer: Tokenizer) -> 
         assert row.tokens[0] == BOS and row.tokens[-1] == EOS and len(row.tokens) <= LIMITS.max_length
         for position, word in zip(row.positions, sentences[row.example].words[first:end], strict=True):
             assert row.tokens[position] == tokenizer.encode(word)[0]
+        for start, end_of_word, word in zip(
+            row.positions, row.ends or (), sentences[row.example].words[first:end], strict=True
+        ):
+            assert row.tokens[start:end_of_word] == tokenizer.encode(word)
         seen[row.example] += end - first
     assert seen == [len(s.words) for s in sentences]
     answers = [[labels.index(tag)] * len(row.positions) for row in rows]
@@ -281,6 +285,34 @@ def test_loss_of_labels_by_hand() -> None:
     assert float(loss) == pytest.approx(by_hand, rel=1e-5)
     trained, nll = encoder.train()(batch)
     assert float(trained) == pytest.approx(by_hand, rel=1e-5) and nll.shape == (3, 1)
+
+
+@pytest.mark.usefixtures("one_rank")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_words_logits_are_the_mean_of_its_pieces(dtype: torch.dtype) -> None:
+    """With `finetune.word=mean`, in rows of different lengths; with first, and of pieces that stand alone, they are the piece's."""
+    rows = [
+        Row(0, [0, 9, 10, 11, 12, 13, 2], [1, 4], [0, 1], ends=[4, 6]),
+        Row(1, [0, 9, 10, 2], [1], [2], ends=[2]),
+        Row(2, [0, 8, 9, 10, 2], [2], [2], ends=[4]),
+    ]
+    encoder = model("labels", 3).eval().to(dtype)
+    every = [
+        Row(row.example, row.tokens, columns := [*range(1, len(row.tokens) - 1)], [0] * len(columns)) for row in rows
+    ]
+    batches = [
+        collate(some, np.array([0, 1, 0]), (0, 1), weights=np.ones(3), dropout_seed=1) for some in (rows, every, rows)
+    ]
+    pieces = encoder(batches[1])[1]
+    first = encoder(batches[0])[1]
+    encoder.word = "mean"
+    mean = encoder(batches[2])[1]
+    exact = {"rtol": 0, "atol": 1e-5 if dtype == torch.float32 else 0.05}
+    for row, start, end in ((0, 1, 4), (0, 4, 6), (1, 1, 2), (2, 2, 4)):
+        word = rows[row].positions.index(start)
+        torch.testing.assert_close(first[row, word], pieces[row, start - 1], **exact)
+        torch.testing.assert_close(mean[row, word], pieces[row, start - 1 : end - 1].mean(0), **exact)
+    assert not torch.allclose(mean[0, 0], first[0, 0], atol=0.1)
 
 
 @pytest.mark.usefixtures("one_rank")
