@@ -339,16 +339,16 @@ class ValidationStream:
         return np.concatenate(starts)
 
 
-def _weighted(batch: Batch, factor: float) -> Batch:
-    """Returns the batch with its loss multiplied."""
-    return replace(batch, weights=batch.weights * factor)
+def _halved(batch: Batch) -> Batch:
+    """Returns the batch with half the weight."""
+    return replace(batch, weights=batch.weights / 2)
 
 
 class MetaRowsStream(TrainStream):
     """Batches of plain training on the very rows of a meta step: those that it trains on, and those of its validation loss.
 
-    The two losses count by their rows. What differs between a run on these and one of meta steps that train on every row
-    (`meta.reuse`) is the treatment alone: text, order and masks are the same.
+    Both losses count half, as a meta step counts them that trains on every row (`meta.reuse`) and all languages (`data.mixed`).
+    What differs between a run of such steps and one on these batches is the treatment alone: text, order and masks are the same.
     """
 
     def __init__(
@@ -380,10 +380,9 @@ class MetaRowsStream(TrainStream):
         languages = {*self._step_languages(step), *self._validation.plan(step, language)[0].tolist()}
         parts = []
         if start < own or stop <= own:
-            parts.append(_weighted(super().batch(step, start, min(stop, own)), own / (own + other)))
+            parts.append(_halved(super().batch(step, start, min(stop, own))))
         if stop > own:
-            batch = self._validation.batch(step, language, max(start, own) - own, stop - own)
-            parts.append(_weighted(batch, other / (own + other)))
+            parts.append(_halved(self._validation.batch(step, language, max(start, own) - own, stop - own)))
         return replace(joined(parts), step_languages=tuple(sorted(languages)))
 
     def seen(self, step: int, validation: ValidationStream | None = None) -> dict[str, dict[str, float]]:

@@ -191,6 +191,8 @@ class RunConfig(Section):
                 metas and self.data.meta_rows,
             f"data.meta_rows={self.data.meta_rows}: needs train.batch={self.train.batch} to be larger, for rows to train on":
                 (self.data.meta_rows or 0) >= self.train.batch,
+            "data.meta_rows trains the modules of all languages, data.only those of a few: leave one of them out":
+                self.data.meta_rows and self.data.only,
             "data.meta_rows needs two languages or more, as a meta step does: leave it out":
                 self.data.meta_rows and len(self.languages or [0, 1]) == 1,
             f"treatment=pcgrad compares languages inside a step: set data.mixed=true (now {self.data.mixed}) and "

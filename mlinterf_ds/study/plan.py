@@ -111,10 +111,10 @@ def _train(config: StudyConfig, *settings: str) -> TrainConfig:
 def _meta_rows(config: StudyConfig, *settings: str) -> tuple[str, ...]:
     """The settings by which a plain step reads the rows of a meta step of the model with these further settings."""
     run = load_run(config.recipes, [*config.settings, *settings])
-    if run.meta.every > 1:
+    if not (run.data.mixed and run.meta.reuse and run.meta.every == 1):
         raise UserError(
-            f"controls.rows gives plain steps the rows of meta steps, of which meta.every={run.meta.every} makes steps without "
-            "validation rows: set meta.every=1, or controls.rows=false"
+            "controls.rows gives plain steps the rows of meta steps, and trains all modules on all of them: so must the meta steps, by "
+            f"data.mixed=true (now {run.data.mixed}), meta.reuse=true (now {run.meta.reuse}) and meta.every=1 (now {run.meta.every})"
         )
     meta_rows = run.meta.batch or run.train.batch
     return f"train.batch={run.train.batch + meta_rows}", f"data.meta_rows={meta_rows}"

@@ -118,7 +118,7 @@ def test_validation_slices_join_to_the_whole(step: int, per_step: int | None, la
 @settings(deadline=None, max_examples=60)
 @given(step=st.integers(0, 3000), mixed=st.booleans(), text=st.sampled_from(["train", "half"]), layout=cuts)
 def test_plain_training_on_the_rows_of_a_meta_step(step: int, mixed: bool, text: str, layout: list[int]) -> None:
-    """They are those of both its batches, masks included, which count by their rows; slices join to the whole."""
+    """They are those of both its batches, masks included, which count half each; slices join to the whole."""
     half = {"half": "first"} if text == "half" else {}
     own = train(rows=6, mixed=mixed, corpus=ROOMY, **half)
     meta = validation(rows=4, training=own, text=text, corpus=ROOMY, languages_per_step=3).batch(
@@ -131,7 +131,7 @@ def test_plain_training_on_the_rows_of_a_meta_step(step: int, mixed: bool, text:
     for name in ("tokens", "positions", "labels", "languages", "segment_ids", "position_ids"):
         assert torch.equal(getattr(batch, name), torch.cat([getattr(one, name) for one in both])), name
     assert batch.step_languages == tuple(sorted({*both[0].step_languages, *meta.step_languages}))
-    assert torch.equal(batch.weights, torch.cat([both[0].weights * 0.6, both[1].weights * 0.4]))
+    assert torch.equal(batch.weights, torch.cat([both[0].weights / 2, both[1].weights / 2]))
     assert same(joined([plain.batch(step, start, stop) for start, stop in pairwise(layout)]), batch)
     assert plain.batch(step, 7).step_languages == batch.step_languages
 

@@ -159,10 +159,15 @@ def test_plain_adapters_with_the_rows_of_a_meta_step() -> None:
     assert rows.units[0].facts["tokens"] == 2 * plain.units[0].facts["tokens"]
 
 
-def test_the_control_of_equal_rows_refuses_steps_without_validation_rows(tmp_path: Path) -> None:
-    text = (ROOT / "launch/recipes/study_treatment.toml").read_text().replace('"data.mixed=true"', '"meta.every=2"')
-    (tmp_path / "study.toml").write_text(text)
-    with pytest.raises(UserError, match=r"controls\.rows .* meta\.every=2"):
+@pytest.mark.parametrize(
+    "setting, words", [("meta.every=2", r"meta\.every=1 \(now 2\)"), ("data.mixed=false", r"\(now False\)")]
+)
+def test_the_control_of_the_same_rows_refuses_steps_that_train_less_on_them(
+    setting: str, words: str, tmp_path: Path
+) -> None:
+    text = (ROOT / "launch/recipes/study_treatment.toml").read_text()
+    (tmp_path / "study.toml").write_text(text.replace('"data.mixed=true"', f'"data.mixed=true", "{setting}"'))
+    with pytest.raises(UserError, match=rf"controls\.rows .*{words}"):
         expanded(str(tmp_path / "study.toml"))
 
 
