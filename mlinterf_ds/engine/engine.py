@@ -166,14 +166,16 @@ class Engine:
         """Whether no shared parameter is trained."""
         return self.training.freeze == "shared" and not self.new_rows
 
-    def train_step(self, batches: Sequence[Rows], rates: Mapping[str, float] | None = None) -> StepFacts:
+    def train_step(
+        self, batches: Sequence[Rows], rates: Mapping[str, float] | None = None, groups: Sequence[str] = ()
+    ) -> StepFacts:
         """One ordinary update; returns the step's facts, which the device may still be computing.
 
-        rates: the groups to train, each with its learning rate; by default those of the step's languages at the
-        schedule's rate.
+        rates: the groups to train, each with its learning rate. Else `groups` are trained at the schedule's rate, by default those of
+        the step's languages; that rate depends on the step before, which then is not waited for until the passes are launched.
         """
         languages = batches[0].step_languages
-        spaces = [self.spaces[name] for name in rates or self.groups_of(languages)]
+        spaces = [self.spaces[name] for name in rates or groups or self.groups_of(languages)]
         self.idle.fetch(spaces)
         sums = self.accumulate(batches, spaces)
         self.idle.wait()
@@ -315,7 +317,7 @@ class Engine:
     def evaluate(self, batches: Iterable[Rows]) -> float:
         """The weighted loss of all ranks' batches without dropout (see `weighted_loss`)."""
         self.model.eval()
-        return weighted_loss(self.model, batches, self.device, self.layout)
+        return weighted_loss(self.passes.scored, batches, self.device, self.layout)
 
 
 @torch.no_grad()

@@ -69,7 +69,7 @@ class MetaStep:
         """
         engine, config = self.engine, self.config
         if engine.step % config.every:
-            return engine.train_step(batches, {SHARED: engine.learning_rate} if config.between == "freeze" else None)
+            return engine.train_step(batches, groups=[SHARED] if config.between == "freeze" else [])
         engine.settle()  # the schedule's rate and the radius depend on the step before
         phases = Phases(self, batches, validation)
         if config.order == "simultaneous":

@@ -11,7 +11,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
@@ -20,7 +20,7 @@ from torch import Tensor
 from mlinterf_ds.engine.space import FlatSpace, Space
 from mlinterf_ds.errors import UserError, warn
 from mlinterf_ds.model.encoder import SHARED, Rows
-from mlinterf_ds.model.routing import regions
+from mlinterf_ds.model.routing import Compiled, regions
 from mlinterf_ds.runtime.parallel import replayed
 
 if TYPE_CHECKING:
@@ -44,11 +44,29 @@ def make_fast(engine: Engine, compiled: bool | Literal["auto"], graphs: bool | L
     if engine.layout.tensor > 1 or engine.stage == 3:
         reason = "tensor parallelism and ZeRO 3 run the model uncompiled"
     else:
-        engine.model.router.regions = regions(compiled, engine.device, first)
+        engine.model.router.regions = _regions_of_all_ranks(engine, regions(compiled, engine.device, first), first)
     if reason and compiled is True and first:
         warn(f"model.compile=true: {reason}")
     if (reason := engine.passes.capture(graphs)) and graphs is True and first:
         warn(f"train.graphs=true: {reason}")
+
+
+def _regions_of_all_ranks(engine: Engine, own: Compiled | None, first: bool) -> Compiled | None:
+    """What compiles the regions on this rank: nothing, where a rank cannot compile.
+
+    ZeRO 2 sums up gradients in the order in which they arrive, and takes that order to be the same on all ranks. A compiled region's
+    gradients arrive in another order than those of its operators, so the ranks have to do alike. In passes over several languages
+    they would not: whether one is compiled depends on the rank's own rows (`Compiled`).
+    """
+    able = torch.tensor(float(own is not None), device=engine.device)
+    dist.all_reduce(able, op=dist.ReduceOp.MIN)
+    if own and not able.item():
+        if first:
+            warn("model.compile: on another rank nothing can be compiled (its log says why); the model runs uncompiled")
+        return None
+    if own and engine.partitioned and engine.layout.data > 1:
+        own.several = not (engine.stage == 2 or getattr(engine.deepspeed.optimizer, "overlap_comm", False))
+    return own
 
 
 class Passes:
@@ -85,15 +103,26 @@ class Passes:
         """Adds the gradients of a micro-batch to those of `spaces`; returns its nll (rows, masked).
 
         last: whether it is the last micro-batch of the step, after which DeepSpeed reduces what it partitions. Where the memory
-        does not hold the graphs beside a pass that is not captured, they are given up, and the pass runs again.
+        does not hold a capture, or the graphs beside a pass that is not captured, graphs are given up, and the pass runs again.
         """
         try:
             return self._run(batch, spaces, last)
         except RuntimeError as error:
-            if not (self.captured and out_of_memory(error)):
+            if not ((self.graphs or self.captured) and out_of_memory(error)):
                 raise
         self._give_up_graphs(spaces)  # after the `except`, in which the error still holds the pass's tensors
         return self._run(batch, spaces, last)
+
+    def scored(self, batch: Any) -> tuple[Tensor, Tensor]:
+        """The loss and nll of a batch on the device, in a pass that is not trained on; graphs are given up where it has no room
+        beside them."""
+        try:
+            return cast(tuple[Tensor, Tensor], self.engine.model(batch))
+        except RuntimeError as error:
+            if not ((self.graphs or self.captured) and out_of_memory(error)):
+                raise
+        self._give_up_graphs([])
+        return cast(tuple[Tensor, Tensor], self.engine.model(batch))
 
     def _run(self, batch: Any, spaces: Sequence[Space], last: bool) -> Tensor:
         engine = self.engine
@@ -118,18 +147,18 @@ class Passes:
 
     def _kind(self, batch: Any, spaces: Sequence[Space]) -> Hashable | None:
         """A key that two passes share if one graph can serve both; None for a pass that is not captured."""
-        languages = batch.step_languages
+        engine, languages = self.engine, batch.step_languages
         own = [space.name for space in spaces if space.name != SHARED]
         if len(own) > 1 or not self._grouped(batch):
             return None
-        if len(languages) == 1:
+        if len(languages) == 1 or not engine.model.router.members:
             route: Hashable = len(own)  # any language: its weights are copied to the slot
-        elif len(self.engine.languages) > MOST_LANGUAGES:
+        elif len(engine.languages) > MOST_LANGUAGES:
             return None
         else:
             route = tuple(batch.languages.tolist()), tuple(own)
         shapes = tuple((name, tuple(value.shape)) for name, value in tensors(batch).items())
-        key = (shapes, route, self.engine.spaces[SHARED] in spaces)
+        key = (shapes, route, engine.spaces[SHARED] in spaces)
         if key in self.captured:
             return key
         if len(self._seen) > MOST_KINDS:  # mixed batches may differ in every step
@@ -303,10 +332,15 @@ def largest(most: int, least: int, attempt: Callable[[int], None], device: torch
     return 0
 
 
-def out_of_memory(error: RuntimeError) -> bool:
-    """Whether an error says that the device has no memory left; CUDA and its libraries, which allocate too, say so in words."""
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that the device has no memory left; CUDA and its libraries, which allocate too, say so in words.
+
+    So does an error that came of such a one: a capture that cannot go on ends with an error of its own.
+    """
     words = "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED"
-    return isinstance(error, torch.OutOfMemoryError) or any(part in str(error) for part in words)
+    if isinstance(error, torch.OutOfMemoryError) or any(part in str(error) for part in words):
+        return True
+    return error.__context__ is not None and out_of_memory(error.__context__)
 
 
 def _pass_over(engine: Engine, batches: Sequence[Rows], vectors: int) -> None:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 Vector = list[Tensor]
 BUCKET = 1 << 22  # elements reduced or gathered at once
 ALIGNMENT = 64  # elements: parameters begin at multiples of it in a flat buffer, where products read them at full speed
+MOST = 1 << 30  # elements of one dot product: CUDA's takes fewer than 2**31
 LARGE = 1 << 26  # elements from which a CPU's fp32 gradient is handed over, not copied: its memory then counts for more
 
 
@@ -113,9 +114,13 @@ class Space:
 
     def share_of_dot(self, left: Vector, right: Vector) -> Tensor:
         """This rank's summand of <left, right> (fp32 or float64), on the masters' device."""
-        if self._counted == [(0, 0, len(left[0]))]:
+        if self._counted == [(0, 0, len(left[0]))] and len(left[0]) <= MOST:
             return torch.dot(left[0], right[0])
-        parts = [torch.dot(left[shard][begin:end], right[shard][begin:end]) for shard, begin, end in self._counted]
+        parts = [
+            torch.dot(left[shard][first : min(first + MOST, end)], right[shard][first : min(first + MOST, end)])
+            for shard, begin, end in self._counted
+            for first in range(begin, end, MOST)
+        ]
         return torch.stack(parts or [torch.zeros((), device=left[0].device)]).sum(dtype=torch.float64)
 
     def _count(self, tensor_rank: int, whole: bool = True) -> None:

@@ -174,9 +174,14 @@ class Zero3ShardedSpace(ShardedSpace):
 
     @torch.no_grad()
     def write(self, offset: Vector | None = None, scale: float | Tensor = 0.0) -> None:
+        from deepspeed.accelerator import get_accelerator
+
         shard, parameters = self._displaced_shard(0, offset, scale), dict[str, Any](self.parameters)
         for name, parameter in parameters.items():
             parameter.ds_tensor.data.copy_(self._slice(name, shard))
+        accelerator = get_accelerator()
+        if not accelerator.resolves_data_dependency():  # DeepSpeed gathers on a stream that waits for no other
+            accelerator.current_stream().synchronize()
 
 
 def release_small_parameters(engine: Any, groups: Mapping[str, Mapping[str, Any]]) -> None:

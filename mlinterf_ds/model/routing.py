@@ -20,7 +20,10 @@ Region = Callable[..., Any]
 Route = tuple[tuple[int, int, int], ...]
 MOST_LANGUAGES = 8  # languages of a pass up to which regions are compiled, since the code repeats for each of them
 # Compiled forms of a region, which differ by shape, by training or not, and by whose gradients it computes.
-MOST_KINDS = 64
+MOST_KINDS = 128
+MOST_DIVISIONS = (
+    4  # divisions of a pass's rows among languages that are compiled: each in up to MOST_LANGUAGES x 2 forms
+)
 
 
 class Router:
@@ -34,12 +37,12 @@ class Router:
         self.languages = tuple(languages)
         self.route: Route | None = None
         self.members: list[Routed] = []
-        self.regions: Callable[[Region, int], Region] | None = None
+        self.regions: Callable[[Region, Route], Region] | None = None
 
     def run(self, region: Region, *arguments: Any) -> Any:
         """Runs a region of the model with these arguments and returns its value."""
         if self.regions is not None:
-            region = self.regions(region, len(self.route) if self.route else 1)
+            region = self.regions(region, self.route if self.route and self.members else ())
         return region(*arguments)
 
     def plan(self, languages: Tensor, step_languages: Sequence[int]) -> tuple[Route, list[int] | None]:
@@ -131,9 +134,7 @@ class Routed(nn.Module):
 # looked up outside of the regions (`Routed.follow`).
 
 
-def regions(
-    wanted: bool | Literal["auto"], device: torch.device, first: bool = True
-) -> Callable[[Region, int], Region] | None:
+def regions(wanted: bool | Literal["auto"], device: torch.device, first: bool = True) -> Compiled | None:
     """Returns the function that compiles the regions of a model on this device, or None where they run uncompiled.
 
     wanted: "auto" compiles on accelerators. Where nothing can be compiled, the first rank warns and the run goes on.
@@ -161,11 +162,23 @@ class Compiled:
         self.options = dict(options or {})
         torch._dynamo.config.recompile_limit = max(MOST_KINDS, torch._dynamo.config.recompile_limit)
         self.compiled: dict[Region, Region] = {}
+        self.several = True  # whether passes over several languages are compiled
+        self._divisions: set[tuple[tuple[int, int], ...]] = (
+            set()
+        )  # of rows among languages, in passes that are compiled
 
-    def __call__(self, region: Region, languages: int) -> Region:
-        """The function that runs this region in a pass over that many languages."""
-        if languages > MOST_LANGUAGES:
-            return region
+    def __call__(self, region: Region, route: Route) -> Region:
+        """The function that runs this region in a pass along this route; () if no module of the model is routed.
+
+        Where the rows of several languages begin and end is compiled into the code, so that each division of rows is compiled anew:
+        a few of them are, and rows that are mixed in ever new ways run as they stand.
+        """
+        if len(route) > 1:
+            division = tuple((first, end) for _, first, end in route)
+            if division not in self._divisions:
+                if not self.several or len(route) > MOST_LANGUAGES or len(self._divisions) >= MOST_DIVISIONS:
+                    return region
+                self._divisions.add(division)
         if region not in self.compiled:
             self.compiled[region] = torch.compile(region, dynamic=False, **self.options)
         return self.compiled[region]

@@ -262,9 +262,12 @@ class StopVote:
         import torch.distributed as dist
 
         others = others or {}
-        votes = torch.tensor([float(self._signals.received is not None), *map(float, others.values())])
-        if dist.get_world_size() > 1:
-            votes = votes.to(self._device)
+        held = [float(self._signals.received is not None), *map(float, others.values())]
+        several = dist.get_world_size() > 1
+        # From page-locked memory a copy is launched like a kernel; from other memory the host would wait for the device.
+        votes = torch.tensor(held, pin_memory=several and self._device.type == "cuda")
+        if several:
+            votes = votes.to(self._device, non_blocking=True)
             dist.all_reduce(votes, op=dist.ReduceOp.MAX)
             votes = self._answer(votes) if self._late else votes
         received, *others_held = votes.tolist()

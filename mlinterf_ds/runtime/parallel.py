@@ -168,6 +168,11 @@ class Group:
         finally:
             parallel_state.create_group = made
 
+    @property
+    def waits_to_leave(self) -> bool:
+        """Whether `leave` waits for the other ranks: NCCL does, for those that are inside a collective too."""
+        return "nccl" in str(dist.get_backend())
+
     def leave(self) -> None:
         """End the groups; the file at which the ranks met is removed by the last of them."""
         parallel_state.destroy_model_parallel()

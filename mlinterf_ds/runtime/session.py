@@ -42,8 +42,11 @@ def own_group(parallel: ParallelConfig) -> Iterator[Group]:
         group = Group(parallel.tensor, timeout=parallel.timeout)
     try:
         yield group
-    finally:
-        group.leave()
+    except BaseException:
+        if not group.waits_to_leave:  # else a rank that fails alone would wait for those that it should end
+            group.leave()
+        raise
+    group.leave()
 
 
 @contextlib.contextmanager

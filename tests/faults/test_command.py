@@ -1,5 +1,6 @@
 """What every launcher shares: stale build locks, signals, how errors end."""
 
+import contextlib
 import os
 import pty
 import signal
@@ -7,14 +8,18 @@ import subprocess
 import sys
 import tempfile
 import threading
+import types
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from mlinterf_ds.errors import UserError
+from mlinterf_ds.runtime import session
 from mlinterf_ds.runtime.launchers import rendezvous
 from mlinterf_ds.runtime.output import PeerFailed, Signals, StopVote, noted, remove_stale_locks
+from mlinterf_ds.sections import ParallelConfig
 from tests.ranks import pool
 
 
@@ -64,6 +69,39 @@ def test_all_ranks_stop_at_one_step(late: bool) -> None:
     assert second[step] == "SIGTERM"
     if not late:
         assert first[3] == second[3] == "a failed save"
+
+
+@pytest.mark.parametrize("waits, fails, left", [(True, True, 0), (False, True, 1), (True, False, 1)])
+def test_a_rank_that_fails_does_not_wait_in_its_clean_up(
+    waits: bool, fails: bool, left: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NCCL would have it wait for the ranks that are inside a collective, so that its error would end nobody for minutes."""
+    done: list[str] = []
+    group = types.SimpleNamespace(waits_to_leave=waits, leave=lambda: done.append("left"))
+    monkeypatch.setattr(session, "Group", lambda *_, **__: group)
+    with contextlib.suppress(RuntimeError), session.own_group(ParallelConfig()):
+        if fails:
+            raise RuntimeError("planted")
+    assert len(done) == left
+
+
+def copies_of_a_vote() -> list[bool | None]:
+    """How the votes of a step are copied to the device: without waiting or not (in a rank of a pool)."""
+    copied: list[bool | None] = []
+
+    class Watched(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, function: Any, kinds: Any, arguments: Any = (), named: Any = None) -> Any:
+            if function is torch.Tensor.to:
+                copied.append((named or {}).get("non_blocking"))
+            return function(*arguments, **(named or {}))
+
+    with Watched():
+        StopVote(Signals(), torch.device("cpu")).reason()
+    return copied
+
+
+def test_a_vote_is_sent_without_waiting_for_the_device() -> None:
+    assert pool(2).run(copies_of_a_vote) == [[True]] * 2
 
 
 def test_a_closed_terminal_ends_a_run_as_sigterm_does() -> None:

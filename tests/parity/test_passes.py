@@ -59,9 +59,9 @@ def test_all_captures_share_one_stream() -> None:
     assert kinds > 1 and streams == 1
 
 
-def crowded(error: RuntimeError, graphs: bool) -> tuple[torch.Tensor, torch.Tensor, bool]:
-    """The gradient of a batch; that of a pass which runs out of memory at its end, while graphs hold some; whether any are
-    left (in a rank of a pool)."""
+def crowded(error: RuntimeError, graphs: str) -> tuple[torch.Tensor, torch.Tensor, bool]:
+    """The gradient of a batch; that of a pass which runs out of memory at its end, while graphs hold some, or are about to be captured;
+    whether any are left (in a rank of a pool)."""
     engine, stream, _ = bodies.make(["variant=adpt", "model.dropout=0.1"], "zero0")
     batch, shared = stream.batch(0), engine.spaces[SHARED]
     engine.accumulate([batch], [shared])
@@ -76,19 +76,119 @@ def crowded(error: RuntimeError, graphs: bool) -> tuple[torch.Tensor, torch.Tens
         return result
 
     engine.model.loss = fails_once
-    if graphs:
+    if graphs == "held":
         engine.passes.captured["a kind"] = SimpleNamespace()
+    if graphs == "wanted":
+        engine.passes.graphs = True
+        engine.passes._kind = lambda *_: None
     engine.accumulate([batch], [shared])
     return wanted, shared.gradient()[0], engine.passes.graphs or bool(engine.passes.captured)
 
 
 def test_graphs_are_given_up_where_memory_does_not_hold_them_beside_a_pass() -> None:
-    full = torch.OutOfMemoryError("planted")
-    ((wanted, gradient, left),) = pool(1).run(crowded, full, True)
-    assert torch.equal(gradient, wanted) and not left
-    for error, graphs in ((full, False), (RuntimeError("planted"), True)):
+    full, of_capture = torch.OutOfMemoryError("planted"), RuntimeError("the capture cannot go on")
+    of_capture.__context__ = full
+    assert passes.out_of_memory(of_capture) and not passes.out_of_memory(RuntimeError("planted"))
+    for graphs in ("held", "wanted"):
+        ((wanted, gradient, left),) = pool(1).run(crowded, full, graphs)
+        assert torch.equal(gradient, wanted) and not left
+    for error, graphs in ((full, ""), (RuntimeError("planted"), "held")):
         with pytest.raises(AssertionError, match="planted"):
             pool(1).run(crowded, error, graphs)
+
+
+def evaluated_beside_graphs(held: bool) -> tuple[float, float]:
+    """The loss of a batch, and the loss where it runs out of memory once, perhaps beside graphs (in a rank of a pool)."""
+    engine, stream, _ = bodies.make(["variant=adpt"], "zero0")
+    wanted, forward, failures = engine.evaluate([stream.batch(0)]), engine.model.forward, [True]
+
+    def fails_once(rows: Any) -> Any:
+        if failures and failures.pop():
+            raise torch.OutOfMemoryError("planted")
+        return forward(rows)
+
+    engine.model.forward = fails_once
+    if held:
+        engine.passes.captured["a kind"] = SimpleNamespace()
+    return wanted, engine.evaluate([stream.batch(0)])
+
+
+def test_graphs_are_given_up_where_an_evaluation_has_no_room_beside_them() -> None:
+    ((wanted, again),) = pool(1).run(evaluated_beside_graphs, True)
+    assert again == wanted
+    with pytest.raises(AssertionError, match="planted"):
+        pool(1).run(evaluated_beside_graphs, False)
+
+
+def compiled_on(json_name: str, broken: int) -> tuple[bool, bool]:
+    """Whether this rank compiles the regions of its model, and passes over several languages too, where one rank cannot (in a rank of
+    a pool)."""
+    engine, _, _ = bodies.make(["variant=adpt"], json_name)
+    rank = torch.distributed.get_rank()
+
+    def compile_(function: Any, **_: Any) -> Any:
+        if rank == broken:
+            raise RuntimeError("no compiler")
+        return function
+
+    with mock.patch.object(torch, "compile", compile_):
+        passes.make_fast(engine, True, False, rank == 0)
+    found = engine.model.router.regions
+    return found is not None, found is not None and found.several
+
+
+def test_all_ranks_compile_or_none() -> None:
+    """ZeRO 2 adds gradients up by the order in which they arrive, which is another one in a compiled region."""
+    for broken in (0, 1):
+        assert pool(2).run(compiled_on, "zero2", broken) == [(False, False)] * 2
+    assert pool(2).run(compiled_on, "zero2", 2) == [(True, False)] * 2
+    assert pool(2).run(compiled_on, "zero1", 2) == [(True, True)] * 2
+    assert pool(1).run(compiled_on, "zero2", 2) == [(True, True)]
+
+
+def written_under_zero_3() -> list[str]:
+    """What a language's write does on an accelerator whose streams do not wait for each other (in a rank of a pool)."""
+    import deepspeed.accelerator
+
+    engine, _, _ = bodies.make(["variant=adpt"], "zero3")
+    space, done = engine.spaces[bodies.LANGUAGES[0]], []
+    stream = SimpleNamespace(synchronize=lambda: done.append("synchronised"))
+    apart = SimpleNamespace(resolves_data_dependency=lambda: False, current_stream=lambda: stream)
+    write = space._slice
+
+    def noted(*arguments: Any) -> Any:
+        done.append("written")
+        return write(*arguments)
+
+    with (
+        mock.patch.object(deepspeed.accelerator, "get_accelerator", lambda: apart),
+        mock.patch.object(space, "_slice", noted),
+    ):
+        space.write()
+    return done
+
+
+def test_a_language_is_written_before_deepspeed_gathers_it() -> None:
+    for done in pool(2).run(written_under_zero_3):
+        assert len(done) > 1 and done.index("synchronised") == len(done) - 1
+
+
+def launched_between_meta_steps() -> list[str]:
+    """In which order a plain step between meta steps settles the one before and launches its pass (in a rank of a pool)."""
+    settings = ["variant=meta_adpt", "meta.every=2", "meta.batch=12"]
+    engine, stream, config = bodies.make(settings, "zero0")
+    meta = bodies.meta_step(engine, config, stream)
+    bodies.advance(engine, stream, config, 1, meta)
+    done, settle, run = [], engine.settle, engine.passes.run
+    engine.settle = lambda: (done.append("settle"), settle())[1]
+    engine.passes.run = lambda *arguments: (done.append("pass"), run(*arguments))[1]
+    meta.step([stream.batch(1)], [])
+    return done
+
+
+def test_a_step_between_meta_steps_waits_for_none_before_its_pass() -> None:
+    ((first, *rest),) = pool(1).run(launched_between_meta_steps)
+    assert first == "pass" and "settle" in rest
 
 
 def order(settings: list[str], freeze: str) -> list[str]:

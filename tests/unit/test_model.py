@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from mlinterf_ds.errors import UserError
 from mlinterf_ds.model.encoder import SHARED, Encoder, partition_dim
 from mlinterf_ds.model.layers import at_positions
-from mlinterf_ds.model.routing import Compiled, regions
+from mlinterf_ds.model.routing import MOST_DIVISIONS, Compiled, regions
 from mlinterf_ds.sections import ModelConfig
 from tests.model_batches import CODES, LENGTH, ROUTED, VARIANTS, VOCABULARY, batch, encoder, gradients
 from tests.model_batches import hidden as hidden_states
@@ -374,6 +374,29 @@ def test_one_compiled_region_serves_all_layers_and_languages(variant: str, kind:
         results.append(len(traced))
     assert results == [4, 4, 4], "embeddings, a layer, the last layer, head with loss"
     torch._dynamo.reset()
+
+
+def test_divisions_of_rows_among_languages_are_compiled_up_to_a_number() -> None:
+    """Each is compiled anew, and mixed batches may bring a new one in every step; where nothing is routed, they are all one."""
+    of_model = {}
+    for variant in ("joint", "adpt"):
+        model, traced = encoder(variant), []
+
+        def backend(graph: torch.fx.GraphModule, _inputs: list[Tensor], traced: list = traced) -> Callable[..., Any]:
+            traced.append(graph)
+            return graph.forward
+
+        counts = []
+        plain = [model(batch([0] * first + [1] * (8 - first)))[0] for first in range(1, 8)]
+        model.router.regions = Compiled({"backend": backend, "fullgraph": True})
+        for first, expected in enumerate(plain, 1):
+            torch.testing.assert_close(model(batch([0] * first + [1] * (8 - first)))[0], expected)
+            counts.append(len(traced))
+        of_model[variant] = counts
+        torch._dynamo.reset()
+    assert len(set(of_model["joint"])) == 1, of_model
+    assert of_model["adpt"][MOST_DIVISIONS - 1] > of_model["adpt"][0], of_model
+    assert len(set(of_model["adpt"][MOST_DIVISIONS - 1 :])) == 1, of_model
 
 
 def test_what_cannot_be_compiled_runs_as_it_stands(
