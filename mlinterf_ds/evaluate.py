@@ -1,6 +1,6 @@
 """Scores any text with a pretrained model (perplexity, pseudo-perplexity), and fills `<mask>` with words.
 
-Perplexity is that of masked prediction, as during training: 15% of the tokens under fixed masks, rows packed.
+Perplexity is that of masked prediction, as during training: the share `data.mask` that the model was trained with, under fixed masks, rows packed.
 Pseudo-perplexity (Salazar et al., 2020) masks the tokens of a sentence one at a time: exp of the mean surprisal over all of
 them; it costs a forward pass a token. Both depend on the vocabulary: compare them under one tokenizer only.
 Scores go to MLflow too, in a run under the pretraining run, where that was tracked.
