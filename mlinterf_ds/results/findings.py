@@ -24,6 +24,10 @@ from mlinterf_ds.results.runs import read_counts
 from mlinterf_ds.results.statistics import Effect, Judgement, Verdict, adjusted, example_shares, positive
 
 PerSeed = dict[int, float]  # pretraining seed -> difference
+# A task and how many examples: test sets of several languages that have both in common may be translations of each other, as XNLI's
+# and the synthetic ones are, so that what one example contributes is added up over the languages. This is right for unlike texts
+# too: by chance alone, their examples agree as often as they disagree.
+TestSet = tuple[str, int]
 MOST_TIMES = 100  # as many examples: beyond, none could be gathered
 FLOORS = ("never saw it", "majority", "lexical")  # what scores are seen beside, each where a study has it
 
@@ -55,7 +59,7 @@ class Finding:
 # --- parts -------------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Part:
-    """One task and language of a claim: a weighted sum of rows' scores on one test set.
+    """One task of a claim: a weighted sum of rows' scores on the test set of a language, or on those of two.
 
     terms: name -> (weight, scores, one a seed). floors: scores of rows that never saw the language. constant: added for each seed.
     """
@@ -79,15 +83,20 @@ class Part:
         seeds = self.per_seed.keys()
         return [score for _, scores in self.terms.values() for score in scores if score.seed in seeds]
 
-    def shares(self, seeds: Sequence[int]) -> np.ndarray | None:
-        """(seeds, examples): what each example contributes to the sum; None where counts of the examples are not kept."""
-        tables = []
+    def shares(self, seeds: Sequence[int]) -> dict[TestSet, np.ndarray] | None:
+        """Test set -> (seeds, examples): what each of its examples contributes to the sum.
+
+        None where counts of the examples are not kept, or rows were tested on different examples of one language.
+        """
+        tables: dict[TestSet, np.ndarray] = {}
+        examples: dict[str, int] = {}  # by language
         for weight, scores in self.terms.values():
             counts = example_counts([score for score in scores if score.seed in seeds])
-            if counts is None:
+            if counts is None or examples.setdefault(scores[0].language, counts.shape[1]) != counts.shape[1]:
                 return None
-            tables.append(weight * example_shares(counts))
-        return np.sum(tables, axis=0) if len({table.shape for table in tables}) == 1 else None
+            test_set = scores[0].task, counts.shape[1]
+            tables[test_set] = tables.get(test_set, 0.0) + weight * example_shares(counts)
+        return tables
 
     @property
     def floors(self) -> dict[str, float]:
@@ -182,16 +191,12 @@ def finding(
 def mean_effect(parts: Sequence[Part], confidence: float) -> tuple[Effect, int]:
     """The mean of the parts over their common seeds, and the number of parts without counts of each example."""
     per_seed = averaged(part.per_seed for part in parts)
-    tables: dict[tuple[str, str, int], list[np.ndarray]] = {}  # of each test set: task, language and size
-    for part in parts:
-        table = part.shares(list(per_seed))
-        if table is not None:
-            tables.setdefault((part.scores[0].task, part.scores[0].language, table.shape[1]), []).append(
-                table / len(parts)
-            )
-    shares = [np.sum(of_test_set, axis=0) for of_test_set in tables.values()]
-    known = sum(map(len, tables.values()))
-    return Effect.of(list(per_seed.values()), shares, confidence), len(parts) - known
+    known = [shares for part in parts if (shares := part.shares(list(per_seed))) is not None]
+    tables: dict[TestSet, np.ndarray] = {}
+    for shares in known:
+        for test_set, table in shares.items():
+            tables[test_set] = tables.get(test_set, 0.0) + table / len(parts)
+    return Effect.of(list(per_seed.values()), list(tables.values()), confidence), len(parts) - len(known)
 
 
 def _beside(parts: Sequence[Part]) -> dict[str, float]:

@@ -13,8 +13,17 @@ import pytest
 from scipy import stats
 
 from mlinterf_ds.results.claims import all_findings
-from mlinterf_ds.results.findings import Finding, compared, example_counts, finding, markdown
-from mlinterf_ds.results.records import Records
+from mlinterf_ds.results.findings import (
+    Finding,
+    Part,
+    compared,
+    difference,
+    example_counts,
+    finding,
+    markdown,
+    mean_effect,
+)
+from mlinterf_ds.results.records import Records, TaskScore
 from mlinterf_ds.results.statistics import Effect, adjusted, combined, example_shares, f1, negligible, positive
 from mlinterf_ds.results.tables import main_table
 from tests.study_records import LEXICAL, MAJORITY, planted, score
@@ -275,6 +284,62 @@ def test_what_would_decide_is_said(tmp_path: Path) -> None:
     few |= {("adpt", seed): np.roll(np.arange(150) < 113 + seed % 2, 40) for seed in range(3)}
     row = by_name(with_counts(planted(seeds=3), few, tmp_path))["adpt_beats_joint_within"]
     assert "the test sets are too small" in row.reason
+
+
+def of_examples(
+    folder: Path, language: str, left: np.ndarray, right: np.ndarray, against: str = "", seed: int = 0
+) -> Part:
+    """Left minus right, one seed each, with answers right (1) or wrong (0); `against`: the language of the right side."""
+
+    def scored(side: str, tested: str, answers: np.ndarray) -> TaskScore:
+        path = folder / f"{side}-{tested}-{len(answers)}-{seed}.csv"
+        path.write_text("right,predicted,gold\n" + "".join(f"{answer:g},1,1\n" for answer in answers))
+        facts = {"set": tested, "kind": "pair", "languages": ["syn", tested], "variant": side}
+        row = score(facts, seed, 0, tested, tested, 0.0)
+        return replace(row, score=100 * float(answers.mean()), counts=[str(path)])
+
+    return difference([scored("l", language, left)], [scored("r", against or language, right)], ("l", "r"))
+
+
+def test_what_translations_have_in_common_is_counted(tmp_path: Path) -> None:
+    """One sentence in two languages is one example: the interval is Student's of its mean difference over both."""
+    draw = np.random.default_rng(5)
+    shared = draw.random(40) < 0.5
+    sides = [(draw.random(40) < 0.6 + 0.3 * shared).astype(float) for _ in range(2)]
+    other = [(draw.random(40) < 0.4 + 0.1 * shared).astype(float) for _ in range(2)]
+    parts = [
+        of_examples(tmp_path, code, *pair) for code, pair in zip("ab", zip(sides, other, strict=True), strict=True)
+    ]
+    effect, unsampled = mean_effect(parts, 0.95)
+    by_sentence = 100 * np.mean([left - right for left, right in zip(sides, other, strict=True)], axis=0)
+    student = stats.ttest_1samp(by_sentence, 0).confidence_interval(0.95)
+    assert (effect.low, effect.high) == pytest.approx(tuple(student)) and unsampled == 0 and effect.examples == 40
+
+
+def test_unlike_texts_of_one_size_are_independent_on_average(tmp_path: Path) -> None:
+    """Over all ways to turn one test set against the other, what their examples have in common averages to nothing."""
+    draw = np.random.default_rng(6)
+    (a, b), (c, d) = ((draw.random((2, 12)) < 0.6).astype(float) for _ in range(2))
+    alone = sum((100 / 2) ** 2 * np.var(left - right, ddof=1) / 12 for left, right in ((a, b), (c, d)))
+    turned = []
+    for shift in range(12):
+        first, second = (
+            of_examples(tmp_path, "a", a, b),
+            of_examples(tmp_path, "b", np.roll(c, shift), np.roll(d, shift)),
+        )
+        turned.append(mean_effect([first, second], 0.95)[0].of_examples)
+    assert statistics.fmean(turned) == pytest.approx(alone) and max(turned) > 1.1 * alone
+
+
+def test_test_sets_of_two_languages_may_differ_in_size(tmp_path: Path) -> None:
+    """Their variances add up; of one language, rows that were tested on unlike sets have no examples in common."""
+    draw = np.random.default_rng(7)
+    large, small = ((draw.random(size) < 0.7).astype(float) for size in (60, 20))
+    effect, unsampled = mean_effect([of_examples(tmp_path, "a", large, small, against="b")], 0.95)
+    variance = sum(100**2 * np.var(answers, ddof=1) / len(answers) for answers in (large, small))
+    assert (effect.of_examples, effect.examples, unsampled) == (pytest.approx(variance), 80, 0)
+    effect, unsampled = mean_effect([of_examples(tmp_path, "a", large, small)], 0.95)
+    assert (effect.examples, unsampled) == (0, 1)
 
 
 def test_verdicts_are_corrected_for_their_number() -> None:
