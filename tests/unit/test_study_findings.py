@@ -198,7 +198,9 @@ def test_transfer_that_falls_with_distance() -> None:
     records.distances["mid"] = 0.4
     facts = {"set": "mid", "kind": "pair", "languages": ["syn", "syn-mid"], "variant": "joint"}
     lost = {"close": 0.0, "mid": 8.0, "far": 16.0}
-    records.scores += [score(facts, seed, 0, "syn", "syn-mid", 70.0) for seed in range(5)]
+    alone = {"set": "syn", "kind": "mono", "languages": ["syn"], "variant": "mono"}
+    for seed in range(5):
+        records.scores += [score(facts, seed, 0, "syn", "syn-mid", 70.0), score(alone, seed, 8, "syn", "syn-mid", 30.0)]
     records.scores = [
         replace(s, score=s.score - (20 if (s.seed, s.set) == (1, "mid") else lost[s.set]))
         if s.kind == "pair" and s.variant == "joint" and s.train == "syn" and s.language != "syn"
@@ -210,6 +212,34 @@ def test_transfer_that_falls_with_distance() -> None:
     assert "by task and seed: -1.00, -0.50, -1.00, -1.00, -1.00;" in row.note
     records.distances = {"close": 0.2, "far": 0.21}
     assert by_name(records)["distance_hinders_transfer"].reason.startswith("the distances tie")
+
+
+def harder_by_20(records: Records) -> Records:
+    """All that is tested zero-shot on the far target scores 20 points less, also by a model that never saw it."""
+    lower = [
+        replace(s, score=s.score - 20) if (s.train, s.language) == ("syn", "syn-far") else s for s in records.scores
+    ]
+    return replace(records, scores=lower)
+
+
+def test_a_harder_test_set_is_no_less_transfer() -> None:
+    """Joint and the model that never saw the language lose the same; without the latter, only scores are compared."""
+    records = harder_by_20(planted())
+    row = by_name(records)["distance_hinders_transfer"]
+    assert row.verdict == "undecided" and row.effect.mean == pytest.approx(0, abs=0.1) and "transfer" in row.claim
+    assert {name: round(value) for name, value in row.beside.items() if name.startswith(("on", "never"))} == {
+        "on syn-close": 70, "on syn-far": 50, "never saw syn-close": 30, "never saw syn-far": 10,
+    }  # fmt: skip
+    records.scores = [s for s in records.scores if s.kind != "mono"]
+    row = by_name(records)["distance_hinders_transfer"]
+    assert row.verdict == "holds" and row.effect.mean == pytest.approx(20, abs=0.1)
+    assert "transfer" not in row.claim and "no model that never saw the languages" in row.note
+
+
+def test_distance_hinders_no_transfer_where_there_is_none() -> None:
+    """Joint scores zero-shot what a model scores that never saw the language, though far more on one than on the other."""
+    row = by_name(harder_by_20(planted(shifts={"joint": (0.0, -40.0)})))["distance_hinders_transfer"]
+    assert (row.verdict, row.parts) == ("undecided", {}) and row.reason.startswith("at the floor")
 
 
 def test_meta_is_compared_on_small_languages_too() -> None:
