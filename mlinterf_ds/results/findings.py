@@ -232,7 +232,7 @@ def judged(result: Finding, judgement: Judgement, confidence: float, cause: str 
 
 def inconclusive(judgement: Judgement, alpha: float) -> str:
     """Why an interval decides nothing, and what would."""
-    effect, distance = judgement.effect, judgement.distance
+    effect, distance, alpha = judgement.effect, judgement.distance, alpha / judgement.tests
     if len(effect.values) < 2:
         return "inconclusive: one seed gives no interval over seeds; run three or more"
     if not effect.has_interval:

@@ -154,6 +154,7 @@ class Judgement:
     distance: float
     p: float
     effect: Effect
+    tests: int = 1  # of which this one was chosen by its p-value, which has been multiplied by their number
 
 
 def positive(effect: Effect) -> Judgement:
@@ -174,7 +175,8 @@ def combined(judgements: Sequence[Judgement]) -> Judgement:
     if not failing:
         return max(judgements, key=lambda judgement: judgement.p)
     clearest = min(failing, key=lambda judgement: judgement.p)
-    return replace(clearest, p=min(1.0, clearest.p * len(judgements)))  # Bonferroni, because any of them may fail
+    tests = len(judgements)
+    return replace(clearest, p=min(1.0, clearest.p * tests), tests=tests)  # Bonferroni, because any of them may fail
 
 
 def adjusted(ps: Sequence[float]) -> list[float]:

@@ -20,6 +20,7 @@ from mlinterf_ds.results.findings import (
     difference,
     example_counts,
     finding,
+    inconclusive,
     markdown,
     mean_effect,
 )
@@ -507,6 +508,16 @@ def test_a_claim_of_several_parts() -> None:
     )
     assert combined([clear, clear]) == clear and combined([clear, weak]) == weak
     assert combined([clear, against]).side == "fails" and combined([clear, against]).p == 2 * against.p
+
+
+def test_the_seeds_of_one_of_several_tests_are_counted_at_its_level() -> None:
+    """Three seeds decide a loss at 5%, but not the clearest of two: more are needed, as Student's test at 2.5% has it."""
+    loss, gain = [-2.0, -1.0, -2.2], [3.0, 3.1, 2.9]
+    judgement = combined([positive(Effect.of(values)) for values in (loss, gain)])
+    assert stats.ttest_1samp(loss, 0).pvalue < 0.05 < judgement.p
+    spread, mean = np.std(loss, ddof=1), abs(np.mean(loss))
+    needed = next(n for n in range(2, 99) if stats.t.isf(0.025 / 2, n - 1) * spread / n**0.5 < mean)
+    assert needed > len(loss) and f"would need about {needed} seeds" in inconclusive(judgement, 0.05)
 
 
 def test_the_examples_shares_have_the_variance_of_the_score() -> None:
