@@ -48,6 +48,7 @@ class Finding:
     p: float = 1.0  # the least level at which the interval decides; 1 without an effect
     adjusted_p: float = 1.0  # corrected for the number of claims
     reason: str = ""  # why it is undecided
+    open: bool = False  # whether it is undecided and more seeds could decide it
 
     def row(self) -> dict[str, Any]:
         """As JSON, with None for what is unknown."""
@@ -226,25 +227,27 @@ def judged(result: Finding, judgement: Judgement, confidence: float, cause: str 
         return replace(result, reason="not measured: this study has no records for it")
     decided = judgement.p < alpha and len(effect.values) > 1 and not cause
     verdict: Verdict = judgement.side if decided else "undecided"
-    reason = "" if decided else cause or inconclusive(judgement, alpha)
-    return replace(result, verdict=verdict, uncorrected=verdict, p=judgement.p, adjusted_p=judgement.p, reason=reason)
+    reason, is_open = (cause, False) if decided or cause else inconclusive(judgement, alpha)
+    p = judgement.p
+    return replace(result, verdict=verdict, uncorrected=verdict, p=p, adjusted_p=p, reason=reason, open=is_open)
 
 
-def inconclusive(judgement: Judgement, alpha: float) -> str:
-    """Why an interval decides nothing, and what would."""
+def inconclusive(judgement: Judgement, alpha: float) -> tuple[str, bool]:
+    """Why an interval decides nothing, and what would; and whether more seeds would."""
     effect, distance, alpha = judgement.effect, judgement.distance, alpha / judgement.tests
     if len(effect.values) < 2:
-        return "inconclusive: one seed gives no interval over seeds; run three or more"
+        return "inconclusive: one seed gives no interval over seeds; run three or more", True
     if not effect.has_interval:
-        return "inconclusive: all seeds and examples give the same difference, so that its spread is not known"
+        return "inconclusive: all seeds and examples give the same difference, so that its spread is not known", False
     if distance < 1e-9:
-        return "inconclusive: a tie"
+        return "inconclusive: a tie", False
     if seeds := effect.seeds_needed(distance, alpha):
-        return f"inconclusive: would need about {seeds} seeds, if the effect is as large as it seems"
+        return f"inconclusive: would need about {seeds} seeds, if the effect is as large as it seems", True
     times = max(2.0, (effect.half(alpha, len(effect.values) * 10**6) / distance) ** 2)
     if times > MOST_TIMES:
-        return "inconclusive: the difference is too close to the border to be told by a study like this"
-    return f"inconclusive: the test sets are too small, about {times:,.0f} times as many examples would do, however many the seeds"
+        return "inconclusive: the difference is too close to the border to be told by a study like this", False
+    reason = f"the test sets are too small, about {times:,.0f} times as many examples would do, however many the seeds"
+    return f"inconclusive: {reason}", False
 
 
 def corrected(findings: Sequence[Finding], confidence: float) -> list[Finding]:
@@ -256,7 +259,7 @@ def corrected(findings: Sequence[Finding], confidence: float) -> list[Finding]:
         row = replace(row, adjusted_p=of.get(row.name, row.p))
         if row.verdict in ("holds", "fails") and row.adjusted_p >= 1 - confidence:
             reason = f"inconclusive: {row.verdict} by itself (p {row.p:.2g}), but not among {len(tested)} claims"
-            row = replace(row, verdict="undecided", reason=reason)
+            row = replace(row, verdict="undecided", reason=reason, open=True)
         results.append(row)
     return results
 

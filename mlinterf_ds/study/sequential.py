@@ -31,11 +31,7 @@ class Looks:
         for row in findings:
             if row.verdict in ("holds", "fails"):
                 self.decided.setdefault(row.name, {"verdict": row.verdict, "look": look, "seeds": seeds})
-        self.open = [
-            row.name
-            for row in findings
-            if row.name not in self.decided and row.reason.startswith("inconclusive: ") and row.effect.has_interval
-        ]
+        self.open = [row.name for row in findings if row.open and row.name not in self.decided]
 
 
 def until_decided(

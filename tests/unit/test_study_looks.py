@@ -11,7 +11,7 @@ from mlinterf_ds.errors import UserError
 from mlinterf_ds.results.findings import Finding, judged
 from mlinterf_ds.results.statistics import Effect, positive
 from mlinterf_ds.study.main import main
-from mlinterf_ds.study.sequential import level, until_decided
+from mlinterf_ds.study.sequential import Looks, level, until_decided
 
 
 def of(values: list[float], confidence: float) -> Finding:
@@ -38,6 +38,34 @@ def test_it_stops_where_nothing_is_open_or_the_time_is_over() -> None:
     asked.clear()
     looks = until_decided(study, [0, 1], 0.95, hours=0.5, clock=lambda: float(next(ticks)))
     assert looks.open == ["claim"] and len(asked) == 1
+
+
+@pytest.mark.parametrize(
+    "values, rows, is_open",
+    [
+        ([2.0], 0, True),  # one seed
+        ([2.0], 50, True),  # one seed, whose test examples are known
+        ([3.0, -2.0, 1.0], 0, True),
+        ([1.0, -1.0], 0, False),  # a tie
+        ([2.0, 2.0], 0, False),  # no spread
+        ([3.0, 2.0, 1.0], 50, False),  # the test set is too small
+        ([1.0, 0.9, 1.1], 0, False),  # decided
+    ],
+)
+def test_open_is_what_more_seeds_could_decide(values: list[float], rows: int, is_open: bool) -> None:
+    shares = [np.tile(np.random.default_rng(0).normal(0, 1, rows), (len(values), 1))] if rows else []
+    effect = Effect.of(values, shares)
+    row = judged(Finding("claim", "a claim", "points", "not measured", effect), positive(effect), 0.95)
+    looks = Looks()
+    looks.add(1, len(values), [row])
+    assert looks.open == ["claim"] * is_open
+
+
+def test_a_study_of_one_seed_gets_more() -> None:
+    looks = until_decided(
+        lambda seeds, confidence: [of([1.0, 1.1, 0.9, 1.0][: len(seeds)], confidence)], [0], 0.95, 1.0
+    )
+    assert looks.decided["claim"]["verdict"] == "holds"
 
 
 @pytest.mark.parametrize("asked", [["0"], ["nan"], ["1", "--executor", "slurm"]])
