@@ -256,23 +256,35 @@ def collapses(records: Records, variant: str) -> Finding:
 
 
 def meta_is_best(records: Records, setting: str) -> Finding:
-    """Holds if meta_adpt beats every rival; the effect shown is the one over the closest."""
+    """Holds if meta_adpt beats every rival, of which none may be missing; the effect shown is the one over the closest.
+
+    It fails as soon as one rival is better. A rival with a single seed decides neither.
+    """
     claim = f"meta_adpt is the best joint model, {setting}; the effect is over the closest rival"
     name = f"meta_adpt_best_{setting.replace('-', '_')}"
     rivals = {row: finding(records, name, claim, compared(records, "meta_adpt", row, setting)) for row in RIVALS}
+    missing = [row for row, of_rival in rivals.items() if not of_rival.effect.values]
     rivals = {row: of_rival for row, of_rival in rivals.items() if of_rival.effect.values}
     if not rivals:
         return finding(records, name, claim, {})
     floored = {row for row, of_rival in rivals.items() if of_rival.reason.startswith("at the floor")}
     told = {row: of_rival for row, of_rival in rivals.items() if row not in floored} or rivals
     closest = min(told, key=lambda row: told[row].effect.mean)
-    beside = functools.reduce(lambda left, right: right | left, (of_rival.beside for of_rival in rivals.values()))
     result = replace(
-        told[closest], beside=beside, parts={row: of_rival.effect.mean for row, of_rival in rivals.items()},
+        told[closest], parts={row: of_rival.effect.mean for row, of_rival in rivals.items()},
         note="; ".join(filter(None, [f"closest rival: {closest}", told[closest].note])),
     )  # fmt: skip
-    judgement = combined([positive(of_rival.effect) for of_rival in told.values()])
-    return judged(result, judgement, records.confidence, told[closest].reason if told is rivals and floored else "")
+    single = [row for row, of_rival in told.items() if len(of_rival.effect.values) < 2]
+    judgements = {row: positive(of_rival.effect) for row, of_rival in told.items()}
+    judgements |= {row: replace(judgements[row], p=1.0) for row in single}
+    judgement = combined([*judgements.values()])
+    cause = told[closest].reason if told is rivals and floored else ""
+    if missing and judgement.side == "holds":
+        cause = cause or f"without {', '.join(missing)}: not in this study"
+    result = judged(result, judgement, records.confidence, cause)
+    if single and not cause and judgement.side == "holds":
+        return replace(result, reason=f"inconclusive: one seed of {', '.join(single)}; run three or more", open=True)
+    return result
 
 
 def meta_beats(records: Records, row: str, claim: str) -> Finding:

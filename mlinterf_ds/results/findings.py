@@ -225,7 +225,7 @@ def judged(result: Finding, judgement: Judgement, confidence: float, cause: str 
         return replace(result, verdict="undecided", uncorrected="undecided", reason=cause)
     if not effect.values:
         return replace(result, reason="not measured: this study has no records for it")
-    decided = judgement.p < alpha and len(effect.values) > 1 and not cause
+    decided = judgement.p < alpha and len(judgement.effect.values) > 1 and not cause
     verdict: Verdict = judgement.side if decided else "undecided"
     reason, is_open = (cause, False) if decided or cause else inconclusive(judgement, alpha)
     p = judgement.p

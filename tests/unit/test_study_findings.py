@@ -94,6 +94,46 @@ def test_a_model_at_the_floor_still_loses_to_one_above_it() -> None:
     assert best.verdict == "undecided" and best.reason.startswith("at the floor")
 
 
+def test_the_best_is_better_than_every_rival() -> None:
+    """Rivals that a study lacks can't be beaten, but one that is better is enough; the scores shown are of one comparison."""
+    without = {"ffn", "attn"}
+    for shifts, verdict in (({}, "undecided"), ({"meta_adpt": (-3.0, 0.0)}, "fails")):
+        records = planted(shifts=shifts)
+        records.scores = [s for s in records.scores if s.variant not in without]
+        best = by_name(records)["meta_adpt_best_within"]
+        assert best.verdict == verdict and not best.open
+        assert best.reason == ("without ffn, attn: not in this study" if verdict == "undecided" else "")
+    records = planted()
+    records.scores = [s for s in records.scores if (s.variant, s.set) != ("adpt", "far")]
+    records.scores = [replace(s, score=s.score + (s.variant == "adpt")) for s in records.scores]
+    best = by_name(records)["meta_adpt_best_within"]
+    close = {
+        row: statistics.fmean(
+            s.score for s in records.scores if (s.variant, s.train, s.language) == (row, *["syn-close"] * 2)
+        )
+        for row in ("meta_adpt", "adpt")
+    }
+    assert best.verdict == "holds" and "closest rival: adpt" in best.note
+    assert best.beside == pytest.approx(close | {"majority": MAJORITY, "lexical": LEXICAL})
+
+
+def test_a_rival_with_one_seed_decides_nothing(tmp_path: Path) -> None:
+    """Its interval is of the test examples alone, however clear it is; a rival with all seeds decides that meta is not best."""
+    right = {("meta_adpt", seed): np.arange(300) < 240 + seed for seed in range(5)}
+    right |= {("attn", 0): np.arange(300) < 150}
+    for joint, verdict in ((150, "undecided"), (290, "fails")):
+        records = planted()
+        records.scores = [s for s in records.scores if s.variant != "attn" or s.seed == 0]
+        others = {
+            (row, seed): np.arange(300) < joint + seed % 2
+            for row in ("joint", "ffn", "adpt", "share_adpt")
+            for seed in range(5)
+        }
+        best = by_name(with_counts(records, right | others, tmp_path))["meta_adpt_best_within"]
+        assert (best.verdict, best.open) == (verdict, verdict == "undecided")
+        assert best.reason == ("inconclusive: one seed of attn; run three or more" if verdict == "undecided" else "")
+
+
 def test_nothing_collapses_where_joint_training_transfers_nothing() -> None:
     """Joint zero-shot at 30.5 is within the margin of the floor of 30: ffn, far below, has lost no transfer."""
     nothing = {"joint": (0.0, -39.5), "ffn": (0.0, -60.0), "attn": (0.0, -60.0)}
