@@ -470,7 +470,11 @@ def piece_counts(corpus: TokenSource, language: str) -> np.ndarray:
 
 
 def bits_per_character(nll_per_token: float, tokens: int, characters: int) -> float:
-    """Converts a loss in nats per token of a text with this many tokens and characters: comparable across vocabularies."""
+    """Converts a loss in nats per token of a text with this many tokens and characters.
+
+    Of masked tokens it depends less on the vocabulary than perplexity does, but still favours short pieces, which see the rest
+    of their word.
+    """
     assert tokens > 0 and characters > 0, (tokens, characters)
     return nll_per_token / math.log(2) * tokens / characters
 

@@ -83,7 +83,12 @@ def mono_beats_joint(records: Records, row: str, claim: str) -> Finding:
 
 
 def own_vocabulary_predicts_better(records: Records) -> Finding:
-    """By bits per character of validation text, which do not depend on the size of the pieces as perplexity does."""
+    """By bits per character of validation text.
+
+    They are summed over masked pieces, of which each is predicted from all others. A short piece sees the rest of its word, so that
+    the same text costs less in shorter pieces. A vocabulary that several languages share has the shorter ones: the measure favours
+    the joint model, and a loss to it tells nothing.
+    """
 
     def bits(group: str, variant: str, control: str, language: str) -> PerSeed:
         models = [m for m in records.models if (m.set, m.variant, m.control) == (group, variant, control)]
@@ -94,8 +99,15 @@ def own_vocabulary_predicts_better(records: Records) -> Finding:
         for language in (records.source, target):
             sides = bits(group, "joint", "", language), bits(language, "mono", "vocabulary", language)
             parts[f"{language} in {group}"] = {seed: joint - mono for seed, (joint, mono) in paired(*sides).items()}
-    claim = "a monolingual model with a vocabulary of its own predicts text better than the joint one"
-    return measured(records, "mono_vocabulary_predicts_better_than_joint", claim, parts, "bits per character")
+    claim = (
+        "a monolingual model with a vocabulary of its own predicts text better than the joint one, by bits per character, "
+        "which favour the joint one's shorter pieces"
+    )
+    result = measured(records, "mono_vocabulary_predicts_better_than_joint", claim, parts, "bits per character")
+    if result.verdict == "fails":
+        reason = "shorter pieces, which see the rest of their word, may be all of the joint model's advantage"
+        return replace(result, verdict="undecided", uncorrected="undecided", reason=reason)
+    return result
 
 
 def joint_beats_mono_low(records: Records) -> Finding:

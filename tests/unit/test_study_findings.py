@@ -228,6 +228,15 @@ def test_monolingual_models_with_a_vocabulary_of_their_own() -> None:
     assert own.effect.mean == pytest.approx(before["mono_beats_joint_within"].effect.mean + 1.0)
     bits = of["mono_vocabulary_predicts_better_than_joint"]
     assert bits.verdict == "holds" and bits.effect.values == pytest.approx([0.5 + 0.01 * seed for seed in joint])
+    worse = [
+        replace(m, bits_per_character={code: value + 1.0 for code, value in m.bits_per_character.items()})
+        if m.control == "vocabulary"
+        else m
+        for m in records.models
+    ]
+    lost = by_name(replace(records, models=worse))["mono_vocabulary_predicts_better_than_joint"]
+    assert lost.effect.high < 0 and (lost.verdict, lost.uncorrected, lost.open) == ("undecided", "undecided", False)
+    assert "shorter pieces" in lost.reason and "shorter pieces" in lost.claim
     assert bits.parts.keys() == {f"{code} in {pair}" for pair in ("close", "far") for code in ("syn", f"syn-{pair}")}
     names = [name for name, _ in main_table(records, 2, "POS", [("pos", "f1")]).blocks[0][1]]
     assert names[:3] == ["Mono", "Mono, own vocabulary", "JointPair"]
