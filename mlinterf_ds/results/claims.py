@@ -363,27 +363,26 @@ def causes(records: Records) -> list[Finding]:
     def of_gradients(facts: dict[str, Any]) -> float:
         return facts["within"] - facts["between"] if "between" in facts else math.nan
 
-    def of_layers(facts: dict[str, Any]) -> float:
-        layers = sorted({row["layer"] for row in _mask_rows(facts)}, key=int)
-        half = len(layers) // 2
-        return _cosine(facts, "layer", layers[:half]) - _cosine(facts, "layer", layers[len(layers) - half :])
-
-    def of_components(facts: dict[str, Any]) -> float:
-        return _cosine(facts, "component", ["attention"]) - _cosine(facts, "component", ["ffn"])
+    def of_masks(name: str, claim: str, lower: str, upper: str) -> Finding:
+        """The masks of two languages on one side of a comparison and on the other, beside the ceilings of both."""
+        sides = {side: _of_analyses(records, "prune", functools.partial(_cosine, side=side)) for side in (lower, upper)}
+        ceilings = {
+            f"{side} (one language)": _of_analyses(records, "prune", functools.partial(_cosine, side=side, one=True))
+            for side in sides
+        }
+        gaps = _of_analyses(records, "prune", lambda facts: _cosine(facts, lower) - _cosine(facts, upper))
+        return measured(
+            records, name, f"masks of two languages are more alike in {claim}", gaps, "cosine of pi", sides | ceilings
+        )
 
     gradients = "gradients of two languages are less alike than those of one language"
-    masks, pi = "masks of two languages are more alike in", "cosine of pi"
-    layers, components = (
-        f"{masks} the lower half of the layers than in the upper",
-        f"{masks} attention than in the feed-forward layers",
-    )
+    conflict = _of_analyses(records, "conflict", of_gradients)
     return [
-        measured(records, name, claim, _of_analyses(records, analysis, gap), unit)
-        for name, claim, analysis, gap, unit in (
-            ("gradients_conflict_across_languages", gradients, "conflict", of_gradients, "cosine"),
-            ("lower_layers_shared_more", layers, "prune", of_layers, pi),
-            ("attention_shared_more", components, "prune", of_components, pi),
-        )
+        measured(records, "gradients_conflict_across_languages", gradients, conflict, "cosine"),
+        of_masks(
+            "lower_layers_shared_more", "the lower half of the layers than in the upper", "lower half", "upper half"
+        ),
+        of_masks("attention_shared_more", "attention than in the feed-forward layers", "attention", "ffn"),
     ]
 
 
@@ -396,12 +395,15 @@ def _of_analyses(records: Records, analysis: str, gap: Callable[[dict[str, Any]]
     return parts
 
 
-def _mask_rows(facts: dict[str, Any]) -> list[dict[str, Any]]:
-    """The rows of similarity.csv that belong to a layer."""
-    return [row for row in facts.get("layers", []) if str(row["layer"]).isdecimal()]
+def _cosine(facts: dict[str, Any], side: str, one: bool = False) -> float:
+    """Mean cosine of the masks of two languages in a half of the layers or in a component; NaN where it is not known.
 
-
-def _cosine(facts: dict[str, Any], column: str, values: list[Any]) -> float:
-    """Mean cosine of the masks of two languages over the rows with these values; NaN without any."""
-    rows = [row for row in _mask_rows(facts) if row["left"] != row["right"] and row["cosine"] and row[column] in values]
-    return statistics.fmean(float(row["cosine"]) for row in rows) if rows else math.nan
+    one: of one language's masks from two seeds instead, which are the ceiling: they differ by chance alone.
+    """
+    rows = [row for row in facts.get("layers", []) if str(row["layer"]).isdecimal()]
+    layers = sorted({row["layer"] for row in rows}, key=int)
+    half = len(layers) // 2
+    halves = {"lower half": layers[:half], "upper half": layers[len(layers) - half :]}
+    column, values = ("layer", halves[side]) if side in halves else ("component", [side])
+    chosen = [row for row in rows if (row["left"] == row["right"]) == one and row["cosine"] and row[column] in values]
+    return statistics.fmean(float(row["cosine"]) for row in chosen) if chosen else math.nan

@@ -210,11 +210,19 @@ def _beside(parts: Sequence[Part]) -> dict[str, float]:
     return {name: statistics.fmean(columns[name]) for name in sorted(columns, key=lambda name: name in FLOORS)}
 
 
-def measured(records: Records, name: str, claim: str, parts: Mapping[str, PerSeed], unit: str) -> Finding:
-    """Judges a claim about a quantity that is not a score of a task, so that it varies over seeds only."""
+def measured(
+    records: Records, name: str, claim: str, parts: Mapping[str, PerSeed], unit: str,
+    beside: Mapping[str, Mapping[str, PerSeed]] | None = None,
+) -> Finding:  # fmt: skip
+    """Judges a claim about a quantity that is not a score of a task, so that it varies over seeds only.
+
+    beside: name -> by part what the effect is to be seen beside; its mean is shown.
+    """
     effect = Effect.of(list(averaged(parts.values()).values()), confidence=records.confidence)
     means = {key: statistics.fmean(part.values()) for key, part in parts.items() if part}
-    result = Finding(name, claim, unit, "not measured", effect, {}, means)
+    known = {side: averaged(values.values()) for side, values in (beside or {}).items()}
+    shown = {side: statistics.fmean(per_seed.values()) for side, per_seed in known.items() if per_seed}
+    result = Finding(name, claim, unit, "not measured", effect, shown, means)
     return judged(result, positive(effect), records.confidence)
 
 
@@ -271,11 +279,16 @@ def markdown(findings: Sequence[Finding], confidence: float) -> str:
     head = ["claim", "verdict", "uncorrected", "effect", span, "d", "seeds", "p", "adjusted p", "beside"]
     rows = []
     for row in findings:
-        beside = ", ".join(f"{name} {value:.1f}" for name, value in row.beside.items())
-        notes = "; ".join(dict.fromkeys(filter(None, [row.reason, beside, below_lexical(row), row.note])))
+        notes = "; ".join(dict.fromkeys(filter(None, [row.reason, shown_beside(row), below_lexical(row), row.note])))
         told = [row.claim, f"**{row.verdict}**", row.uncorrected, *interval(row), len(row.effect.values)]
         rows.append([*told, *p_values(row), notes])
     return "\n".join([*markdown_table(head, rows), "", caution(findings, confidence)]) + "\n"
+
+
+def shown_beside(finding: Finding) -> str:
+    """What the effect is to be seen beside, as text; '' where there is nothing."""
+    digits = 1 if finding.unit == "points" else 3
+    return ", ".join(f"{name} {value:.{digits}f}" for name, value in finding.beside.items())
 
 
 def below_lexical(finding: Finding) -> str:

@@ -15,7 +15,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from mlinterf_ds.results import paper
-from mlinterf_ds.results.findings import Finding, below_lexical, caution, interval, p_values
+from mlinterf_ds.results.findings import Finding, below_lexical, caution, interval, p_values, shown_beside
 from mlinterf_ds.results.forms import Cell, Table
 from mlinterf_ds.results.records import Records, TaskScore, TrainedModel
 from mlinterf_ds.results.statistics import VERDICTS
@@ -54,7 +54,11 @@ def render(
     )  # fmt: skip
     environment.filters |= {"sortable": sortable, "bar": bar, "interval": interval, "p_values": p_values}
     environment.filters["short_paths"] = lambda text: re.sub(r"(?<![\w.])/(?:[^\s/:;,]+/)+", "…/", text)
-    environment.filters |= {"below_lexical": below_lexical, "css": lambda verdict: verdict.replace(" ", "-")}
+    environment.filters |= {
+        "shown_beside": shown_beside,
+        "below_lexical": below_lexical,
+        "css": lambda verdict: verdict.replace(" ", "-"),
+    }
     about = {
         "languages": ", ".join(config.languages),
         "variants": ", ".join([*(["mono"] if config.mono else []), *config.variants]),

@@ -71,6 +71,29 @@ def test_planted_effects_are_measured() -> None:
     assert beside["never saw it"] == pytest.approx(30, abs=0.2) and beside["majority"] == 10
 
 
+def test_masks_are_shown_beside_their_ceilings() -> None:
+    """Masks of one language differ more in the feed-forward layers: that is all of the difference between two languages."""
+    records = planted()
+    ceilings = {"attention": 0.97, "ffn": 0.77, "all": 1.0}
+    of_masks = [row for row in records.analyses if row.analysis == "prune"]
+    for row in (row for of_seed in of_masks for row in of_seed.facts["layers"] if row["left"] == row["right"]):
+        row["cosine"] = str(ceilings[row["component"]] - 0.1 * int(row["layer"]))
+    before, of = by_name(planted()), by_name(records)
+    attention, layers = of["attention_shared_more"], of["lower_layers_shared_more"]
+    assert attention.effect == before["attention_shared_more"].effect
+    assert attention.beside == pytest.approx(
+        {"attention": 0.76, "ffn": 0.57, "attention (one language)": 0.92, "ffn (one language)": 0.72}
+    )
+    by_layer = {
+        "lower half": 0.83,
+        "upper half": 0.5,
+        "lower half (one language)": 0.87,
+        "upper half (one language)": 0.77,
+    }
+    assert layers.beside == pytest.approx(by_layer)
+    assert "lower half 0.830, upper half 0.500, lower half (one language) 0.870" in markdown([layers], 0.95)
+
+
 def test_the_opposite_fails() -> None:
     worse = dict.fromkeys(("ffn", "attn", "adpt", "share_adpt"), (-3.0, 0.0)) | {
         "meta_adpt": (-1.0, 3.0),
