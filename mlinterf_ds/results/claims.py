@@ -363,14 +363,14 @@ def causes(records: Records) -> list[Finding]:
     def of_gradients(facts: dict[str, Any]) -> float:
         return facts["within"] - facts["between"] if "between" in facts else math.nan
 
-    def of_masks(name: str, claim: str, lower: str, upper: str) -> Finding:
+    def of_masks(name: str, claim: str, more: str, less: str) -> Finding:
         """The masks of two languages on one side of a comparison and on the other, beside the ceilings of both."""
-        sides = {side: _of_analyses(records, "prune", functools.partial(_cosine, side=side)) for side in (lower, upper)}
+        sides = {side: _of_analyses(records, "prune", functools.partial(_cosine, side=side)) for side in (more, less)}
         ceilings = {
             f"{side} (one language)": _of_analyses(records, "prune", functools.partial(_cosine, side=side, one=True))
             for side in sides
         }
-        gaps = _of_analyses(records, "prune", lambda facts: _cosine(facts, lower) - _cosine(facts, upper))
+        gaps = _of_analyses(records, "prune", lambda facts: _cosine(facts, more) - _cosine(facts, less))
         return measured(
             records, name, f"masks of two languages are more alike in {claim}", gaps, "cosine of pi", sides | ceilings
         )

@@ -126,23 +126,25 @@ def _spread(values: Sequence[float] | np.ndarray) -> float:
     return spread if spread and spread >= 1e-9 * abs(float(np.mean(values))) else 0.0
 
 
-def detectable(spread: float, seeds: int, confidence: float, power: float = 0.8) -> float:
-    """The least mean of paired differences that a two-sided t test tells from 0 with this power; inf with one seed.
+def detectable(spread: float, seeds: int, confidence: float, power: float = 0.8, of_examples: float = 0.0) -> float:
+    """The least mean of paired differences that is told from 0 with this power; inf with one seed.
 
-    spread: the standard deviation of the differences over seeds. The test's power is that of the noncentral t distribution
-    (Cohen, Statistical Power Analysis, 1988, chapter 2).
+    spread: the standard deviation of the differences over seeds, of which a two-sided t test has the power of the noncentral t
+    distribution (Cohen, Statistical Power Analysis, 1988, chapter 2). of_examples: the standard deviation that the sample of test
+    examples gives the mean, however many the seeds; it is taken as normal, and the two add up as independent ones do.
     """
     if seeds < 2:
         return math.inf
     from scipy.optimize import brentq
-    from scipy.stats import nct, t
+    from scipy.stats import nct, norm, t
 
     freedom, border = seeds - 1, t.ppf((1 + confidence) / 2, seeds - 1)
 
     def lacking(shift: float) -> float:
         return power - float(nct.sf(border, freedom, shift))
 
-    return float(brentq(lacking, 0.0, 10.0 + 2.0 * float(border))) * spread / math.sqrt(seeds)
+    by_seeds = float(brentq(lacking, 0.0, 10.0 + 2.0 * float(border))) * spread / math.sqrt(seeds)
+    return math.hypot(by_seeds, float(norm.ppf((1 + confidence) / 2) + norm.ppf(power)) * of_examples)
 
 
 # --- verdicts ----------------------------------------------------------------------------------------------------------

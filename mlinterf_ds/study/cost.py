@@ -1,7 +1,7 @@
 """What a study will cost and what it can tell, before it starts.
 
 Its time is estimated from jobs that have finished if there are some, else from figures that were measured once; the effects that it
-could tell from none, from the spread over seeds that an earlier study had.
+could tell from none, from the spread that an earlier study had over seeds and, where it is known, over test examples.
 """
 
 from __future__ import annotations
@@ -9,8 +9,10 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from math import sqrt
 from pathlib import Path
 from statistics import median, stdev
+from typing import Any, NamedTuple
 
 from mlinterf_ds.errors import refusing
 from mlinterf_ds.files import read_json
@@ -126,20 +128,37 @@ def show(jobs: Sequence[Job], output: Path, slots: int, by_job: bool = False, ra
 
 
 # --- power -------------------------------------------------------------------------------------------------------------
-def spreads(findings: Path) -> dict[str, float]:
-    """Claim -> standard deviation of its effect over the seeds, from the findings.json of a study; {} where there is none yet."""
+class Spread(NamedTuple):
+    """How much a claim's effect varies, as standard deviations in the claim's unit."""
+
+    of_seeds: float  # of the effect from seed to seed
+    of_examples: float | None = None  # that the sample of test examples gives the mean over any seeds; None: not known
+
+
+def spreads(findings: Path) -> dict[str, Spread]:
+    """Claim -> its spread, from the findings.json of a study; {} where there is none yet."""
     if not findings.is_file():
         return {}
     with refusing(f"{findings}: not a study's findings", "; run the study with --report to make them anew"):
-        effects = {row["name"]: row["effect"]["values"] for row in read_json(findings)}
-        return {name: stdev(values) for name, values in effects.items() if len(values) > 1}
+        effects = {row["name"]: row["effect"] for row in read_json(findings)}
+        return {
+            name: Spread(stdev(effect["values"]), _of_examples(effect))
+            for name, effect in effects.items()
+            if len(effect["values"]) > 1
+        }
 
 
-def show_power(known: Mapping[str, float], seeds: int, confidence: float) -> str:
+def _of_examples(effect: Mapping[str, Any]) -> float | None:
+    """The square root of B - AB (`results/statistics.py`); None where no test examples are known."""
+    return sqrt(max(0.0, effect["of_examples"] - effect["of_both"])) if effect["examples"] else None
+
+
+def show_power(known: Mapping[str, Spread], seeds: int, confidence: float) -> str:
     """A line for each claim with the effect that the study could detect, in the claim's unit."""
     lines = [f"with {seeds} seeds an effect of this size is told from none in 80 of 100 studies (before correction):"]
-    lines += [
-        f"  {name:<40}{detectable(spread, seeds, confidence):>10.3g}   (spread {spread:.3g})"
-        for name, spread in known.items()
-    ]
+    for name, (of_seeds, of_examples) in known.items():
+        least = detectable(of_seeds, seeds, confidence, of_examples=of_examples or 0.0)
+        told = f"spread {of_seeds:.3g}" + (f" over seeds, {of_examples:.3g} over test examples" if of_examples else "")
+        told += "; by seeds alone; the sample of test examples comes on top" if of_examples is None else ""
+        lines.append(f"  {name:<40}{least:>10.3g}   ({told})")
     return "\n".join(lines)

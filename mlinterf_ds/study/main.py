@@ -120,7 +120,8 @@ class Study:
 
     def power(self) -> str:
         """Says which effects the study could detect, by its own findings so far or else the recipe's pilot; '' without both."""
-        known = cost.spreads(self.output / "findings.json") or self.config.pilot
+        pilot = {name: cost.Spread(of_seeds) for name, of_seeds in self.config.pilot.items()}
+        known = cost.spreads(self.output / "findings.json") or pilot
         return cost.show_power(known, len(self.config.seeds), self.config.confidence) if known else ""
 
     def run(self) -> int:
