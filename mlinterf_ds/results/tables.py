@@ -16,7 +16,7 @@ NAMES = {
     "mono": "Mono", "joint": "JointPair", "xlm": "XLM", "unseen": "never saw it", "majority": "majority", "lexical": "lexical",
     "meta_adpt-direct": "meta adpt, direct term only", "adpt-compute": "adpt, compute-matched",
     "adpt-rows": "adpt, the same rows a step",
-    "mono-text": "Mono, equal text", "mono-vocabulary": "Mono, own vocabulary",
+    "mono-text": "Mono, half the steps", "mono-vocabulary": "Mono, own vocabulary",
 }  # fmt: skip
 PAPERS_TASKS = ("ner", "pos", "qa", "nli")
 SIGNIFICANT = 0.05

@@ -101,7 +101,8 @@ class ControlsSection(Section):
     )
     text: bool = key(
         False,
-        "also train each monolingual model with half the steps, so that it reads as much text of its language as the model of a pair does",
+        "also train each monolingual model with half the steps: as much text of its language as a pair's model reads where the languages "
+        "are equally large (else it reads more of the larger one)",
     )
     vocabulary: bool = key(
         False,
