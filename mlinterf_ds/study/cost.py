@@ -86,7 +86,7 @@ class Calibration:
 
 def _work(unit: Unit, rates: Rates) -> float:
     """The seconds of a unit by its steps, tokens and FLOPs, as if it were plain training."""
-    steps, tokens, flops = (unit.facts[name] for name in ("steps", "tokens", "flops"))
+    steps, tokens, flops = (unit.facts[name] for name in ("steps", "step_tokens", "flops"))
     return UNIT + rates.step * steps + rates.token * tokens + rates.flop * flops
 
 

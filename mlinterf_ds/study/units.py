@@ -47,7 +47,9 @@ def pretraining(config: StudyConfig, model: Model, corpora: Corpora) -> tuple[Un
         )
     length, rows = run.data.sequence_length, run.train.steps * run.train.batch
     facts = model.facts | {
-        "tokens": rows * length,
+        "tokens": run.rows_seen(run.train.steps) * length,
+        "step_tokens": rows
+        * length,  # without the validation rows of meta steps, whose cost is a factor (study/cost.py)
         "steps": run.train.steps,
         "flops": rows * _row_flops(run, corpora.vocabulary, round(run.data.mask * length)),
         "warmup": run.train.warmup,
@@ -148,7 +150,7 @@ def _finetuning_work(run: FinetuneConfig, data: dict[str, dict[str, str]], pretr
     rows = trained + (trainings * section.epochs * counts["dev"] + len(section.seeds) * counts["test"]) * EVALUATED
     return {
         "steps": trained / section.batch[0],
-        "tokens": rows * pretrained.data.sequence_length,
+        "step_tokens": rows * pretrained.data.sequence_length,
         "flops": rows * _row_flops(pretrained, 0, 0),
     }
 

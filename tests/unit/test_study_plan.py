@@ -157,6 +157,12 @@ def test_plain_adapters_with_the_rows_of_a_meta_step() -> None:
     assert {"train.batch=32", "data.meta_rows=16"} <= set(rows.units[0].arguments)
     assert rows.units[0].facts["steps"] == plain.units[0].facts["steps"] and rows.model.limits == plain.model.limits
     assert rows.units[0].facts["tokens"] == 2 * plain.units[0].facts["tokens"]
+    meta = (
+        jobs["pretrain.meta_adpt.far.seed0"].units[0].facts
+    )  # trains on as many rows (meta.reuse) as in the validation loss
+    assert (
+        meta["tokens"] == rows.units[0].facts["tokens"] and meta["step_tokens"] == plain.units[0].facts["step_tokens"]
+    )
 
 
 @pytest.mark.parametrize(
