@@ -52,7 +52,7 @@ def calibrated() -> pace.Rates:
 
 
 FAST = [["variant=joint"], ["variant=adpt"], ["variant=ffn"], ["variant=meta_adpt", "meta.check_every=4"]]
-FAST += [["variant=adpt", "model.position_kind=rotary"]]
+FAST += [["variant=adpt", "model.position_kind=rotary"], ["variant=joint", "data.mixed=true"]]
 EAGER = ["model.compile=false", "train.graphs=false"]
 
 
