@@ -95,7 +95,7 @@ def _timed(run: list[Callable[[], Any]]) -> float:
 
 
 def _busy(run: list[Callable[[], Any]]) -> float:
-    """The share of the wall time in which the device computes, in percent, over two steps."""
+    """The share of the wall time in which the device computes, in percent, over four steps."""
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CUDA]) as trace:
