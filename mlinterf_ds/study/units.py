@@ -48,8 +48,8 @@ def pretraining(config: StudyConfig, model: Model, corpora: Corpora) -> tuple[Un
     length, rows = run.data.sequence_length, run.train.steps * run.train.batch
     facts = model.facts | {
         "tokens": run.rows_seen(run.train.steps) * length,
-        "step_tokens": rows
-        * length,  # without the validation rows of meta steps, whose cost is a factor (study/cost.py)
+        # without the validation rows of meta steps, whose cost is a factor (study/cost.py)
+        "step_tokens": rows * length,
         "steps": run.train.steps,
         "flops": rows * _row_flops(run, corpora.vocabulary, round(run.data.mask * length)),
         "warmup": run.train.warmup,

@@ -59,6 +59,19 @@ def test_all_captures_share_one_stream() -> None:
     assert kinds > 1 and streams == 1
 
 
+def kinds_of_mixed_passes(variant: str) -> int:
+    """How many kinds of passes a graph would be captured for, of eight steps that mix languages anew (in a rank of a pool)."""
+    engine, stream, _ = bodies.make([f"variant={variant}", "data.mixed=true"], "zero0")
+    for step in range(8):
+        engine.passes._kind(stream.batch(step), [engine.spaces[SHARED]])
+    return len(engine.passes._seen)
+
+
+def test_mixed_passes_of_a_model_without_routed_modules_are_of_one_kind() -> None:
+    assert pool(1).run(kinds_of_mixed_passes, "joint") == [1]
+    assert pool(1).run(kinds_of_mixed_passes, "adpt")[0] > 1
+
+
 def crowded(error: RuntimeError, graphs: str) -> tuple[torch.Tensor, torch.Tensor, bool]:
     """The gradient of a batch; that of a pass which runs out of memory at its end, while graphs hold some, or are about to be captured;
     whether any are left (in a rank of a pool)."""

@@ -101,6 +101,14 @@ def test_the_papers_large_model() -> None:
     assert count.total == pytest.approx(571e6, rel=0.005)
 
 
+@pytest.mark.parametrize(
+    "settings, together", [([], 1), (["data.mixed=true"], 5), (["train.batch=16", "data.meta_rows=8"], 5)]
+)
+def test_how_many_languages_a_step_trains(settings: list[str], together: int) -> None:
+    config = load_run(["tiny"], ["variant=adpt", *settings])
+    assert arithmetic.parameters(config, 5, VOCABULARY, 1).together == together
+
+
 def test_an_absent_language_costs_its_share_of_memory_and_nothing_else() -> None:
     config = load_run(["base"], ["train.idle_languages=device"])
     layout = arithmetic.PlannedLayout(64, 1, 1, "bf16")
