@@ -62,12 +62,15 @@ def stock_class(pretrained: Pretrained) -> str | None:
     """The model type of the class of `transformers` with the same graph, by preference that which the model came from; or None."""
     kind = stock_type(pretrained.shape(), pretrained.variant)
     origin = pretrained.origin.get("model_type")
+    if kind and _first_rows(pretrained, kind) > pretrained.positions:
+        return None  # the padding token is one of the last of its vocabulary: the class would need as many rows of zeros
     return origin if kind == "xlm-roberta" and origin in ("roberta", "camembert", "bert") else kind
 
 
 def _first_rows(pretrained: Pretrained, kind: str) -> int:
     """The number of rows that the class's position table has before the first position, and ours does not."""
-    return first_position(kind, pretrained.origin) - pretrained.shape().position_offset
+    padded = pretrained.origin or {"pad_token_id": pretrained.tokenizer().vocabulary.pad}
+    return first_position(kind, padded) - pretrained.shape().position_offset
 
 
 def _write(model: Pretrained | Finetuned, folder: Path) -> dict[str, Any]:

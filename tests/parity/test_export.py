@@ -17,14 +17,19 @@ import torch
 from safetensors.torch import load_file
 
 from mlinterf_ds.data.corpus import SYNTHETIC_LANGUAGES
+from mlinterf_ds.data.foreign import vocabulary_file
 from mlinterf_ds.data.prepare.synthetic import prepare_synthetic
+from mlinterf_ds.data.tokenizer import Tokenizer
 from mlinterf_ds.errors import UserError
 from mlinterf_ds.export import card
 from mlinterf_ds.export.hf import export
+from mlinterf_ds.pretrained import Pretrained
 from tests.parity import export_bodies as bodies
 from tests.parity import finetune_bodies
 from tests.parity.bodies import REPOSITORY
+from tests.parity.test_foreign_tokenizer import make
 from tests.ranks import pool
+from tests.unit.test_tokenizer import some_text
 
 transformers = pytest.importorskip("transformers")
 import mlinterf_ds.export.modeling_mlinterf  # noqa: E402, F401  (registers its classes)
@@ -81,6 +86,27 @@ def test_logits_are_those_of_our_encoder(made, case: str) -> None:
         logits = model(tokens, attention_mask=mask.long(), **languages(case, numbers)).logits
     torch.testing.assert_close(logits[mask], wanted[mask], rtol=0, atol=1e-5)
     assert wanted[mask].std() > 0.1  # not all alike
+
+
+@pytest.mark.parametrize(
+    "kind, stock", [("wordpiece", "XLMRobertaXLForMaskedLM"), ("unigram", "MLInterfForMaskedLM")]
+)
+def test_a_vocabulary_that_pads_with_another_id(made, tmp_path: Path, monkeypatch, kind: str, stock: str) -> None:
+    """Stock classes count positions from the padding id on: [PAD] is 0, and <pad> behind all pieces has a class of ours."""
+    make(kind, tmp_path / "vocabulary", iter(some_text()), 300)
+    (tmp_path / "tokenizer.model").write_bytes(vocabulary_file(tmp_path / "vocabulary"))
+    foreign = Tokenizer(tmp_path / "tokenizer.model")
+    monkeypatch.setattr(Pretrained, "tokenizer", lambda _: foreign)
+    checkpoint, _ = made("joint")
+    export(str(checkpoint), tmp_path / "out")
+    model, pad = loaded(tmp_path / "out"), foreign.vocabulary.pad
+    assert type(model).__name__ == stock and model.config.pad_token_id == pad
+    tokens = bodies.rows()["tokens"].clamp(min=1)
+    (wanted,) = pool(1).run(bodies.logits, str(checkpoint), tokens.tolist(), [24] * 4, [0] * 4)
+    named = {} if stock.startswith("XLM") else {"language": [finetune_bodies.LANGUAGES[0]] * 4}
+    with torch.no_grad():
+        logits = model(tokens, attention_mask=torch.ones_like(tokens), **named).logits
+    torch.testing.assert_close(logits, wanted, rtol=0, atol=1e-5)
 
 
 def test_padding_on_the_left_and_a_default_language(made) -> None:
