@@ -298,7 +298,7 @@ def open_corpus(
     first use. Raises UserError, on every rank, unless the text is what was prepared.
     """
     from mlinterf_ds.ranks import agreed, agreed_by_all  # torch, without which a corpus is prepared
-    from mlinterf_ds.runtime.launchers import local_world
+    from mlinterf_ds.runtime.launchers import local_share
 
     folder = Path(corpus)
     if corpus == "synthetic":
@@ -308,7 +308,7 @@ def open_corpus(
             agreed(lambda: _prepare_synthetic(json.dumps([languages, sentences, limits])))
     opened = Corpus.open(folder, languages)
     agreed(lambda: check_known(folder, {language: opened.unknown(language) for language in opened.languages}))
-    agreed_by_all(lambda: opened.verify(int(os.environ["LOCAL_RANK"]), local_world()))
+    agreed_by_all(lambda: opened.verify(*local_share()))
     return opened
 
 

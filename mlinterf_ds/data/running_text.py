@@ -77,7 +77,7 @@ def _check_delimited(name: str, text: str) -> None:
     for delimiter, separator in DELIMITERS.items():
         # the last row may be cut off
         table = list(csv.reader(io.StringIO(text.replace("\0", ""), newline=""), delimiter=delimiter))[:-1]
-        rows = [row for row in table if any(row)]
+        rows = [_without_empty_end(row) for row in table if any(row)]
         widths = Counter(len(row) if not any(cell[:1].isspace() for cell in row[1:]) else 1 for row in rows)
         width, fitting = widths.most_common(1)[0] if widths else (1, 0)
         if width < 2 or fitting <= TABLE * len(rows):
@@ -93,6 +93,11 @@ def _check_delimited(name: str, text: str) -> None:
             f"is a table (CSV) and not running text; take column {column + 1} out first, for example with python -c "
             f"\"import csv, sys; [print(' '.join(row[{column}].split())) for row in csv.reader(sys.stdin{option})]\" < TABLE > TEXT"
         )
+
+
+def _without_empty_end(row: list[str]) -> list[str]:
+    """The cells up to the last one that is not empty: a line of prose may end in the mark that could separate cells."""
+    return row[: max(number for number, cell in enumerate(row, 1) if cell)]
 
 
 def _warn_of_damage(name: str, lines: list[str]) -> None:

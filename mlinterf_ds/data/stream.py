@@ -394,7 +394,7 @@ class EvaluationSet:
     """One language's split, read once under fixed masks: the predictions are the same at any batch size.
 
     Windows follow each other; the last partial one is dropped, unless it is the only one: a text shorter than one window
-    is repeated to fill a row. `max_rows` keeps that many windows, evenly spaced. Every prediction has the same weight, and
+    is repeated to fill a row, where its copies do not see each other. `max_rows` keeps that many windows, evenly spaced. Every prediction has the same weight, and
     the weights sum to 1.
     """
 
@@ -413,6 +413,10 @@ class EvaluationSet:
         self.corpus, self.language, self.split = corpus, language, split
         checked_languages(corpus, [language], row_format.length)
         self.index = list(languages).index(language)  # the model's number for the language
+        if row_format.boundaries == "none" and len(corpus.tokens(language, split)) < row_format.length - 1:
+            row_format = replace(
+                row_format, boundaries="document"
+            )  # else each copy would show what is masked in another
         self._masker = Masker(seed, f"{split}/{language}", row_format, corpus.vocabulary)
         self._windows = split_windows(corpus, language, split, row_format, key(seed, "windows", split, language))
         windows = self._windows.count

@@ -124,10 +124,9 @@ class Tokenizer:
         self.foreign = self._model.foreign  # whether it is another model's
         self.dtype = np.uint16 if self.size < 65_500 else np.int32  # megatron's choice for an indexed dataset
 
-    @cached_property
-    def characters(self) -> set[str]:
-        """The characters that are never `<unk>`, in whatever text."""
-        return self._model.characters
+    def unknown_characters(self, words: Sequence[str]) -> list[int]:
+        """Returns how many characters of each normalised word the vocabulary lacks."""
+        return self._model.unknown_characters(words)
 
     def encode(self, text: str) -> list[int]:
         return self._model.encode(text)
@@ -187,9 +186,13 @@ class SentencePiece:
                 "another model as its --tokenizer"
             )
 
-    @property
-    def characters(self) -> set[str]:
-        return {piece for piece in self.pieces if len(piece) == 1}
+    @cached_property
+    def _known(self) -> dict[int, None]:
+        """The characters that are never `<unk>`, as `str.translate` removes them."""
+        return dict.fromkeys(ord(piece) for piece in self.pieces if len(piece) == 1)
+
+    def unknown_characters(self, words: Sequence[str]) -> list[int]:
+        return [len(word.translate(self._known)) for word in words]
 
     def encode(self, text: str) -> list[int]:
         return self._model.encode(normalise(text))
@@ -294,12 +297,23 @@ class Library:
         v = self.vocabulary
         self._special = {v.bos, v.pad, v.eos, v.mask, *v.others}
 
-    @property
-    def characters(self) -> set[str]:
-        """The characters, of those in its pieces and those up to U+2FFF, that the vocabulary encodes without `<unk>`."""
-        pieces = {character for piece in self.pieces for character in piece}
-        known = [*pieces, *map(chr, range(0x20, 0x3000))]
-        return {c for c, ids in zip(known, self.encode_all(known), strict=True) if self.vocabulary.unk not in ids}
+    @cached_property
+    def _known(self) -> set[str]:
+        """Characters that are never `<unk>`: of those up to U+2FFF, and of those that were asked for since."""
+        return self._without_unk(list(map(chr, range(0x20, 0x3000))))
+
+    def _without_unk(self, texts: Sequence[str]) -> set[str]:
+        """Those of the texts that are encoded without `<unk>`."""
+        return {t for t, ids in zip(texts, self.encode_all(texts), strict=True) if self.vocabulary.unk not in ids}
+
+    def unknown_characters(self, words: Sequence[str]) -> list[int]:
+        """A character alone can be `<unk>` where it is a piece inside of words only: words without `<unk>` lack none."""
+        asked = {character for word in words for character in word} - self._known
+        self._known.update(self._without_unk(sorted(asked)))
+        doubtful = [word for word in words if not self._known.issuperset(word)]
+        whole = self._without_unk(doubtful)
+        lacking = {word: sum(character not in self._known for character in word) for word in doubtful}
+        return [0 if word in whole else lacking.get(word, 0) for word in words]
 
     def _text_ids(self, ids: list[int]) -> list[int]:
         """The ids with `unk` in place of special ones, which a text can spell where the vocabulary lists them as pieces."""

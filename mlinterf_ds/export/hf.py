@@ -63,7 +63,9 @@ def stock_class(pretrained: Pretrained) -> str | None:
     kind = stock_type(pretrained.shape(), pretrained.variant)
     origin = pretrained.origin.get("model_type")
     if kind and _first_rows(pretrained, kind) > pretrained.positions:
-        return None  # the padding token is one of the last of its vocabulary: the class would need as many rows of zeros
+        return (
+            None  # the padding token is one of the last of its vocabulary: the class would need as many rows of zeros
+        )
     return origin if kind == "xlm-roberta" and origin in ("roberta", "camembert", "bert") else kind
 
 

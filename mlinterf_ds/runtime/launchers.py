@@ -112,6 +112,12 @@ def local_world() -> int:
     return int(count or _slurm_local() or (os.environ.get("WORLD_SIZE", "1") == "1"))
 
 
+def local_share() -> tuple[int, int]:
+    """Which share of the work that every host does once is this rank's: (part, parts); all of it where its neighbours are unknown."""
+    count = local_world()
+    return (int(os.environ["LOCAL_RANK"]), count) if count else (0, 1)
+
+
 def _slurm_local() -> int:
     """Tasks of this step on this host, from e.g. SLURM_STEP_TASKS_PER_NODE=2(x3),1; 0 outside of srun."""
     counts: list[int] = []

@@ -1,5 +1,6 @@
 """Bad input, full disks, interruptions and damaged folders: a clear error each, and nothing lost or half-loaded."""
 
+import bz2
 import errno
 import gzip
 import json
@@ -138,7 +139,12 @@ def test_memory_is_flat(tmp_path: Path) -> None:
 
 def test_damaged_archives_and_dumps(tmp_path: Path) -> None:
     packed = gzip.compress("\n".join(some_lines(3000)).encode())
-    for name, data in (("short.gz", packed[:-2000]), ("bad.gz", packed[:2000] + b"\x55" * 50 + packed[2050:])):
+    small = bz2.compress("\n".join(some_lines(3000)).encode())
+    for name, data in (
+        ("short.gz", packed[:-2000]),
+        ("bad.gz", packed[:2000] + b"\x55" * 50 + packed[2050:]),
+        ("bad.bz2", small[:2000] + b"\x55" * 50 + small[2050:]),
+    ):
         (tmp_path / name).write_bytes(data)
         with pytest.raises(UserError, match=f"{name}: the compressed file is damaged"):
             build(tmp_path / "out", en=tmp_path / name)
@@ -229,6 +235,10 @@ def test_a_vocabulary_too_large_can_be_mended_in_the_same_folder(tmp_path: Path,
 def test_folders_in_use_are_left_alone(tmp_path: Path, lines_file: Path) -> None:
     with pytest.raises(UserError, match=r"en.txt: is a file; give a folder"):
         build(lines_file, en=lines_file)
+    (tmp_path / "repository" / ".git").mkdir(parents=True)
+    (tmp_path / "repository" / ".git" / "index").write_bytes(bytes(99))
+    with pytest.raises(UserError, match="holds no files, or only empty or hidden ones"):
+        inputs_module.find_inputs(tmp_path / "repository")
     (tmp_path / "mine").mkdir()
     written(tmp_path / "mine" / "thesis.txt", ["precious"])
     with pytest.raises(UserError, match=r"mine: holds other files \(thesis.txt\)"):

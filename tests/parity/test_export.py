@@ -88,9 +88,7 @@ def test_logits_are_those_of_our_encoder(made, case: str) -> None:
     assert wanted[mask].std() > 0.1  # not all alike
 
 
-@pytest.mark.parametrize(
-    "kind, stock", [("wordpiece", "XLMRobertaXLForMaskedLM"), ("unigram", "MLInterfForMaskedLM")]
-)
+@pytest.mark.parametrize("kind, stock", [("wordpiece", "XLMRobertaXLForMaskedLM"), ("unigram", "MLInterfForMaskedLM")])
 def test_a_vocabulary_that_pads_with_another_id(made, tmp_path: Path, monkeypatch, kind: str, stock: str) -> None:
     """Stock classes count positions from the padding id on: [PAD] is 0, and <pad> behind all pieces has a class of ours."""
     make(kind, tmp_path / "vocabulary", iter(some_text()), 300)

@@ -130,6 +130,17 @@ def test_ids_and_the_way_back_in_all_languages(pair, texts) -> None:
                 assert ours.decode(ids) == theirs.decode(ids), (language, line)
 
 
+def test_characters_are_unknown_only_where_their_word_is(pair) -> None:
+    kind, ours, _, _ = pair
+    words = ["ba", "中文", "ꙮꙮba", "！", "한국어", "abc😀"]
+    found = ours.unknown_characters(words)
+    for word, count in zip(words, found, strict=True):
+        ids = ours.encode(word)
+        assert 0 <= count <= len(word) and (not count or ours.vocabulary.unk in ids), (word, count)
+    assert not any(found) if kind == "bytes" else found[2] == 2
+    assert ours.unknown_characters(words) == found  # whatever was asked before
+
+
 def test_special_pieces_and_pairs(pair) -> None:
     _, ours, theirs, _ = pair
     special = ours.vocabulary

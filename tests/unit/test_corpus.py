@@ -298,8 +298,11 @@ def test_a_meta_split_takes_its_text_from_train_alone(tmp_path: Path) -> None:
     train, meta = texts(corpus, "fr", "train"), texts(corpus, "fr", "meta")
     assert len(meta) == held_out(2000) == 50 and not set(train) & set(meta)
     assert sorted([*train, *meta]) == sorted(texts(without, "fr", "train"))
-    with pytest.raises(UserError, match="holds a corpus with other meta_split"):
-        prepare({"fr": [file]}, tmp_path / "without", vocabulary_size=100, meta_split=True, workers=1)
+    for folder, meta_split in (("without", True), ("with", False)):
+        with pytest.raises(UserError, match="holds a corpus with other meta_split"):
+            prepare({"fr": [file]}, tmp_path / folder, vocabulary_size=100, meta_split=meta_split, workers=1)
+    with pytest.raises(UserError, match=r"--tokenizer .* and --extend .*give one of them"):
+        prepare({"fr": [file]}, tmp_path / "both", tokenizer=without.folder, extends=without.folder, workers=1)
 
 
 def test_another_corpus_tokenizer_can_be_used(prepared: Prepared, tmp_path: Path) -> None:
@@ -403,18 +406,23 @@ def test_extracted_dump_is_split_by_document(tmp_path: Path, monkeypatch: pytest
     check_documents_are_whole(corpus, expected)
 
 
+NAMESPACES = {0: "", 6: "Tập tin", 10: "Bản mẫu", 14: "Thể loại"}
+
+
 def dump(pages: list[str]) -> str:
     page = "<page><title>T</title><ns>{}</ns>{}<revision><text>{}</text></revision></page>"
     body = "".join(page.format(0, "", text) for text in pages)
     body += page.format(1, "", "talk talk") + page.format(0, '<redirect title="x"/>', "#REDIRECT [[x]]")
-    return f'<mediawiki xmlns="http://www.mediawiki.org/xml/export-0.11/"><siteinfo/>{body}</mediawiki>'
+    names = "".join(f'<namespace key="{key}">{name}</namespace>' for key, name in NAMESPACES.items())
+    head = f"<siteinfo><namespaces>{names}</namespaces></siteinfo>"
+    return f'<mediawiki xmlns="http://www.mediawiki.org/xml/export-0.11/">{head}{body}</mediawiki>'
 
 
 def test_wikipedia_dump_is_cleaned_and_split_by_document(tmp_path: Path) -> None:
     pytest.importorskip("mwparserfromhell")
     expected = documents(120)
     with bz2.open(tmp_path / "enwiki.xml.bz2", "wt") as file:
-        file.write(dump(["\n\n".join(of) for of in expected]))
+        file.write(dump(["\n\n".join([*of, "[[Tập tin:Hà Nội|nhỏ|phải]][[Thể loại:Hà Nội]]"]) for of in expected]))
     corpus = build(tmp_path / "out", en=tmp_path / "enwiki.xml.bz2")
     check_documents_are_whole(corpus, expected)
 
@@ -447,14 +455,18 @@ def test_wiki_markup_is_removed() -> None:
 {| class="wikitable"
 ! a || b
 |}
-[[Jamii:Miji ya Kenya]]
+[[Jamii:Miji ya Kenya]] [[Category:Towns]] [[fr:Nairobi]] [[zh-yue:Nairobi]]
 [https://example.org tovuti rasmi] &amp; <!-- hidden -->[[Star Trek: Voyager]]
+[[3:10 to Yuma (2007 film)|3:10 to Yuma]], [[wikt:house|house]], [[:Category:Towns|towns]]
+One.<br>Two.<br />Three<p class="x">Four</p>
 """
-    assert plain_text(markup).split("\n") == [
+    assert [line.strip() for line in plain_text(markup, ["Picha", "Jamii"]).split("\n") if line.strip()] == [
         "Nairobi ni mji wa Kenya. Watu wengi.",
         "Historia",
         "Kwanza",
         "tovuti rasmi & Star Trek: Voyager",
+        "3:10 to Yuma, house, towns",
+        *["One.", "Two.", "Three", "Four"],
     ]
 
 
@@ -464,7 +476,7 @@ def test_hugging_face_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
     def load_dataset(name: str, config: str | None, split: str, streaming: bool) -> list[dict[str, str]]:
         calls.append((name, config, split, streaming))
-        return [{"body": " ".join(of)} for of in expected]
+        return [{"body": None}, *({"body": " ".join(of)} for of in expected)]  # a row can lack its text
 
     monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
     corpus = build(tmp_path / "out", en="hf:own/name:20231101.en::body")

@@ -56,6 +56,13 @@ def test_a_rank_that_is_told_everything_is_left_alone() -> None:
     assert ranks() == {"RANK": "0", "WORLD_SIZE": "1"}
 
 
+def test_a_rank_whose_neighbours_are_unknown_does_all_of_its_hosts_work() -> None:
+    os.environ |= {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "3", "MASTER_ADDR": "a", "MASTER_PORT": "1"}
+    assert launchers.local_world() == 0 and launchers.local_share() == (0, 1)
+    os.environ["LOCAL_WORLD_SIZE"] = "4"
+    assert launchers.local_share() == (3, 4)
+
+
 def test_a_batch_script_is_no_task_of_srun() -> None:
     os.environ |= {"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_JOB_ID": "47", "SLURM_NTASKS_PER_NODE": "4"}
     launchers.adopt()

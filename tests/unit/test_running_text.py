@@ -112,6 +112,8 @@ def test_prose_with_commas_is_text() -> None:
     check_running_text("prose", "\n".join(draw.choices(PROSE, k=500)).encode())
     check_running_text("pairs", "\n".join(f"Word{n}, and so on" for n in range(99)).encode())
     check_running_text("verse", "\n".join(f"O {n}" for n in range(99)).encode())
+    for mark in "|;,":  # a bar in place of the danda, Greek questions, verse
+        check_running_text("ends", "\n".join(f"Word{n} and so on {mark}" for n in range(99)).encode())
 
 
 def test_text_of_many_languages_is_text(shared_data: Path) -> None:

@@ -452,6 +452,15 @@ def test_evaluation_ranks_share_the_rows_in_equal_shapes(ranks: int, rows: int) 
     assert total == pytest.approx(1, rel=1e-6)
 
 
+def test_copies_of_a_text_shorter_than_a_row_do_not_see_each_other() -> None:
+    """Without boundaries a masked token could be read in the next copy of the text."""
+    none = RowFormat(16, boundaries="none")
+    assert evaluation(row_format=none).batch(0, 2).segment_ids is None
+    short = EvaluationSet(Corpus({"en": 7}), "en", "valid", languages=["en"], row_format=none).batch(0, 1)
+    assert short.segment_ids is not None
+    assert short.segment_ids[0].tolist() == [0] * 8 + [1] * 7 + [2]
+
+
 def test_evaluation_cap_spreads_over_the_split() -> None:
     capped = evaluation(max_rows=5)
     starts = original(capped.batch(0, 5))[:, 0]

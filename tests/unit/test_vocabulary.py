@@ -174,6 +174,8 @@ def test_unknown_text_is_warned_of_at_preparing_and_at_every_start_and_refused_w
     ):
         prepare(mixed_files(tmp_path, 400), tmp_path / "many", tokenizer=known, workers=1)
     assert not (tmp_path / "many" / "manifest.json").exists()
+    mended = prepare(mixed_files(tmp_path, 400), tmp_path / "many", vocabulary_size=400, workers=1)  # as it says
+    assert mended.unknown("xx") < 0.2 and mended.tokenizer.path.read_bytes() != known.read_bytes()
     monkeypatch.setattr("mlinterf_ds.data.corpus.TOO_MANY_UNKNOWN", 0.011)  # as if a version before had let it pass
     with pytest.raises(UserError, match="few: the vocabulary lacks"):
         open_corpus(str(tmp_path / "few"), None, 0)

@@ -141,8 +141,7 @@ def encode_block(task: BlockTask) -> dict[str, dict[str, int]]:
     index = np.insert(index, np.cumsum(lengths), len(words))  # the end of a sentence is one more word
     # Each word counts with the space after it; a sentence's last word has none.
     characters = np.array([len(word) + 1 for word in words] + [-1])
-    known = dict.fromkeys(map(ord, tokenizer.characters))
-    unknown = np.array([len(word.translate(known)) for word in words] + [0])
+    unknown = np.array([*tokenizer.unknown_characters(words), 0])
     arrays: dict[str, np.ndarray] = {}
     facts = {}
     for number, name in enumerate(SPLIT_ORDER):

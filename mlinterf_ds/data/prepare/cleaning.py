@@ -3,7 +3,7 @@
 import html
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from hashlib import blake2b
@@ -27,9 +27,11 @@ SENTENCE_END = re.compile(
 )
 # A block in which this many lines, and more than half of all, cannot be decoded is no UTF-8 text at all.
 FEWEST_UNDECODABLE = 5
-# A link "Name:Target" without a space after the colon leads to a picture, a category or another wiki, whatever the
-# namespace is called in the dump's language. It is not part of the text.
-_NAMESPACE_LINK = re.compile(r"^\s*[^\s:]+:\S")
+# English names of namespaces are known in every wiki, and a dump's head lacks the aliases of its language's.
+_UNSHOWN = {"media", "file", "image", "category"}
+_MEDIA = re.compile(r"(?i)\.(?:jpe?g|png|gif|svg|tiff?|webp|xcf|pdf|djvu|og[agv]|opus|webm|mp3|wav|flac|midi?)\s*$")
+_LANGUAGE = re.compile(r"[a-z]{2,}(?:-[a-z]+)*")  # the prefix of a link to the same article in another language
+_LINE_BREAK = re.compile(r"(?i)</?(?:br|p)\b[^<>]*>")
 _TAGS_WITHOUT_TEXT = ("ref", "table", "gallery", "math")
 _HEADING_OR_LIST = re.compile(r"^[=*#:;|!{}\s]+|[=\s]+$")
 
@@ -127,6 +129,7 @@ def _units(text: _Lines, lines: list[str]) -> tuple[np.ndarray, np.ndarray]:
 def _fingerprint(raw: RawBlock) -> str:
     """Returns a hash of a raw block, by which a later run knows whether its clean block can be reused."""
     content = raw.content if isinstance(raw.content, bytes) else "\0".join(raw.content).encode(errors="surrogatepass")
+    content += "\0".join(raw.unshown).encode()
     return blake2b(content, digest_size=16, key=f"{raw.name} {raw.kind} {raw.first}".encode()[-64:]).hexdigest()
 
 
@@ -145,7 +148,7 @@ def _read(raw: RawBlock) -> _Lines:
     if isinstance(raw.content, list):
         for number, document in enumerate(raw.content, raw.first):
             if raw.kind == "pages":
-                document = plain_text(document)
+                document = plain_text(document, raw.unshown)
             for paragraph in strip_invisible(document).split("\n"):
                 _add_paragraph(text, paragraph, number, number)
         return text
@@ -167,10 +170,10 @@ def _read(raw: RawBlock) -> _Lines:
     return text
 
 
-def plain_text(markup: str) -> str:
+def plain_text(markup: str, unshown: Sequence[str] = ()) -> str:
     """Returns the paragraphs of an article, one a line, without tables, templates, references, pictures and categories.
 
-    Raises UserError if mwparserfromhell, which does the parsing, is not installed.
+    unshown: the names of the namespaces of pictures and categories in the article's language. Raises UserError if mwparserfromhell, which does the parsing, is not installed.
     """
     try:
         import mwparserfromhell
@@ -178,8 +181,9 @@ def plain_text(markup: str) -> str:
         raise UserError(
             "a Wikipedia XML dump needs the library mwparserfromhell: pip install mwparserfromhell"
         ) from None
-    code = mwparserfromhell.parse(markup, skip_style_tags=True)
-    links = [link for link in code.filter_wikilinks(recursive=True) if _NAMESPACE_LINK.match(str(link.title))]
+    code = mwparserfromhell.parse(_LINE_BREAK.sub("\n", markup), skip_style_tags=True)
+    names = _UNSHOWN.union(name.casefold() for name in unshown)
+    links = [link for link in code.filter_wikilinks(recursive=True) if not _is_shown(link, names)]
     tags = code.filter_tags(recursive=True, matches=lambda tag: str(tag.tag).lower() in _TAGS_WITHOUT_TEXT)
     for node in [*links, *tags]:
         with suppress(ValueError):  # the node around it may have been removed before
@@ -187,6 +191,16 @@ def plain_text(markup: str) -> str:
     text = code.strip_code(normalize=True, collapse=True, keep_template_params=False)
     lines = (_HEADING_OR_LIST.sub("", line.replace("'''", "").replace("''", "")) for line in text.split("\n"))
     return "\n".join(line for line in lines if line)
+
+
+def _is_shown(link: Any, unshown: Collection[str]) -> bool:
+    """Whether a link is read in the text, as "3:10 to Yuma" and ":Category:Towns" are, and no picture, category or language."""
+    prefix, _, target = str(link.title).strip().partition(":")
+    if not prefix or not target:
+        return True
+    if prefix.replace("_", " ").strip().casefold() in unshown or _MEDIA.search(target):
+        return False
+    return link.text is not None or target[0].isspace() or not _LANGUAGE.fullmatch(prefix)
 
 
 def _add_paragraph(text: _Lines, paragraph: str, number: int, document: int) -> None:

@@ -25,6 +25,7 @@ from mlinterf_ds.errors import UserError
 BLOCK = 1 << 21  # bytes (of texts: characters). Fixed, so that a corpus never depends on the number of workers
 LONGEST_LINE = 1 << 16  # bytes: a longer line is dropped, and never held in memory whole
 LONGEST_DOCUMENT = 1 << 24  # bytes: a longer <doc> is cut at a line
+UNSHOWN = ("-2", "6", "14")  # keys of the namespaces of media, pictures and categories in a dump's head
 
 STANDARD_INPUT, STANDARD_INPUT_NAME = "-", "standard input"
 _DECOMPRESSORS: dict[bytes, Any] = {
@@ -46,6 +47,7 @@ class RawBlock:
     kind: Literal["lines", "docs", "pages", "texts"]
     first: int  # number of the first line (lines, docs) or document (pages, texts) in the input, from 1
     content: bytes | list[str]
+    unshown: tuple[str, ...] = ()  # pages: the dump's names of the namespaces of pictures and categories
 
 
 @dataclass
@@ -56,6 +58,7 @@ class Input:
     name: str  # in messages and in the manifest: never a path of this machine
     path: Path | None  # None: standard input or a dataset
     dataset: str = ""  # NAME[:CONFIG[:SPLIT[:COLUMN]]]
+    unshown: tuple[str, ...] = ()  # of a dump, once its head has been read
 
     def identity(self) -> list[Any]:
         """Returns what identifies an input before it is read: an interrupted run only goes on with the same inputs."""
@@ -78,7 +81,7 @@ class Input:
                 )
                 stream: Any = io.BufferedReader(opener(stored), 1 << 20) if opener else stored
                 yield from _stream_blocks(self, stream)
-            except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
+            except (EOFError, zlib.error, lzma.LZMAError, OSError) as error:  # bz2 and gzip raise OSError
                 raise UserError(f"{self.name}: the compressed file is damaged or cut short ({error})") from None
             while stored.read(1 << 20):  # bytes that a decompressor left over belong to the digest
                 pass
@@ -98,7 +101,8 @@ def find_inputs(specification: str | Path) -> list[Input]:
         return [Input(text, None, text.removeprefix("hf:"))]
     path = Path(specification)
     if path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.is_file() and p.stat().st_size and not p.name.startswith("."))
+        shown = (p for p in path.rglob("*") if not any(part.startswith(".") for part in p.relative_to(path).parts))
+        files = sorted(p for p in shown if p.is_file() and p.stat().st_size)
         if not files:
             raise UserError(
                 f"{path}: the folder holds no files, or only empty or hidden ones; give text files, one sentence a line"
@@ -194,11 +198,11 @@ def _batches(text: Input, kind: Literal["pages", "texts"], texts: Iterator[str])
         batch.append(document)
         size += len(document)
         if size >= BLOCK:
-            yield RawBlock(text.name, kind, first, batch)
+            yield RawBlock(text.name, kind, first, batch, text.unshown)
             first += len(batch)
             batch, size = [], 0
     if batch:
-        yield RawBlock(text.name, kind, first, batch)
+        yield RawBlock(text.name, kind, first, batch, text.unshown)
 
 
 def _dump_pages(text: Input, stream: io.BufferedReader) -> Iterator[str]:
@@ -212,7 +216,10 @@ def _dump_pages(text: Input, stream: io.BufferedReader) -> Iterator[str]:
                 "text out first, one sentence a line"
             )
         for event, element in events:
-            if event == "start" or element.tag.rpartition("}")[2] != "page":
+            tag = element.tag.rpartition("}")[2]
+            if event == "end" and tag == "namespace" and element.get("key") in UNSHOWN:
+                text.unshown += (element.text or "",)
+            if event == "start" or tag != "page":
                 continue
             prefix = element.tag.removesuffix("page")
             markup = element.findtext(f"{prefix}revision/{prefix}text")
@@ -239,9 +246,9 @@ def _dataset_texts(text: Input) -> Iterator[str]:
     column = column or "text"
     try:
         for row in datasets.load_dataset(name, config or None, split=split or "train", streaming=True):
-            if not isinstance(row.get(column), str):
+            if not isinstance(row.get(column, 0), str | None):
                 raise UserError(f"{text.name}: no text column {column!r}; it has: {', '.join(sorted(row))}")
-            yield row[column]
+            yield row[column] or ""
     except UserError:
         raise
     except Exception as error:  # the library raises dozens of types: offline, unknown name, gated, moved

@@ -76,6 +76,10 @@ def prepare(
     call goes on from there; a finished folder is opened as it is. Raises UserError for unusable inputs or numbers, for a
     folder that holds anything else, and when the disk is full.
     """
+    if tokenizer is not None and extends is not None:
+        raise UserError(
+            f"--tokenizer {tokenizer} and --extend {extends}: one takes a vocabulary as it is, the other extends one; give one of them"
+        )
     limits, halves = dict(limits or {}), dict(halves or {})
     _check_halves(inputs, halves)
     texts = _checked_inputs(dict(inputs) | {new: inputs[code] for new, code in halves.items()})
@@ -118,12 +122,18 @@ def _checked(corpus: Corpus) -> Corpus:
 
 @contextmanager
 def _freed(folder: Path) -> Iterator[None]:
-    """A context whose UserError frees the folder for other arguments or inputs, since these must change."""
+    """A context whose UserError frees the folder for other arguments or inputs, since these must change.
+
+    The cleaned blocks stay; what was made of them with these arguments goes.
+    """
     try:
         yield
     except WorkerKilled:
         raise
     except UserError:
+        for shard in [*folder.glob("*.bin"), *folder.glob("*.idx")]:
+            shard.unlink()
+        _forget_after_cleaning(folder)
         (folder / ARGUMENTS).unlink()
         raise
 
@@ -296,7 +306,8 @@ def _already_prepared(folder: Path, arguments: dict[str, Any]) -> bool:
     if path.exists():
         with refusing(f"{path}: damaged", "; give another folder, or remove this one first"):
             claimed = dict(read_json(path))
-        if differing := [name for name, value in arguments.items() if claimed.get(name) != value]:
+        names = [*arguments, *claimed.keys() - arguments.keys()]  # a key that is left out stands for an empty value
+        if differing := [name for name in names if (claimed.get(name) or None) != (arguments.get(name) or None)]:
             raise UserError(
                 f"{folder}: {'holds' if (folder / MANIFEST).exists() else 'is half-way to'} a corpus with other "
                 f"{', '.join(differing)} (see {path}); give another folder, or remove this one first"
