@@ -3,11 +3,13 @@
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
-from mlinterf_ds.errors import resumption
+from mlinterf_ds.errors import UserError, resumption
 from mlinterf_ds.pretrain.config import read_arguments
 from mlinterf_ds.runtime.output import main
 from mlinterf_ds.runtime.restarts import ATTEMPT, Supervisor
+from mlinterf_ds.tracking.__main__ import close_killed
 
 
 def pretrain(arguments: Sequence[str]) -> int:
@@ -16,7 +18,12 @@ def pretrain(arguments: Sequence[str]) -> int:
     if config.restarts and ATTEMPT not in os.environ:
         remedy = resumption(config.output)
         supervisor = Supervisor(config.restarts, config.parallel.timeout, remedy)
-        return supervisor.run([sys.executable, "-u", sys.argv[0], *arguments])
+        try:
+            return supervisor.run([sys.executable, "-u", sys.argv[0], *arguments])
+        except UserError:
+            if supervisor.rank == 0:
+                close_killed(Path(config.output))
+            raise
     from mlinterf_ds.pretrain.main import main as train  # it imports torch, DeepSpeed and megatron
 
     return train(arguments)

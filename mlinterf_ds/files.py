@@ -118,10 +118,18 @@ def flushed_facts(paths: Iterable[Path]) -> dict[str, Any]:
     """Returns the `file_facts` of files by name, once the system has put their contents on the disk."""
     facts = {}
     for path in paths:
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
+        flush(path)
         facts[path.name] = file_facts(path)
     return facts
+
+
+def flush(path: Path) -> None:
+    """Waits until the system has put a file's contents, or a folder's names, on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def check_files(folder: Path, listed: Mapping[str, Any], remedy: str) -> None:

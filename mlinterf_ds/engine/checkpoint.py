@@ -14,6 +14,7 @@ saved it reading is a copy, at another layout a re-slicing (of tensor-parallel p
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import shutil
@@ -34,7 +35,7 @@ from mlinterf_ds.engine.optimizer import kept
 from mlinterf_ds.engine.space import FlatSpace
 from mlinterf_ds.engine.weights import CheckpointReader, Weights
 from mlinterf_ds.errors import UserError, refusing, resumption, setting
-from mlinterf_ds.files import PARTIAL, check_files, flushed_facts, read_json, write_bytes, write_json
+from mlinterf_ds.files import PARTIAL, check_files, flush, flushed_facts, read_json, write_bytes, write_json
 from mlinterf_ds.ranks import agreed
 
 if TYPE_CHECKING:  # reading a checkpoint needs neither DeepSpeed nor megatron
@@ -227,10 +228,12 @@ class _Writing:
     def _complete(self, listed: dict[str, Any]) -> None:
         for rank in range(1, self.ranks):
             self._list_of(rank).unlink()
-        text = json.dumps({"format": FORMAT, "files": listed}, indent=1)
-        (self.unfinished / "complete.json").write_text(text, "utf-8")
+        complete = self.unfinished / "complete.json"
+        complete.write_text(json.dumps({"format": FORMAT, "files": listed}, indent=1), "utf-8")
+        flush(complete)
         shutil.rmtree(self.target, ignore_errors=True)
         os.replace(self.unfinished, self.target)
+        flush(self.target.parent)  # before an older one goes
         if self.best:
             mark_best(self.run, self.target)
         prune(self.run, self.keep)
@@ -270,7 +273,19 @@ def prune(run: Path, keep: int) -> None:
     best = _best_name(run)
     for path in _all(run)[:-keep]:
         if path.name != best:
-            shutil.rmtree(path)
+            # one that another program still reads may resist (NFS); the next save tries again
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def set_aside_later(checkpoint: Path) -> list[Path]:
+    """Renames the run's checkpoints of later steps, so that neither `find` nor `prune` takes them for the newest; their new paths."""
+    run = checkpoint.parent.parent
+    later = [path for path in _all(run) if path.name > checkpoint.name]
+    moved = []
+    for path in later:
+        names = (path.with_name(f"{path.name}.abandoned{number or ''}") for number in itertools.count())
+        moved.append(path.rename(next(name for name in names if not name.exists())))
+    return moved
 
 
 def mark_best(run: Path, checkpoint: Path) -> None:
@@ -343,7 +358,10 @@ def load(
                 adam = engine.optimizers[name].state[space.masters[segment.shard]]
                 adam["step"].fill_(reader.steps(segment.name))
         engine.start_at(int(state["updates"]), int(state["skipped"]))
-        engine.scale.load(state["loss_scale"])
+        if (
+            state["layout"]["precision"] == engine.precision
+        ):  # else the scale of another precision: this one's starts anew
+            engine.scale.load(state["loss_scale"])
         engine.spikes.seen = state.get("losses", {})  # older checkpoints have none
     return state
 

@@ -301,7 +301,7 @@ class Engine:
             hint = f", or raise train.spike={self.spikes.limit:g}" if self.spiked else ""
             raise UserError(
                 f"{reason} for {PATIENCE} steps in a row (step {self.step}, loss scale {self.scale.value:g}): the run has "
-                f"diverged; lower train.lr or resume from an earlier checkpoint{hint}"
+                f"diverged; lower train.lr, for example in a new run from an earlier checkpoint's weights (init=CHECKPOINT){hint}"
             )
 
     def update(self, space: Space, gradient: Vector, divisor: Tensor, rate: float, skip: Tensor) -> None:

@@ -54,8 +54,9 @@ def make_fast(engine: Engine, compiled: bool | Literal["auto"], graphs: bool | L
 def _regions_of_all_ranks(engine: Engine, own: Compiled | None, first: bool) -> Compiled | None:
     """What compiles the regions on this rank: nothing, where a rank cannot compile.
 
-    ZeRO 2 sums up gradients in the order in which they arrive, and takes that order to be the same on all ranks. A compiled region's
-    gradients arrive in another order than those of its operators, so the ranks have to do alike. In passes over several languages
+    ZeRO 2, and our own groups of languages under any stage (`ShardedSpace`), sum up gradients in the order in which they arrive, and
+    take that order to be the same on all ranks. A compiled region's gradients arrive in another order than those of its operators,
+    so the ranks have to do alike. In passes over several languages
     they would not: whether one is compiled depends on the rank's own rows (`Compiled`).
     """
     able = torch.tensor(float(own is not None), device=engine.device)
@@ -65,7 +66,7 @@ def _regions_of_all_ranks(engine: Engine, own: Compiled | None, first: bool) -> 
             warn("model.compile: on another rank nothing can be compiled (its log says why); the model runs uncompiled")
         return None
     if own and engine.partitioned and engine.layout.data > 1:
-        own.several = not (engine.stage == 2 or getattr(engine.deepspeed.optimizer, "overlap_comm", False))
+        own.several = False
     return own
 
 

@@ -12,7 +12,9 @@ if TYPE_CHECKING:
     import torch  # a study's plan counts FLOPs without importing it
 
 # Dense 16-bit tensor-core peak of one device (vendors' data sheets), FLOP/s.
-PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "V100": 125e12, "L40": 181e12, "A10": 125e12}
+# A name stands before those that it begins with.
+PEAKS = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "V100": 125e12}
+PEAKS |= {"L40S": 362e12, "L40": 181e12, "A10G": 70e12, "A10": 125e12}
 
 
 def flops_per_row(
@@ -54,11 +56,14 @@ def passes(variant: str, meta: MetaConfig) -> dict[str, float]:
     return {kind: (whole[kind] + (meta.every - 1) * between[kind]) / meta.every for kind in whole}
 
 
-def rows_passed(variant: str, meta: MetaConfig, rows: int) -> float:
+def rows_passed(variant: str, meta: MetaConfig, rows: int, *, apart: int = 1, frozen: bool = False) -> float:
     """The rows that an average step passes over, `rows` of training text and those of the validation loss, in whole passes.
 
     A pass to the gradients of one language alone counts two thirds: it skips the products of the shared weights' gradients.
+    apart: passes of a plain step over all rows, one for each language under PCGrad. frozen: whether plain steps train languages alone.
     """
+    if not is_meta(variant):
+        return rows * apart * (2 / 3 if frozen else 1)
     times = passes(variant, meta)
     over_training = times["shared"] - times["validation"] + (times["forward"] - times["shared"]) * 2 / 3
     return rows * over_training + (meta.batch or rows) * times["validation"]

@@ -27,7 +27,13 @@ from mlinterf_ds.ranks import agreed
 from mlinterf_ds.sections import ModelConfig, architecture, has_adapters, is_routed
 
 LANGUAGE_ROWS = "embeddings.language.weight"
-FREE = ("dropout", "attention_dropout", "output_bias", "recompute")  # keys of `model` that no weight depends on
+FREE = (
+    "dropout",
+    "attention_dropout",
+    "output_bias",
+    "recompute",
+    "compile",
+)  # keys of `model` that no weight depends on
 TIED = (".decoder.weight", ".decoder.bias", ".position_ids")  # endings of tensors that repeat another, or just count up
 
 
@@ -51,7 +57,7 @@ def _keys_of(saved: Mapping[str, Any]) -> dict[str, Any]:
     """The keys of `model` that describe the model of a checkpoint; saved: the content of its run.json."""
     config = with_present_keys(saved.get("pretrained", saved["config"]))  # a fine-tuning has both
     shape = ModelConfig(**config["model"])
-    keys = {key: value for key, value in shape if key != "recompute"}
+    keys = {key: value for key, value in shape if key not in ("recompute", "compile")}  # a machine's, not the model's
     keys |= {"positions": shape.positions or config["data"]["sequence_length"], "adapter": shape.adapter_width}
     return keys if has_adapters(config["variant"]) else {k: v for k, v in keys.items() if not k.startswith("adapter")}
 

@@ -23,6 +23,7 @@ from mlinterf_ds.engine.passes import fit_micro_batch, make_fast
 from mlinterf_ds.engine.precision import DTYPES
 from mlinterf_ds.engine.throughput import flops_per_row, peak_flops, peak_memory, rows_passed
 from mlinterf_ds.errors import UserError, warn
+from mlinterf_ds.files import read_json
 from mlinterf_ds.gradients.measure import Draws, Monitor
 from mlinterf_ds.model.encoder import Encoder, partition_dim
 from mlinterf_ds.pretrain import initial
@@ -61,6 +62,7 @@ class PretrainingRun:
         self.seconds = 0.0  # seconds of training, those before a resume included
         self.warned_of_spike = False
         self._unrecorded: tuple[Mapping[str, float], int] | None = None  # the newest step's facts, and its number
+        self._meta_facts: dict[str, float] = {}  # of the newest meta step, until they are logged
         self.saver = checkpoint.Saver(session.output, config.train.keep)
         self.saved_step = -1  # the step of the newest checkpoint that this process began to write
         self.run_id: str | None = None  # MLflow's, of a run that is resumed
@@ -128,7 +130,9 @@ class PretrainingRun:
         masked = self.stream.batch(0, 0, 1).positions.shape[1]
         length, vocabulary = config.data.sequence_length, self.corpus.vocabulary_size
         row = flops_per_row(config.model, length, vocabulary, masked, config.variant)
-        self.step_flops = row * rows_passed(config.variant, config.meta, config.train.batch)
+        apart = len(self.languages) if config.treatment == "pcgrad" else 1
+        frozen = self.engine.frozen and not self.engine.new_rows
+        self.step_flops = row * rows_passed(config.variant, config.meta, config.train.batch, apart=apart, frozen=frozen)
         self.peak = peak_flops(self.engine.device, DTYPES[self.precision]) * self.layout.world
 
     def _fit_micro_batch(self) -> None:
@@ -179,9 +183,14 @@ class PretrainingRun:
         self.tried_from = min(self.tried_from, state.get("micro_batch") or self.tried_from)
         if self.meta and not self.meta.radius.fixed:
             self.meta.radius.radius = state["radius"]
-        if self.first and path.parent.parent == output and self._mean_loss() == self.best < math.inf:
-            checkpoint.mark_best(output, path)  # it may have been killed between saving and marking
-        return f"resumed from {path} at step {self.engine.step}"
+        note = ""
+        if path.parent.parent.resolve() == output.resolve():
+            self.saved_step = self.engine.step
+            later = agreed(lambda: checkpoint.set_aside_later(path))
+            note = f"; checkpoints of later steps are set aside: {', '.join(p.name for p in later)}" if later else ""
+            if self.first and self._mean_loss() == self.best < math.inf:
+                checkpoint.mark_best(output, path)  # it may have been killed between saving and marking
+        return f"resumed from {path} at step {self.engine.step}{note}"
 
     def _start_from(self, init: str) -> str:
         """Start from the weights that `init` names; returns in words what is new or left out."""
@@ -281,7 +290,12 @@ class PretrainingRun:
             if self.saved_step != engine.step:
                 self.save()
         tokens = (self.config.rows_seen(engine.step) - rows) * self.config.data.sequence_length
-        return self._finish(stopped, tokens / max(1e-9, self.seconds - before))
+        return self._finish(stopped, tokens / (self.seconds - before) if tokens else self._earlier_rate())
+
+    def _earlier_rate(self) -> float:
+        """Tokens per second by the output's summary, for a run that had no step left; 0 if it has none."""
+        path = self.session.output / "summary.json"
+        return float(read_json(path)["tokens_per_second"]) if path.is_file() else 0.0
 
     def _train_steps(self, signals: Signals, bar: Any) -> str:
         """The steps to come; returns what stopped them before the last one."""
@@ -334,6 +348,7 @@ class PretrainingRun:
 
     def _record(self, facts: Mapping[str, float], step: int) -> float:
         self.records.add_losses(facts, step)
+        self._meta_facts |= {name: value for name, value in facts.items() if name.startswith("meta/")}
         self._warn(facts, step)
         return facts["loss"]
 
@@ -363,7 +378,8 @@ class PretrainingRun:
         """Log the step's facts, the speed (`rate` in tokens per second) and how much text was seen."""
         if not self.first:
             return
-        metrics = {f"train/{name}": value for name, value in facts.items()}
+        newest = {**self._meta_facts, **facts}  # those of the last meta step, which need not be this one
+        metrics, self._meta_facts = {f"train/{name}": value for name, value in newest.items()}, {}
         metrics["system/tokens_per_second"] = rate
         metrics["system/mfu"] = self._mfu(rate)
         metrics["system/peak_gib"] = peak_memory(self.engine.device) / 2**30

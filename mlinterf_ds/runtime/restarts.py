@@ -138,10 +138,13 @@ class Supervisor:
             time.sleep(POLL)
 
     def _forward(self, number: int, _: FrameType | None) -> None:
-        """Hand a scheduler's or user's signal on to the child, which saves; nothing is started again."""
+        """Hand a scheduler's or user's signal on to the child, which saves; nothing is started again.
+
+        A terminal sends Ctrl-C to the child as well, which takes a second SIGINT for the wish to end without saving.
+        """
         self.ending = self.ending or time.monotonic()
         if self.child and self.child.poll() is None:
-            self.child.send_signal(number)
+            self.child.send_signal(signal.SIGTERM if number == signal.SIGINT else number)
         self.store.set("asked", "")
 
     def _kill(self) -> None:

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from mlinterf_ds.errors import UserError, ready_streams
+from mlinterf_ds.errors import UserError, ready_streams, warn
 from mlinterf_ds.tracking.facts import first_line, scrub, tracking_uri
 from mlinterf_ds.tracking.spool import SPOOL, Sender, read_spool
 from mlinterf_ds.tracking.store import set_client_defaults
@@ -56,6 +56,15 @@ def send_folder(folder: Path, warn: Callable[[str], None]) -> str:
     finally:
         sender.release()
     return f"{path}: {count} records sent to {scrub(uri)}"
+
+
+def close_killed(folder: Path) -> None:
+    """Marks the MLflow run of a job that was killed for good, if it has one, and sends what it left; warns if that fails."""
+    if (folder / SPOOL).is_file():
+        try:
+            send_folder(folder, warn)
+        except UserError as error:
+            warn(str(error))
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -158,7 +158,7 @@ class Sender:
     def _acquire(self) -> None:
         if self._lock:
             return
-        lock = open(self.path, "rb")  # noqa: SIM115 (held until release)
+        lock = open(self.path, "r+b")  # noqa: SIM115 (held until release; NFS locks only what may be written)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

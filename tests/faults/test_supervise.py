@@ -108,11 +108,13 @@ def test_a_signal_between_attempts_reaches_the_next_rank(tmp_path: Path, monkeyp
     assert time.monotonic() - began < 30
 
 
-def test_a_signal_reaches_the_ranks_and_ends_the_job(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_reaches_the_ranks_and_ends_the_job(number: int, tmp_path: Path) -> None:
+    """Ctrl-C as SIGTERM: the terminal has sent the ranks a SIGINT already, and a second one would end them without saving."""
     processes = start(tmp_path, 2, STATUS_0_0="wait", STATUS_1_0="wait")
     wait_until(lambda: len(starts(tmp_path)) == 2, 120)
     for process in processes:
-        process.send_signal(signal.SIGTERM)
+        process.send_signal(number)
     codes, said = ended(processes)
     assert codes == [0, 0] and len(starts(tmp_path)) == 2 and "again" not in said
 

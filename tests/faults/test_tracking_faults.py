@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from typing import Any
 import pytest
 
 from mlinterf_ds.tracking import Tracker
-from mlinterf_ds.tracking.__main__ import main, send_rest
+from mlinterf_ds.tracking.__main__ import close_killed, main, send_rest
 from mlinterf_ds.tracking.spool import SPOOL
 from tests import mlflow_server as mlflow
 from tests.commands import wait_until
@@ -205,7 +206,10 @@ def test_server_comes_back_with_an_empty_database(monkeypatch: pytest.MonkeyPatc
     assert points(f"sqlite:///{workplace}/mlflow.db", tracker.run_id) == [(1, 1.0), (2, 2.0)]
 
 
-def test_killed_job_is_marked_by_the_sending_command(workplace: Path) -> None:
+@pytest.mark.parametrize(
+    "close", [lambda: main(["out"]), lambda: close_killed(Path("out"))], ids=["command", "supervisor"]
+)
+def test_killed_job_is_marked_by_the_sending_command(workplace: Path, close: Callable[[], Any]) -> None:
     code = (
         "import pathlib, os, signal; from mlinterf_ds.tracking import Tracker;"
         "t = Tracker.start(enabled=True, experiment='e', name='n', folder=pathlib.Path('out'), parameters={}, tags={});"
@@ -213,7 +217,7 @@ def test_killed_job_is_marked_by_the_sending_command(workplace: Path) -> None:
     )
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[2])}
     assert subprocess.run([sys.executable, "-c", code], env=environment, timeout=60, check=False).returncode == -9
-    assert main(["out"]) == 0
+    assert not close()
     run = only_run(f"sqlite:///{workplace}/mlflow.db", "e")
     assert run.info.status == "KILLED" and run.data.metrics == {"a": 1.0}
 

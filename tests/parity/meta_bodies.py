@@ -154,7 +154,7 @@ def mixed_products(settings: list[str], source: str, lookahead: str, difference:
     if source:
         scale = engine.scale.state()
         checkpoint.load(Path(source), engine)
-        engine.scale.load(scale)  # the checkpoint is of fp32
+        assert engine.scale.state() == scale  # the checkpoint is of fp32
         bodies.advance(engine, stream, config, engine.step + 4)  # in this precision, which may have to lower the scale
     batch, held_out = batches(stream, config, engine.step)
     exact = Exact(engine, batch, held_out)

@@ -57,6 +57,23 @@ def disk(monkeypatch) -> SimpleNamespace:
     return disk
 
 
+def test_a_run_that_goes_back_sets_later_checkpoints_aside(tmp_path: Path) -> None:
+    """Else its own next ones would be pruned as the oldest, and resume=auto would load the abandoned branch."""
+    folder = tmp_path / "checkpoints"
+    for step in (3, 4, 5):
+        (folder / f"step-{step:08}").mkdir(parents=True)
+    assert [path.name for path in checkpoint.set_aside_later(folder / "step-00000003")] == [
+        "step-00000004.abandoned",
+        "step-00000005.abandoned",
+    ]
+    assert checkpoint.find(tmp_path).name == "step-00000003"
+    (folder / "step-00000004").mkdir()
+    checkpoint.prune(tmp_path, 1)
+    assert checkpoint.find(tmp_path).name == "step-00000004" and not (folder / "step-00000003").exists()
+    (folder / "step-00000003").mkdir()
+    assert [path.name for path in checkpoint.set_aside_later(folder / "step-00000003")] == ["step-00000004.abandoned1"]
+
+
 def train(engine: Any) -> None:
     """Changes everything that a checkpoint holds, in place."""
     engine.step = engine.updates = engine.updates + 1

@@ -1,8 +1,9 @@
 """What MFU counts: the rows that a step's passes see, and a row's products; how long a device is busy."""
 
 import pytest
+import torch
 
-from mlinterf_ds.engine.throughput import flops_per_row, rows_passed
+from mlinterf_ds.engine.throughput import flops_per_row, peak_flops, rows_passed
 from mlinterf_ds.pretrain.config import load_run
 from tools.bench.timing import covered
 
@@ -26,6 +27,29 @@ from tools.bench.timing import covered
 def test_rows_of_an_average_step(settings: list[str], rows: float) -> None:
     config = load_run([], ["variant=meta_adpt", "train.batch=32", "meta.batch=16", *settings])
     assert rows_passed(config.variant, config.meta, config.train.batch) == pytest.approx(rows)
+
+
+def test_rows_of_a_plain_step() -> None:
+    meta = load_run([], []).meta
+    assert rows_passed("adpt", meta, 32, frozen=True) == pytest.approx(32 * 2 / 3)
+    assert rows_passed("joint", meta, 32, apart=5) == 5 * 32
+
+
+@pytest.mark.parametrize(
+    "name, peak",
+    [
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA L40S", 362e12),
+        ("NVIDIA L40", 181e12),
+        ("NVIDIA A10G", 70e12),
+        ("NVIDIA A10", 125e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+    ],
+)
+def test_peaks_of_devices_whose_names_begin_alike(name: str, peak: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: name)
+    assert peak_flops(torch.device("cuda"), torch.bfloat16) == peak
 
 
 def test_what_the_last_layer_leaves_out() -> None:
