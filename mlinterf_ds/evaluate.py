@@ -72,7 +72,7 @@ def _options(arguments: Sequence[str]) -> argparse.Namespace:
         action="append",
         default=[],
         metavar="LANG=FILE",
-        help="one sentence a line; lines do not see each other, as if each were a document; repeatable",
+        help="one sentence a line; lines do not see each other, unless the model was trained with data.boundaries=none; repeatable",
     )
     parser.add_argument(
         "--sentences", type=number(0), default=100, help="sentences scored by pseudo-perplexity (default 100; 0: none)"
@@ -93,6 +93,8 @@ def _options(arguments: Sequence[str]) -> argparse.Namespace:
     if bool(options.text) == bool(options.fill):
         raise UserError('give either --text LANG=FILE (repeatable) or --fill "... <mask> ..." with --language')
     options.text = parse(options.text, "text") if options.text else {}
+    if "-" in options.text.values():
+        raise UserError("--text LANG=-: the text is read more than once: give a file")
     if options.out and not options.out.parent.is_dir():
         raise UserError(f"--out {options.out}: there is no folder {options.out.parent}")
     return options
@@ -254,7 +256,9 @@ def one_at_a_time(ids: Sequence[int], language: int, vocabulary: Vocabulary) -> 
 
 def masked_ids(tokenizer: Tokenizer, text: str) -> list[int]:
     """The row `<s> text </s>` of a text in which BLANK stands for masks."""
-    first, *others = text.split(BLANK)
+    *before, last = text.split(BLANK)
+    # No piece stands for a space before a mask: in training the space belongs to the word that is masked.
+    first, *others = *(part.rstrip() for part in before), last
     vocabulary = tokenizer.vocabulary
     behind = [piece for part in others for piece in (vocabulary.mask, *tokenizer.encode_on(part))]
     return [vocabulary.bos, *tokenizer.encode(first), *behind, vocabulary.eos]

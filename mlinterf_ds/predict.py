@@ -64,7 +64,7 @@ def main(arguments: Sequence[str], group: Group | None = None) -> int:
             **pretrained.architecture(dropout=0.0),
         )
         device = torch.device(get_accelerator().current_device_name())
-        dtype = DTYPES[choose_precision(options.precision or config.train.precision, {})[0]]
+        dtype = DTYPES[_precision(options.precision, saved["layout"]["precision"])]
         pretrained.filled(model, layout).to(device, dtype)
         scores = outputs(model, task.kind, rows, module, layout, device)
         if layout.rank == 0:
@@ -77,6 +77,16 @@ def main(arguments: Sequence[str], group: Group | None = None) -> int:
                 lines = [json.dumps(facts, ensure_ascii=False) for facts in chances]
                 write_text(options.probabilities, "\n".join(lines) + "\n")
     return 0
+
+
+def _precision(asked: str | None, tuned: str) -> str:
+    """The precision that was asked for, else that of the fine-tuning, else, where this device lacks that one, the device's own."""
+    try:
+        return choose_precision(asked or tuned, {})[0]
+    except UserError:
+        if asked:
+            raise
+    return choose_precision("auto", {})[0]
 
 
 def _options(arguments: Sequence[str]) -> argparse.Namespace:
@@ -105,7 +115,9 @@ def _options(arguments: Sequence[str]) -> argparse.Namespace:
         "--probabilities", type=Path, metavar="FILE", help="write probabilities to this file, a JSON object an example"
     )
     parser.add_argument(
-        "--precision", choices=("auto", *DTYPES), help="precision of weights and arithmetic (default: as fine-tuned)"
+        "--precision",
+        choices=("auto", *DTYPES),
+        help="precision of weights and arithmetic (default: as fine-tuned, where this device has that)",
     )
     parser.add_argument("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
@@ -126,6 +138,11 @@ def module_of(
     if modules is None and config.finetune.route == "source" and not trained_on:
         raise UserError(f"{pretrained.path} does not say on which language it was trained: name it with --modules")
     if modules is None:
+        if language not in known and config.finetune.route != "source" and not config.finetune.unseen:
+            raise UserError(
+                f"--text {language}: the model at {pretrained.path} has no modules for {language!r}, it knows {', '.join(known)}; "
+                "choose one of them with --modules LANG"
+            )
         return serving(config, pretrained, {"train": dict.fromkeys(trained_on, "")}, "text", language)
     if modules not in known:
         raise UserError(

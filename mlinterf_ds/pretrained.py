@@ -171,6 +171,11 @@ class Finetuned:
         return Pretrained(self.path, self.saved | {"config": with_present_keys(self.saved["pretrained"])})
 
     @property
+    def is_best(self) -> bool:
+        """Whether the checkpoint is of the epoch that was the best on the dev sets, as far as its training had come."""
+        return bool(self.pretrained.step == self.saved["progress"]["best_step"])
+
+    @property
     def labels(self) -> list[str]:
         """The names of the classes, in the order of the classifier's outputs."""
         return list(self.saved["labels"])
@@ -178,13 +183,14 @@ class Finetuned:
     @property
     def summary(self) -> dict[str, Any]:
         """The summary.json of the fine-tuning's command, if the checkpoint lies in its folder and the summary is of it; or {}."""
-        file = self.path.parents[2] / "summary.json" if len(self.path.parents) > 2 else Path()
-        if not file.is_file():
+        path = self.path.resolve()
+        file = path.parents[2] / "summary.json" if len(path.parents) > 2 else Path()
+        if not file.is_file() or not self.is_best:
             return {}
         with refusing(f"{file}: not what a fine-tuning writes"):
             summary: dict[str, Any] = read_json(file)
             points = [Point(seed, **summary["chosen"]).name for seed in summary.get("seeds", []) if "task" in summary]
-        return summary if self.path.parents[1].name in points else {}
+        return summary if path.parents[1].name in points else {}
 
 
 def opened(folder: str) -> Pretrained | Finetuned:
@@ -193,6 +199,10 @@ def opened(folder: str) -> Pretrained | Finetuned:
     Of a fine-tuning with several seeds it is the first seed's at the chosen point of the grid.
     """
     path = Path(folder)
+    if (path / "job.json").is_file() and "units" in (job := _job(path)):
+        raise UserError(
+            f"{path}: a job of a study: name one of its folders, {', '.join(u['name'] for u in job['units'])}"
+        )
     if (path / "job.json").is_file():
         if not (path / "summary.json").is_file():
             raise UserError(f"{path}: the fine-tuning is not finished; name one of its seed... folders")
@@ -202,6 +212,11 @@ def opened(folder: str) -> Pretrained | Finetuned:
 
     best, saved = _best(path)
     return Finetuned(best, saved) if "labels" in saved else Pretrained.of(best, saved)
+
+
+def _job(folder: Path) -> dict[str, Any]:
+    with refusing(f"{folder / 'job.json'}: not what a fine-tuning writes"):
+        return dict(read_json(folder / "job.json"))
 
 
 def _best(folder: str | Path) -> tuple[Path, dict[str, Any]]:

@@ -34,7 +34,7 @@ from torch import Tensor
 from mlinterf_ds.engine.optimizer import kept
 from mlinterf_ds.engine.space import FlatSpace
 from mlinterf_ds.engine.weights import CheckpointReader, Weights
-from mlinterf_ds.errors import UserError, refusing, resumption, setting
+from mlinterf_ds.errors import UserError, refusing, resumption
 from mlinterf_ds.files import PARTIAL, check_files, flush, flushed_facts, read_json, write_bytes, write_json
 from mlinterf_ds.ranks import agreed
 
@@ -338,7 +338,11 @@ def verify(path: Path) -> dict[str, Any]:
 def _fallback(path: Path) -> str:
     """The remedy for a damaged checkpoint: to use the checkpoint before it, if there is one."""
     earlier = [other for other in _all(path.parent.parent) if other.name < path.name]
-    return f"; the one before it is {earlier[-1]}: {setting('resume', earlier[-1])}" if earlier else ""
+    return (
+        f"; the one before it is {earlier[-1]}: name that one (resume=, init=, checkpoint= or --checkpoint)"
+        if earlier
+        else ""
+    )
 
 
 def load(

@@ -70,7 +70,7 @@ def _perplexities(pretrained: Pretrained) -> list[str]:
     history = {code: points[-1] for code, points in pretrained.saved.get("history", {}).items() if points}
     if not history:
         return ["It was not evaluated during its training."]
-    path = pretrained.path.parents[1] / "summary.json"
+    path = pretrained.path.resolve().parents[1] / "summary.json"
     floors = read_json(path).get("unigram_perplexity", {}) if path.is_file() else {}
     rows = [
         [code, f"{perplexity:.2f}", f"{floors[code]:.1f}" if code in floors else "", step]
@@ -108,7 +108,7 @@ def _finetuned(model: Finetuned, config: dict[str, Any]) -> dict[str, Any]:
         "head": head,
         "trained_on": ", ".join(saved.get("trained_on", [])) or "one language",
         "point": saved["point"],
-        "progress": saved["progress"],
+        "epoch": _epoch(model),
         "source": source,
         "examples": model.summary.get("examples", {}).get("train", {}),
         "scores": "\n".join(_task_scores(model)),
@@ -124,7 +124,9 @@ def _task_scores(model: Finetuned) -> list[str]:
     """A table of this seed's scores on every test set beside the baselines'; without a summary, of those on the dev sets."""
     summary, progress = model.summary, model.saved["progress"]
     if not summary:
-        scores = progress["dev"][progress["best_epoch"] - 1]
+        if not _evaluated(model):
+            return ["It was not evaluated at this step."]
+        scores = progress["dev"][-1]
         return markdown_table(["language", "dev score"], [[code, f"{score:.1f}"] for code, score in scores.items()])
     seed = summary["seeds"].index(model.saved["point"]["seed"])
     metric, floors = summary["metric"], summary["baselines"]
@@ -135,6 +137,20 @@ def _task_scores(model: Finetuned) -> list[str]:
         rows.append(cells + [f"{floors[code][name][metric]:.1f}" if name in floors[code] else "" for name in names])
     lines = markdown_table(["language", "setting", "examples", metric, *names], rows)
     return [*lines, "", "The columns after the score are baselines that need no model: see the task's guide."]
+
+
+def _evaluated(model: Finetuned) -> bool:
+    """Whether the checkpoint was saved at the end of an epoch, where the dev sets are scored."""
+    progress = model.saved["progress"]
+    return bool(progress["dev"]) and not progress["epoch_loss"]
+
+
+def _epoch(model: Finetuned) -> str:
+    """How far the fine-tuning had come, in words."""
+    progress, epochs = model.saved["progress"], model.saved["config"]["finetune"]["epochs"]
+    if model.is_best:
+        return f"epoch {progress['best_epoch']} of {epochs}, the best on the dev set ({progress['best']:.1f})"
+    return f"step {model.pretrained.step}, after {len(progress['dev'])} of {epochs} epochs"
 
 
 def _departures(pretrained: Pretrained) -> list[str]:

@@ -49,6 +49,7 @@ class Model:
         # The classes of a model with language-specific modules are files of the folder.
         self.pipeline = pipeline(names[self.kind], str(folder), trust_remote_code=True)
         self.routed = self.pipeline.model.config.model_type == "mlinterf"
+        self.default = getattr(self.pipeline.model.config, "default_language", None)  # of X-MOD
 
     def predict(self, frame: Any, params: dict[str, Any] | None = None) -> list[str]:
         """Returns one text for each row of the frame, which has the columns that COLUMNS and LANGUAGE name.
@@ -64,10 +65,13 @@ class Model:
         }[self.kind]
         answers = []
         for row in frame.to_dict("records"):
-            language = {LANGUAGE: row[LANGUAGE]} if row.get(LANGUAGE) else {}
-            if language and not self.routed and hasattr(self.pipeline.model, "set_default_language"):  # X-MOD
-                self.pipeline.model.set_default_language(row[LANGUAGE])
-            answers.append(answer(row, **(language if self.routed else {})))
+            name = row.get(LANGUAGE)
+            name = name if isinstance(name, str) else ""  # a frame has NaN where a row lacks it
+            if not self.routed and hasattr(self.pipeline.model, "set_default_language"):  # X-MOD
+                if not (named := name or self.default):
+                    raise ValueError(f"a row has no {LANGUAGE}, and the model no default: name one in each row")
+                self.pipeline.model.set_default_language(named)
+            answers.append(answer(row, **({LANGUAGE: name} if name and self.routed else {})))
         return answers
 
     def _filled(self, row: dict[str, str], **language: str) -> str:
@@ -82,10 +86,18 @@ class Model:
         return text
 
     def _tags(self, row: dict[str, str], **language: str) -> str:
-        """The label of each word, by its first piece or by the mean of all (`finetune.word`); words are what white space separates."""
+        """The label of each word, by its first piece or by the mean of all (`finetune.word`); words are what white space separates.
+
+        Raises ValueError for a text that is longer than a row of the model.
+        """
         import torch
 
         model, tokenizer, words = self.pipeline.model, self.pipeline.tokenizer, row["text"].split()
+        if not words:
+            return ""
+        of_words = tokenizer(words, add_special_tokens=False)["input_ids"]
+        # as in the fine-tuning, a word without pieces is read as an unknown one
+        words = [word if ids else tokenizer.unk_token for word, ids in zip(words, of_words, strict=True)]
         places = {"return_offsets_mapping": True, "return_special_tokens_mask": True}
         tokens = tokenizer(" ".join(words), return_tensors="pt", truncation=True, **places).to(model.device)
         offsets, special = (tokens.pop(name)[0].tolist() for name in ("offset_mapping", "special_tokens_mask"))
@@ -96,8 +108,13 @@ class Model:
         for word in words:
             start, end = end, end + len(word)
             own = [logits for begin, last, logits in pieces if last > start and begin < end]
+            if not own:
+                raise ValueError(
+                    f"the text has more than the {tokenizer.model_max_length} pieces that the model reads at once, {row['text'][:40]!r}: "
+                    "give a sentence in each row"
+                )
             read = own if model.config.finetuned.get("word") == "mean" else own[:1]
-            tags.append(model.config.id2label[int(sum(read).argmax())] if read else "O")
+            tags.append(model.config.id2label[int(sum(read).argmax())])
             end += 1  # the space
         return " ".join(tags)
 

@@ -74,7 +74,7 @@ class FinetuneSection(Section):
         "language whose modules read languages that the model does not know; default: such languages are refused",
         pattern=LANGUAGE_PATTERN,
     )
-    max_length: int | None = key(None, "pieces in a row; default: as in pretraining", ge=16)
+    max_length: int | None = key(None, "pieces in a row; default: as many as the model has positions", ge=16)
     stride: int | None = key(None, "pieces that a window moves on (QA) or looks back (tags); default half a row", ge=1)
     max_question: int | None = key(None, "pieces kept of a question; default a quarter of a row", ge=1)
     max_answer: int = key(30, "largest number of pieces in an answer", ge=1)

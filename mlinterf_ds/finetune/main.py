@@ -17,6 +17,7 @@ from typing import Any
 
 from mlinterf_ds.config import load_config, parser
 from mlinterf_ds.data.tokenizer import MANY_UNKNOWN, Tokenizer
+from mlinterf_ds.engine.checkpoint import begun
 from mlinterf_ds.engine.precision import choose_precision, read_json
 from mlinterf_ds.errors import UserError
 from mlinterf_ds.finetune.config import FinetuneConfig
@@ -54,8 +55,13 @@ def run(
     """Fine-tune and test; the summary, which rank 0 also writes to summary.json in the output folder."""
 
     def refuse(output: Path) -> None:
-        if not config.resume and (output / "job.json").is_file():
-            raise UserError(f"{output} holds a fine-tuning: continue with --set resume=auto, or choose another output")
+        if (output / "job.json").is_file():
+            if not config.resume:
+                raise UserError(
+                    f"{output} holds a fine-tuning: continue with --set resume=auto, or choose another output"
+                )
+        elif (output / "summary.json").is_file() or begun(output):
+            raise UserError(f"{output} holds the results of another command: choose another output")
 
     with session(config.name, config.output, config.parallel, refuse, group) as here:
         precision, reason = choose_precision(config.train.precision, deepspeed_json)

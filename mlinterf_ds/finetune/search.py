@@ -65,6 +65,7 @@ class Search:
                 trial = self._train(point, signals)
                 self._close(trial, "FINISHED")
                 scores.append(trial.progress.best)
+                del trial  # else its engine would stay beside the next point's
             best = grid[scores.index(max(scores))]
             if self.job.first:
                 print(f"best of the grid by dev {self.job.task.metric}: {best.name}", flush=True)

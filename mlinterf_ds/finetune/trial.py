@@ -156,12 +156,13 @@ class Trial:
             step = engine.step
             micro = [self.batches.at(step, *slice_) for slice_ in engine.slices(self.point.batch)]
             facts = engine.train_step(micro, self._rates(micro[0].step_languages))
-            self.progress.epoch_loss.append(facts["loss"])
-            recent.append(facts["loss"])
+            loss = facts["loss"] / self.batches.filled(step)  # the rows that fill a batch have none
+            self.progress.epoch_loss.append(loss)
+            recent.append(loss)
             if len(recent) * LOSSES >= self.steps:
                 self.tracker.log(self.job.logged({"train/loss": float(np.mean(recent))}), engine.step)
                 recent = []
-            bar.set_postfix_str(f"loss {facts['loss']:.3f}", refresh=False)
+            bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
             bar.update()
             if engine.step % self.batches.epoch_steps == 0:
                 self._end_epoch()

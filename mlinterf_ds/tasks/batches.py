@@ -37,6 +37,10 @@ class TrainBatches:
         """The number of steps in an epoch."""
         return -(-len(self.rows) // self.batch)
 
+    def filled(self, step: int) -> float:
+        """The share of the rows of a step's global batch that are real: the last batch of an epoch may have others to fill it."""
+        return min(1.0, len(self.rows) / self.batch - step % self.epoch_steps)
+
     def at(self, step: int, start: int, stop: int) -> TaskBatch:
         """Rows `start` to `stop` (exclusive) of the global batch of `step`."""
         epoch, number = divmod(step, self.epoch_steps)

@@ -22,9 +22,7 @@ def read_text(path: Path) -> str:
     try:
         data = sys.stdin.buffer.read() if str(path) == "-" and sys.stdin else path.read_bytes()
     except OSError as error:
-        raise UserError(
-            f"{path}: cannot be read: {error.strerror}; give LANG=FILE, LANG=synthetic or LANG=split"
-        ) from None
+        raise UserError(f"{path}: cannot be read: {error.strerror}; give an existing file, as LANG=FILE") from None
     if kind := other_format(data[:16]):
         raise UserError(f"{path}: {kind} and not text: unpack or convert it first")
     utf16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))

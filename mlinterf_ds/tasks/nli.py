@@ -206,7 +206,10 @@ class Nli(Task):
         if examples[0].header == ARRAY:
             write_text(path, "[\n" + ",\n".join(lines) + "\n]\n")
             return
-        header = examples[0].header + "\tlabel" * (examples[0].column is None and examples[0].header != "")
+        header = examples[0].header
+        if header and examples[0].column is None:
+            names = header.rstrip("\r")
+            header = f"{names}\tlabel{header[len(names) :]}"
         write_text(path, "\n".join([header, *lines] if header else lines) + "\n")
 
     def suffix(self, examples: Sequence[Pair]) -> str:

@@ -41,9 +41,9 @@ def parse(options: Sequence[str], split: str) -> dict[str, str]:
         if not equals or not source or not re.fullmatch(LANGUAGE_PATTERN, language):
             lower = re.fullmatch(LANGUAGE_PATTERN, language.lower()) and language != language.lower()
             hint = f"; codes are lower-case: {language.lower()}" if lower else ""
-            raise UserError(
-                f"--{split} {option}: expected LANG=FILE, LANG=synthetic or LANG=split, such as en=train.tsv{hint}"
-            )
+            others = {"train": ["LANG=synthetic"], "dev": (made := ["LANG=synthetic", "LANG=split"]), "test": made}
+            expected = " or ".join(["LANG=FILE", *others.get(split, [])])
+            raise UserError(f"--{split} {option}: expected {expected}, such as en={split}.tsv{hint}")
         if language in sources:
             raise UserError(f"--{split} {option}: {language} is given twice; put its examples in one file")
         sources[language] = source
@@ -68,6 +68,10 @@ def load(task: Task, options: Options, *, synthetic: dict[str, int], limit: int 
             elif source != "split":
                 examples = task.read(Path(source), language)
                 sets.origin[f"{split} {language}"] = f"{Path(source).name}, sha256 {sha256(Path(source))}"
+            elif split == "train":
+                raise UserError(
+                    f"--train {language}=split: only --dev and --test can take a share of train: give a file"
+                )
             else:
                 continue
             sets.examples[split][language] = kept = _at_random(examples, limit)

@@ -17,8 +17,10 @@ import torch
 
 from mlinterf_ds.data.foreign import vocabulary_file
 from mlinterf_ds.data.prepare.main import vocabulary_of
+from mlinterf_ds.export import card
 from mlinterf_ds.export.hf import export
 from mlinterf_ds.export.pyfunc import Model
+from mlinterf_ds.pretrained import Finetuned, Point, opened
 from mlinterf_ds.tasks import TASKS
 from mlinterf_ds.tasks.ner import spans
 from tests.mlflow_server import empty_store
@@ -171,7 +173,17 @@ def test_mlflows_model_answers_requests(made, task: str, variant: str) -> None:
     frame = pandas.DataFrame([{**rows(example), "language": "as"} for example in examples])
     wanted = model.predictions["as"]
     wanted = [" ".join(tags) for tags in wanted] if task in ("ner", "pos") else wanted
-    assert Model(model.folder).predict(frame) == wanted
+    served = Model(model.folder)
+    assert served.predict(frame) == wanted
+    if variant == XMOD:  # a row's language is not that of the row before
+        with pytest.raises(ValueError, match="a row has no language"):
+            served.predict(pandas.DataFrame([rows(examples[0])]))
+        served.default = "te"
+        assert served.predict(pandas.DataFrame([rows(examples[0])])) == served.predict(frame[:1].assign(language="te"))
+    if task in ("ner", "pos"):
+        long = pandas.DataFrame({"text": [" ".join(["ba"] * 2000)], "language": "as"})
+        with pytest.raises(ValueError, match=r"more than the \d+ pieces .* give a sentence in each row"):
+            served.predict(long)
 
 
 def test_words_that_are_tagged_from_all_their_pieces(made) -> None:
@@ -191,6 +203,24 @@ def test_words_that_are_tagged_from_all_their_pieces(made) -> None:
         kinds = [kind for kind, _, _ in spans(tags)]
         near += kinds == [answer["entity_group"] for answer in answers]
     assert near >= 0.8 * len(texts)
+
+
+def test_the_card_of_a_checkpoint_that_is_not_the_best_has_its_own_scores(made, tmp_path: Path) -> None:
+    tuned = opened(str(made("ner", MEAN).run))
+    assert isinstance(tuned, Finetuned)
+    chosen = {"batch": 4, "lr": 0.1, "head_lr": 0.1}
+    (tmp_path / "summary.json").write_text(json.dumps({"task": "ner", "seeds": [0], "chosen": chosen}))
+    model = Finetuned(tmp_path / Point(0, **chosen).name / "checkpoints" / tuned.path.name, tuned.saved)
+    assert model.is_best and model.summary
+    assert "the best on the dev set" in card._epoch(model)
+    progress = {"dev": [{"te": 90.0}, {"te": 80.0}], "best": 90.0, "best_epoch": 1, "best_step": 1, "epoch_loss": []}
+    later = Finetuned(model.path, model.saved | {"progress": progress})
+    assert not later.is_best and later.summary == {}
+    assert "after 2 of" in card._epoch(later) and "| te | 80.0 |" in card._task_scores(later)
+    between = Finetuned(model.path, model.saved | {"progress": progress | {"epoch_loss": [1.0]}})
+    assert card._task_scores(between) == ["It was not evaluated at this step."]
+    none = progress | {"dev": [], "best": -1.0, "best_epoch": 0, "best_step": 0, "epoch_loss": [1.0]}
+    assert "after 0 of" in card._epoch(Finetuned(model.path, model.saved | {"progress": none}))
 
 
 def test_the_classifier_of_texts_is_ours_to_single_precision(made) -> None:

@@ -18,6 +18,7 @@ from mlinterf_ds.data.prepare.main import prepare, vocabulary_of
 from mlinterf_ds.data.prepare.vocabulary import with_new_scripts
 from mlinterf_ds.data.tokenizer import SPACE_PIECE, Tokenizer
 from mlinterf_ds.errors import UserError
+from mlinterf_ds.evaluate import masked_ids
 from mlinterf_ds.export import tokenizer as exported
 from mlinterf_ds.tasks import TASKS, Limits
 from mlinterf_ds.tasks.squad import Question
@@ -139,6 +140,16 @@ def test_characters_are_unknown_only_where_their_word_is(pair) -> None:
         assert 0 <= count <= len(word) and (not count or ours.vocabulary.unk in ids), (word, count)
     assert not any(found) if kind == "bytes" else found[2] == 2
     assert ours.unknown_characters(words) == found  # whatever was asked before
+
+
+def test_no_piece_stands_between_a_word_and_the_mask_behind_it(pair) -> None:
+    """A byte-level vocabulary would have one for the space alone, which no training row has there."""
+    _, ours, _, _ = pair
+    special = ours.vocabulary
+    row = masked_ids(ours, "ba <mask> <mask> ko.")
+    first = ours.encode("ba")
+    assert row[: len(first) + 3] == [special.bos, *first, special.mask, special.mask]
+    assert row[-1] == special.eos and ours.decode(row[len(first) + 3 : -1]).strip() == ours.decode(ours.encode("ko."))
 
 
 def test_special_pieces_and_pairs(pair) -> None:

@@ -329,6 +329,13 @@ def config_of(path: Path, **changes: Any) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
 
 
+def test_a_models_keys_are_not_those_of_the_machine_that_trained_it() -> None:
+    """Whether layers are compiled or recomputed is decided by the run that starts from it."""
+    saved = {"variant": "joint", "model": {"compile": False, "recompute": True}, "data": {"sequence_length": 64}}
+    keys = initial._keys_of({"config": saved})
+    assert "compile" not in keys and "recompute" not in keys and keys["positions"] == 64
+
+
 def tensors_of(path: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
     weights = load_file(path / "model.safetensors")
     change(weights)

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
 import subprocess
 import sys
+import weakref
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
+from deepspeed.accelerator import get_accelerator
 
+from mlinterf_ds import predict
 from mlinterf_ds.config import describe, load_config
 from mlinterf_ds.errors import UserError
 from mlinterf_ds.finetune.config import FinetuneConfig
 from mlinterf_ds.finetune.main import serving
 from mlinterf_ds.finetune.report import _transfer
-from mlinterf_ds.pretrained import Point, Pretrained
+from mlinterf_ds.finetune.search import Search
+from mlinterf_ds.pretrained import Point, Pretrained, opened
 from mlinterf_ds.tasks import TASKS
 from tests.commands import ROOT, arguments, call, flags
 from tests.mlflow_server import empty_store
@@ -144,6 +150,57 @@ def predicts_the_same(task: str, text: Path, language: str, out: Path, folder: P
 )
 def test_predicting_refuses(ground: Path, arguments: list[str], words: str) -> None:
     assert words in pool(1).run(call, "predict", "/", ["--checkpoint", f"{ground}/model", *arguments])[0]
+
+
+def test_results_of_another_command_are_not_overwritten(ground: Path) -> None:
+    before = sorted((path.name, path.stat().st_mtime_ns) for path in (ground / "model").iterdir())
+    for more in ([], flags("resume=auto")):
+        words = command(ground, "pos", ground / "model", *more)
+        assert "model holds the results of another command: choose another output" in run(words)
+    assert sorted((path.name, path.stat().st_mtime_ns) for path in (ground / "model").iterdir()) == before
+
+
+def test_a_grid_holds_one_engine_at_a_time() -> None:
+    class Engine:
+        """What a point of the grid holds."""
+
+    class Fake(Search):
+        alive: ClassVar[list[weakref.ref]] = []
+
+        def _train(self, point: Point, signals: Any) -> Any:
+            gc.collect()
+            assert not any(reference() for reference in self.alive), "the engine of the point before"
+            engine = Engine()
+            self.alive.append(weakref.ref(engine))
+            return SimpleNamespace(engine=engine, progress=SimpleNamespace(best=point.lr), tracker=self.tracker)
+
+    finetune = load_config(FinetuneConfig, [], ["checkpoint=x", "finetune.lr=0.1,0.3,0.2"]).finetune
+    job = SimpleNamespace(first=False, config=SimpleNamespace(finetune=finetune))
+    search = Fake(job, SimpleNamespace(output=Path(), log=None))  # type: ignore[arg-type]
+    assert {point.lr for point in search._search(None)} == {0.3} and len(Fake.alive) == 3  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "asked, tuned, precision", [(None, "fp32", "fp32"), ("fp32", "bf16", "fp32"), (None, "bf16", "bf16")]
+)
+def test_the_precision_of_predictions_is_the_fine_tunings(asked: str | None, tuned: str, precision: str) -> None:
+    assert predict._precision(asked, tuned) == precision
+    if not get_accelerator().is_fp16_supported():
+        assert predict._precision(None, "fp16") in ("bf16", "fp32")
+        with pytest.raises(UserError, match="no fp16 arithmetic"):
+            predict._precision("fp16", "fp32")
+
+
+def test_a_language_without_modules_is_named_with_the_option_of_predictions(ground: Path) -> None:
+    config = load_config(FinetuneConfig, [], ["checkpoint=x"])
+    with pytest.raises(UserError, match=r"--text sw: .* knows te, as; choose one of them with --modules LANG"):
+        predict.module_of(None, config, Pretrained.open(str(ground / "model")), ["te"], "sw")
+
+
+def test_a_studys_job_is_no_fine_tuning(tmp_path: Path) -> None:
+    (tmp_path / "job.json").write_text(json.dumps({"name": "j", "units": [{"name": "joint.seed0"}]}))
+    with pytest.raises(UserError, match="a job of a study: name one of its folders, joint.seed0"):
+        opened(str(tmp_path))
 
 
 def test_the_grid_is_searched_by_the_dev_set_and_resumed(ground: Path, tmp_path: Path) -> None:

@@ -235,6 +235,7 @@ def test_questions_are_read_by_name(tmp_path: Path) -> None:
         ("pos", CONLLU.replace("ADP", "_").replace("INTJ", ""), None),
         ("nli", "A.\tB.\n", "A.\tB.\tneutral\n"),
         ("nli", "premise\thypothesis\nA.\tB.\n", "premise\thypothesis\tlabel\nA.\tB.\tneutral\n"),
+        ("nli", "premise\thypothesis\r\nA.\tB.\r\n", "premise\thypothesis\tlabel\r\nA.\tB.\tneutral\r\n"),
         (
             "nli",
             '{"premise": "A.", "hypothesis": "B."}\n',
@@ -249,7 +250,7 @@ def test_new_text_needs_no_answers(task: str, text: str, written: str | None, tm
     label = {"ner": "B-PER", "pos": "X", "nli": "neutral"}[task]
     new.write(examples, [label if task == "nli" else [label] * len(e.words) for e in examples], tmp_path / "out")
     wanted = written or CONLLU.replace("ADP", "X").replace("INTJ", "X").replace("\tDET", "\tX").replace("\tNUM", "\tX")
-    assert (tmp_path / "out").read_text() == wanted
+    assert (tmp_path / "out").read_bytes().decode() == wanted
     with pytest.raises(UserError):
         TASKS["qa"].read(put(tmp_path, "g", squad("Ann ran.", {"id": "a", "question": "?"})), "en")
     (question,) = TASKS["qa"].configured(unlabelled=True).read(tmp_path / "g", "en")
@@ -458,7 +459,8 @@ def test_synthetic_sets_differ_by_split(task: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "train, dev, test, words",
     [
-        ("en=", "en=split", "en=split", "LANG=FILE"),
+        ("en=", "en=split", "en=split", "expected LANG=FILE or LANG=synthetic, such as en=train.tsv"),
+        ("en=split", "en=split", "en=split", "--train en=split: only --dev and --test can take a share of train"),
         ("EN=f", "en=split", "en=split", "LANG=FILE.*codes are lower-case: en"),
         ("en={}", "sw=split", "en=split", "give --train sw=FILE"),
         ("nosuch=synthetic", "nosuch=split", "nosuch=split", "unknown synthetic language 'nosuch'"),

@@ -239,6 +239,7 @@ def test_an_epoch_has_every_row_once_and_weights_sum_to_one() -> None:
             batch = batches.at(step, 0, 4)
             assert float(batch.weights.sum()) == pytest.approx(1)
             real = batch.weights.sum(1) > 0
+            assert batches.filled(step) == pytest.approx(real.float().mean().item())
             seen += (batch.tokens[:, 1] - 9)[real].tolist()
             halves = [batches.at(step, 0, 2), batches.at(step, 2, 4)]
             assert halves[0].step_languages == batch.step_languages
