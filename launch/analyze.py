@@ -1,4 +1,4 @@
-"""`deepspeed launch/analyze.py --set checkpoint=... --set analysis=conflict|prune|interference --set output=...`; --help."""
+"""`deepspeed launch/analyze.py --set checkpoint=... --set analysis=conflict|prune|probe|interference --set output=...`; --help."""
 
 from mlinterf_ds.analysis.main import main as analyze
 from mlinterf_ds.runtime.output import main

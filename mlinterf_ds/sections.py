@@ -348,5 +348,5 @@ class TrackingConfig(Section):
 
     enabled: bool = key(True, "record the run in MLflow")
     experiment: str = key("mlinterf_ds", "MLflow experiment name", min_length=1)
-    parent: str | None = key(None, "MLflow run that a pretraining run is nested under")
+    parent: str | None = key(None, "MLflow run under which this one is nested, where its checkpoint names none")
     tags: dict[str, str] = key({}, "further tags of the run: --set tracking.tags.KEY=VALUE")

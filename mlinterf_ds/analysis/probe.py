@@ -172,17 +172,21 @@ def probed(job: AnalysisJob, frozen: Frozen, name: str, notes: list[str]) -> Sco
     """A task's scores on every language that has examples; {} where the first language has none to fit the probe to."""
     task, settings = TASKS[name], getattr(job.config.probe, name)
     assert isinstance(task, Tagger)
-    sets = examples_of(job, task, settings, notes)
-    if "train" not in sets:
+    train, tests = examples_of(job, task, settings, notes)
+    if not train:
         return {}
-    by_set: dict[str, tuple[list[Any], States]] = {}
-    for place, examples in sets.items():
-        kept = [examples[k] for k in frozen.kept([[example.words] for example in examples], f"{name} {place}")]
+
+    def read(examples: list[Any], code: str, split: str) -> tuple[list[Any], States]:
+        """Those of the examples that fit into a row, and their frozen states."""
+        kept = [examples[k] for k in frozen.kept([[example.words] for example in examples], f"{name} {split} {code}")]
         if not kept:
-            raise UserError(f"probe.{name}: no sentence of {place} fits into a row of the model: give shorter ones")
-        code = job.languages[0] if place == "train" else place
-        by_set[place] = kept, frozen.states([example.words for example in kept], code)
-    train, states = by_set.pop("train")
+            raise UserError(
+                f"probe.{name}: no {split} sentence of {code} fits into a row of the model: give shorter ones"
+            )
+        return kept, frozen.states([example.words for example in kept], code)
+
+    train, states = read(train, job.languages[0], "train")
+    by_set = {code: read(test, code, "test") for code, test in tests.items()}
     labels, gold = task.labels(train), task.gold(train)
     classes = np.array([labels.index(tag) for tags in gold for tag in tags])
     scores: dict[str, dict[str, float]] = {}
@@ -197,20 +201,26 @@ def probed(job: AnalysisJob, frozen: Frozen, name: str, notes: list[str]) -> Sco
     return {f"{name} {METRICS[name]}": scores}
 
 
-def examples_of(job: AnalysisJob, task: Tagger, settings: ProbeTask, notes: list[str]) -> dict[str, list[Any]]:
-    """ "train" of the first language and test sets by language: files, or of a synthetic language without one synthetic examples."""
-    sets: dict[str, list[Any]] = {}
-    wanted = {"train": settings.train} | {code: settings.test.get(code) for code in job.languages}
-    for place, file in wanted.items():
-        code, count = job.languages[0] if place == "train" else place, job.config.probe.examples
+def examples_of(
+    job: AnalysisJob, task: Tagger, settings: ProbeTask, notes: list[str]
+) -> tuple[list[Any], dict[str, list[Any]]]:
+    """The training examples, of the first language, and the test examples by language; empty where there are none.
+
+    Each set comes from its file; a synthetic language without a file gets synthetic examples.
+    """
+    count = job.config.probe.examples
+
+    def read(file: str | None, code: str, split: str, key: str) -> list[Any]:
         if file:
-            sets[place] = [e for e in task.read(Path(file), code) if task.labelled(e)][:count]
-        elif synthetic.is_known(code):
-            sets[place] = task.synthetic(code, count, 0, "train" if place == "train" else "test")
-        else:
-            key = f"probe.{task.name}.{'train' if place == 'train' else f'test.{code}'}"
-            notes.append(f"{task.name}: no examples of {place} ({key}=FILE gives some)")
-    return sets
+            return [e for e in task.read(Path(file), code) if task.labelled(e)][:count]
+        if synthetic.is_known(code):
+            return task.synthetic(code, count, 0, split)
+        notes.append(f"{task.name}: no {split} examples of {code} (probe.{task.name}.{key}=FILE gives some)")
+        return []
+
+    train = read(settings.train, job.languages[0], "train", "train")
+    tests = {code: read(settings.test.get(code), code, "test", f"test.{code}") for code in job.languages}
+    return train, {code: test for code, test in tests.items() if test}
 
 
 # -- parallel sentences -------------------------------------------------------------------------------------------------
@@ -253,7 +263,7 @@ def distinct(pairs: Sequence[Sequence[Any]], numbers: Sequence[int], name: str, 
 
 
 def parallel(job: AnalysisJob, notes: list[str]) -> tuple[dict[str, list[Sequence[str]]], dict[str, list[Links]]]:
-    """The words of parallel sentences by language, the source's first, and of languages where it is known their alignment with it."""
+    """The words of parallel sentences by language, the source's first; and, for languages whose alignment with it is known, that alignment."""
     settings, (source, *others) = job.config.probe, job.languages
     if settings.parallel:
         if missing := [code for code in settings.parallel if code not in job.languages]:

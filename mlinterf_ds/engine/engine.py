@@ -171,8 +171,8 @@ class Engine:
     ) -> StepFacts:
         """One ordinary update; returns the step's facts, which the device may still be computing.
 
-        rates: the groups to train, each with its learning rate. Else `groups` are trained at the schedule's rate, by default those of
-        the step's languages; that rate depends on the step before, which then is not waited for until the passes are launched.
+        rates: learning rate by group, for all groups to train. Without it `groups` (default: those of the step's languages) are trained
+        at the schedule's rate, which is read only after the passes are launched, since it waits for the step before.
         """
         languages = batches[0].step_languages
         spaces = [self.spaces[name] for name in rates or groups or self.groups_of(languages)]

@@ -101,9 +101,9 @@ class Phases:
         self.known = {"lr": self.rate, "loss_scale": self.engine.scale.value}
         self.computed: dict[str, Tensor] = {}
         # the sum of all norms so far, which is finite if each of them is
-        self.lengths = torch.zeros((), dtype=torch.float64, device=self.engine.device)
-        self.spiked = torch.zeros_like(self.lengths, dtype=torch.bool)
-        self._finite = (self.lengths, ~self.spiked)  # the sum that was last tested, and whether it is finite
+        self.norms = torch.zeros((), dtype=torch.float64, device=self.engine.device)
+        self.spiked = torch.zeros_like(self.norms, dtype=torch.bool)
+        self._finite = (self.norms, ~self.spiked)  # the sum that was last tested, and whether it is finite
         self.engine.idle.fetch(self.phi.parts)
         self.train = self._gradients_of(batches, "loss")
         self.validation = self._gradients_of(validation, "meta/validation")
@@ -117,7 +117,7 @@ class Phases:
     def update_theta(self) -> None:
         """theta <- AdamW(theta, grad_theta L_i^train(theta, phi_i)), with the new phi_i (Algorithm 1, line 7; Eq. 5)."""
         (gradient,) = self.train([self.theta])
-        self._update(self.theta, gradient, "gradient_norm")
+        self._update(self.theta, gradient, "gradient_norm", self._counted(norm(self.theta, gradient)))
 
     def update_both(self) -> None:
         """Updates theta and phi_i from gradients that phase 1's passes computed at both.
@@ -133,13 +133,12 @@ class Phases:
             phi = [first + second for first, second in zip(phi, h.passes.own, strict=True)]
         of_phi = norm(self.phi, phi)
         if self.engine.frozen:  # theta moves in the lookahead alone
-            self.lengths = self.lengths + of_phi
-            return self._update(self.phi, phi, "meta/gradient_norm", of_phi)
+            return self._update(self.phi, phi, "meta/gradient_norm", self._counted(of_phi))
         if self.config.reuse:
             for first, second in zip(theta, h.passes.value, strict=True):
                 first.add_(second).div_(2)
         of_theta = norm(self.theta, theta)
-        self.lengths = self.lengths + of_theta + of_phi  # either update tests both
+        self._counted(of_theta + of_phi)  # before the updates, so that either tests both
         self._update(self.phi, phi, "meta/gradient_norm", of_phi)
         self._update(self.theta, theta, "gradient_norm", of_theta)
 
@@ -164,8 +163,8 @@ class Phases:
     @property
     def finite(self) -> Tensor:
         """Whether all passes so far were finite (a bool scalar)."""
-        if self._finite[0] is not self.lengths:
-            self._finite = self.lengths, torch.isfinite(self.lengths)
+        if self._finite[0] is not self.norms:
+            self._finite = self.norms, torch.isfinite(self.norms)
         return self._finite[1]
 
     def finish(self) -> StepFacts:
@@ -191,18 +190,20 @@ class Phases:
             if not tries_left or radius.near(change := h.change.item()):
                 break
             radius.update(change)
-        self.lengths = self.lengths + h.total_norm
+        self._counted(h.total_norm)
         self._note(h, beta)
         return h
 
-    def _update(self, space: Space, gradient: Vector, name: str, length: Tensor | None = None) -> None:
-        if space is self.theta and self.engine.frozen:
-            return
+    def _counted(self, length: Tensor) -> Tensor:
+        """The norm, which `finite` tests from now on."""
+        self.norms = self.norms + length
+        return length
+
+    def _update(self, space: Space, gradient: Vector, name: str, length: Tensor) -> None:
+        """One update of a space by a gradient of this norm, unless the step is to be skipped."""
         if space is self.theta and self.engine.new_rows:
-            gradient, length = self.engine.new_rows.only(gradient), None
-        if length is None:
+            gradient = self.engine.new_rows.only(gradient)
             length = norm(space, gradient)
-            self.lengths = self.lengths + length
         self.computed[name] = length
         divisor = 1.0 / clip_factor(length, self.engine.training.clip)
         for part, own in space.apart(gradient):

@@ -424,7 +424,7 @@ class Classifier(Encoder):
 
 
 class MLInterfForTokenClassification(Classifier):
-    """A label for each piece; that of a word is its first piece's."""
+    """A label for each piece. A word's is that of its first piece, or of its pieces' mean logits (`finetuned["word"]` in config.json)."""
 
     def forward(
         self,

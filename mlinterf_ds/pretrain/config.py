@@ -52,8 +52,8 @@ class DataConfig(Section):
     )
     meta_rows: int | None = key(
         None,
-        "plain training on the very rows of a meta step (a control): so many rows of a step are those of its validation loss, "
-        "chosen as the section meta says",
+        "a control: plain training that reads the rows of a meta step; this many rows of train.batch are those of its "
+        "validation loss, drawn as the section meta says",
         ge=2,
     )
     synthetic_sentences: int = key(20000, "sentences of each language of corpus=synthetic", ge=200)

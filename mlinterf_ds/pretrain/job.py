@@ -131,8 +131,7 @@ class PretrainingRun:
         length, vocabulary = config.data.sequence_length, self.corpus.vocabulary_size
         row = flops_per_row(config.model, length, vocabulary, masked, config.variant)
         apart = len(self.languages) if config.treatment == "pcgrad" else 1
-        frozen = self.engine.frozen and not self.engine.new_rows
-        self.step_flops = row * rows_passed(config.variant, config.meta, config.train.batch, apart=apart, frozen=frozen)
+        self.step_flops = row * rows_passed(config.variant, config.meta, config.train.batch, apart=apart, frozen=self.engine.frozen)
         self.peak = peak_flops(self.engine.device, DTYPES[self.precision]) * self.layout.world
 
     def _fit_micro_batch(self) -> None:

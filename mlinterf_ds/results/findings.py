@@ -62,7 +62,7 @@ class Finding:
 class Part:
     """One task of a claim: a weighted sum of rows' scores on the test set of a language, or on those of two.
 
-    terms: name -> (weight, scores, one a seed). floors: scores of rows that never saw the language. constant: added for each seed.
+    terms: name -> (weight, scores, one a seed). unseen: scores of rows that never saw the language. constant: added for each seed.
     """
 
     terms: Mapping[str, tuple[float, Sequence[TaskScore]]]

@@ -156,7 +156,7 @@ class Judgement:
     distance: float
     p: float
     effect: Effect
-    tests: int = 1  # of which this one was chosen by its p-value, which has been multiplied by their number
+    tests: int = 1  # among which this one was chosen by its p-value; `p` is multiplied by it (Bonferroni)
 
 
 def positive(effect: Effect) -> Judgement:

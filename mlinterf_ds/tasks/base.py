@@ -95,7 +95,7 @@ class Task(ABC):
         return True
 
     def unfit(self, example: Any) -> tuple[str, str] | None:
-        """The example's id and why the file's answer, without which it counts as unlabelled, cannot be meant."""
+        """The example's id, and why its answer cannot be used; the example then counts as unlabelled. None where it can."""
         return None
 
     def settle(self, examples: list[Any], labels: Sequence[str]) -> tuple[list[Any], str]:

@@ -34,7 +34,7 @@ class Question:
     context: str
     answers: tuple[tuple[str, int], ...]
     impossible: bool = False  # the file says `is_impossible`: "no answer" is the right answer
-    problem: str = ""  # why the question or none of its answers can be used
+    problem: str = ""  # why the question, or every one of its answers, cannot be used
     moved: bool = False  # an answer is not at its place letter by letter, and was found as the model reads it
     lost: int = 0  # answers that were not found, beside others that were
 

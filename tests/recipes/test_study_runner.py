@@ -276,11 +276,13 @@ def test_one_of_several_ranks_clears_up(kind: str, removed: list[str], left: lis
 
 def test_a_job_waits_for_another_process_that_works_on_it(tmp_path: Path) -> None:
     script = f"import sys, time; sys.path.insert(0, {str(ROOT)!r}); from pathlib import Path; from mlinterf_ds.study.folders import wait_for_lock\n"
-    script += f"with wait_for_lock(Path({str(tmp_path)!r})): print('in', flush=True); time.sleep(1)"
+    script += f"place = Path({str(tmp_path)!r})\n"
+    script += "with wait_for_lock(place): print('in', flush=True); time.sleep(1); (place / 'done').touch()"
     process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE)
     assert process.stdout is not None and process.stdout.readline() == b"in\n"
     with wait_for_lock(tmp_path):
-        assert process.wait(10) == 0 or process.poll() is not None
+        assert (tmp_path / "done").exists(), "it was let in while the other still worked"
+    assert process.wait(10) == 0
 
 
 def test_every_rank_waits_for_its_like(one_rank: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -85,12 +85,6 @@ def test_looks_differ() -> None:
     assert len({str(style.look(index)["marker"]) for index in range(7)}) == 7, "told apart in grey too"
 
 
-def test_scripts_beyond_latin(tmp_path: Path) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        perplexity_curves({"русский": curve(40), "العربية": curve(50)}, tmp_path / "f.png", title="ελληνικά")
-
-
 def test_fonts_fall_back_to_one_that_has_the_character() -> None:
     default = style._characters(style.font_manager.findfont("DejaVu Sans"))
     names = sorted({font.name for font in style.font_manager.fontManager.ttflist})
