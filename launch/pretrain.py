@@ -7,7 +7,7 @@ from pathlib import Path
 
 from mlinterf_ds.errors import UserError, resumption
 from mlinterf_ds.pretrain.config import read_arguments
-from mlinterf_ds.runtime.output import main
+from mlinterf_ds.runtime.program import main
 from mlinterf_ds.runtime.restarts import ATTEMPT, Supervisor
 from mlinterf_ds.tracking.__main__ import close_killed
 

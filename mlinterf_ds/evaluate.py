@@ -23,8 +23,8 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from mlinterf_ds.data.batch import Batch
+from mlinterf_ds.data.evaluation import EvaluationSet
 from mlinterf_ds.data.running_text import START, check_running_text
-from mlinterf_ds.data.stream import EvaluationSet
 from mlinterf_ds.data.tokenizer import MANY_UNKNOWN, Tokenizer, Vocabulary, lines_of, normalise
 from mlinterf_ds.engine.engine import weighted_loss
 from mlinterf_ds.engine.precision import DTYPES, choose_precision

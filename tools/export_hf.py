@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mlinterf_ds.export.hf import export
-from mlinterf_ds.runtime.output import main
+from mlinterf_ds.runtime.program import main
 
 
 def run(arguments: Sequence[str]) -> int:

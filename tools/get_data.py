@@ -29,7 +29,7 @@ from typing import BinaryIO
 
 from mlinterf_ds.errors import UserError, refusing
 from mlinterf_ds.files import replacing, sha256, write_json, write_text
-from mlinterf_ds.runtime.output import main as run_command
+from mlinterf_ds.runtime.program import main as run_command
 
 ROOT = Path(__file__).resolve().parents[1]
 SHIPPED = "../shared/data"  # where the shipped recipes look for the data

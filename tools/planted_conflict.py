@@ -28,7 +28,7 @@ def train_and_measure(
     """Trains one model; returns a row for every step of `--at`: similarity within (mean of the two) and between languages."""
     from mlinterf_ds.data.stream import TrainStream
     from mlinterf_ds.engine.engine import Engine
-    from mlinterf_ds.engine.precision import read_json
+    from mlinterf_ds.engine.precision import read_deepspeed_json
     from mlinterf_ds.gradients.measure import Draws, measure
     from mlinterf_ds.gradients.similarity import spread
     from mlinterf_ds.model.encoder import Encoder
@@ -41,7 +41,7 @@ def train_and_measure(
     model = Encoder(
         config.model, variant="joint", languages=pair, vocabulary=corpus.vocabulary_size, positions=length, seed=seed
     )
-    engine = Engine(model, train, read_json(ROOT / "ds_configs" / "zero0.json"), "fp32", Layout(0, 1, 1))
+    engine = Engine(model, train, read_deepspeed_json(ROOT / "ds_configs" / "zero0.json"), "fp32", Layout(0, 1, 1))
     stream = TrainStream(corpus, pair, rows=train.batch, row_format=config.data.row_format, seed=seed)
     draws = Draws(
         corpus, pair, pair, config=config.conflict, row_format=config.data.row_format, seed=seed, engine=engine
@@ -117,6 +117,6 @@ def main(words: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    from mlinterf_ds.runtime.output import main as guarded
+    from mlinterf_ds.runtime.program import main as guarded
 
     guarded(main)

@@ -26,7 +26,7 @@ import numpy as np
 
 from mlinterf_ds.data.synthetic import distance
 from mlinterf_ds.errors import UserError
-from mlinterf_ds.runtime.output import main as guarded
+from mlinterf_ds.runtime.program import main as guarded
 from mlinterf_ds.tasks.metrics import rank_correlation, transfer_correlation
 
 ROOT = Path(__file__).resolve().parents[1]

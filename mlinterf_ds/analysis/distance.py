@@ -14,7 +14,7 @@ import numpy as np
 
 from mlinterf_ds.data import synthetic
 from mlinterf_ds.data.corpus import Corpus
-from mlinterf_ds.data.stream import piece_counts
+from mlinterf_ds.data.evaluation import piece_counts
 from mlinterf_ds.errors import UserError
 
 SENTENCES = 5000  # sentences of each language whose characters are counted

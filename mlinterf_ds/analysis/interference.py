@@ -25,7 +25,7 @@ import numpy as np
 from mlinterf_ds.analysis.distance import distances
 from mlinterf_ds.analysis.job import AnalysisJob
 from mlinterf_ds.data.corpus import Corpus
-from mlinterf_ds.data.stream import EvaluationSet
+from mlinterf_ds.data.evaluation import EvaluationSet
 from mlinterf_ds.errors import UserError
 from mlinterf_ds.evaluate import ROWS, Model
 from mlinterf_ds.files import write_csv

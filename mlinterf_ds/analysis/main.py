@@ -17,7 +17,7 @@ from mlinterf_ds.analysis.config import AnalyzeConfig
 from mlinterf_ds.analysis.job import AnalysisJob
 from mlinterf_ds.config import load_config, parser
 from mlinterf_ds.data.corpus import Corpus, open_corpus
-from mlinterf_ds.engine.precision import choose_precision, read_json
+from mlinterf_ds.engine.precision import choose_precision, read_deepspeed_json
 from mlinterf_ds.errors import UserError
 from mlinterf_ds.files import write_json
 from mlinterf_ds.pretrained import Pretrained
@@ -30,7 +30,7 @@ from mlinterf_ds.tracking import Tracker, dataset, environment_facts
 def main(arguments: Sequence[str], group: Group | None = None) -> int:
     """Analyse as the command line says; `group` is the process group that this process has joined, if it has."""
     options = parser("Measure why languages interfere in a pretrained model.", AnalyzeConfig).parse_args(arguments)
-    run(load_config(AnalyzeConfig, options.recipe, options.set), read_json(options.deepspeed_config), group)
+    run(load_config(AnalyzeConfig, options.recipe, options.set), read_deepspeed_json(options.deepspeed_config), group)
     return 0
 
 

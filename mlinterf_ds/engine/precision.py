@@ -16,7 +16,7 @@ FP16 = {"loss_scale": 0, "initial_scale_power": 0, "loss_scale_window": 1, "hyst
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def read_json(path: str | Path) -> dict[str, Any]:
+def read_deepspeed_json(path: str | Path) -> dict[str, Any]:
     """Reads a DeepSpeed configuration file; UserError if a section of it cannot be used."""
     try:
         data = Path(path).read_bytes()

@@ -18,7 +18,7 @@ from typing import Any
 from mlinterf_ds.config import load_config, parser
 from mlinterf_ds.data.tokenizer import MANY_UNKNOWN, Tokenizer
 from mlinterf_ds.engine.checkpoint import begun
-from mlinterf_ds.engine.precision import choose_precision, read_json
+from mlinterf_ds.engine.precision import choose_precision, read_deepspeed_json
 from mlinterf_ds.errors import UserError
 from mlinterf_ds.finetune.config import FinetuneConfig
 from mlinterf_ds.finetune.search import Search
@@ -45,7 +45,7 @@ def main(arguments: Sequence[str], group: Group | None = None) -> int:
     renamings = [f"finetune.labels={options.labels}"] if options.labels else []
     config = load_config(FinetuneConfig, options.recipe, [*options.set, *renamings])
     files = {split: parse(getattr(options, split), split) for split in SPLITS}
-    run(config, files, read_json(options.deepspeed_config), group)
+    run(config, files, read_deepspeed_json(options.deepspeed_config), group)
     return 0
 
 

@@ -18,8 +18,9 @@ from mlinterf_ds.finetune.report import show, summarise, table
 from mlinterf_ds.finetune.trial import FinetuneJob, Stopped, Trial
 from mlinterf_ds.pretrained import Point
 from mlinterf_ds.ranks import from_first
-from mlinterf_ds.runtime.output import Signals, hushed
+from mlinterf_ds.runtime.output import hushed
 from mlinterf_ds.runtime.session import Session
+from mlinterf_ds.runtime.signals import Signals
 from mlinterf_ds.tracking import Tracker, dataset, environment_facts
 
 

@@ -23,8 +23,8 @@ from mlinterf_ds.finetune.config import FinetuneConfig
 from mlinterf_ds.model.encoder import SHARED
 from mlinterf_ds.pretrained import Point, Pretrained
 from mlinterf_ds.ranks import from_first
-from mlinterf_ds.runtime.output import Signals, StopVote
 from mlinterf_ds.runtime.parallel import Layout
+from mlinterf_ds.runtime.signals import Signals, StopVote
 from mlinterf_ds.sections import TrainConfig
 from mlinterf_ds.tasks import Limits, Row, Task
 from mlinterf_ds.tasks.batches import TrainBatches, best, outputs

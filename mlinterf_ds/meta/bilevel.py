@@ -101,23 +101,32 @@ def hypergradient(
     as before in any case.
     """
     one_sided = second_order and difference == "one_sided"
+    # the descent pass: g (Eq. 3)
     descent, *own = train([theta, phi] if one_sided or keep_passes else [theta])
     descent_norm = norm(theta, descent)
+    # the validation pass at theta' = theta - beta P(g) (Eq. 3): the gradients of L^val (Eq. 2)
     with theta.displaced(lookahead.step(descent), -beta):
         value, direct = validation([theta, phi])
-    passes = Passes(descent, own[0], value) if keep_passes else None
     direct_norm = norm(phi, direct)
+    passes = Passes(descent, own[0], value) if keep_passes else None
     if not second_order:
-        length = direct_norm + 0 * descent_norm
         return Hypergradient(
-            direct, direct, None, None, math.nan * length, descent_norm, direct_norm, None, length, passes
-        )
+            total=direct, direct=direct, mixed=None, direction=None, change=math.nan * direct_norm,
+            descent_norm=descent_norm, direct_norm=direct_norm, mixed_norm=None,
+            total_norm=direct_norm + 0 * descent_norm, passes=passes,
+        )  # fmt: skip
+    # the displaced passes: d2 L^train / dphi dtheta . v (Eq. 8), with v of Eq. 4
     v = lookahead.pull_back(descent, value)
     del descent, value  # the passes that follow need their memory
     mixed, change = mixed_product(train, theta, phi, v, radius, own[0] if one_sided else None)
+    # h_i (Eq. 4)
     total = [torch.add(first, second, alpha=-beta) for first, second in zip(direct, mixed, strict=True)]
-    length = norm(phi, total) + 0 * (descent_norm + change)
-    return Hypergradient(total, direct, mixed, v, change, descent_norm, direct_norm, norm(phi, mixed), length, passes)
+    return Hypergradient(
+        total=total, direct=direct, mixed=mixed, direction=v, change=change,
+        descent_norm=descent_norm, direct_norm=direct_norm, mixed_norm=norm(phi, mixed),
+        total_norm=norm(phi, total) + 0 * (descent_norm + change),  # not finite where any pass is not
+        passes=passes,
+    )  # fmt: skip
 
 
 def mixed_product(
@@ -166,70 +175,6 @@ class GradientDescent:
 
     def pull_back(self, gradient: Vector, cotangent: Vector) -> Vector:
         return cotangent
-
-
-@dataclass(frozen=True)
-class AdamLookahead:
-    """P(g) = Adam's own step from these moments, which are read and never advanced; `step_number` counts from 1.
-
-    dP/dg is diagonal: c1 / (sqrt(u) + eps) - c2 g m / (sqrt(u) (sqrt(u) + eps)^2), with m, u the bias-corrected moments
-    after the step, c1 = (1 - b1) / (1 - b1^t) and c2 = (1 - b2) / (1 - b2^t).
-    """
-
-    first: Vector
-    second: Vector
-    step_number: int | Tensor  # a tensor where the device counts
-    beta1: float
-    beta2: float
-    eps: float
-
-    def _moments(self, gradient: Vector) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """(g, m, sqrt(u)) of every shard."""
-        c1 = 1 / (1 - self.beta1**self.step_number)
-        c2 = 1 / (1 - self.beta2**self.step_number)
-        return [
-            (g, c1 * (self.beta1 * m + (1 - self.beta1) * g), (c2 * (self.beta2 * u + (1 - self.beta2) * g * g)).sqrt())
-            for g, m, u in zip(gradient, self.first, self.second, strict=True)
-        ]
-
-    def step(self, gradient: Vector) -> Vector:
-        return [m / (root + self.eps) for _, m, root in self._moments(gradient)]
-
-    def pull_back(self, gradient: Vector, cotangent: Vector) -> Vector:
-        c1 = (1 - self.beta1) / (1 - self.beta1**self.step_number)
-        c2 = (1 - self.beta2) / (1 - self.beta2**self.step_number)
-        result = []
-        for shard, (g, m, root) in zip(cotangent, self._moments(gradient), strict=True):
-            slope = c1 / (root + self.eps)
-            bend = c2 * g * m / (root * (root + self.eps) ** 2)  # 0 / 0 where no gradient ever came
-            result.append(shard * torch.where(root > 0, slope - bend, slope))
-        return result
-
-
-@dataclass
-class RadiusControl:
-    """Holds the relative change of phi's gradient near `target` by moving the radius of the difference.
-
-    A small radius drowns in round-off, a large one sees curvature. The best one moves with training, and the relative
-    change tracks it.
-    """
-
-    radius: float = 1e-3
-    target: float = 0.3
-    fixed: bool = False  # the radius never moves
-
-    LOW, HIGH = 1e-6, 0.3
-
-    def near(self, change: float) -> bool:
-        """Whether this relative change is within a factor of two of the target (always, where the radius cannot move)."""
-        return self.fixed or not math.isfinite(change) or 0.5 * self.target < change < 2 * self.target
-
-    def update(self, change: float) -> None:
-        """Moves the radius after a difference that changed phi's gradient by this much."""
-        if self.fixed or not math.isfinite(change):
-            return
-        factor = 2.0 if change <= 0 else min(2.0, max(0.5, (self.target / change) ** 0.5))
-        self.radius = min(self.HIGH, max(self.LOW, self.radius * factor))
 
 
 def norm(space: ParameterSpace, vector: Vector) -> Tensor:

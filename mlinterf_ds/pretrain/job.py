@@ -15,11 +15,14 @@ from tqdm import tqdm
 from mlinterf_ds.config import decisive, differences, flat, with_present_keys
 from mlinterf_ds.data.batch import Batch
 from mlinterf_ds.data.corpus import Corpus
-from mlinterf_ds.data.stream import EvaluationSet, prefetch
+from mlinterf_ds.data.evaluation import EvaluationSet
+from mlinterf_ds.data.stream import prefetch
 from mlinterf_ds.engine import checkpoint
 from mlinterf_ds.engine.engine import Engine
-from mlinterf_ds.engine.meta_step import AGREEMENT, MetaStep, pcgrad_step
-from mlinterf_ds.engine.passes import fit_micro_batch, make_fast
+from mlinterf_ds.engine.fitting import fit_micro_batch
+from mlinterf_ds.engine.meta_step import AGREEMENT, MetaStep
+from mlinterf_ds.engine.passes import make_fast
+from mlinterf_ds.engine.pcgrad import pcgrad_step
 from mlinterf_ds.engine.precision import DTYPES
 from mlinterf_ds.engine.throughput import flops_per_row, peak_flops, peak_memory, rows_passed
 from mlinterf_ds.errors import UserError, warn
@@ -30,8 +33,8 @@ from mlinterf_ds.pretrain import initial
 from mlinterf_ds.pretrain.config import RunConfig
 from mlinterf_ds.pretrain.report import Records
 from mlinterf_ds.ranks import agreed
-from mlinterf_ds.runtime.output import Signals, StopVote
 from mlinterf_ds.runtime.session import Session
+from mlinterf_ds.runtime.signals import Signals, StopVote
 from mlinterf_ds.sections import is_meta
 
 LOG_STEPS = 10  # steps between points of the training curves
@@ -131,7 +134,9 @@ class PretrainingRun:
         length, vocabulary = config.data.sequence_length, self.corpus.vocabulary_size
         row = flops_per_row(config.model, length, vocabulary, masked, config.variant)
         apart = len(self.languages) if config.treatment == "pcgrad" else 1
-        self.step_flops = row * rows_passed(config.variant, config.meta, config.train.batch, apart=apart, frozen=self.engine.frozen)
+        self.step_flops = row * rows_passed(
+            config.variant, config.meta, config.train.batch, apart=apart, frozen=self.engine.frozen
+        )
         self.peak = peak_flops(self.engine.device, DTYPES[self.precision]) * self.layout.world
 
     def _fit_micro_batch(self) -> None:

@@ -8,19 +8,20 @@ from typing import Any
 
 from mlinterf_ds.data.corpus import open_corpus
 from mlinterf_ds.engine import checkpoint
-from mlinterf_ds.engine.precision import choose_precision, read_json, rows_per_rank
+from mlinterf_ds.engine.precision import choose_precision, read_deepspeed_json, rows_per_rank
 from mlinterf_ds.errors import UserError, resumption
 from mlinterf_ds.pretrain.config import RunConfig, read_arguments
 from mlinterf_ds.pretrain.job import PretrainingRun
-from mlinterf_ds.runtime.output import Signals, hushed
+from mlinterf_ds.runtime.output import hushed
 from mlinterf_ds.runtime.parallel import Group
 from mlinterf_ds.runtime.session import session
+from mlinterf_ds.runtime.signals import Signals
 
 
 def main(arguments: Sequence[str], group: Group | None = None) -> int:
     """Pretrain as the command line says; `group` is the process group that this process has joined, if it has."""
     config, deepspeed_config = read_arguments(arguments)
-    run(resuming(config), read_json(deepspeed_config), group)
+    run(resuming(config), read_deepspeed_json(deepspeed_config), group)
     return 0
 
 

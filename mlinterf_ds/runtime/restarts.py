@@ -23,7 +23,7 @@ from typing import Any
 
 from mlinterf_ds.errors import UserError
 from mlinterf_ds.runtime.launchers import ADDRESS, meet, rendezvous
-from mlinterf_ds.runtime.output import ending_signals
+from mlinterf_ds.runtime.signals import ending_signals
 
 ATTEMPT = "MLINTERF_DS_ATTEMPT"  # set in the ranks, not in their supervisors
 POLL = 0.3  # seconds

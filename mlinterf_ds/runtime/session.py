@@ -14,8 +14,9 @@ from pathlib import Path
 
 from mlinterf_ds.errors import UserError
 from mlinterf_ds.ranks import agreed, from_first
-from mlinterf_ds.runtime.output import hushed, noted, quiet, remove_stale_locks, writing
+from mlinterf_ds.runtime.output import hushed, quiet, remove_stale_locks, writing
 from mlinterf_ds.runtime.parallel import Group, Layout
+from mlinterf_ds.runtime.program import noted
 from mlinterf_ds.sections import ParallelConfig
 
 

@@ -24,7 +24,11 @@ from mlinterf_ds.study.units import all_models, analyses, comparisons, finetunin
 
 PACKAGE = Path(__file__).resolve().parents[1]
 # These files start a run, watch it and show what it measured: no number depends on them.
-IRRELEVANT = ("plots", "runtime/launchers.py", "runtime/restarts.py", "runtime/output.py", "tracking")
+IRRELEVANT = (
+    "plots",
+    "tracking",
+    *(f"runtime/{name}.py" for name in ("launchers", "output", "program", "restarts", "signals")),
+)
 
 
 def expand(config: StudyConfig, corpora: Corpora, deepspeed_config: str) -> list[Job]:

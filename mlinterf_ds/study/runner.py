@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 from mlinterf_ds.errors import UserError
-from mlinterf_ds.runtime.output import Signals
 from mlinterf_ds.runtime.restarts import free_port
+from mlinterf_ds.runtime.signals import Signals
 from mlinterf_ds.study import folders
 from mlinterf_ds.study.config import StudyConfig
 from mlinterf_ds.study.folders import Outcome, blocked_by, failures, is_finished, last_error, read_record

@@ -17,7 +17,7 @@ from mlinterf_ds.sections import LANGUAGE_PATTERN
 from mlinterf_ds.tasks.base import Task
 
 SPLITS = ("train", "dev", "test")
-FORMS = {"train": "LANG=FILE or LANG=synthetic"} | {s: "LANG=FILE, LANG=synthetic or LANG=split" for s in SPLITS[1:]}
+FORMS = {"train": "LANG=FILE or LANG=synthetic"} | dict.fromkeys(SPLITS[1:], "LANG=FILE, LANG=synthetic or LANG=split")
 Options = dict[str, dict[str, str]]  # split -> language -> file, 'synthetic' or 'split'
 SYNTHETIC_SPLIT = {"train": "train", "dev": "valid", "test": "test"}
 SHARE = 0.1  # the share of train that LANG=split takes
@@ -42,7 +42,9 @@ def parse(options: Sequence[str], split: str) -> dict[str, str]:
         if not equals or not source or not re.fullmatch(LANGUAGE_PATTERN, language):
             lower = re.fullmatch(LANGUAGE_PATTERN, language.lower()) and language != language.lower()
             hint = f"; codes are lower-case: {language.lower()}" if lower else ""
-            raise UserError(f"--{split} {option}: expected {FORMS.get(split, 'LANG=FILE')}, such as en={split}.tsv{hint}")
+            raise UserError(
+                f"--{split} {option}: expected {FORMS.get(split, 'LANG=FILE')}, such as en={split}.tsv{hint}"
+            )
         if language in sources:
             raise UserError(f"--{split} {option}: {language} is given twice; put its examples in one file")
         sources[language] = source

@@ -13,7 +13,8 @@ import torch.distributed as dist
 
 from mlinterf_ds.engine import checkpoint, optimizer
 from mlinterf_ds.engine.engine import Engine
-from mlinterf_ds.engine.meta_step import MetaStep, pcgrad_step
+from mlinterf_ds.engine.meta_step import MetaStep
+from mlinterf_ds.engine.pcgrad import pcgrad_step
 from mlinterf_ds.errors import UserError
 from tests.parity import bodies
 

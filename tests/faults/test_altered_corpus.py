@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 from mlinterf_ds.data.corpus import Corpus
+from mlinterf_ds.data.evaluation import EvaluationSet
 from mlinterf_ds.data.prepare.main import prepare
-from mlinterf_ds.data.stream import EvaluationSet, TrainStream, ValidationStream
+from mlinterf_ds.data.stream import TrainStream, ValidationStream
 from mlinterf_ds.errors import UserError
 from mlinterf_ds.sections import RowFormat
 from tests.commands import arguments, call

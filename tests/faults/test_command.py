@@ -18,7 +18,9 @@ import torch
 from mlinterf_ds.errors import UserError
 from mlinterf_ds.runtime import session
 from mlinterf_ds.runtime.launchers import rendezvous
-from mlinterf_ds.runtime.output import PeerFailed, Signals, StopVote, noted, remove_stale_locks
+from mlinterf_ds.runtime.output import remove_stale_locks
+from mlinterf_ds.runtime.program import PeerFailed, noted
+from mlinterf_ds.runtime.signals import Signals, StopVote
 from mlinterf_ds.sections import ParallelConfig
 from tests.ranks import pool
 
@@ -107,7 +109,7 @@ def test_a_vote_is_sent_without_waiting_for_the_device() -> None:
 def test_a_closed_terminal_ends_a_run_as_sigterm_does() -> None:
     """A rank on a terminal of its own, which is closed: it still prints and goes on to its end."""
     code = (
-        "import os, sys, time; from mlinterf_ds.runtime.output import Signals\n"
+        "import os, sys, time; from mlinterf_ds.runtime.signals import Signals\n"
         "with Signals() as signals:\n"
         "    print('ready', flush=True)\n"
         "    while not signals.received: time.sleep(0.05)\n"
@@ -125,15 +127,15 @@ def test_a_closed_terminal_ends_a_run_as_sigterm_does() -> None:
 
 
 def test_nohup_is_respected() -> None:
-    code = "from mlinterf_ds.runtime.output import ending_signals; print(*map(int, ending_signals()))"
+    code = "from mlinterf_ds.runtime.signals import ending_signals; print(*map(int, ending_signals()))"
     done = subprocess.run(["nohup", sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.split() == [str(int(signal.SIGTERM)), str(int(signal.SIGINT))]
 
 
 ENDING = """
 import ctypes, os, signal, sys, time
-from mlinterf_ds.runtime.output import main
-from mlinterf_ds.runtime.output import Signals
+from mlinterf_ds.runtime.program import main
+from mlinterf_ds.runtime.signals import Signals
 def run(_):
     with Signals("go on so", grace=0.2):
         if sys.argv[1] == "failing":
@@ -203,7 +205,7 @@ def test_the_first_failure_is_told_by_all(tmp_path: Path) -> None:
 )
 def test_how_a_launcher_ends(raised: str, status: int, said: str) -> None:
     code = (
-        "from mlinterf_ds.runtime.output import PeerFailed, main\nfrom mlinterf_ds.errors import UserError\n"
+        "from mlinterf_ds.runtime.program import PeerFailed, main\nfrom mlinterf_ds.errors import UserError\n"
         f"def run(_):\n    raise {raised}\nmain(run, [])"
     )
     done = subprocess.run(
@@ -221,7 +223,7 @@ def test_how_a_launcher_ends(raised: str, status: int, said: str) -> None:
 def test_a_run_that_succeeds_ends_its_process_without_taking_the_interpreter_apart() -> None:
     """Its threads are waited for and its exit functions run; a thread that asks for the interpreter later can't abort it."""
     code = (
-        "import atexit, threading, time\nfrom mlinterf_ds.runtime.output import main\n"
+        "import atexit, threading, time\nfrom mlinterf_ds.runtime.program import main\n"
         "class Part:\n    def __del__(self):\n        print('taken apart')\n"
         "part = Part()\natexit.register(print, 'at exit')\n"
         "threading.Thread(target=lambda: (time.sleep(0.2), print('joined'))).start()\n"
@@ -234,7 +236,7 @@ def test_a_run_that_succeeds_ends_its_process_without_taking_the_interpreter_apa
 def test_figures_are_drawn_as_files_whatever_a_notebook_left_behind() -> None:
     """matplotlib refuses the name of a backend that it does not know as it is imported."""
     code = (
-        "from mlinterf_ds.runtime.output import main\n"
+        "from mlinterf_ds.runtime.program import main\n"
         "def run(_):\n    import matplotlib; print(matplotlib.get_backend()); return 0\nmain(run, [])"
     )
     left = os.environ | {"MPLBACKEND": "nonsense"}

@@ -146,7 +146,7 @@ def test_overrides() -> None:
 
 
 def test_deepspeeds_json(tmp_path: Path) -> None:
-    from mlinterf_ds.engine.precision import choose_precision, read_json, resolve
+    from mlinterf_ds.engine.precision import choose_precision, read_deepspeed_json, resolve
 
     trees = [json.loads(file.read_text()) for file in sorted(RECIPES.parents[1].glob("ds_configs/*.json"))]
     path, config = tmp_path / "ds.json", RunConfig()  # type: ignore[call-arg]
@@ -156,7 +156,7 @@ def test_deepspeeds_json(tmp_path: Path) -> None:
         path.write_bytes(wounded(json.dumps(mutated(tree, *mutation)).encode(), wounds))
 
         def read() -> None:
-            found = read_json(path)
+            found = read_deepspeed_json(path)
             precision, _ = choose_precision("fp32", found)
             resolved = resolve(found, config.train, precision, 1)
             assert resolved["zero_optimization"]["stage"] in (0, 1, 2, 3)

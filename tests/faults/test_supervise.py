@@ -31,7 +31,7 @@ sys.exit(0 if end == "wait" else int(end))
 """
 SUPERVISOR = """
 import sys
-from mlinterf_ds.runtime.output import main
+from mlinterf_ds.runtime.program import main
 from mlinterf_ds.runtime.restarts import Supervisor
 main(lambda line: Supervisor(2, 0.5, "go on with --set output=runs/x --set resume=auto").run(line), sys.argv[1:])
 """

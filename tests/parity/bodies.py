@@ -15,7 +15,7 @@ from mlinterf_ds.engine.engine import Engine
 from mlinterf_ds.engine.meta_step import MetaStep
 from mlinterf_ds.engine.optimizer import LossScale
 from mlinterf_ds.engine.passes import make_fast
-from mlinterf_ds.engine.precision import read_json
+from mlinterf_ds.engine.precision import read_deepspeed_json
 from mlinterf_ds.engine.weights import CheckpointReader
 from mlinterf_ds.pretrain.config import RunConfig, load_run
 from mlinterf_ds.runtime.parallel import ModelParallelUnit
@@ -90,7 +90,7 @@ def make(
         positions=config.data.sequence_length,
         seed=config.train.seed,
     )
-    deepspeed_json = read_json(REPOSITORY / "ds_configs" / f"{json_name}.json")
+    deepspeed_json = read_deepspeed_json(REPOSITORY / "ds_configs" / f"{json_name}.json")
     if bucket:
         deepspeed_json["zero_optimization"] |= {"reduce_bucket_size": bucket, "allgather_bucket_size": bucket}
         if json_name == "zero3":  # weights are gathered ahead only as far as this

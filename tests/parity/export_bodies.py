@@ -13,7 +13,7 @@ from mlinterf_ds.data.batch import Batch
 from mlinterf_ds.data.tokenizer import Tokenizer
 from mlinterf_ds.engine import checkpoint
 from mlinterf_ds.engine.engine import Engine
-from mlinterf_ds.engine.precision import read_json
+from mlinterf_ds.engine.precision import read_deepspeed_json
 from mlinterf_ds.errors import UserError
 from mlinterf_ds.evaluate import Model, fill
 from mlinterf_ds.model.encoder import Encoder
@@ -75,7 +75,9 @@ def started(
             positions=LENGTH,
             seed=9,
         )
-        engine = Engine(model, config.train, read_json(REPOSITORY / "ds_configs" / f"{json_name}.json"), "fp32", layout)
+        engine = Engine(
+            model, config.train, read_deepspeed_json(REPOSITORY / "ds_configs" / f"{json_name}.json"), "fp32", layout
+        )
         source = initial.weights(place, config.model, tokenizer, languages, only)
         checkpoint.fill(engine, source, missing=True)
     except UserError as error:
@@ -94,5 +96,5 @@ def pretrained(
 ) -> Any:
     """`launch/pretrain.py`'s run in this folder: its summary."""
     os.chdir(folder)
-    deepspeed = read_json(REPOSITORY / f"ds_configs/{json_name}.json")
+    deepspeed = read_deepspeed_json(REPOSITORY / f"ds_configs/{json_name}.json")
     return main.run(load_run(recipes, list(settings)), deepspeed, joined())

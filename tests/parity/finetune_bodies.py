@@ -14,13 +14,13 @@ from mlinterf_ds.config import load_config
 from mlinterf_ds.data.tokenizer import Tokenizer
 from mlinterf_ds.engine import checkpoint
 from mlinterf_ds.engine.engine import Engine
-from mlinterf_ds.engine.precision import read_json
+from mlinterf_ds.engine.precision import read_deepspeed_json
 from mlinterf_ds.finetune.config import FinetuneConfig
 from mlinterf_ds.finetune.main import prepare
 from mlinterf_ds.finetune.trial import Trial
 from mlinterf_ds.pretrain.config import load_run
 from mlinterf_ds.pretrained import Point
-from mlinterf_ds.runtime.output import Signals
+from mlinterf_ds.runtime.signals import Signals
 from mlinterf_ds.tracking import Tracker
 from tests.parity.bodies import REPOSITORY
 from tests.ranks import laid_out
@@ -76,7 +76,9 @@ def pretrain(
         for number, parameter in enumerate(model.parameters()):
             if parameter.ndim == 1:
                 parameter += noise * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number))
-    engine = Engine(model, config.train, read_json(REPOSITORY / "ds_configs" / f"{json_name}.json"), "fp32", layout)
+    engine = Engine(
+        model, config.train, read_deepspeed_json(REPOSITORY / "ds_configs" / f"{json_name}.json"), "fp32", layout
+    )
     state = {"config": config.model_dump(), "languages": list(LANGUAGES), "vocabulary": size, "run_id": None}
     checkpoint.save(folder, engine, state, {"tokenizer.model": folder / "tokenizer.model"}, 1)
 
@@ -124,7 +126,11 @@ def make(
     files = {language: f"{data}/{task}-{language}" for language in LANGUAGES}
     options = {"train": {"te": files["te"]}, "dev": {"te": "split"}, "test": files}
     job = prepare(
-        config, options, read_json(REPOSITORY / "ds_configs" / f"{json_name}.json"), config.train.precision, layout
+        config,
+        options,
+        read_deepspeed_json(REPOSITORY / "ds_configs" / f"{json_name}.json"),
+        config.train.precision,
+        layout,
     )
     section = config.finetune
     assert section.head_lr is not None

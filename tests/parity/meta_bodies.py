@@ -15,7 +15,8 @@ from mlinterf_ds.engine import checkpoint
 from mlinterf_ds.engine.engine import Engine
 from mlinterf_ds.engine.meta_step import MetaStep, Phases
 from mlinterf_ds.engine.space import Vector
-from mlinterf_ds.meta.bilevel import AdamLookahead, GradientDescent, mixed_product
+from mlinterf_ds.meta.bilevel import GradientDescent, mixed_product
+from mlinterf_ds.meta.lookahead import AdamLookahead
 from mlinterf_ds.model.encoder import SHARED, Encoder
 from mlinterf_ds.sections import RowFormat
 from tests.parity import bodies
@@ -509,7 +510,7 @@ def routed_names(languages: tuple[str, ...]) -> set[str]:
 
 
 def pcgrad_facts(settings: list[str], json_name: str, tensor: int) -> list[dict[str, float]]:
-    from mlinterf_ds.engine.meta_step import pcgrad_step
+    from mlinterf_ds.engine.pcgrad import pcgrad_step
 
     engine, stream, config = bodies.make(settings, json_name, tensor)
     facts = []

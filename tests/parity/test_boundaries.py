@@ -12,8 +12,8 @@ import torch
 from mlinterf_ds.data.batch import Batch as DataBatch
 from mlinterf_ds.data.batch import Masker
 from mlinterf_ds.data.corpus import Corpus
+from mlinterf_ds.data.evaluation import EvaluationSet
 from mlinterf_ds.data.prepare.main import prepare
-from mlinterf_ds.data.stream import EvaluationSet
 from mlinterf_ds.data.tokenizer import EOS, Vocabulary
 from mlinterf_ds.data.windows import Windows
 from mlinterf_ds.sections import RowFormat

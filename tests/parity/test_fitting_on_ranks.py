@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from mlinterf_ds.engine import passes as fitting
+from mlinterf_ds.engine import fitting
 from tests.parity import bodies
 from tests.ranks import pool
 from tests.unit.test_fitting import limited

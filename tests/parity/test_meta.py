@@ -231,7 +231,7 @@ def test_languages_named_like_modules_are_routed_by_key() -> None:
 def test_pcgrad_projects_off_conflicts() -> None:
     import numpy as np
 
-    from mlinterf_ds.engine.meta_step import project
+    from mlinterf_ds.engine.pcgrad import project
 
     left, right = torch.tensor([1.0, 0.0]), torch.tensor([-1.0, 1.0])
     products = np.array([[1.0, -1.0], [-1.0, 2.0]])

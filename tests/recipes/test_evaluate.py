@@ -85,7 +85,7 @@ def test_sentences_longer_than_a_row_are_counted_and_said(ground: Path) -> None:
 
 def grown(ground: str, tensor: int, old: int) -> tuple[float, float, dict[str, Any], str]:
     """(perplexity and share of the old pieces with plain logits, what `score` says of both, what is shown)."""
-    from mlinterf_ds.data.stream import EvaluationSet
+    from mlinterf_ds.data.evaluation import EvaluationSet
     from mlinterf_ds.evaluate import Model, Text, _shown, score
 
     model = Model(f"{ground}/model", laid_out(tensor), "fp32")

@@ -26,7 +26,7 @@ def checkpoint(folder: str) -> None:
     from mlinterf_ds.data.corpus import Corpus
     from mlinterf_ds.engine import checkpoint
     from mlinterf_ds.engine.engine import Engine
-    from mlinterf_ds.engine.precision import read_json
+    from mlinterf_ds.engine.precision import read_deepspeed_json
     from mlinterf_ds.model.encoder import Encoder
 
     layout, corpus = laid_out(1), Corpus.open(f"{folder}/corpus")
@@ -34,7 +34,7 @@ def checkpoint(folder: str) -> None:
     model = Encoder(
         config.model, variant="attn", languages=LANGUAGES, vocabulary=corpus.vocabulary_size, positions=16, seed=0
     )
-    engine = Engine(model, config.train, read_json(REPOSITORY / "ds_configs/zero0.json"), "fp32", layout)
+    engine = Engine(model, config.train, read_deepspeed_json(REPOSITORY / "ds_configs/zero0.json"), "fp32", layout)
     state = {"config": config.model_dump(), "languages": LANGUAGES, "vocabulary": corpus.vocabulary_size}
     files = {"tokenizer.model": corpus.folder / "tokenizer.model"}
     checkpoint.save(Path(folder) / "run", engine, {**state, "run_id": None}, files, 1)

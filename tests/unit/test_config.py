@@ -9,7 +9,7 @@ import torch
 
 from mlinterf_ds.config import REMOVED, decisive, describe, differences, fields, load_config, with_present_keys
 from mlinterf_ds.engine.optimizer import LossScale
-from mlinterf_ds.engine.precision import bf16_arithmetic, choose_precision, read_json, resolve
+from mlinterf_ds.engine.precision import bf16_arithmetic, choose_precision, read_deepspeed_json, resolve
 from mlinterf_ds.errors import UserError
 from mlinterf_ds.finetune.config import FinetuneConfig
 from mlinterf_ds.pretrain.config import RunConfig, load_run, read_arguments
@@ -39,7 +39,7 @@ def test_a_recipe_for_a_model_that_exists_asks_for_it(recipe: str) -> None:
 @pytest.mark.parametrize("path", JSONS, ids=lambda path: path.stem)
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_every_shipped_json_resolves(path: Path, precision: str) -> None:
-    resolved = resolve(read_json(path), load_run(["tiny"]).train, precision, 2)
+    resolved = resolve(read_deepspeed_json(path), load_run(["tiny"]).train, precision, 2)
     assert "auto" not in str(resolved)
     assert resolved["train_micro_batch_size_per_gpu"] == 16
     assert [name for name in ("fp16", "bf16") if name in resolved] == [precision] * (precision != "fp32")
@@ -189,18 +189,18 @@ def test_contradictions_between_json_and_run_are_errors(tmp_path: Path) -> None:
         choose_precision("auto", {"fp16": {"enabled": True}, "bf16": {"enabled": True}})
     with pytest.raises(UserError, match="optimizer"):
         (tmp_path / "o.json").write_text('{"optimizer": {"type": "Adam"}}')
-        read_json(tmp_path / "o.json")
+        read_deepspeed_json(tmp_path / "o.json")
     with pytest.raises(UserError, match="not JSON"):
         (tmp_path / "j.json").write_text("{")
-        read_json(tmp_path / "j.json")
+        read_deepspeed_json(tmp_path / "j.json")
     with pytest.raises(UserError, match="ds_configs"):
-        read_json(tmp_path / "none.json")
+        read_deepspeed_json(tmp_path / "none.json")
     for key, value in [("initial_scale_power", '"x"'), ("loss_scale_window", "0"), ("loss_scale", "true")]:
         (tmp_path / "f.json").write_text(f'{{"fp16": {{"{key}": {value}}}}}')
         with pytest.raises(UserError, match=rf"f\.json: fp16\.{key}=.*expected a number"):
-            read_json(tmp_path / "f.json")
+            read_deepspeed_json(tmp_path / "f.json")
     (tmp_path / "f.json").write_text('{"fp16": {"loss_scale": "auto", "initial_scale_power": 8}}')
-    assert LossScale(True, read_json(tmp_path / "f.json")["fp16"]).value == 256
+    assert LossScale(True, read_deepspeed_json(tmp_path / "f.json")["fp16"]).value == 256
     with pytest.raises(UserError, match="no such file"):
         load_run(["x" * 300])
 

@@ -53,7 +53,7 @@ def test_a_terminal_that_lacks_characters_shows_question_marks() -> None:
 
 STREAMS = """
 import os, subprocess, sys
-from mlinterf_ds.runtime.output import main
+from mlinterf_ds.runtime.program import main
 def run(_):
     with open("file", "w") as file:
         assert file.fileno() > 2, "nothing else takes the number of a stream that is closed"

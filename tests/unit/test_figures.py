@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 from typing import IO
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from mlinterf_ds.engine import passes as fitting
+from mlinterf_ds.engine import fitting
 from mlinterf_ds.errors import UserError
 from mlinterf_ds.pretrain.config import load_run
 from mlinterf_ds.runtime.parallel import Layout

@@ -14,15 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlinterf_ds.data.batch import Batch
-from mlinterf_ds.data.stream import (
-    EvaluationSet,
-    MetaRowsStream,
-    Schedule,
-    TrainStream,
-    ValidationStream,
-    bits_per_character,
-    prefetch,
-)
+from mlinterf_ds.data.evaluation import EvaluationSet, bits_per_character
+from mlinterf_ds.data.stream import MetaRowsStream, Schedule, TrainStream, ValidationStream, prefetch
 from mlinterf_ds.data.tokenizer import BOS, EOS, SPECIAL_PIECES, Vocabulary
 from mlinterf_ds.data.windows import Windows
 from mlinterf_ds.errors import UserError

@@ -62,7 +62,7 @@ def build(
     from mlinterf_ds.data.stream import TrainStream, ValidationStream
     from mlinterf_ds.engine.engine import Engine
     from mlinterf_ds.engine.passes import make_fast
-    from mlinterf_ds.engine.precision import read_json
+    from mlinterf_ds.engine.precision import read_deepspeed_json
     from mlinterf_ds.model.encoder import Encoder
     from mlinterf_ds.pretrain.config import load_run
     from mlinterf_ds.runtime.parallel import Layout
@@ -74,7 +74,9 @@ def build(
         config.model, variant=config.routing, languages=languages, vocabulary=options.vocabulary, positions=length
     )
     layout = Layout(dist.get_rank(), dist.get_world_size(), 1)
-    engine = Engine(model, config.train, read_json(ROOT / "ds_configs" / f"{ds}.json"), options.precision, layout)
+    engine = Engine(
+        model, config.train, read_deepspeed_json(ROOT / "ds_configs" / f"{ds}.json"), options.precision, layout
+    )
     if fast:
         make_fast(engine, config.model.compile, config.train.graphs, True)
     stream = TrainStream(corpus, languages, rows=config.train.batch, row_format=config.data.row_format, seed=0)

@@ -25,7 +25,8 @@ from mlinterf_ds.analysis.job import Report
 from mlinterf_ds.analysis.masks import hard_concrete
 from mlinterf_ds.analysis.masks.gates import Gates
 from mlinterf_ds.data.batch import Batch, generator, key
-from mlinterf_ds.data.stream import EvaluationSet, TrainStream
+from mlinterf_ds.data.evaluation import EvaluationSet
+from mlinterf_ds.data.stream import TrainStream
 from mlinterf_ds.data.windows import TokenSource
 from mlinterf_ds.engine.engine import weighted_loss
 from mlinterf_ds.engine.optimizer import LossScale
