@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +18,7 @@ from mlinterf_ds.study import cost, plan, report, units
 from mlinterf_ds.study.config import StudyConfig
 from mlinterf_ds.study.corpora import Corpora
 from mlinterf_ds.study.jobs import Job, Unit
+from mlinterf_ds.study.main import main
 
 ROOT = Path(__file__).resolve().parents[2]
 ZERO1 = str(ROOT / "ds_configs" / "zero1.json")
@@ -521,3 +523,16 @@ def test_cost_counts_the_trainings_of_a_search(tmp_path: Path) -> None:
         return next(job for job in jobs if job.kind == "finetune").units[0].facts["steps"]
 
     assert steps("finetune.lr=1e-3,2e-3,3e-3") == 3 * steps("finetune.lr=1e-3")
+
+
+def test_a_dry_run_shows_jobs_cost_and_power_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["--recipe", "study_cpu", "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert "283 launches, 283 to do" in said and "default figures: no job has finished yet" in said
+    jobs = [line.split()[0] for line in said.splitlines() if re.match(r"  (pretrain|finetune|analyze)\.", line)]
+    assert len(jobs) == len(set(jobs)) == 283 and "finetune.meta_adpt.close.seed5" in jobs
+    assert "with 6 seeds an effect of this size is told from none" in said and "meta_adpt_best_within" in said
+    assert not list(tmp_path.iterdir())
