@@ -1,4 +1,4 @@
-"""How every recipe is configured: defaults, then recipe files (TOML), then `--set section.key=value`, each over the one before.
+"""How every command is configured: defaults, then recipe files (TOML), then `--set section.key=value`, each over the one before.
 
 A configuration is a tree of `Section`s whose fields are the documented keys; `describe` prints them for `--help`. Unknown
 keys, wrong types and combinations that cannot work raise `UserError` with the key, its value and the remedy.

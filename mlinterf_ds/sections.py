@@ -1,4 +1,4 @@
-"""Sections of the configuration that several recipes share or that model and engine read."""
+"""Sections of the configuration that several commands share or that model and engine read."""
 
 from __future__ import annotations
 
@@ -209,7 +209,7 @@ class ModelConfig(Section):
 
 
 class PrecisionSection(Section):
-    """Arithmetic, which a recipe without other training keys has too."""
+    """Arithmetic, which a command without other training keys has too."""
 
     precision: Precision = key(
         "auto", "arithmetic; auto: fp16 on CUDA, bf16 on a CPU with bf16 arithmetic, else fp32", RESUMABLE

@@ -1,4 +1,4 @@
-"""The analysis recipe: open the checkpoint and its corpus, run one analysis on all ranks, record its results.
+"""The analysis command: open the checkpoint and its corpus, run one analysis on all ranks, record its results.
 
 <output>/analysis.json   configuration and MLflow run
 <output>/summary.json    results of the analysis

@@ -1,4 +1,4 @@
-"""The fine-tuning recipe: read the task, search the grid, train every seed, test, report.
+"""The fine-tuning command: read the task, search the grid, train every seed, test, report.
 
 <output>/job.json                 configuration, data and MLflow run
 <output>/seed0-batch16-lr0.0005/  a fine-tuning: checkpoints, result.json

@@ -1,4 +1,4 @@
-"""The pretraining recipe: open the corpus, build the run, train."""
+"""The pretraining command: open the corpus, build the run, train."""
 
 from __future__ import annotations
 

@@ -171,7 +171,7 @@ class Records:
     def add(self, kind: str, folder: Path, facts: Mapping[str, Any]) -> None:
         """Adds the rows of a run's folder; nothing if the run has not finished.
 
-        kind: the recipe, "pretrain", "finetune" or "analyze". facts: what the study's plan says of the run.
+        kind: the command, "pretrain", "finetune" or "analyze". facts: what the study's plan says of the run.
         """
         with refusing(f"{folder / 'summary.json'}: damaged", f"; remove {folder} and run the study again"):
             summary = finished_summary(folder)

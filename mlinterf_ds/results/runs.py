@@ -175,7 +175,7 @@ class FineTunedRun:
 
     @classmethod
     def open(cls, folder: str) -> FineTunedRun:
-        """Reads a fine-tuning's output folder. UserError if it is missing, unfinished or of another recipe."""
+        """Reads a fine-tuning's output folder. UserError if it is missing, unfinished or of another command."""
         path = Path(folder) / "summary.json"
         if not path.is_file():
             raise UserError(f"{path}: no such file; expected the output folder of a finished launch/finetune.py")

@@ -1,4 +1,4 @@
-"""How every run of a recipe starts and ends on a rank: process group, output folder, log, failures."""
+"""How every run of a command starts and ends on a rank: process group, output folder, log, failures."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from mlinterf_ds.sections import ParallelConfig
 
 @dataclass(frozen=True)
 class Session:
-    """One run of a recipe on this rank: its layout, folder and log."""
+    """One run of a command on this rank: its layout, folder and log."""
 
     layout: Layout
     output: Path  # the run's folder

@@ -11,8 +11,8 @@ from typing import Any, Literal
 
 Kind = Literal["pretrain", "finetune", "analyze"]
 VOCABULARY = "vocabulary"  # the control whose models have a vocabulary of their language alone
-# The module with the recipe of each kind.
-RECIPES = {
+# The module with the command of each kind.
+COMMANDS = {
     "pretrain": "mlinterf_ds.pretrain.main",
     "finetune": "mlinterf_ds.finetune.main",
     "analyze": "mlinterf_ds.analysis.main",
@@ -46,7 +46,7 @@ class Model:
 
 @dataclass(frozen=True)
 class Unit:
-    """One run of a recipe, in a folder of its own that holds a summary.json when the run has finished."""
+    """One run of a command, in a folder of its own that holds a summary.json when the run has finished."""
 
     name: str
     arguments: tuple[str, ...]  # the launcher's; output, checkpoint and tracking are added when the job is written

@@ -19,7 +19,7 @@ from mlinterf_ds.pretrain.config import load_run
 from mlinterf_ds.sections import TrainConfig, architecture, is_meta
 from mlinterf_ds.study.config import SetSection, StudyConfig
 from mlinterf_ds.study.corpora import Corpora
-from mlinterf_ds.study.jobs import RECIPES, VOCABULARY, Job, Kind, Model, Unit
+from mlinterf_ds.study.jobs import COMMANDS, VOCABULARY, Job, Kind, Model, Unit
 from mlinterf_ds.study.units import all_models, analyses, comparisons, finetunings, is_compared, pretraining
 
 PACKAGE = Path(__file__).resolve().parents[1]
@@ -32,7 +32,7 @@ IRRELEVANT = (
 
 
 def expand(config: StudyConfig, corpora: Corpora, deepspeed_config: str) -> list[Job]:
-    """All jobs of the study, none twice, each after the jobs it needs. UserError for a setting that a recipe refuses."""
+    """All jobs of the study, none twice, each after the jobs it needs. UserError for a setting that a command refuses."""
     jobs: list[Job] = []
     with refusing(f"--deepspeed_config {deepspeed_config}: not JSON"):
         deepspeed_json = read_json(Path(deepspeed_config))
@@ -124,12 +124,12 @@ def _meta_rows(config: StudyConfig, *settings: str) -> tuple[str, ...]:
     return f"train.batch={run.train.batch + meta_rows}", f"data.meta_rows={meta_rows}"
 
 
-# --- the code that decides a job's numbers: all files that its recipe imports, directly or through others, by their syntax trees --
+# --- the code that decides a job's numbers: all files that its command imports, directly or through others, by their syntax trees --
 @functools.cache
 def code_hash(kind: str) -> str:
     """SHA-256 of the code of a kind of job; comments and layout do not change it."""
     digest = hashlib.sha256()
-    for path in imported_files(RECIPES[kind], without=IRRELEVANT):
+    for path in imported_files(COMMANDS[kind], without=IRRELEVANT):
         digest.update(f"{path.relative_to(PACKAGE).as_posix()}\n{ast.dump(_tree(path))}\n".encode())
     return digest.hexdigest()
 

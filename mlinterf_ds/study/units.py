@@ -1,6 +1,6 @@
 """The runs of a study: a model's pretraining and fine-tunings, and the analyses of one model or of all.
 
-Every run's configuration is loaded here, so that a setting which its recipe would refuse is refused before anything starts.
+Every run's configuration is loaded here, so that a setting which its command would refuse is refused before anything starts.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from mlinterf_ds import ranks
 from mlinterf_ds.files import read_json, write_json
 from mlinterf_ds.study.folders import DONE, finished_units, is_complete, wait_for_lock
-from mlinterf_ds.study.jobs import RECIPES
+from mlinterf_ds.study.jobs import COMMANDS
 from mlinterf_ds.tracking.facts import first_line
 
 if TYPE_CHECKING:
@@ -61,8 +61,8 @@ def work(folder: Path) -> int:
 
 
 def _run(kind: str, folder: Path, arguments: list[str], group: Group) -> None:
-    """Run a unit with its recipe. A fine-tuning's checkpoints are removed: a study needs its scores and predictions alone."""
-    main: Callable[[list[str], Group], int] = importlib.import_module(RECIPES[kind]).main
+    """Run a unit with its command. A fine-tuning's checkpoints are removed: a study needs its scores and predictions alone."""
+    main: Callable[[list[str], Group], int] = importlib.import_module(COMMANDS[kind]).main
     if kind == "analyze":
         ranks.agreed(lambda: _remove(folder))  # an interrupted analysis can't be resumed
     main([*arguments, "--set", f"output={folder}", *(["--set", "resume=auto"] if kind != "analyze" else [])], group)

@@ -30,7 +30,7 @@ LAYERS = [
 LAYER = {room: number for number, rooms in enumerate(LAYERS) for room in rooms}
 # Who alone may import a room of this package, or a library.
 ONLY = {
-    "tracking": {"pretrain", "finetune", "evaluate", "analysis", "study"},  # the recipes
+    "tracking": {"pretrain", "finetune", "evaluate", "analysis", "study"},  # the commands
     "meta": {"engine", "gradients"},
     "megatron": {"model", "runtime", "engine"},
     "mlflow": {"tracking", "export", "study"},

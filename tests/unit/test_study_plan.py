@@ -370,7 +370,7 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         path.parent.mkdir(exist_ok=True)
         path.write_text(text)
     monkeypatch.setattr(plan, "PACKAGE", folder)
-    monkeypatch.setattr(plan, "RECIPES", {"pretrain": "package.main"})
+    monkeypatch.setattr(plan, "COMMANDS", {"pretrain": "package.main"})
     monkeypatch.setattr(plan, "IRRELEVANT", ("shown.py",))
     return folder
 
@@ -406,7 +406,7 @@ def test_the_code_hash_changes_with_what_decides_numbers(package: Path, file: st
 def test_every_recipe_is_hashed_with_what_its_numbers_come_from() -> None:
     inputs = {"pretrain": "meta/bilevel.py", "finetune": "tasks/metrics.py", "analyze": "analysis/interference.py"}
     for kind, name in inputs.items():
-        files = plan.imported_files(plan.RECIPES[kind], plan.IRRELEVANT)
+        files = plan.imported_files(plan.COMMANDS[kind], plan.IRRELEVANT)
         assert {plan.PACKAGE / name, plan.PACKAGE / "model/encoder.py"} <= set(files)
     for name in plan.IRRELEVANT:
         assert (plan.PACKAGE / name).exists()
