@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from mlinterf_ds.errors import UserError, resumption
+from mlinterf_ds.errors import resumption
 from mlinterf_ds.pretrain.config import read_arguments
 from mlinterf_ds.runtime.program import main
 from mlinterf_ds.runtime.restarts import ATTEMPT, Supervisor
@@ -18,12 +18,13 @@ def pretrain(arguments: Sequence[str]) -> int:
     if config.restarts and ATTEMPT not in os.environ:
         remedy = resumption(config.output)
         supervisor = Supervisor(config.restarts, config.parallel.timeout, remedy)
+        status = 1
         try:
-            return supervisor.run([sys.executable, "-u", sys.argv[0], *arguments])
-        except UserError:
-            if supervisor.rank == 0:
+            status = supervisor.run([sys.executable, "-u", sys.argv[0], *arguments])
+        finally:
+            if status and supervisor.rank == 0:  # the rank that records may have been killed because of another
                 close_killed(Path(config.output))
-            raise
+        return status
     from mlinterf_ds.pretrain.main import main as train  # it imports torch, DeepSpeed and megatron
 
     return train(arguments)

@@ -145,7 +145,7 @@ class Model:
 
 
 class Text:
-    """A text file with the methods of a corpus that `mlinterf_ds.data.stream` calls: one language, one split."""
+    """A text file with the methods of a corpus that `mlinterf_ds.data.evaluation` calls: one language, one split."""
 
     def __init__(self, path: Path, language: str, tokenizer: Tokenizer):
         self.languages, self.vocabulary = [language], tokenizer.vocabulary

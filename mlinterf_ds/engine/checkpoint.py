@@ -281,6 +281,8 @@ def set_aside_later(checkpoint: Path) -> list[Path]:
     """Renames the run's checkpoints of later steps, so that neither `find` nor `prune` takes them for the newest; their new paths."""
     run = checkpoint.parent.parent
     later = [path for path in _all(run) if path.name > checkpoint.name]
+    if _best_name(run) in {path.name for path in later}:  # else another checkpoint of that step would count as the best
+        (run / "checkpoints" / "best").unlink()
     moved = []
     for path in later:
         names = (path.with_name(f"{path.name}.abandoned{number or ''}") for number in itertools.count())

@@ -56,7 +56,7 @@ def passes(variant: str, meta: MetaConfig) -> dict[str, float]:
     return {kind: (whole[kind] + (meta.every - 1) * between[kind]) / meta.every for kind in whole}
 
 
-def rows_passed(variant: str, meta: MetaConfig, rows: int, *, apart: int = 1, frozen: bool = False) -> float:
+def rows_passed(variant: str, meta: MetaConfig, rows: int, *, apart: float = 1, frozen: bool = False) -> float:
     """The rows that an average step passes over, `rows` of training text and those of the validation loss, in whole passes.
 
     A pass to the gradients of one language alone counts two thirds: it skips the products of the shared weights' gradients.

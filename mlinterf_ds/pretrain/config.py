@@ -203,7 +203,7 @@ class RunConfig(Section):
             f"restarts={self.restarts} needs output=FOLDER: where the checkpoints to go on from will be":
                 self.restarts and not self.output,
             "resume and init exclude each other: resume continues a run, init starts a new one":
-                self.resume not in ("", "auto") and self.init,
+                self.resume and self.init and not _is_of(self.resume, self.output),
         }  # fmt: skip
 
 
@@ -211,6 +211,13 @@ def read_arguments(arguments: Sequence[str]) -> tuple[RunConfig, str]:
     """The configuration that the pretraining launcher's arguments ask for, and the path of DeepSpeed's JSON file."""
     options = parser("Pretrain a multilingual masked language model.", RunConfig, BARE).parse_args(arguments)
     return load_run(options.recipe, options.set, BARE), options.deepspeed_config
+
+
+def _is_of(resume: str, output: str | None) -> bool:
+    """Whether `resume` continues the run whose folder is `output`: by its newest checkpoint, or by one that it names."""
+    if resume == "auto":
+        return True
+    return bool(resume and output) and Path(resume).resolve().is_relative_to(Path(str(output)).resolve())
 
 
 def load_run(recipes: Sequence[str | Path] = (), overrides: Sequence[str] = (), bare: str | None = None) -> RunConfig:
@@ -222,7 +229,8 @@ def load_run(recipes: Sequence[str | Path] = (), overrides: Sequence[str] = (), 
     given, _ = given_keys(RunConfig, used, overrides)
     if not (init := str(given.get("init") or "")):
         return load_config(RunConfig, used, overrides)
-    output, continues = str(given.get("output") or ""), given.get("resume") == "auto" or given.get("restarts")
+    output = str(given.get("output") or "")
+    continues = _is_of(str(given.get("resume") or ""), output) or given.get("restarts")
     begun = continues and any((Path(output) / "checkpoints").glob("step-*"))
     from mlinterf_ds.pretrain import initial  # other runs read no model
 

@@ -133,10 +133,10 @@ class PretrainingRun:
         masked = self.stream.batch(0, 0, 1).positions.shape[1]
         length, vocabulary = config.data.sequence_length, self.corpus.vocabulary_size
         row = flops_per_row(config.model, length, vocabulary, masked, config.variant)
-        apart = len(self.languages) if config.treatment == "pcgrad" else 1
-        self.step_flops = row * rows_passed(
-            config.variant, config.meta, config.train.batch, apart=apart, frozen=self.engine.frozen
-        )
+        rows, apart = config.train.batch, 1.0
+        if config.treatment == "pcgrad":  # a pass for each language that has rows in a step: so many on average
+            apart = float(np.sum(1 - (1 - self.stream.probabilities) ** rows))
+        self.step_flops = row * rows_passed(config.variant, config.meta, rows, apart=apart, frozen=self.engine.frozen)
         self.peak = peak_flops(self.engine.device, DTYPES[self.precision]) * self.layout.world
 
     def _fit_micro_batch(self) -> None:

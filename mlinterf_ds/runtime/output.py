@@ -10,12 +10,9 @@ import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mlinterf_ds.errors import UserError
-
-if TYPE_CHECKING:  # a study waits for signals without torch
-    pass
 
 NOISY = ("DeepSpeed", "megatron", "mlflow", "alembic", "torch", "matplotlib")
 

@@ -61,6 +61,7 @@ def send_folder(folder: Path, warn: Callable[[str], None]) -> str:
 def close_killed(folder: Path) -> None:
     """Marks the MLflow run of a job that was killed for good, if it has one, and sends what it left; warns if that fails."""
     if (folder / SPOOL).is_file():
+        set_client_defaults()
         try:
             send_folder(folder, warn)
         except UserError as error:

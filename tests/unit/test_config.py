@@ -12,7 +12,7 @@ from mlinterf_ds.engine.optimizer import LossScale
 from mlinterf_ds.engine.precision import bf16_arithmetic, choose_precision, read_deepspeed_json, resolve
 from mlinterf_ds.errors import UserError
 from mlinterf_ds.finetune.config import FinetuneConfig
-from mlinterf_ds.pretrain.config import RunConfig, load_run, read_arguments
+from mlinterf_ds.pretrain.config import RunConfig, _is_of, load_run, read_arguments
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = [
@@ -258,3 +258,9 @@ def test_a_path_whose_bytes_are_no_text_is_named_by_its_key() -> None:
     """As a terminal hands over `output=a\xff`: a checkpoint could not keep it."""
     with pytest.raises(UserError, match=r"^output: 'a.udcffb' is no text that UTF-8 can hold"):
         load_run([], ["output=a\udcffb"])
+
+
+def test_a_run_goes_on_from_its_own_checkpoints_whatever_it_started_from() -> None:
+    own = "runs/a/checkpoints/step-00000003"
+    assert _is_of("auto", "runs/a") and _is_of(own, "runs/a") and _is_of(own, "runs/../runs/a/")
+    assert not _is_of(own, "runs/b") and not _is_of(own, None) and not _is_of("", "runs/a")

@@ -459,6 +459,7 @@ def test_wiki_markup_is_removed() -> None:
 [https://example.org tovuti rasmi] &amp; <!-- hidden -->[[Star Trek: Voyager]]
 [[3:10 to Yuma (2007 film)|3:10 to Yuma]], [[wikt:house|house]], [[:Category:Towns|towns]]
 One.<br>Two.<br />Three<p class="x">Four</p>
+[http://example.org five<br>six] seven
 """
     assert [line.strip() for line in plain_text(markup, ["Picha", "Jamii"]).split("\n") if line.strip()] == [
         "Nairobi ni mji wa Kenya. Watu wengi.",
@@ -466,7 +467,7 @@ One.<br>Two.<br />Three<p class="x">Four</p>
         "Kwanza",
         "tovuti rasmi & Star Trek: Voyager",
         "3:10 to Yuma, house, towns",
-        *["One.", "Two.", "Three", "Four"],
+        *["One.", "Two.", "Three", "Four", "five", "six seven"],
     ]
 
 

@@ -61,7 +61,7 @@ class Device(SimpleNamespace):
         largest = fitting.largest
         monkeypatch.setattr(fitting, "_pass_over", passes)
         monkeypatch.setattr(fitting, "largest", lambda most, least, attempt, _: largest(most, least, attempt, CPU))
-        monkeypatch.setattr(fitting, "_release", lambda _: None)
+        monkeypatch.setattr(fitting, "release", lambda _: None)
         return fitting.fit_micro_batch(self, most, lambda rows: rows, 2)  # type: ignore[arg-type, return-value]
 
 

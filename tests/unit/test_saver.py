@@ -62,12 +62,15 @@ def test_a_run_that_goes_back_sets_later_checkpoints_aside(tmp_path: Path) -> No
     folder = tmp_path / "checkpoints"
     for step in (3, 4, 5):
         (folder / f"step-{step:08}").mkdir(parents=True)
+    checkpoint.mark_best(tmp_path, folder / "step-00000004")
     assert [path.name for path in checkpoint.set_aside_later(folder / "step-00000003")] == [
         "step-00000004.abandoned",
         "step-00000005.abandoned",
     ]
     assert checkpoint.find(tmp_path).name == "step-00000003"
     (folder / "step-00000004").mkdir()
+    assert checkpoint.find(tmp_path, "best").name == "step-00000004" and not (folder / "best").exists()
+    checkpoint.mark_best(tmp_path, folder / "step-00000004")
     checkpoint.prune(tmp_path, 1)
     assert checkpoint.find(tmp_path).name == "step-00000004" and not (folder / "step-00000003").exists()
     (folder / "step-00000003").mkdir()

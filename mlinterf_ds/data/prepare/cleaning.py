@@ -181,7 +181,8 @@ def plain_text(markup: str, unshown: Sequence[str] = ()) -> str:
         raise UserError(
             "a Wikipedia XML dump needs the library mwparserfromhell: pip install mwparserfromhell"
         ) from None
-    code = mwparserfromhell.parse(_LINE_BREAK.sub("\n", markup), skip_style_tags=True)
+    # as a character without a meaning in the markup, since a link may hold one and no newline
+    code = mwparserfromhell.parse(_LINE_BREAK.sub("\u2028", markup), skip_style_tags=True)
     names = _UNSHOWN.union(name.casefold() for name in unshown)
     links = [link for link in code.filter_wikilinks(recursive=True) if not _is_shown(link, names)]
     tags = code.filter_tags(recursive=True, matches=lambda tag: str(tag.tag).lower() in _TAGS_WITHOUT_TEXT)
@@ -189,7 +190,9 @@ def plain_text(markup: str, unshown: Sequence[str] = ()) -> str:
         with suppress(ValueError):  # the node around it may have been removed before
             code.remove(node)
     text = code.strip_code(normalize=True, collapse=True, keep_template_params=False)
-    lines = (_HEADING_OR_LIST.sub("", line.replace("'''", "").replace("''", "")) for line in text.split("\n"))
+    lines = (
+        _HEADING_OR_LIST.sub("", line.replace("'''", "").replace("''", "")) for line in re.split("[\n\u2028]", text)
+    )
     return "\n".join(line for line in lines if line)
 
 
