@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import logging
 import os
 import signal
@@ -21,7 +23,8 @@ import pytest
 
 from mlinterf_ds.tracking import Tracker
 from mlinterf_ds.tracking.__main__ import close_killed, main, send_rest
-from mlinterf_ds.tracking.spool import SPOOL
+from mlinterf_ds.tracking.spool import SPOOL, Sender
+from mlinterf_ds.tracking.store import NotYet
 from tests import mlflow_server as mlflow
 from tests.commands import wait_until
 from tests.mlflow_server import empty_store, forwarding, free_port, mlflow_server, runs_of
@@ -220,6 +223,26 @@ def test_killed_job_is_marked_by_the_sending_command(workplace: Path, close: Cal
     assert not close()
     run = only_run(f"sqlite:///{workplace}/mlflow.db", "e")
     assert run.info.status == "KILLED" and run.data.metrics == {"a": 1.0}
+
+
+def test_a_spool_is_locked_where_only_writable_files_can_be(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NFS locks by the rules of fcntl: a file that is open for reading alone takes no exclusive lock."""
+    really = fcntl.flock
+
+    def as_on_nfs(file: Any, operation: int) -> None:
+        if not file.writable():
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        really(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", as_on_nfs)
+    (workplace / SPOOL).touch()
+    first, second = (Sender(workplace, f"sqlite:///{workplace}/mlflow.db", print) for _ in range(2))
+    first._acquire()
+    with pytest.raises(NotYet, match="another process is sending"):
+        second._acquire()
+    first.release()
+    second._acquire()
+    second.release()
 
 
 def test_wrong_folder(capsys: pytest.CaptureFixture[str]) -> None:

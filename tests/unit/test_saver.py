@@ -116,6 +116,35 @@ def test_a_checkpoint_holds_what_a_step_leaves_when_it_is_settled(
     assert load_file(checkpoint.find(tmp_path) / "shard-00000.safetensors")["shared/0/master"].tolist() == [7, 7, 7]
 
 
+def test_all_of_a_checkpoint_is_on_the_disk_before_an_older_one_goes(
+    engine: Any, disk: SimpleNamespace, tmp_path: Path, monkeypatch: Any
+) -> None:
+    """And one that another program still reads, which cannot be removed, does not end the run."""
+    disk.free.set()
+    checkpoint.save(tmp_path, engine, {}, {}, keep=1)
+    folder, flushed = tmp_path / "checkpoints", []
+    train(engine)
+
+    def flush(path: Path) -> None:
+        flushed.append((path.name, sorted(found.name for found in folder.glob("step-*"))))
+
+    monkeypatch.setattr(checkpoint, "flush", flush)
+    checkpoint.save(tmp_path, engine, {}, {}, keep=1)
+    assert flushed == [
+        ("complete.json", ["step-00000001", "step-00000002.partial"]),
+        ("checkpoints", ["step-00000001", "step-00000002"]),
+    ]
+    assert os.listdir(folder) == ["step-00000002"]
+    train(engine)
+
+    def busy(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY))
+
+    monkeypatch.setattr(os, "rmdir", busy)
+    checkpoint.save(tmp_path, engine, {}, {}, keep=1)
+    assert checkpoint.find(tmp_path).name == "step-00000003"
+
+
 def test_training_waits_where_a_copy_would_take_too_much_memory(
     engine: Any, disk: SimpleNamespace, tmp_path: Path, monkeypatch: Any
 ) -> None:
