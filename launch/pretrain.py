@@ -18,13 +18,11 @@ def pretrain(arguments: Sequence[str]) -> int:
     if config.restarts and ATTEMPT not in os.environ:
         remedy = resumption(config.output)
         supervisor = Supervisor(config.restarts, config.parallel.timeout, remedy)
-        status = 1
         try:
-            status = supervisor.run([sys.executable, "-u", sys.argv[0], *arguments])
+            return supervisor.run([sys.executable, "-u", sys.argv[0], *arguments])
         finally:
-            if status and supervisor.rank == 0:  # the rank that records may have been killed because of another
+            if supervisor.rank == 0 and supervisor.killed:  # the rank that records, killed because of another
                 close_killed(Path(config.output))
-        return status
     from mlinterf_ds.pretrain.main import main as train  # it imports torch, DeepSpeed and megatron
 
     return train(arguments)

@@ -41,9 +41,8 @@ class EvaluationSet:
         checked_languages(corpus, [language], row_format.length)
         self.index = list(languages).index(language)  # the model's number for the language
         if row_format.boundaries == "none" and len(corpus.tokens(language, split)) < row_format.length - 1:
-            row_format = replace(
-                row_format, boundaries="document"
-            )  # else each copy would show what is masked in another
+            # else each copy would show what is masked in another
+            row_format = replace(row_format, boundaries="document")
         self._masker = Masker(seed, f"{split}/{language}", row_format, corpus.vocabulary)
         self._windows = split_windows(corpus, language, split, row_format, key(seed, "windows", split, language))
         windows = self._windows.count

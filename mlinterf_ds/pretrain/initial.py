@@ -27,13 +27,8 @@ from mlinterf_ds.ranks import agreed
 from mlinterf_ds.sections import ModelConfig, architecture, has_adapters, is_routed
 
 LANGUAGE_ROWS = "embeddings.language.weight"
-FREE = (
-    "dropout",
-    "attention_dropout",
-    "output_bias",
-    "recompute",
-    "compile",
-)  # keys of `model` that no weight depends on
+# keys of `model` that no weight depends on
+FREE = ("dropout", "attention_dropout", "output_bias", "recompute", "compile")
 TIED = (".decoder.weight", ".decoder.bias", ".position_ids")  # endings of tensors that repeat another, or just count up
 
 

@@ -42,6 +42,11 @@ class Supervisor:
         self.child: Any = None  # a subprocess.Popen once started
         self.alive = self.ending = 0.0  # monotonic times: when the store last answered; when an end began (0: not yet)
 
+    @property
+    def killed(self) -> bool:
+        """Whether the last child was killed, and so could not end its records itself."""
+        return bool(self.child and (self.child.returncode or 0) < 0)
+
     def run(self, line: Sequence[str]) -> int:
         """Run the command `line` as this rank until an attempt ends well or none is left; the last exit code."""
         for number in ending_signals():

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -72,6 +73,16 @@ def test_it_gives_up_with_the_reason_and_the_command_that_resumes(tmp_path: Path
     assert codes == [2, 2] and [("0", str(attempt)) for attempt in range(3)] == starts(tmp_path)[:3]
     assert "error: rank 0 failed with exit code 9, after 2 restarts: mend it, then go on with" in said
     assert "--set output=runs/x --set resume=auto" in said and "Traceback" not in said
+
+
+@pytest.mark.parametrize("status, killed", [(-9, True), (-11, True), (0, False), (1, False), (2, False), (None, False)])
+def test_only_a_child_that_was_killed_left_its_records_open(status: int | None, killed: bool) -> None:
+    """A run that is refused because another writes in its folder, for one, must not close that one's records."""
+    supervisor = object.__new__(Supervisor)
+    supervisor.child = SimpleNamespace(returncode=status)
+    assert supervisor.killed is killed
+    supervisor.child = None
+    assert not supervisor.killed
 
 
 def test_a_users_mistake_is_not_tried_again(tmp_path: Path) -> None:
