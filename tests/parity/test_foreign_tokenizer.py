@@ -142,6 +142,15 @@ def test_characters_are_unknown_only_where_their_word_is(pair) -> None:
     assert ours.unknown_characters(words) == found  # whatever was asked before
 
 
+def test_a_character_that_only_goes_on_words_is_known_inside_of_them(tmp_path: Path) -> None:
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "##z"]
+    theirs = transformers.BertTokenizer(vocab={piece: number for number, piece in enumerate(pieces)})
+    theirs.save_pretrained(tmp_path / "model")
+    (tmp_path / "tokenizer.model").write_bytes(vocabulary_file(tmp_path / "model"))
+    ours = Tokenizer(tmp_path / "tokenizer.model")
+    assert ours.unknown_characters(["az", "z", "a", "azq"]) == [0, 1, 0, 2]
+
+
 def test_no_piece_stands_between_a_word_and_the_mask_behind_it(pair) -> None:
     """A byte-level vocabulary would have one for the space alone, which no training row has there."""
     _, ours, _, _ = pair
