@@ -62,6 +62,11 @@ def all_findings(records: Records) -> list[Finding]:
         tuning_beats_freezing(records),
         meta_beats(records, "adpt", "meta beats plain adapters"),
         meta_beats(records, "meta_adpt-direct", "the second-order term helps"),
+        meta_beats(
+            records,
+            "meta_adpt-held_out",
+            "validation rows of the training text are better than those of a split of their own",
+        ),
         meta_beats(records, "adpt-compute", "meta beats plain adapters of equal compute"),
         meta_beats(records, "adpt-rows", "meta beats plain adapters of the same rows a step"),
         meta_predicts_better(records, "adpt", "meta adapters predict text better than plain ones"),
@@ -72,6 +77,11 @@ def all_findings(records: Records) -> list[Finding]:
             records, "adpt-rows", "meta adapters predict text better than plain ones of the same rows a step"
         ),
         meta_predicts_better(records, "meta_adpt-direct", "the second-order term helps to predict text"),
+        meta_predicts_better(
+            records,
+            "meta_adpt-held_out",
+            "validation rows of the training text are better to predict text than those of a split of their own",
+        ),
     ]
     return corrected(claims, records.confidence)
 

@@ -99,6 +99,11 @@ class ControlsSection(Section):
         "also train the plain variant of each meta_* model, in as many steps, on the very rows that its meta steps read, those of "
         "the validation loss included (data.meta_rows)",
     )
+    held_out: bool = key(
+        False,
+        "also train each meta_* model with validation rows of a split that no model trains on (meta.text=held_out), about 2% of each "
+        "language; the study prepares its corpora with this split",
+    )
     text: bool = key(
         False,
         "also train each monolingual model with half the steps: as much text of its language as a pair's model reads where the languages "

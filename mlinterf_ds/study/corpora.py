@@ -23,6 +23,7 @@ class Corpora:
         self.section = config.corpus
         self.languages = config.languages
         self.made = bool(config.corpus.text) or config.corpus.folder == SYNTHETIC
+        self.meta_split = config.controls.held_out
         self.limits = [dict(limits) for limits in dict.fromkeys(tuple(sorted(s.limits.items())) for s in config.sets)]
         self.limits += [{code: n} for limits in self.limits for code, n in limits.items()]  # for monolingual models
         self.halves = list(dict.fromkeys(group.languages[1] for group in config.sets if group.kind == "null"))
@@ -36,8 +37,10 @@ class Corpora:
             )
         texts = {code: path for code, path in self.section.text.items() if code in self.languages}
         files = {code: file_hash(f"corpus.text: {code}", path) for code, path in texts.items()}
-        facts = json.dumps([self.section.model_dump() | {"text": files}, self.languages], sort_keys=True)
-        self.root = (output / "corpora" / hashlib.sha256(facts.encode()).hexdigest()[:10]).resolve()
+        facts = [self.section.model_dump() | {"text": files}, self.languages, *["meta_split"] * self.meta_split]
+        self.root = (
+            output / "corpora" / hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:10]
+        ).resolve()
 
     @property
     def vocabulary(self) -> int:
@@ -66,7 +69,7 @@ class Corpora:
                 if limits:
                     vocabulary = {"tokenizer": self._folder({}) / "tokenizer.model"}
                 folder.parent.mkdir(parents=True, exist_ok=True)
-                prepare(sources, folder, limits=limits, progress=False, **vocabulary)
+                prepare(sources, folder, limits=limits, progress=False, meta_split=self.meta_split, **vocabulary)
         source, tokenizer = self.languages[0], self._folder({}) / "tokenizer.model"
         for half in self.halves:
             if not (self._folder({}, half) / MANIFEST).is_file():
@@ -76,7 +79,9 @@ class Corpora:
         for code in self.own:
             if not (self._folder({}, own=code) / MANIFEST).is_file():
                 folder, pieces = self._folder({}, own=code), self.section.vocabulary
-                prepare({code: sources[code]}, folder, vocabulary_size=pieces, progress=False)
+                prepare(
+                    {code: sources[code]}, folder, vocabulary_size=pieces, meta_split=self.meta_split, progress=False
+                )
 
     def adopt(self) -> bool:
         """If the present text was never prepared, uses the corpora that were prepared last; False if there are none."""

@@ -98,6 +98,8 @@ def _multilingual(config: StudyConfig, group: SetSection, seed: int) -> Iterator
         if is_meta(variant) and group.kind in ("pair", "low"):
             if config.controls.direct:
                 yield Model(*common, variant, seed, (*settings, "meta.terms=direct"), limits, "direct")
+            if config.controls.held_out:
+                yield Model(*common, variant, seed, (*settings, "meta.text=held_out"), limits, "held_out")
             if config.controls.compute:
                 longer = (*settings, f"train.steps={round(_train(config, *settings).steps * config.controls.compute)}")
                 yield Model(*common, architecture(variant), seed, longer, limits, "compute")

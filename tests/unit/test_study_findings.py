@@ -33,6 +33,7 @@ UNASKED = {  # planted() has no controls
     "meta_adpt_beats_meta_adpt_direct", "meta_adpt_beats_adpt_compute", "meta_adpt_predicts_better_than_adpt_compute",
     "mono_text_beats_joint_within", "mono_vocabulary_beats_joint_within", "mono_vocabulary_predicts_better_than_joint",
     "meta_adpt_predicts_better_than_meta_adpt_direct", "meta_adpt_beats_adpt_rows", "meta_adpt_predicts_better_than_adpt_rows",
+    "meta_adpt_beats_meta_adpt_held_out", "meta_adpt_predicts_better_than_meta_adpt_held_out",
 }  # fmt: skip
 
 
@@ -200,6 +201,7 @@ def test_controls_are_compared_by_their_own_rows() -> None:
     records.scores += [replace(s, control="direct", score=s.score - 1.5 - 0.1 * (s.seed % 2)) for s in ours]
     of = by_name(records)
     direct = of["meta_adpt_beats_meta_adpt_direct"]
+    assert of["meta_adpt_beats_meta_adpt_held_out"].verdict == "not measured"
     assert direct.verdict == "holds" and direct.effect.mean == pytest.approx(1.54)
     assert of["meta_adpt_best_within"].effect.mean == pytest.approx(2.0, abs=0.05)  # the control is no rival
     plain = [s for s in records.scores if s.variant == "adpt" and not s.control]
@@ -210,12 +212,14 @@ def test_controls_are_compared_by_their_own_rows() -> None:
         equal_rows, equal_steps = of[name.format("_rows")].effect, of[name.format("")].effect
         assert equal_rows.mean == pytest.approx(equal_steps.mean - shift)
     worse = [
-        replace(m, control="direct", perplexity={code: value * math.exp(0.1) for code, value in m.perplexity.items()})
+        replace(m, perplexity={code: value * math.exp(0.1) for code, value in m.perplexity.items()})
         for m in records.models
-        if m.variant == "meta_adpt"
+        if m.variant == "meta_adpt" and m.set == "far"
     ]
-    records.models += [m for m in worse if m.set == "far"]
-    assert by_name(records)["meta_adpt_predicts_better_than_meta_adpt_direct"].parts == {"far": pytest.approx(0.1)}
+    records.models += [replace(m, control=control) for m in worse for control in ("direct", "held_out")]
+    of = by_name(records)
+    for control in ("direct", "held_out"):
+        assert of[f"meta_adpt_predicts_better_than_meta_adpt_{control}"].parts == {"far": pytest.approx(0.1)}
 
 
 def test_monolingual_models_of_half_the_steps() -> None:

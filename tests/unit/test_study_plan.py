@@ -190,6 +190,29 @@ def test_controls(full: list[Job]) -> None:
     assert {job.units[0].facts["steps"] for job in text} == {plain["steps"] // 2}
 
 
+def test_validation_rows_of_a_split_of_their_own(tmp_path: Path) -> None:
+    """The control trains on the corpus of the other models, which the study prepares with that split; else there is none."""
+    text = (ROOT / "launch/recipes/study_algorithm1.toml").read_text()
+    (tmp_path / "study.toml").write_text(text.replace("10000", "400").replace("1500", "100").replace("5000", "300"))
+    config = load_config(StudyConfig, [str(tmp_path / "study.toml")])
+    corpora = Corpora(config, tmp_path)
+    jobs = {job.name: job.units[0].arguments for job in plan.expand(config, corpora, ZERO1) if job.kind == "pretrain"}
+    control, meta, adapters = (
+        dict(word.split("=", 1) for word in jobs[f"pretrain.{row}.small.seed4"] if "=" in word)
+        for row in ("meta_adpt-held_out", "meta_adpt", "adpt")
+    )
+    assert control == meta | {"meta.text": "held_out"} and meta["meta.order"] == "phi_first"
+    assert meta == adapters | {"variant": "meta_adpt"}
+    corpora.make()
+    prepared = Corpus.open(control["corpus"])
+    assert prepared.sentences("syn-mid", "train") == 100
+    assert all(prepared.sentences(code, "meta") > 0 for code in ("syn", "syn-mid"))
+    without = Corpora(load_config(StudyConfig, [str(tmp_path / "study.toml")], ["controls.held_out=false"]), tmp_path)
+    assert without.root != corpora.root
+    without.make()
+    assert not Corpus.open(without.of({})[0]).sentences("syn", "meta")
+
+
 NULL = """
 seeds = [0, 1]
 variants = ["joint", "meta_adpt"]
