@@ -68,10 +68,14 @@ def all_findings(records: Records) -> list[Finding]:
             "validation rows of the training text are better than those of a split of their own",
         ),
         meta_beats(records, "adpt-compute", "meta beats plain adapters of equal compute"),
+        meta_beats(records, "adpt-batch", "meta beats plain adapters of as many rows a step"),
         meta_beats(records, "adpt-rows", "meta beats plain adapters of the same rows a step"),
         meta_predicts_better(records, "adpt", "meta adapters predict text better than plain ones"),
         meta_predicts_better(
             records, "adpt-compute", "meta adapters predict text better than plain ones of equal compute"
+        ),
+        meta_predicts_better(
+            records, "adpt-batch", "meta adapters predict text better than plain ones of as many rows a step"
         ),
         meta_predicts_better(
             records, "adpt-rows", "meta adapters predict text better than plain ones of the same rows a step"

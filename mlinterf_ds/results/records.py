@@ -34,7 +34,7 @@ class StudyModel(AnalysedModel):
     """The further fields by which a row names one of the study's own models."""
 
     kind: str  # pair, low, triple, many, null, mono
-    control: str  # "", direct, held_out, compute, rows, text, vocabulary, freeze
+    control: str  # "", direct, held_out, compute, batch, rows, text, vocabulary, freeze
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from mlinterf_ds.tasks import TASKS
 NAMES = {
     "mono": "Mono", "joint": "JointPair", "xlm": "XLM", "unseen": "never saw it", "majority": "majority", "lexical": "lexical",
     "meta_adpt-direct": "meta adpt, direct term only", "adpt-compute": "adpt, compute-matched",
-    "adpt-rows": "adpt, the same rows a step", "meta_adpt-held_out": "meta adpt, validation rows of a split",
+    "adpt-batch": "adpt, as many rows a step", "adpt-rows": "adpt, the same rows a step", "meta_adpt-held_out": "meta adpt, validation rows of a split",
     "mono-text": "Mono, half the steps", "mono-vocabulary": "Mono, own vocabulary",
 }  # fmt: skip
 PAPERS_TASKS = ("ner", "pos", "qa", "nli")

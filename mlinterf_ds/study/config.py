@@ -94,6 +94,11 @@ class ControlsSection(Section):
     compute: float | None = key(
         None, "also train the plain variant of each meta_* model, with this many times the steps", gt=1
     )
+    batch: bool = key(
+        False,
+        "also train the plain variant of each meta_* model, in as many steps, with as many rows a step as its meta steps read, all as "
+        "training draws them",
+    )
     rows: bool = key(
         False,
         "also train the plain variant of each meta_* model, in as many steps, on the very rows that its meta steps read, those of "

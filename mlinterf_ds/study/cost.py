@@ -101,12 +101,15 @@ def _kind(unit: Unit) -> str:
     return "meta" if is_meta(unit.facts["variant"]) else "plain"
 
 
-def show(jobs: Sequence[Job], output: Path, slots: int, by_job: bool = False, rates: Rates = CPU) -> str:
+def show(
+    jobs: Sequence[Job], output: Path, slots: int, by_job: bool = False, rates: Rates = CPU, elsewhere: bool = False
+) -> str:
     """The plan as text: launches by kind, how many have finished, and the estimated cost of the rest.
 
-    slots: jobs that run at once. by_job: also list every job. rates: of the device, for as long as no job has finished.
+    slots: jobs that run at once. by_job: also list every job. rates: of the device, for as long as no job has finished. elsewhere:
+    the rest is to run on another machine than the finished jobs did, so that their times say nothing.
     """
-    costs = Calibration.of(jobs, output, rates)
+    costs = Calibration(rates) if elsewhere else Calibration.of(jobs, output, rates)
     left = [job for job in jobs if not is_finished(job, output)]
     device = "GPU" if rates is GPU else "core"
     lines = [f"{'':<10}{'launches':>9}{'units':>7}{'finished':>10}{f'left, {device}-minutes':>20}"]
@@ -116,7 +119,11 @@ def show(jobs: Sequence[Job], output: Path, slots: int, by_job: bool = False, ra
         launches, finished = len(units_of_kind), len(units_of_kind) - len(seconds)
         lines.append(f"{kind:<10}{launches:>9}{sum(units_of_kind):>7}{finished:>10}{sum(seconds) / 60:>20.1f}")
     total = sum(costs.seconds(job) for job in left)
-    source = f"{costs.measured} finished jobs" if costs.measured else "default figures: no job has finished yet"
+    source = (
+        f"{costs.measured} finished jobs"
+        if costs.measured
+        else "default figures" + ": no job has finished yet" * (not elsewhere)
+    )
     lines.append(
         f"{len(jobs)} launches, {len(left)} to do, about {_duration(total / slots)} with {slots} at once (by {source})"
     )

@@ -30,7 +30,7 @@ class Model:
     seed: int
     settings: tuple[str, ...] = ()
     limits: tuple[tuple[str, int], ...] = ()  # (language, training sentences kept)
-    control: str = ""  # "direct", "held_out", "compute", "rows", "text" or "vocabulary" (see ControlsSection)
+    control: str = ""  # "direct", "held_out", "compute", "batch", "rows", "text" or "vocabulary" (see ControlsSection)
     half: str = ""  # of a null control: the code of the source's other half
 
     @property

@@ -39,8 +39,12 @@ def main(arguments: Sequence[str]) -> int:
     if options.job:
         return worker.work(options.job)
     study = Study(load_config(StudyConfig, options.recipe, options.set), options.deepspeed_config)
+    if options.gpus is not None and not options.dry_run:
+        raise UserError(
+            f"--gpus {options.gpus} plans for another machine: add --dry-run, or leave it out to run the study on this one"
+        )
     if options.dry_run:
-        print(study.show(by_job=True), study.power(), sep="\n")
+        print(study.show(by_job=True, gpus=options.gpus), study.power(), sep="\n")
         return 0
     if options.report:
         return study.report_alone()
@@ -65,6 +69,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.set_defaults(deepspeed_config="ds_configs/zero1.json")
     parser.add_argument(
         "--dry-run", action="store_true", help="show the jobs and their estimated cost, and run nothing"
+    )
+    parser.add_argument(
+        "--gpus", type=int, metavar="N", help="with --dry-run: the cost on N GPUs like an H100, wherever this is run"
     )
     parser.add_argument(
         "--report", action="store_true", help="only make tables, findings and report of the jobs that have finished"
@@ -113,8 +120,14 @@ class Study:
         self.jobs = plan.expand(config, self.corpora, self.deepspeed_config)
         self.findings: Sequence[Finding] = ()  # of the last report
 
-    def show(self, by_job: bool = False) -> str:
-        """The jobs and their estimated cost as text."""
+    def show(self, by_job: bool = False, gpus: int | None = None) -> str:
+        """The jobs and their estimated cost as text. gpus: on so many GPUs instead of this machine; UserError for too few."""
+        if gpus is not None:
+            if gpus < self.config.ranks:
+                raise UserError(
+                    f"--gpus {gpus}: a job of this study has ranks={self.config.ranks}: name at least as many GPUs"
+                )
+            return cost.show(self.jobs, self.output, gpus // self.config.ranks, by_job, cost.GPU, elsewhere=True)
         slots = runner.slots(self.config)
         return cost.show(self.jobs, self.output, len(slots), by_job, cost.GPU if slots[0].accelerators else cost.CPU)
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from mlinterf_ds.errors import UserError, refusing
 from mlinterf_ds.files import read_json
-from mlinterf_ds.pretrain.config import load_run
+from mlinterf_ds.pretrain.config import RunConfig, load_run
 from mlinterf_ds.sections import TrainConfig, architecture, is_meta
 from mlinterf_ds.study.config import SetSection, StudyConfig
 from mlinterf_ds.study.corpora import Corpora
@@ -103,6 +103,9 @@ def _multilingual(config: StudyConfig, group: SetSection, seed: int) -> Iterator
             if config.controls.compute:
                 longer = (*settings, f"train.steps={round(_train(config, *settings).steps * config.controls.compute)}")
                 yield Model(*common, architecture(variant), seed, longer, limits, "compute")
+            if config.controls.batch:
+                more = (*settings, f"train.batch={_rows_read(load_run(config.recipes, [*config.settings, *settings]))}")
+                yield Model(*common, architecture(variant), seed, more, limits, "batch")
             if config.controls.rows:
                 yield Model(
                     *common, architecture(variant), seed, (*settings, *_meta_rows(config, *settings)), limits, "rows"
@@ -122,8 +125,12 @@ def _meta_rows(config: StudyConfig, *settings: str) -> tuple[str, ...]:
             "controls.rows gives plain steps the rows of meta steps, and trains all modules on all of them: so must the meta steps, by "
             f"data.mixed=true (now {run.data.mixed}), meta.reuse=true (now {run.meta.reuse}) and meta.every=1 (now {run.meta.every})"
         )
-    meta_rows = run.meta.batch or run.train.batch
-    return f"train.batch={run.train.batch + meta_rows}", f"data.meta_rows={meta_rows}"
+    return f"train.batch={_rows_read(run)}", f"data.meta_rows={run.meta.batch or run.train.batch}"
+
+
+def _rows_read(run: RunConfig) -> int:
+    """The rows that a meta step reads: those of training, and those of the validation loss."""
+    return run.train.batch + (run.meta.batch or run.train.batch)
 
 
 # --- the code that decides a job's numbers: all files that its command imports, directly or through others, by their syntax trees --

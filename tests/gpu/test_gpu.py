@@ -25,10 +25,15 @@ def test_training_in_fp16_learns_and_resumes(json_name: str, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-@pytest.mark.parametrize("warm", [0, 200])
-def test_the_mixed_product_on_the_device(precision: str, warm: int) -> None:
-    settings = ["variant=meta_adpt", f"train.precision={precision}", "train.lr=0.003"]
-    (facts,) = pool(1).run(meta_bodies.mixed_products, settings, warm, "sgd", "central")
+@pytest.mark.parametrize("steps", [0, 200])
+def test_the_mixed_product_on_the_device(precision: str, steps: int, tmp_path: Path) -> None:
+    """At the start, and at a checkpoint of a run in fp32, as the tests on a CPU have it."""
+    settings, source = ["variant=meta_adpt", "train.lr=0.003"], ""
+    if steps:
+        pool(1).run(bodies.train, ["variant=adpt", *settings[1:]], "zero1", 1, str(tmp_path), steps)
+        source = str(tmp_path / "checkpoints" / f"step-{steps:08d}")
+    measured = [*settings, f"train.precision={precision}"]
+    (facts,) = pool(1).run(meta_bodies.mixed_products, measured, source, "sgd", "central")
     assert facts["cosine"] > 0.99, facts
 
 

@@ -33,6 +33,7 @@ UNASKED = {  # planted() has no controls
     "meta_adpt_beats_meta_adpt_direct", "meta_adpt_beats_adpt_compute", "meta_adpt_predicts_better_than_adpt_compute",
     "mono_text_beats_joint_within", "mono_vocabulary_beats_joint_within", "mono_vocabulary_predicts_better_than_joint",
     "meta_adpt_predicts_better_than_meta_adpt_direct", "meta_adpt_beats_adpt_rows", "meta_adpt_predicts_better_than_adpt_rows",
+    "meta_adpt_beats_adpt_batch", "meta_adpt_predicts_better_than_adpt_batch",
     "meta_adpt_beats_meta_adpt_held_out", "meta_adpt_predicts_better_than_meta_adpt_held_out",
 }  # fmt: skip
 

@@ -155,7 +155,8 @@ def test_a_language_with_a_limit_of_its_own(tmp_path: Path) -> None:
 
 def test_plain_adapters_with_the_rows_of_a_meta_step() -> None:
     jobs = {job.name: job for job in expanded("study_treatment") if job.kind == "pretrain"}
-    rows, plain = (jobs[f"pretrain.adpt{control}.small.seed7"] for control in ("-rows", ""))
+    rows, plain, batch = (jobs[f"pretrain.adpt{control}.small.seed7"] for control in ("-rows", "", "-batch"))
+    assert set(rows.units[0].arguments) - set(batch.units[0].arguments) == {"data.meta_rows=16"}
     assert {"train.batch=32", "data.meta_rows=16"} <= set(rows.units[0].arguments)
     assert rows.units[0].facts["steps"] == plain.units[0].facts["steps"] and rows.model.limits == plain.model.limits
     assert rows.units[0].facts["tokens"] == 2 * plain.units[0].facts["tokens"]
@@ -555,6 +556,12 @@ def test_a_dry_run_shows_jobs_cost_and_power_and_leaves_nothing(
     assert main(["--recipe", "study_cpu", "--dry-run"]) == 0
     said = capsys.readouterr().out
     assert "283 launches, 283 to do" in said and "default figures: no job has finished yet" in said
+    assert main(["--recipe", "study_cpu", "--dry-run", "--gpus", "8"]) == 0
+    assert "with 8 at once (by default figures)" in (on_gpus := capsys.readouterr().out) and "GPU-minutes" in on_gpus
+    with pytest.raises(UserError, match=r"--gpus 1: .*ranks=2"):
+        main(["--recipe", "study_cpu", "--dry-run", "--gpus", "1", "--set", "ranks=2"])
+    with pytest.raises(UserError, match="--gpus 8 .*add --dry-run"):
+        main(["--recipe", "study_cpu", "--gpus", "8"])
     jobs = [line.split()[0] for line in said.splitlines() if re.match(r"  (pretrain|finetune|analyze)\.", line)]
     assert len(jobs) == len(set(jobs)) == 283 and "finetune.meta_adpt.close.seed5" in jobs
     assert "with 6 seeds an effect of this size is told from none" in said and "meta_adpt_best_within" in said
