@@ -15,18 +15,18 @@ from mlinterf_ds.results.findings import (
     Finding,
     Part,
     PerSeed,
-    above_floor,
     cells,
     compared,
     corrected,
     difference,
     finding,
-    judged,
+    mean_effect,
     measured,
+    needing_all,
     unseen,
 )  # fmt: skip
 from mlinterf_ds.results.records import Records, TaskScore
-from mlinterf_ds.results.statistics import combined, negligible, paired, positive
+from mlinterf_ds.results.statistics import negligible, paired, positive
 
 RIVALS = ("joint", "ffn", "attn", "adpt", "share_adpt")
 SETTINGS = (paper.WITHIN, paper.ZERO_SHOT)
@@ -125,7 +125,7 @@ def own_vocabulary_predicts_better(records: Records) -> Finding:
     result = measured(records, "mono_vocabulary_predicts_better_than_joint", claim, parts, "bits per character")
     if result.verdict == "fails":
         reason = "shorter pieces, which see the rest of their word, may be all of the joint model's advantage"
-        return replace(result, verdict="undecided", uncorrected="undecided", reason=reason)
+        return replace(result, verdict="undecided", uncorrected="undecided", reason=reason, p=1.0)
     return result
 
 
@@ -208,9 +208,14 @@ def _rank_correlations(records: Records, gains: Mapping[str, PerSeed]) -> list[f
 
 
 def _transfers(records: Records, joint: Sequence[TaskScore], floor: Sequence[TaskScore]) -> bool:
-    """Whether joint surely scores more than a model that never saw the language, or than guessing where there is none."""
-    level = statistics.fmean([score.score for score in floor] or [score.majority for score in joint])
-    return above_floor(joint, level, records.confidence) > records.margin
+    """Whether joint surely scores more than a model that never saw the language, or than guessing where there is none.
+
+    Over seeds and test examples: a mean that is high by chance would let a part in that holds for that reason.
+    """
+    guessing = {score.seed: -score.majority for score in joint}
+    part = difference(joint, floor, ("joint", "never saw it")) if floor else Part({"joint": (1.0, joint)}, (), guessing)
+    effect, _ = mean_effect([part], records.confidence)
+    return effect.low > records.margin if effect.has_interval else effect.mean > records.margin
 
 
 def extremes(records: Records) -> tuple[str, str, str]:
@@ -241,9 +246,10 @@ def third_language(records: Records, setting: str) -> Finding:
     if setting == paper.ZERO_SHOT:
         claim = "a similar third language helps zero-shot transfer"
         return finding(records, "third_language_helps_zero_shot", claim, parts)
-    claim = f"a similar third language leaves scores within a language as they were (within {records.margin:g} points)"
-    judge = functools.partial(negligible, margin=records.margin)
-    return finding(records, "third_language_neutral_within", claim, parts, judge=judge)
+    claim = (
+        f"a similar third language leaves scores within a language as they were (each within {records.margin:g} points)"
+    )
+    return equivalent(records, "third_language_neutral_within", claim, parts)
 
 
 def partner_size(records: Records) -> Finding:
@@ -252,9 +258,16 @@ def partner_size(records: Records) -> Finding:
         full = records.pick("joint", paper.WITHIN, task, records.source, pairs.get(code, ""))
         low = records.pick("low", paper.WITHIN, task, records.source, group)
         parts[f"{task}, partner {code}"] = difference(full, low, ("whole partner", "part of it"))
-    claim = f"how much text the partner has changes the source's scores by less than {records.margin:g} points"
-    judge = functools.partial(negligible, margin=records.margin)
-    return finding(records, "partner_size_matters_little", claim, parts, judge=judge)
+    claim = f"how much text the partner has changes each of the source's scores by less than {records.margin:g} points"
+    return equivalent(records, "partner_size_matters_little", claim, parts)
+
+
+def equivalent(records: Records, name: str, claim: str, parts: Mapping[str, Part]) -> Finding:
+    """Holds if each part lies within the margin: in their mean, effects of opposite signs would hide each other."""
+    single = {key: finding(records, name, claim, {key: part}) for key, part in parts.items() if part.per_seed}
+    if not single:
+        return finding(records, name, claim, {})
+    return needing_all(single, functools.partial(negligible, margin=records.margin), records, "farthest from none")
 
 
 # --- the variants ------------------------------------------------------------------------------------------------------
@@ -287,34 +300,18 @@ def collapses(records: Records, variant: str) -> Finding:
 
 
 def meta_is_best(records: Records, setting: str) -> Finding:
-    """Holds if meta_adpt beats every rival, of which none may be missing; the effect shown is the one over the closest.
-
-    It fails as soon as one rival is better. A rival with a single seed decides neither.
-    """
-    claim = f"meta_adpt is the best joint model, {setting}; the effect is over the closest rival"
+    """Holds if meta_adpt beats every rival, of which none may be missing; fails as soon as one rival is better."""
+    claim = f"meta_adpt is the best joint model, {setting}; the effect is over the rival that the note names"
     name = f"meta_adpt_best_{setting.replace('-', '_')}"
     rivals = {row: finding(records, name, claim, compared(records, "meta_adpt", row, setting)) for row in RIVALS}
     missing = [row for row, of_rival in rivals.items() if not of_rival.effect.values]
     rivals = {row: of_rival for row, of_rival in rivals.items() if of_rival.effect.values}
     if not rivals:
         return finding(records, name, claim, {})
-    floored = {row for row, of_rival in rivals.items() if of_rival.reason.startswith("at the floor")}
-    told = {row: of_rival for row, of_rival in rivals.items() if row not in floored} or rivals
-    closest = min(told, key=lambda row: told[row].effect.mean)
-    result = replace(
-        told[closest], parts={row: of_rival.effect.mean for row, of_rival in rivals.items()},
-        note="; ".join(filter(None, [f"closest rival: {closest}", told[closest].note])),
-    )  # fmt: skip
-    single = [row for row, of_rival in told.items() if len(of_rival.effect.values) < 2]
-    judgements = {row: positive(of_rival.effect) for row, of_rival in told.items()}
-    judgements |= {row: replace(judgements[row], p=1.0) for row in single}
-    judgement = combined([*judgements.values()])
-    cause = told[closest].reason if told is rivals and floored else ""
-    if missing and judgement.side == "holds":
-        cause = cause or f"without {', '.join(missing)}: not in this study"
-    result = judged(result, judgement, records.confidence, cause)
-    if single and not cause and judgement.side == "holds":
-        return replace(result, reason=f"inconclusive: one seed of {', '.join(single)}; run three or more", open=True)
+    result = needing_all(rivals, positive, records, "rival")
+    if missing and result.judgement and result.judgement.side == "holds":
+        reason = f"without {', '.join(missing)}: not in this study"
+        return replace(result, verdict="undecided", uncorrected="undecided", reason=reason, open=False, judgement=None)
     return result
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -21,7 +21,7 @@ from mlinterf_ds.files import markdown_table
 from mlinterf_ds.results import paper
 from mlinterf_ds.results.records import Records, TaskScore
 from mlinterf_ds.results.runs import read_counts
-from mlinterf_ds.results.statistics import Effect, Judgement, Verdict, adjusted, example_shares, positive
+from mlinterf_ds.results.statistics import Effect, Judgement, Verdict, adjusted, combined, example_shares, positive
 
 PerSeed = dict[int, float]  # pretraining seed -> difference
 # A task and how many examples: test sets of several languages that have both in common may be translations of each other, as XNLI's
@@ -49,12 +49,20 @@ class Finding:
     adjusted_p: float = 1.0  # corrected for the number of claims
     reason: str = ""  # why it is undecided
     open: bool = False  # whether it is undecided and more seeds could decide it
+    judgement: Judgement | None = None  # by which it is decided; None where the reason lies outside the effect
 
     def row(self) -> dict[str, Any]:
         """As JSON, with None for what is unknown."""
         numbers = asdict(self.effect) | {"size": self.effect.size}
         known = {key: x if not isinstance(x, float) or math.isfinite(x) else None for key, x in numbers.items()}
-        return asdict(self) | {"effect": known}
+        shown = asdict(replace(self, judgement=None))
+        del shown["judgement"]
+        return shown | {"effect": known}
+
+    @property
+    def tested(self) -> bool:
+        """Whether it could have been decided, so that it counts among the claims whose number is corrected for."""
+        return self.judgement is not None and self.effect.has_interval and len(self.judgement.effect.values) > 1
 
 
 # --- parts -------------------------------------------------------------------------------------------------------------
@@ -83,6 +91,11 @@ class Part:
         """The scores of all rows, at the seeds that all of them have."""
         seeds = self.per_seed.keys()
         return [score for _, scores in self.terms.values() for score in scores if score.seed in seeds]
+
+    def at(self, seeds: Collection[int]) -> Part:
+        """The same of these seeds alone."""
+        kept = {name: (weight, [s for s in scores if s.seed in seeds]) for name, (weight, scores) in self.terms.items()}
+        return replace(self, terms=kept, unseen=[score for score in self.unseen if score.seed in seeds])
 
     def shares(self, seeds: Sequence[int]) -> dict[TestSet, np.ndarray] | None:
         """Test set -> (seeds, examples): what each of its examples contributes to the sum.
@@ -179,11 +192,17 @@ def finding(
     floored = [key for key, part in known.items() if part.at_floor(records.margin, records.confidence)]
     told = {key: part for key, part in known.items() if key not in floored} or known
     effect, unsampled = mean_effect(list(told.values()), records.confidence)
+    common = averaged(part.per_seed for part in told.values()).keys()
+    lost = sorted(set().union(*(part.per_seed for part in told.values())) - common)
+    if common:
+        told = {key: part.at(common) for key, part in told.items()}
     means = {key: statistics.fmean(part.per_seed.values()) for key, part in told.items()}
-    notes = [note, f"without {', '.join(floored)}: at the floor" if told is not known and floored else ""]
+    notes = [note, f"without {', '.join(floored)}: at the floor" if len(told) < len(known) else ""]
     if unsampled:
         notes.append(f"{unsampled} of {len(told)} test sets have no counts of their examples: seeds alone vary there")
-    cause = cause or ("at the floor: no row scores more than guessing" if known and told is known and floored else "")
+    if lost:
+        notes.append(f"without seeds {', '.join(map(str, lost))}: not every task and language has them")
+    cause = cause or ("at the floor: no row scores more than guessing" if known and len(floored) == len(known) else "")
     beside = _beside(list(told.values()))
     result = Finding(name, claim, "points", "not measured", effect, beside, means, "; ".join(filter(None, notes)))
     return judged(result, judge(effect), records.confidence, cause)
@@ -236,8 +255,15 @@ def judged(result: Finding, judgement: Judgement, confidence: float, cause: str 
     decided = judgement.p < alpha and len(judgement.effect.values) > 1 and not cause
     verdict: Verdict = judgement.side if decided else "undecided"
     reason, is_open = (cause, False) if decided or cause else inconclusive(judgement, alpha)
-    p = judgement.p
-    return replace(result, verdict=verdict, uncorrected=verdict, p=p, adjusted_p=p, reason=reason, open=is_open)
+    return replace(
+        result,
+        verdict=verdict,
+        uncorrected=verdict,
+        p=judgement.p,
+        reason=reason,
+        open=is_open,
+        judgement=None if cause else judgement,
+    )
 
 
 def inconclusive(judgement: Judgement, alpha: float) -> tuple[str, bool]:
@@ -250,7 +276,10 @@ def inconclusive(judgement: Judgement, alpha: float) -> tuple[str, bool]:
     if distance < 1e-9:
         return "inconclusive: a tie", False
     if seeds := effect.seeds_needed(distance, alpha):
-        return f"inconclusive: would need about {seeds} seeds, if the effect is as large as it seems", True
+        return (
+            f"inconclusive: {seeds} seeds would tell it in 80 of 100 studies, if the effect is as large as it seems",
+            True,
+        )
     times = max(2.0, (effect.half(alpha, len(effect.values) * 10**6) / distance) ** 2)
     if times > MOST_TIMES:
         return "inconclusive: the difference is too close to the border to be told by a study like this", False
@@ -259,23 +288,60 @@ def inconclusive(judgement: Judgement, alpha: float) -> tuple[str, bool]:
 
 
 def corrected(findings: Sequence[Finding], confidence: float) -> list[Finding]:
-    """The findings with their verdicts corrected for the number of claims that were measured."""
-    tested = [finding for finding in findings if finding.effect.has_interval and len(finding.effect.values) > 1]
+    """The findings with their verdicts corrected for the number of claims that could have been decided.
+
+    What is open is told the seeds that it needs at the level of its place among them, as the correction has it.
+    """
+    tested = sorted((finding for finding in findings if finding.tested), key=lambda finding: finding.p)
+    place = {finding.name: number for number, finding in enumerate(tested, 1)}
     of = {finding.name: p for finding, p in zip(tested, adjusted([f.p for f in tested]), strict=True)}
     results = []
     for row in findings:
-        row = replace(row, adjusted_p=of.get(row.name, row.p))
-        if row.verdict in ("holds", "fails") and row.adjusted_p >= 1 - confidence:
-            reason = f"inconclusive: {row.verdict} by itself (p {row.p:.2g}), but not among {len(tested)} claims"
-            row = replace(row, verdict="undecided", reason=reason, open=True)
+        row = replace(row, adjusted_p=of.get(row.name, 1.0))
+        lost = row.verdict in ("holds", "fails") and row.adjusted_p >= 1 - confidence
+        if row.judgement and row.tested and (lost or row.open):
+            reason, is_open = inconclusive(row.judgement, (1 - confidence) * place[row.name] / len(tested))
+            if lost:
+                reason = f"{reason}; {row.verdict} by itself (p {row.p:.2g}), but not among {len(tested)} claims"
+            row = replace(row, verdict="undecided", reason=reason, open=is_open)
         results.append(row)
     return results
+
+
+def needing_all(
+    results: Mapping[str, Finding], judge: Callable[[Effect], Judgement], records: Records, word: str
+) -> Finding:
+    """Judges a claim that holds if all of these findings do, and fails if one does; the effect shown is that of the one which decides.
+
+    results: by what they are about, all with an effect. word: what one of them is called in the note. Those at the floor are left
+    out, and one with a single seed decides nothing.
+    """
+    floored = {key for key, result in results.items() if result.reason.startswith("at the floor")}
+    told = {key: result for key, result in results.items() if key not in floored} or dict(results)
+    judgements = {key: judge(result.effect) for key, result in told.items()}
+    single = [key for key, result in told.items() if len(result.effect.values) < 2]
+    judgement = combined([replace(of, p=1.0) if key in single else of for key, of in judgements.items()])
+
+    def margin(key: str) -> float:
+        return judgements[key].distance * (1 if judgements[key].side == "holds" else -1)
+
+    shown = min(told, key=margin)
+    if judgement.side == "fails":
+        shown = next(key for key in told if judgements[key].effect is judgement.effect)
+    result = replace(
+        told[shown], parts={key: of.effect.mean for key, of in results.items()},
+        note="; ".join(filter(None, [f"{word}: {shown}", told[shown].note])),
+    )  # fmt: skip
+    result = judged(result, judgement, records.confidence, told[shown].reason if len(floored) == len(results) else "")
+    if single and judgement.side == "holds" and len(floored) < len(results):
+        return replace(result, reason=f"inconclusive: one seed of {', '.join(single)}; run three or more", open=True)
+    return result
 
 
 # --- as text -----------------------------------------------------------------------------------------------------------
 def markdown(findings: Sequence[Finding], confidence: float) -> str:
     """A table of all findings with the scores that they are to be seen beside."""
-    span = f"{confidence:.0%} interval"
+    span = f"{100 * confidence:.3g}% interval"
     head = ["claim", "verdict", "uncorrected", "effect", span, "d", "seeds", "p", "adjusted p", "beside"]
     rows = []
     for row in findings:
@@ -301,10 +367,10 @@ def below_lexical(finding: Finding) -> str:
 
 def caution(findings: Sequence[Finding], confidence: float) -> str:
     """The sentence under the verdicts that says how they are corrected for their number."""
-    count = sum(finding.effect.has_interval for finding in findings)
+    count = sum(finding.tested for finding in findings)
     return (
         f"Verdicts are corrected for there being {count} of them (Benjamini and Hochberg): of those that are decided, a share of "
-        f"at most {1 - confidence:.0%} is wrong on average. The intervals, and the uncorrected verdicts, are each by itself."
+        f"at most {100 * (1 - confidence):.2g}% is wrong on average. The intervals, and the uncorrected verdicts, are each by itself."
     )
 
 
@@ -313,7 +379,7 @@ def p_values(finding: Finding) -> tuple[str, str]:
     if not finding.effect.has_interval:
         return "", ""
     one, both = (f"{p:.3f}" if p >= 0.001 else "< 0.001" for p in (finding.p, finding.adjusted_p))
-    return one, both
+    return one, both if finding.tested else ""
 
 
 def interval(finding: Finding) -> tuple[str, str, str]:

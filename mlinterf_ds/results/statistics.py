@@ -27,6 +27,7 @@ Right = TypeVar("Right")
 Verdict = Literal["holds", "fails", "undecided", "not measured"]
 VERDICTS: tuple[Verdict, ...] = ("holds", "fails", "undecided", "not measured")
 LEAST_P = 1e-12  # p-values are not told below this
+POWER = 0.8  # share of studies that are to tell an effect from none
 MOST_SEEDS = 1000  # seeds at which `seeds_needed` gives up
 
 
@@ -99,9 +100,20 @@ class Effect:
         return float(brentq(lambda alpha: self.half(alpha) - distance, LEAST_P, 1.0))
 
     def seeds_needed(self, distance: float, alpha: float) -> int | None:
-        """The number of seeds of this spread with which the interval would reach less far; None where none would do."""
-        counts = range(2, MOST_SEEDS + 1)  # the half width falls with the number of seeds
-        first = bisect_left(counts, True, key=lambda count: self.half(alpha, count) < distance)
+        """The number of seeds of this spread with which 80 of 100 studies would tell a mean this far off; None where none would do."""
+        from scipy.stats import nct
+
+        counts = range(2, MOST_SEEDS + 1)  # power rises with the number of seeds
+
+        def suffices(count: int) -> bool:
+            if self.half(alpha, count) >= distance:
+                return False
+            shrunk = len(self.values) / count
+            variance = self.of_seeds * shrunk + self.of_examples - self.of_both
+            power = float(nct.sf(_quantile(alpha, count), count - 1, distance / math.sqrt(variance))) if variance else 1.0
+            return power > POWER
+
+        first = bisect_left(counts, True, key=suffices)
         return counts[first] if first < len(counts) else None
 
 
@@ -126,7 +138,7 @@ def _spread(values: Sequence[float] | np.ndarray) -> float:
     return spread if spread and spread >= 1e-9 * abs(float(np.mean(values))) else 0.0
 
 
-def detectable(spread: float, seeds: int, confidence: float, power: float = 0.8, of_examples: float = 0.0) -> float:
+def detectable(spread: float, seeds: int, confidence: float, power: float = POWER, of_examples: float = 0.0) -> float:
     """The least mean of paired differences that is told from 0 with this power; inf with one seed.
 
     spread: the standard deviation of the differences over seeds, of which a two-sided t test has the power of the noncentral t

@@ -45,6 +45,7 @@ def all_tables(records: Records) -> list[Table]:
     others = {task: title for task, title in titles(records).items() if task not in PAPERS_TASKS}
     for number, (task, title) in enumerate(others.items(), len(tables) + 1):
         tables.append(main_table(records, number, title, [(task, metrics[task])]))
+    tables.append(null_controls(records, len(tables) + 1))
     for table in tables:
         table.notes += records.departures
     return [table for table in tables if not table.empty]
@@ -64,7 +65,8 @@ def significance(left: Sequence[Sequence[TaskScore]], right: Sequence[Sequence[T
     if not parts or not all(len(part.per_seed) > 1 for part in parts):
         return ""
     effect, unsampled = mean_effect(parts, 1 - SIGNIFICANT)
-    return "†" if not unsampled and effect.p(abs(effect.mean)) < SIGNIFICANT else ""
+    told = not unsampled and len(effect.values) > 1 and effect.p(abs(effect.mean)) < SIGNIFICANT
+    return "†" if told else ""
 
 
 def _cell(scores: Sequence[TaskScore], of_paper: float | None, rival: Sequence[TaskScore] | None = None) -> Cell:
@@ -74,10 +76,10 @@ def _cell(scores: Sequence[TaskScore], of_paper: float | None, rival: Sequence[T
 
 
 def marked(other: str) -> str:
-    """The note on what bold type and † mean."""
+    """The note on what bold type and † mean. other: what rows are compared with; '' where nothing is."""
+    differs = f"† differs from {other} (paired, over two or more seeds and the test examples, p < {SIGNIFICANT:g}); "
     return (
-        f"† differs from {other} (paired, over two or more seeds and the test examples, p < {SIGNIFICANT:g}); "
-        "↓ below the lexical baseline, which looks up each word's commonest label; bold: best"
+        f"{differs * bool(other)}↓ below the lexical baseline, which looks up each word's commonest label; bold: best"
     )
 
 
@@ -149,7 +151,8 @@ def main_table(
                 rows.append((NAMES.get(row, f"+ {row.replace('_', ' ')}"), cells))
         table.blocks.append((f"{setting}{' language' if setting == paper.WITHIN else ''}", _with_best(rows)))
     no_mark = "; EM has no mark: counts of each example are of the F1" if ("qa", "em") in measures else ""
-    table.notes.append(marked(NAMES["joint"]) + no_mark)
+    has_joint = any(score.kind == "pair" and score.variant == "joint" for score in records.scores)
+    table.notes.append(marked(NAMES["joint"] if has_joint else "") + no_mark)
     shown = {column[:3] for column in columns}
     table.notes += [
         f"{'/'.join(key[2:])}: {why}" for key, why in paper.MISPRINTS.items() if (*key[:2], key[4]) in shown
@@ -175,15 +178,16 @@ def rows_of(records: Records, setting: str) -> list[str]:
 def _average(records: Records, row: str, setting: str, task: str, metric: str, name: str, languages: list[str]) -> Cell:
     """The mean over some languages at the seeds that all of them have."""
     targets = records.targets
+    is_floor = row in ("majority", "lexical")  # these are of the test set, so that any row has them
     scores, joint = (
-        [records.pick(which, setting, task, code, targets[code]) for code in languages]
-        for which in ("joint" if row in ("majority", "lexical") else row, "joint")
+        [_first(records, rows, setting, task, code, targets[code]) for code in languages]
+        for rows in (["joint", *rows_of(records, setting)[:-2]] if is_floor else [row], ["joint"])
     )
     of_paper = _of_paper((task, metric, setting, row), name, languages)
     if not all(scores):
         return Cell(paper=of_paper)
     main = metric == scores[0][0].metric
-    if row in ("majority", "lexical"):
+    if is_floor:
         floors = [getattr(of_language[0], row) for of_language in scores]
         return Cell((statistics.fmean(floors),) if main and None not in floors else ())
     seeds = set.intersection(*({score.seed for score in of_language} for of_language in scores))
@@ -193,6 +197,11 @@ def _average(records: Records, row: str, setting: str, task: str, metric: str, n
     ]
     means = tuple(statistics.fmean(of_seed) for of_seed in zip(*values, strict=True))
     return Cell(means, of_paper, mark=significance(scores, joint) if row != "joint" and main else "")
+
+
+def _first(records: Records, rows: Sequence[str], *cell: str) -> list[TaskScore]:
+    """The scores of the first of these rows that has any."""
+    return next(filter(None, (records.pick(row, *cell) for row in rows)), [])
 
 
 def _of_paper(key: tuple[str, str, str, str], name: str, languages: Sequence[str]) -> float | None:
@@ -270,3 +279,22 @@ def sizes(records: Records) -> Table:
         for name, codes in sets.items()
     ]
     return table
+
+
+# --- beyond the paper --------------------------------------------------------------------------------------------------
+def null_controls(records: Records, number: int) -> Table:
+    """Interference between the halves of each null control's language: there is none, so chance alone sets intervals off 0."""
+    rows: Rows = []
+    with_zero: list[bool] = []  # of each known interval
+    for analysis in (a for a in records.analyses if a.analysis == "interference-null"):
+        for row in analysis.facts["comparisons"]:
+            low, high = row["interval"]
+            is_known = low is not None and high is not None
+            with_zero += [low <= 0 <= high] if is_known else []
+            numbers = [f"{row[name]:.3f}" for name in ("mono", "joint", "interference")]
+            interval = f"[{low:.3f}, {high:.3f}]" if is_known else "unknown"
+            cells = [Cell(text=text) for text in (row["metric"], *numbers, interval, str(len(row["seeds"])))]
+            rows.append((f"{row['language']} in {analysis.set}", cells))
+    head = ["metric", "mono", "joint", "interference", "95% interval", "seeds"]
+    note = f"{sum(with_zero)} of {len(with_zero)} intervals include 0, as 95% should: two halves of one language cannot interfere"
+    return Table(number, "Null controls: one language split in two", head, [("", rows)] if rows else [], [note])

@@ -33,8 +33,8 @@ class SetSection(Section):
     kind: Literal["pair", "low", "triple", "many", "null"] = key(
         "pair",
         "pair: tables 2, 3, 6, 7; low: a pair with a subsampled language (table 5); triple: a pair and a "
-        "third language (table 4); many: the row that the paper calls XLM; null: the source with a new code, to which half "
-        "of the source's text goes (a control in which there is no interference to find)",
+        "third language (table 4); many: the row that the paper calls XLM; null: a language with a new code, to which half "
+        "of its text goes (a control in which there is no interference to find)",
     )
     languages: Languages = key([], "comma-separated codes")
     limits: dict[Language, Annotated[int, Field(ge=1)]] = key({}, "LANG = training sentences that are kept of it")
@@ -162,17 +162,21 @@ class StudyConfig(Section):
         for section, names in (named | {"analyses": [a.analysis for a in self.analyses]}).items():
             if twice := sorted({name for name in names if names.count(name) > 1}):
                 raise ValueError(f"{section}: {', '.join(map(repr, twice))} is there twice")
-        if sources := {group.languages[0] for group in self.sets} - {self.source}:
+        if sources := {group.languages[0] for group in self.sets if group.kind != "null"} - {self.source}:
             raise ValueError(
                 f"sets: all must start with the same source language of transfer, but start with {self.source} and "
                 f"{', '.join(sources)}"
             )
-        if clash := [
-            group.languages[1] for group in self.sets if group.kind == "null" and group.languages[1] in self.languages
-        ]:
+        targets = [group.languages[1] for group in self.sets if group.kind == "pair"]
+        if twice := sorted({code for code in targets if targets.count(code) > 1}):
             raise ValueError(
-                f"sets: {clash[0]} is half of {self.source} in a set of kind null, and a language of another set: give the half "
-                "a code of its own"
+                f"sets: two pairs of {self.source} and {twice[0]}, of which the tables could show one: make two studies"
+            )
+        halves = [group.languages[1] for group in self.sets if group.kind == "null"]
+        if clash := [half for half in halves if half in self.languages or halves.count(half) > 1]:
+            raise ValueError(
+                f"sets: {clash[0]} is half of a language in a set of kind null, and named by another set: give the half a code of "
+                "its own"
             )
         for task in self.tasks:
             if unknown := sorted(task.limits.keys() - set(self.languages)):
@@ -190,8 +194,8 @@ class StudyConfig(Section):
 
     @property
     def source(self) -> str:
-        """The source of zero-shot transfer, which is English in the paper."""
-        return self.sets[0].languages[0]
+        """The source of zero-shot transfer, which is English in the paper; in null controls nothing is transferred."""
+        return next((group for group in self.sets if group.kind != "null"), self.sets[0]).languages[0]
 
     @property
     def languages(self) -> list[str]:

@@ -26,7 +26,7 @@ class Corpora:
         self.meta_split = config.controls.held_out
         self.limits = [dict(limits) for limits in dict.fromkeys(tuple(sorted(s.limits.items())) for s in config.sets)]
         self.limits += [{code: n} for limits in self.limits for code, n in limits.items()]  # for monolingual models
-        self.halves = list(dict.fromkeys(group.languages[1] for group in config.sets if group.kind == "null"))
+        self.halves = {group.languages[1]: group.languages[0] for group in config.sets if group.kind == "null"}
         self.own = [code for code in self.languages if config.controls.vocabulary and config.mono]
         if missing := [code for code in self.languages if self.section.text and code not in self.section.text]:
             raise UserError(f"corpus.text has no {', '.join(missing)}: name a file for every language of the sets")
@@ -50,7 +50,7 @@ class Corpora:
     def of(self, limits: Mapping[str, int], half: str = "", own: str = "") -> tuple[str, str]:
         """The folder of the corpus with these limits, and its manifest's hash, '' before the corpus is prepared.
 
-        half: instead the source's text alone, half of it under this code. own: instead this language alone, with a vocabulary
+        half: instead the text of one language alone, half of it under this code. own: instead this language alone, with a vocabulary
         of its own.
         """
         folder = self._folder(limits, half, own)
@@ -70,8 +70,8 @@ class Corpora:
                     vocabulary = {"tokenizer": self._folder({}) / "tokenizer.model"}
                 folder.parent.mkdir(parents=True, exist_ok=True)
                 prepare(sources, folder, limits=limits, progress=False, meta_split=self.meta_split, **vocabulary)
-        source, tokenizer = self.languages[0], self._folder({}) / "tokenizer.model"
-        for half in self.halves:
+        tokenizer = self._folder({}) / "tokenizer.model"
+        for half, source in self.halves.items():
             if not (self._folder({}, half) / MANIFEST).is_file():
                 text = {source: sources[source]}
                 prepare(text, self._folder({}, half), halves={half: source}, tokenizer=tokenizer, progress=False)

@@ -31,7 +31,7 @@ class Model:
     settings: tuple[str, ...] = ()
     limits: tuple[tuple[str, int], ...] = ()  # (language, training sentences kept)
     control: str = ""  # "direct", "held_out", "compute", "batch", "rows", "text" or "vocabulary" (see ControlsSection)
-    half: str = ""  # of a null control: the code of the source's other half
+    half: str = ""  # of a null control: the code of the language's other half
 
     @property
     def name(self) -> str:

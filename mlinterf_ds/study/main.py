@@ -91,10 +91,10 @@ def _until_decided(study: Study, hours: float) -> int:
     """Runs the study with more and more seeds; 1 if a job failed."""
     failed = 0
 
-    def look(seeds: list[int], confidence: float) -> Sequence[Finding]:
+    def look(seeds: list[int], confidence: float, decided: sequential.Decided) -> Sequence[Finding]:
         nonlocal failed
         config = study.config.model_copy(update={"seeds": seeds, "confidence": confidence})
-        again = Study(config, study.deepspeed_config)
+        again = Study(config, study.deepspeed_config, decided)
         failed |= again.run()
         return again.findings
 
@@ -107,9 +107,10 @@ def _until_decided(study: Study, hours: float) -> int:
 
 
 class Study:
-    """A study's configuration, corpora and jobs."""
+    """A study's configuration, corpora and jobs. decided: what earlier looks at it have decided."""
 
-    def __init__(self, config: StudyConfig, deepspeed_config: str):
+    def __init__(self, config: StudyConfig, deepspeed_config: str, decided: sequential.Decided | None = None):
+        self.decided = decided or {}
         self.config, self.output = config, Path(config.output or f"runs/{config.name}").resolve()
         given = Path(deepspeed_config)
         path = given if given.is_file() else ROOT / given
@@ -208,7 +209,9 @@ class Study:
         if run_id := mlflow_run.server_id(tracker):
             folders = [self.output / job.folder / unit.name for job in self.jobs for unit in job.units]
             send_rest(folders, lambda message: print(f"warning: {message}", flush=True))
-        records, findings = report.write(self.config, self.corpora, self.output, self.jobs, in_order, notes)
+        records, findings = report.write(
+            self.config, self.corpora, self.output, self.jobs, in_order, notes, self.decided
+        )
         self.findings = findings
         mlflow_run.record(tracker, self.output, findings, self.jobs)
         failed = report.announce(records, findings, self.output)

@@ -17,7 +17,7 @@ from markupsafe import Markup
 from mlinterf_ds.results import paper
 from mlinterf_ds.results.findings import Finding, below_lexical, caution, interval, p_values, shown_beside
 from mlinterf_ds.results.forms import Cell, Table
-from mlinterf_ds.results.records import Records, TaskScore, TrainedModel
+from mlinterf_ds.results.records import AnalysisSummary, Records, TaskScore, TrainedModel
 from mlinterf_ds.results.statistics import VERDICTS
 from mlinterf_ds.results.tables import NAMES, titles
 from mlinterf_ds.study.config import StudyConfig
@@ -105,9 +105,7 @@ def figures(records: Records) -> list[tuple[str, list[tuple[str, str]]]]:
     for analysis, heading in FIGURES.items():
         first_seed = {(a.set, a.variant): a for a in reversed(records.analyses) if a.analysis == analysis}
         shown = [
-            _figure(
-                path, "" if made.set == "all" else f": {made.variant} on {', '.join(made.languages)}, seed {made.seed}"
-            )
+            _figure(path, _of_model(made))
             for made in reversed(first_seed.values())
             for path in map(Path, made.figures)
             if path.is_file()
@@ -115,6 +113,14 @@ def figures(records: Records) -> list[tuple[str, list[tuple[str, str]]]]:
         if shown:
             sections.append((heading, shown))
     return sections
+
+
+def _of_model(made: AnalysisSummary) -> str:
+    """What a figure's caption says of its models; '' for a figure of all models of the study."""
+    if made.set == "all":
+        return ""
+    languages = ", ".join(made.languages)
+    return f": {languages}" if made.variant == "all" else f": {made.variant} on {languages}, seed {made.seed}"
 
 
 def _figure(path: Path, model: str) -> tuple[str, str]:

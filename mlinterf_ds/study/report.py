@@ -18,6 +18,7 @@ from mlinterf_ds.study.config import SYNTHETIC, StudyConfig
 from mlinterf_ds.study.corpora import Corpora
 from mlinterf_ds.study.folders import Outcome
 from mlinterf_ds.study.jobs import Job
+from mlinterf_ds.study.sequential import Decided, settled
 from mlinterf_ds.study.units import task_config
 from mlinterf_ds.tracking import environment_facts
 
@@ -29,8 +30,10 @@ def write(
     jobs: Sequence[Job],
     outcomes: Sequence[Outcome],
     notes: Sequence[str] = (),
+    decided: Decided | None = None,
 ) -> tuple[Records, list[Finding]]:
-    """Write records, tables, figures, findings and the page. notes: stand under every table, before the departures."""
+    """Write records, tables, figures, findings and the page. notes: stand under every table, before the departures. decided: by
+    earlier looks at the study."""
     from mlinterf_ds.results import claims, findings, forms, tables
     from mlinterf_ds.study import page
 
@@ -46,7 +49,7 @@ def write(
             records.add(job.kind, output / job.folder / unit.name, unit.facts)
     records.analyses += convergence(records, output / "figures")
     records.save(output / "records.json")
-    made, tested = tables.all_tables(records), claims.all_findings(records)
+    made, tested = tables.all_tables(records), settled(claims.all_findings(records), decided or {})
     for table in made:
         for ending, form in (("md", forms.markdown), ("csv", forms.comma_separated), ("tex", forms.latex)):
             write_text(output / "tables" / f"{table.name}.{ending}", form(table))

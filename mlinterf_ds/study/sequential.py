@@ -10,7 +10,8 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from mlinterf_ds.results.findings import Finding
 
@@ -20,11 +21,26 @@ def level(alpha: float, look: int) -> float:
     return alpha * 6 / (math.pi * look) ** 2
 
 
+Decided = dict[str, dict[str, Any]]  # claim -> the verdict, and the look and the number of seeds that gave it
+
+
+def settled(findings: Sequence[Finding], decided: Decided) -> list[Finding]:
+    """The findings of a look with the verdicts that earlier looks have given."""
+    results = []
+    for row in findings:
+        if earlier := decided.get(row.name):
+            note = f"decided at look {earlier['look']}, with {earlier['seeds']} seeds"
+            note = "; ".join(filter(None, [note, row.note]))
+            row = replace(row, verdict=earlier["verdict"], reason="", open=False, note=note)
+        results.append(row)
+    return results
+
+
 @dataclass
 class Looks:
     """What the looks so far have decided."""
 
-    decided: dict[str, dict[str, object]] = field(default_factory=dict)  # claim -> verdict, look and seeds
+    decided: Decided = field(default_factory=dict)
     open: list[str] = field(default_factory=list)  # claims that more seeds could decide
 
     def add(self, look: int, seeds: int, findings: Sequence[Finding]) -> None:
@@ -35,7 +51,7 @@ class Looks:
 
 
 def until_decided(
-    study: Callable[[list[int], float], Sequence[Finding]],
+    study: Callable[[list[int], float, Decided], Sequence[Finding]],
     seeds: Sequence[int],
     confidence: float,
     hours: float,
@@ -43,12 +59,13 @@ def until_decided(
 ) -> Looks:
     """Runs a study again with one more seed each time; stops where nothing is open, or another seed would exceed the hours.
 
-    study: runs what is missing for these seeds, judges at this confidence, and returns the findings.
+    study: runs what is missing for these seeds, judges at this confidence, reports, and returns the findings; the report is to show
+    what earlier looks have decided (`settled`).
     """
     begin, looks, used = clock(), Looks(), list(seeds)
     for look in range(1, 1000):
         before = clock()
-        looks.add(look, len(used), study(used, 1 - level(1 - confidence, look)))
+        looks.add(look, len(used), study(used, 1 - level(1 - confidence, look), looks.decided))
         one = (clock() - before) / (len(used) if look == 1 else 1)  # the first run may have found finished seeds
         if not looks.open or clock() - begin + one > 3600 * hours:
             break

@@ -6,6 +6,7 @@ Every run's configuration is loaded here, so that a setting which its command wo
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -194,17 +195,22 @@ def comparisons(config: StudyConfig, jobs: Sequence[Job]) -> Iterator[Unit]:
     pretrained = {
         kind: [j for j in jobs if j.kind == "pretrain" and j.model.kind == kind] for kind in ("mono", "pair", "many")
     }
-    null = [job for job in jobs if job.kind == "pretrain" and job.model.kind == "null"]
+    null = [job for job in jobs if job.model.kind == "null"]
     if "interference" in settings_of:
         tasks = [job for job in jobs if job.kind == "finetune" and job.model.kind in pretrained]
         inputs = {"mono": pretrained["mono"], "joint": pretrained["pair"], "larger": pretrained["many"], "tasks": tasks}
         if any(inputs.values()):  # else the study holds null controls alone
             yield _interference(config, "interference", settings_of["interference"], inputs)
-    if "interference" in settings_of and null:  # a corpus of its own
-        mono, joint = ([job for job in null if (job.model.variant == "mono") == alone] for alone in (True, False))
-        tasks = [job for job in jobs if job.kind == "finetune" and job.model.kind == "null"]
-        inputs = {"mono": mono, "joint": joint, "tasks": tasks}
-        yield _interference(config, "interference-null", settings_of["interference"], inputs)
+    for half in dict.fromkeys(
+        job.model.half for job in null if "interference" in settings_of
+    ):  # each has a corpus of its own
+        of_half = [job for job in null if job.model.half == half]
+        models = [job for job in of_half if job.kind == "pretrain"]
+        mono, joint = ([job for job in models if (job.model.variant == "mono") == alone] for alone in (True, False))
+        inputs = {"mono": mono, "joint": joint, "tasks": [job for job in of_half if job.kind == "finetune"]}
+        unit = _interference(config, "interference-null", settings_of["interference"], inputs)
+        facts = {name: joint[0].model.facts[name] for name in ("set", "languages")}
+        yield dataclasses.replace(unit, name=f"interference-null.{facts['set']}", facts=unit.facts | facts)
     if "conflict" in settings_of:
         first = [job for job in pretrained["pair"] if job.model.seed == config.seeds[0]]
         if measured := [job for job in first if job.units[0].facts["conflict_every"]]:

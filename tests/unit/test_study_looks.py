@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from mlinterf_ds.errors import UserError
 from mlinterf_ds.results.findings import Finding, judged
 from mlinterf_ds.results.statistics import Effect, positive
 from mlinterf_ds.study.main import main
-from mlinterf_ds.study.sequential import Looks, level, until_decided
+from mlinterf_ds.study.sequential import Decided, Looks, level, settled, until_decided
 
 
 def of(values: list[float], confidence: float) -> Finding:
@@ -27,7 +28,7 @@ def test_it_stops_where_nothing_is_open_or_the_time_is_over() -> None:
     values = [1.0, 3.0, 2.2, 1.7, 2.4, 1.9, 2.1]
     asked: list[list[int]] = []
 
-    def study(seeds: list[int], confidence: float) -> list[Finding]:
+    def study(seeds: list[int], confidence: float, decided: object) -> list[Finding]:
         asked.append(seeds)
         return [of(values[: len(seeds)], confidence)]
 
@@ -63,9 +64,24 @@ def test_open_is_what_more_seeds_could_decide(values: list[float], rows: int, is
 
 def test_a_study_of_one_seed_gets_more() -> None:
     looks = until_decided(
-        lambda seeds, confidence: [of([1.0, 1.1, 0.9, 1.0][: len(seeds)], confidence)], [0], 0.95, 1.0
+        lambda seeds, confidence, decided: [of([1.0, 1.1, 0.9, 1.0][: len(seeds)], confidence)], [0], 0.95, 1.0
     )
     assert looks.decided["claim"]["verdict"] == "holds"
+
+
+def test_what_a_look_has_decided_is_reported_so_by_later_ones() -> None:
+    """A stricter look alone would call it undecided."""
+    values, reports = [2.0, 1.6, 2.4, -3.0, 9.0, -4.0], []
+
+    def study(seeds: list[int], confidence: float, decided: Decided) -> list[Finding]:
+        findings = [of(values[: len(seeds)], confidence), replace(of([1.0, -1.0, 2.0], confidence), name="other")]
+        reports.append(settled(findings, decided))
+        return findings if len(seeds) < 6 else []
+
+    until_decided(study, [0, 1, 2], 0.95, 1.0)
+    assert [row[0].verdict for row in reports] == ["holds"] * 4 and not reports[-1][0].open
+    assert "decided at look 1, with 3 seeds" in reports[-1][0].note and not reports[0][0].note
+    assert {row[1].verdict for row in reports} == {"undecided"}
 
 
 @pytest.mark.parametrize("asked", [["0"], ["nan"], ["1", "--executor", "slurm"]])
@@ -81,7 +97,7 @@ def test_many_looks_are_rarely_wrong_where_nothing_is() -> None:
     for draw in range(400):
         values = np.random.default_rng(draw).normal(0, 1, 10).tolist()
         looks = until_decided(
-            lambda seeds, confidence, v=values: [of(v[: len(seeds)], confidence)] if len(seeds) < 11 else [],
+            lambda seeds, confidence, decided, v=values: [of(v[: len(seeds)], confidence)] if len(seeds) < 11 else [],
             [0, 1],
             0.95,
             1.0,

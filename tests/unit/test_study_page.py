@@ -66,10 +66,15 @@ def test_captions_say_whose_figure_it_is(tmp_path: Path) -> None:
         replace(records.analyses[0], figures=drawn),
         replace(records.analyses[0], **whole, figures=drawn),
     ]
+    null = {"set": "b", "variant": "all", "languages": ["syn", "syn-b"], "analysis": "interference-null"}
+    records.analyses.append(replace(records.analyses[0], **null))
     captions = {heading: [caption for caption, _ in shown] for heading, shown in figures(records)}
     assert captions == {
         "Interference": ["Scores of monolingual, joint and larger models, ner f1"],
         "Gradient conflict": ["Scores of monolingual, joint and larger models, ner f1: joint on syn, syn-far, seed 0"],
+        "Null control: two halves of one language": [
+            "Scores of monolingual, joint and larger models, ner f1: syn, syn-b"
+        ],
     }
 
 
@@ -138,7 +143,13 @@ def test_it_says_what_was_found_and_what_was_lost(page: Path) -> None:
     assert text.count('class="claim"') == len(all_findings(planted(seeds=3)))
     assert "…/en.txt: &lt;b&gt;bad &amp; sad&lt;/b&gt;" in text and "/home/me" not in text and "<b>bad" not in text
     assert text.count("<figure>") == 1 and "1/3" in text
-    assert text.count('class="verdict not-measured"') == 9 and '<b class="not-measured">9</b>' in text
+    missing = sum(finding.verdict == "not measured" for finding in all_findings(planted(seeds=3)))
+    assert (
+        text.count('class="verdict not-measured"') == missing > 5 and f'<b class="not-measured">{missing}</b>' in text
+    )
+    order = re.findall(r'<span class="verdict ([a-z-]+)">', text[: text.index('id="tables"')])
+    assert order == sorted(order, key=["holds", "fails", "undecided", "not-measured"].index)
+    assert text.index(f"{missing} claims are not measured") < text.index('class="verdict not-measured"')
     claims = text[text.index('id="findings"') : text.index('id="tables"')]
     assert (
         claims.count("majority 10.0, lexical 55.0") > 15 and "below the lexical baseline: ffn, never saw it" in claims

@@ -252,13 +252,13 @@ def test_a_null_control_is_a_joint_model_of_two_halves_and_a_model_of_each(tmp_p
     folders = {word for job in control for unit in job.units for word in unit.arguments if word.startswith("corpus=")}
     assert folders == {f"corpus={corpora.root / 'halves+syn-b'}"}
     by_name = {unit.name: dict(word.split("=", 1) for word in unit.arguments if "=" in word) for unit in grid[-1].units}
-    inputs = by_name["interference-null.all"]
+    inputs = by_name["interference-null.null"]
     assert len(inputs["interference.mono"].split(",")) == 4 and len(inputs["interference.joint"].split(",")) == 2
     assert len(inputs["interference.tasks"].split(",")) == 4 and "interference.larger" not in inputs
     assert "null" not in by_name["interference.all"]["interference.joint"]
     alone = config.model_copy(update={"sets": config.sets[1:]})
     last = plan.expand(alone, Corpora(alone, tmp_path), ZERO1)[-1]
-    assert [unit.name for unit in last.units] == ["interference-null.all"]
+    assert [unit.name for unit in last.units] == ["interference-null.null"]
     corpora.make()
     halves = Corpus.open(corpora.root / "halves+syn-b")
     assert halves.languages == ["syn", "syn-b"]
@@ -267,6 +267,22 @@ def test_a_null_control_is_a_joint_model_of_two_halves_and_a_model_of_each(tmp_p
     sizes = [sum(c.sentences(code, s) for s in ("train", "valid", "test")) for c, code in
              ((halves, "syn"), (halves, "syn-b"), (whole, "syn"))]  # fmt: skip
     assert sizes[0] + sizes[1] == sizes[2]
+
+
+def test_null_controls_of_several_languages_have_an_analysis_each() -> None:
+    """Each compares the models of its own halves, on their own corpus; other languages than the source of transfer can be split."""
+    jobs = expanded("study_null")
+    units = jobs[-1].units
+    assert len(jobs) == 91 and len(units) == 10 and {unit.facts["analysis"] for unit in units} == {"interference-null"}
+    for unit in units:
+        language, half = unit.facts["languages"]
+        inputs = dict(word.split("=", 1) for word in unit.arguments if "=" in word)
+        joint, mono = (inputs[f"interference.{key}"].split(",") for key in ("joint", "mono"))
+        assert unit.facts["set"] == language and half == f"{language}-b" and "interference.tasks" not in inputs
+        assert len(joint) == 3 and all(f"joint.{language}.seed" in folder for folder in joint)
+        assert len(mono) == 6 and all(f"-in-{language}.seed" in folder for folder in mono)
+    corpora = {word for job in jobs for unit in job.units for word in unit.arguments if word.startswith("corpus=")}
+    assert len(corpora) == 10
 
 
 def test_a_monolingual_model_with_a_vocabulary_of_its_own(tmp_path: Path) -> None:
@@ -461,6 +477,7 @@ def test_distances_are_measured_where_the_recipe_gives_none(tmp_path: Path, monk
         ('[[sets]]\nname = "a"\nlanguages = "en,sw"\n[[sets]]\nname = "a"\nlanguages = "en,hi"', "'a' is there twice"),
         ('[[sets]]\nname = "a"\nlanguages = "en,sw"\n[[sets]]\nname = "b"\nlanguages = "sw,hi"', "same source language"),
         ('[[sets]]\nname = "a"\nlanguages = "en,sw"\nlimits = { sw = 9 }', "kind low"),
+        ('[[sets]]\nname = "a"\nlanguages = "en,sw"\n[[sets]]\nname = "b"\nlanguages = "en,sw"', "two pairs of en and sw"),
         ('variants = ["mono"]\n[[sets]]\nname = "a"\nlanguages = "en,sw"', "leave mono out"),
         ('[[sets]]\nname = "a"\nlanguages = "en,sw"\n[[tasks]]\ntask = "ner"\nlr = 3', "unknown key"),
         ('[[sets]]\nname = "a"\nlanguages = "en,sw"\n[[tasks]]\ntask = "pos"\nlimits = { ws = 9 }', "pos: limits: ws: no language of the sets"),
@@ -469,7 +486,7 @@ def test_distances_are_measured_where_the_recipe_gives_none(tmp_path: Path, monk
         ('settings = ["parallel.tensor=2"]\n[[sets]]\nname = "a"\nlanguages = "syn,syn-far"', "ranks=1 is not a multiple of parallel.tensor=2"),
         ('[[sets]]\nname = "a"\nlanguages = "syn,syn-far"\n[[analyses]]\nanalysis = "interference"\nsettings = ["interference.rowz=8"]', r"in the study's \[\[analyses\]\] interference: settings: .*interference.rowz"),
         ('[corpus]\nfolder = "corpora/x"\n[[sets]]\nname = "a"\nkind = "null"\nlanguages = "en,en-b"', "can't be subsampled"),
-        ('[[sets]]\nname = "a"\nlanguages = "en,sw"\n[[sets]]\nname = "b"\nkind = "null"\nlanguages = "en,sw"', "sw is half of en"),
+        ('[[sets]]\nname = "a"\nlanguages = "en,sw"\n[[sets]]\nname = "b"\nkind = "null"\nlanguages = "en,sw"', "sw is half of a language"),
         ('[corpus]\nfolder = "corpora/x"\n[[sets]]\nname = "a"\nkind = "low"\nlanguages = "en,sw"\nlimits = { sw = 9 }', "can't be subsampled"),
         ('[[sets]]\nname = "a"\nlanguages = "en,sw"\n[[analyses]]\nanalysis = "prune"\n[[analyses]]\nanalysis = "prune"', "analyses: 'prune' is there twice"),
         ('[[sets]]\nname = "a"\nkind = "low"\nlanguages = "en,sw"\nlimits = { sw = 9 }\n[[sets]]\nname = "b"\nkind = "low"\nlanguages = "en,sw"\nlimits = { sw = 8 }', "limited to 9 and to 8"),

@@ -16,10 +16,10 @@ from pydantic import TypeAdapter
 from mlinterf_ds.errors import UserError
 from mlinterf_ds.results import forms, paper
 from mlinterf_ds.results.forms import Cell, Table
-from mlinterf_ds.results.records import Records
+from mlinterf_ds.results.records import AnalysisSummary, Records
 from mlinterf_ds.results.runs import read_counts
-from mlinterf_ds.results.tables import all_tables
-from tests.study_records import planted
+from mlinterf_ds.results.tables import all_tables, null_controls
+from tests.study_records import LEXICAL, MAJORITY, planted
 
 
 def rows(table: Table) -> dict[tuple[str, str, str], dict[str, str]]:
@@ -228,3 +228,31 @@ def test_records_survive_the_disk(records: Records, tmp_path: Path) -> None:
     (tmp_path / "records.json").write_text('{"scores": [{}]}')
     with pytest.raises(UserError, match="not a study's records"):
         Records.load(tmp_path / "records.json")
+
+
+def test_a_study_without_joint_models_has_its_floors_and_promises_no_mark() -> None:
+    records = planted()
+    records.scores = [s for s in records.scores if s.variant in ("adpt", "meta_adpt")]
+    table = next(table for table in all_tables(records) if table.number == 2)
+    rows = {name: cells for _, block in table.blocks for name, cells in block}
+    assert rows["lexical"][0].mean == LEXICAL and rows["majority"][0].mean == MAJORITY
+    assert not any("†" in note for note in table.notes) and any("↓ below" in note for note in table.notes)
+
+
+def test_null_controls_are_counted() -> None:
+    """A row for each half of each language; the note counts the intervals that include 0."""
+    records = planted()
+    row = {"metric": "bits per character", "mono": 2.0, "joint": 2.01, "seeds": [0, 1, 2]}
+    intervals = {"syn": [-0.01, 0.03], "syn-b": [0.004, 0.016], "syn-mid": [None, None]}
+    facts = {
+        "comparisons": [row | {"language": code, "interference": 0.01, "interval": i} for code, i in intervals.items()]
+    }
+    assert null_controls(records, 8).empty
+    records.analyses.append(
+        AnalysisSummary("first", ["syn", "syn-b"], "all", 0, analysis="interference-null", facts=facts, figures=[])
+    )
+    table = null_controls(records, 8)
+    assert "1 of 2 intervals include 0" in table.notes[0]
+    shown = {name: [cell.ours for cell in cells] for name, cells in table.blocks[0][1]}
+    assert shown["syn-b in first"] == ["bits per character", "2.000", "2.010", "0.010", "[0.004, 0.016]", "3"]
+    assert shown["syn-mid in first"][4] == "unknown"
