@@ -20,6 +20,10 @@ class UserError(ValueError):
     """Names the file, key, line or value at fault, what was expected and what to do about it."""
 
 
+class Fault(UserError):
+    """A UserError that is nobody's mistake, such as a disk or a network that fails: to start the command again may help."""
+
+
 def warn(message: str) -> None:
     """Prints a warning that must not be overlooked on standard error, in red if that is a terminal."""
     red, plain = ("\033[31m", "\033[0m") if sys.stderr.isatty() else ("", "")

@@ -5,6 +5,8 @@ whatever stood under the name stays if writing fails.
 """
 
 import csv
+import errno
+import fcntl
 import hashlib
 import io
 import json
@@ -16,8 +18,9 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from mlinterf_ds.errors import UserError, refusing
+from mlinterf_ds.errors import UserError, refusing, warn
 
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # of a file system that has none, as Lustre may be mounted
 PARTIAL = ".partial"  # ending of a file that is still being written
 
 
@@ -34,6 +37,22 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         if isinstance(error, OSError) and error.errno and error.filename is None:  # a full disk names no file
             error.filename = str(path)
         raise
+
+
+def lock(file: BinaryIO, wait: bool) -> bool:
+    """Whether this process now holds a file of its own; False if another process does and it is not to wait.
+
+    A file system without locks lets everybody in, with a warning.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        warn(f"{file.name}: this file system has no locks: see that no two programs write to this folder at once")
+    return True
 
 
 def write_bytes(path: Path, data: bytes | memoryview) -> None:

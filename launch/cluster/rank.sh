@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Runs one rank of a job that srun or mpirun started: rank.sh LOGS COMMAND...
 # Exports RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE (the job exports MASTER_ADDR and MASTER_PORT). The rank's output goes
-# to LOGS/rank-N.log, that of rank 0 to the job's output too. A rank that fails adds a line to LOGS/failed: time, rank, exit code.
+# to LOGS/rank-N.log, that of rank 0 to the job's output too. A rank that fails writes LOGS/failed-N: time, rank, exit code.
 set -u
 logs=$1
 shift
@@ -40,6 +40,6 @@ wait $child # gives the rank's own status, whatever ended the last `wait`
 status=$?
 if [ $status -ne 0 ]; then
     sleep 0.2 # until the rest of its log is written
-    echo "$(date +%s.%N) $RANK $status" >> "$logs/failed"
+    echo "$(date +%s.%N) $RANK $status" > "$logs/failed-$RANK" # a file each: hosts that append to one over NFS lose lines
 fi
 exit $status

@@ -14,6 +14,7 @@ saved it reading is a copy, at another layout a re-slicing (of tensor-parallel p
 from __future__ import annotations
 
 import contextlib
+import errno
 import itertools
 import json
 import os
@@ -34,15 +35,16 @@ from torch import Tensor
 from mlinterf_ds.engine.optimizer import kept
 from mlinterf_ds.engine.space import FlatSpace
 from mlinterf_ds.engine.weights import CheckpointReader, Weights
-from mlinterf_ds.errors import UserError, refusing, resumption
+from mlinterf_ds.errors import Fault, UserError, refusing, resumption
 from mlinterf_ds.files import PARTIAL, check_files, flush, flushed_facts, read_json, write_bytes, write_json
-from mlinterf_ds.ranks import agreed
+from mlinterf_ds.ranks import agreed, agreed_by_all
 
 if TYPE_CHECKING:  # reading a checkpoint needs neither DeepSpeed nor megatron
     from mlinterf_ds.engine.engine import Engine
 
 FORMAT = 1
 MOMENTS = ("exp_avg", "exp_avg_sq")
+LASTING = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG)  # a user mends these
 POLL = 0.05  # seconds between rank 0's looks for the other ranks' files
 PATIENCE = 10.0  # seconds that a failing run waits for the save under way
 MOST_COPIED = 1 << 30  # bytes that a save copies within host memory; more is written while training there waits
@@ -150,6 +152,7 @@ class _Writing:
         self.unfinished = self.target.with_name(self.target.name + PARTIAL)
         self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
         self.problem = ""  # why this rank could not save
+        self.lasting = False  # whether it could not if it tried again: the disk is full, or the folder is not ours
         self._written, self._abandoned = threading.Event(), threading.Event()
         self.released = threading.Event()  # set when the thread reads the tensors no more
 
@@ -178,26 +181,32 @@ class _Writing:
         except Exception as error:  # whatever it is, all ranks must learn of it
             known = isinstance(error, OSError | SafetensorError)
             self.problem = f"rank {self.rank}: {error if known else repr(error)}"
+            self.lasting = isinstance(error, OSError) and error.errno in LASTING
         finally:
             self.released.set()
             self._written.set()
 
-    def _problems(self) -> list[str]:
-        gathered: list[Any] = [""] * self.ranks
-        dist.all_gather_object(gathered, self.problem)
-        return [problem for problem in gathered if problem]
+    def _problems(self) -> list[tuple[str, bool]]:
+        """The problem of each rank that has one, and whether it lasts."""
+        gathered: list[Any] = [None] * self.ranks
+        dist.all_gather_object(gathered, (self.problem, self.lasting))
+        return [(problem, lasting) for problem, lasting in gathered if problem]
 
-    def _refuse(self, problems: list[str]) -> None:
+    def _refuse(self, problems: list[tuple[str, bool]]) -> None:
         if problems:
             if self.rank == 0:
                 shutil.rmtree(self.unfinished, ignore_errors=True)
-            raise UserError(
-                f"could not save {self.target}: {'; '.join(problems)}; earlier checkpoints are untouched: free some "
+            kind = UserError if any(lasting for _, lasting in problems) else Fault
+            raise kind(
+                f"could not save {self.target}: {'; '.join(problem for problem, _ in problems)}; earlier checkpoints are untouched: free some "
                 f"space, then {resumption(self.output)}"
             )
 
     def _make_folder(self) -> None:
-        shutil.rmtree(self.unfinished, ignore_errors=True)
+        for left in self.unfinished.parent.glob(
+            f"step-*{PARTIAL}"
+        ):  # of a run that was killed while it saved this or another step
+            shutil.rmtree(left, ignore_errors=True)
         self.unfinished.mkdir(parents=True)
 
     def _save(self, shard: Shard, run_json: str, files: Mapping[str, Path]) -> None:
@@ -328,12 +337,31 @@ def verify(path: Path) -> dict[str, Any]:
 
     Raises UserError, which names the file and the remedy, if not.
     """
+    check_files(path, _listed(path), _fallback(path))
+    return _state(path)
+
+
+def verify_together(path: Path) -> dict[str, Any]:
+    """As `verify`, called by all ranks: each reads a share of the files, which on one rank could take longer than others wait."""
+    listed = list(agreed(lambda: _listed(path)).items())
+    mine = dict(listed[dist.get_rank() :: dist.get_world_size()])
+    agreed_by_all(lambda: check_files(path, mine, _fallback(path)))
+    return agreed(lambda: _state(path))
+
+
+def _listed(path: Path) -> dict[str, Any]:
+    """The facts of the checkpoint's files, by name."""
     with refusing(f"{path}: not a checkpoint of mlinterf_ds", _fallback(path)):
         listed = json.loads((path / "complete.json").read_bytes())
         if listed["format"] != FORMAT:
             raise UserError(f"{path}: checkpoint format {listed['format']}; this version reads format {FORMAT}")
-        check_files(path, listed["files"], _fallback(path))
-        state: dict[str, Any] = json.loads((path / "run.json").read_bytes())
+        files: dict[str, Any] = dict(listed["files"])
+    return files
+
+
+def _state(path: Path) -> dict[str, Any]:
+    with refusing(f"{path}: not a checkpoint of mlinterf_ds", _fallback(path)):
+        state: dict[str, Any] = dict(json.loads((path / "run.json").read_bytes()))
     return state
 
 
@@ -341,7 +369,8 @@ def _fallback(path: Path) -> str:
     """The remedy for a damaged checkpoint: to use the checkpoint before it, if there is one."""
     earlier = [other for other in _all(path.parent.parent) if other.name < path.name]
     return (
-        f"; the one before it is {earlier[-1]}: name that one (resume=, init=, checkpoint= or --checkpoint)"
+        f"; the one before it is {earlier[-1]}: name that one (resume=, init=, checkpoint= or --checkpoint), or rename the damaged "
+        f"folder (mv {path} {path}.damaged), so that resume=auto takes it"
         if earlier
         else ""
     )
@@ -355,7 +384,7 @@ def load(
     missing=True leaves parameters that the checkpoint does not have as they were initialised (a classifier). state: what
     `verify` returned of this checkpoint, which spares reading every file again.
     """
-    state = state or agreed(lambda: verify(path))
+    state = state or verify_together(path)
     reader = CheckpointReader(path)
     fill(engine, reader, ("master", *MOMENTS) if moments else ("master",), missing)
     if moments:

@@ -76,7 +76,7 @@ class Search:
         gc.collect()  # frees the last engine, which holds reference cycles
         trial = Trial(self.job, point, self.output / point.name, self._tracker_of(point))
         try:
-            if not trial.result.is_file():  # else it is trained already
+            if not trial.trained:  # else it is trained already
                 with hushed(self.log):
                     _ = trial.engine
             trial.train(signals)

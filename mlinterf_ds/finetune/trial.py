@@ -22,7 +22,7 @@ from mlinterf_ds.files import write_json
 from mlinterf_ds.finetune.config import FinetuneConfig
 from mlinterf_ds.model.encoder import SHARED
 from mlinterf_ds.pretrained import Point, Pretrained
-from mlinterf_ds.ranks import from_first
+from mlinterf_ds.ranks import agreed, from_first
 from mlinterf_ds.runtime.parallel import Layout
 from mlinterf_ds.runtime.signals import Signals, StopVote
 from mlinterf_ds.sections import TrainConfig
@@ -138,9 +138,14 @@ class Trial:
 
     # -- training ----------------------------------------------------------------------------------------------------
 
+    @property
+    def trained(self) -> bool:
+        """Whether it has been trained to the end, as the first rank sees it; all ranks ask together."""
+        return bool(from_first(self.result.is_file()))
+
     def train(self, signals: Signals) -> Progress:
         """Train to the end (from the newest checkpoint, if there is one); `Stopped` if asked to end before."""
-        if self.result.is_file():
+        if self.trained:
             with refusing(
                 f"{self.result}: not what a fine-tuning writes", "; remove it, and the run goes on from its checkpoint"
             ):
@@ -232,9 +237,9 @@ class Trial:
 
     def _resume(self) -> None:
         """Go on from the newest checkpoint of the folder."""
-        if not checkpoint.begun(self.folder):
+        path = agreed(lambda: checkpoint.find(self.folder) if checkpoint.begun(self.folder) else None)
+        if path is None:
             return
-        path = checkpoint.find(self.folder)
         self.progress = Progress(**checkpoint.load(path, self.engine)["progress"])
         if self.job.first:
             if self.progress.best_step == self.engine.step:

@@ -172,10 +172,16 @@ class PretrainingRun:
     def _restore(self) -> str:
         """Resume from a checkpoint, or start from the weights of `init`; returns in words which of them it did."""
         config, output = self.config, self.session.output
-        if not config.resume or (config.resume == "auto" and not checkpoint.begun(output)):
+
+        def newest() -> Path | None:
+            if not config.resume or (config.resume == "auto" and not checkpoint.begun(output)):
+                return None
+            return checkpoint.find(output if config.resume == "auto" else config.resume)
+
+        path = agreed(newest)  # a shared file system may still list an older one to another host
+        if path is None:
             return self._start_from(config.init) if config.init else ""
-        path = checkpoint.find(output if config.resume == "auto" else config.resume)
-        saved = agreed(lambda: checkpoint.verify(path))
+        saved = checkpoint.verify_together(path)
         self._refuse_other_settings(path, saved)
         if saved.get("old_pieces"):
             self.engine.train_new_rows(saved["old_pieces"])

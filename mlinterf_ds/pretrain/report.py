@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from mlinterf_ds.data.corpus import Corpus
 from mlinterf_ds.errors import resumption
-from mlinterf_ds.files import markdown_table, write_csv, write_json
+from mlinterf_ds.files import markdown_table, read_json, write_csv, write_json
 from mlinterf_ds.pretrain.config import RunConfig
 from mlinterf_ds.tracking import Tracker, dataset, environment_facts
 
@@ -41,6 +41,11 @@ class Records:
             return
         config, output = self.config, self.session.output
         write_json(output / "config.json", config.model_dump())
+        summary = output / "summary.json"
+        if (
+            step < config.train.steps and summary.is_file()
+        ):  # of fewer steps: until the end of these nothing is finished
+            write_json(summary, read_json(summary) | {"finished": False})
         codes = ",".join(languages)
         own = {"variant": config.variant, "languages": codes, "seed": str(config.train.seed)}
         self.tracker = Tracker.start(

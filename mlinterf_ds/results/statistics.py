@@ -110,7 +110,9 @@ class Effect:
                 return False
             shrunk = len(self.values) / count
             variance = self.of_seeds * shrunk + self.of_examples - self.of_both
-            power = float(nct.sf(_quantile(alpha, count), count - 1, distance / math.sqrt(variance))) if variance else 1.0
+            power = (
+                float(nct.sf(_quantile(alpha, count), count - 1, distance / math.sqrt(variance))) if variance else 1.0
+            )
             return power > POWER
 
         first = bisect_left(counts, True, key=suffices)

@@ -13,7 +13,7 @@ import threading
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mlinterf_ds.errors import UserError
+from mlinterf_ds.errors import Fault, UserError
 
 if TYPE_CHECKING:
     import torch.distributed as dist
@@ -175,7 +175,7 @@ def meet(address: str, rank: int, world: int, patience: datetime.timedelta) -> d
         raise UserError(f"rank {rank} does not know where the ranks meet ({error}); {about}") from None
     except RuntimeError as error:  # DistStoreError, DistNetworkError
         minutes = patience.total_seconds() / 60
-        raise UserError(
+        raise Fault(
             f"not all ranks have come within {minutes:g} minutes; {about} ({str(error).splitlines()[0]})"
         ) from None
     finally:

@@ -14,7 +14,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from mlinterf_ds.errors import UserError, check_surroundings, ready_streams
+from mlinterf_ds.errors import Fault, UserError, check_surroundings, ready_streams
 from mlinterf_ds.runtime.launchers import adopt, find_home
 
 # Parts of the messages of gloo and NCCL on a rank that has lost a neighbour or the network to it.
@@ -85,7 +85,7 @@ def _first_failure(error: Exception, log: Path) -> str:
 def main(run: Callable[[Sequence[str]], int], arguments: Sequence[str] | None = None) -> None:
     """Run a launcher's function on the command line's arguments, and exit with its status.
 
-    A UserError ends with its message alone and status 2, an interrupt with 130, any other error with 1. A rank that fails
+    A UserError ends with its message alone and status 2 (a Fault with 1), an interrupt with 130, any other error with 1. A rank that fails
     leaves at once, without the clean-up in which it would wait for the others; the launcher then ends those too.
 
     A run that succeeds waits for its threads, runs what was registered with `atexit`, and leaves without taking the
@@ -107,7 +107,7 @@ def main(run: Callable[[Sequence[str]], int], arguments: Sequence[str] | None = 
         if os.environ.get("RANK", "0") != "0":
             time.sleep(3)  # all ranks find most mistakes at once: rank 0 prints it, and the launcher ends the others
         print(f"\nerror: {error}", file=sys.stderr, flush=True)
-        status = 2
+        status = 1 if isinstance(error, Fault) else 2
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr, flush=True)
         status = 130

@@ -57,6 +57,12 @@ class Supervisor:
             for attempt in range(self.restarts + 1):
                 rank, status = self._attempt(attempt, line)
                 if status in FINAL or self._all_have("asked"):
+                    if self.rank == 0 and status not in FINAL:
+                        print(
+                            f"\nrank {rank} {_how(status)} while it was ending: {self.remedy}",
+                            file=sys.stderr,
+                            flush=True,
+                        )
                     self._leave()
                     return abs(status)
                 if self.rank == 0 and attempt < self.restarts:
@@ -96,6 +102,7 @@ class Supervisor:
             if self.rank == 0:
                 self.store.set(f"{prefix}/port", str(free_port()))
             meeting = {"MASTER_PORT": self.store.get(f"{prefix}/port").decode(), ADDRESS: "env://"}
+            meeting["TORCHELASTIC_USE_AGENT_STORE"] = "False"  # torchrun's own store listens at another port
         else:  # ranks of one host meet in a file, so that nothing listens to the network
             meeting = {ADDRESS: f"{self.address}-{prefix}"}
         self.child = subprocess.Popen(line, env=os.environ | meeting | {ATTEMPT: str(attempt)})

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from mlinterf_ds.errors import UserError
+from mlinterf_ds.errors import UserError, warn
 from mlinterf_ds.ranks import agreed, from_first
 from mlinterf_ds.runtime.output import hushed, quiet, remove_stale_locks, writing
 from mlinterf_ds.runtime.parallel import Group, Layout
@@ -72,6 +72,7 @@ def alone(lock: Path) -> Iterator[None]:
                 raise UserError(
                     f"output={lock.parent.parent}: another run is writing there: wait for it, or name another folder, --set output=FOLDER"
                 ) from None
+            warn(f"{lock}: this file system has no locks: see that no two programs write to this folder at once")
         yield
 
 

@@ -10,14 +10,13 @@ two processes from writing there.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from mlinterf_ds.files import read_json, write_json
+from mlinterf_ds.files import lock, read_json, write_json
 from mlinterf_ds.runtime.output import writing
 from mlinterf_ds.study.config import StudyConfig
 from mlinterf_ds.study.jobs import Job
@@ -175,12 +174,7 @@ def try_lock(folder: Path) -> Iterator[bool]:
         folder.mkdir(parents=True, exist_ok=True)
         file = (folder / ".lock").open("wb")
     with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-        else:
-            yield True
+        yield lock(file, wait=False)
 
 
 @contextlib.contextmanager
@@ -191,5 +185,5 @@ def wait_for_lock(folder: Path, rank: int = 0) -> Iterator[None]:
     group, where waiting has a time limit.
     """
     with (folder / (f".lock{rank}" if rank else ".lock")).open("wb") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        lock(file, wait=True)
         yield

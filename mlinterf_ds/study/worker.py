@@ -38,12 +38,14 @@ def work(folder: Path) -> int:
         with own_group(ParallelConfig(tensor=job["tensor"])) as group:
             for unit in job["units"]:
                 name, begin = unit["name"], time.monotonic()
-                if is_complete(folder / name):
+                if ranks.from_first(
+                    is_complete(folder / name)
+                ):  # the first rank writes what the others would look for too early
                     continue
                 facts: dict[str, Any] = {"state": "finished"}
                 try:
                     _run(job["kind"], folder / name, unit["arguments"], group)
-                    if not is_complete(folder / name):
+                    if not ranks.from_first(is_complete(folder / name)):
                         return 1  # the run was asked to end, and the next start of the job resumes it
                 except Exception as error:  # whatever it is, the other units can run
                     facts = {"state": "failed", "reason": first_line(error)}

@@ -52,7 +52,7 @@ def test_a_failing_rank_is_noted_and_explained(tmp_path: Path, command: str, sta
     cluster = ROOT / "launch" / "cluster"
     line = ["bash", str(cluster / "rank.sh"), str(tmp_path), "bash", "-c", f"echo because of $RANK; {command}"]
     assert subprocess.run(line, env=os.environ | RANK, timeout=30).returncode == status
-    (tmp_path / "failed").write_text("9999999999.5 0 1\n" + (tmp_path / "failed").read_text())
+    (tmp_path / "failed-0").write_text("9999999999.5 0 1\n")
     told = subprocess.run(["bash", str(cluster / "reason.sh"), str(tmp_path)], capture_output=True, text=True)
     said = told.stderr
     assert told.returncode == status
@@ -68,7 +68,7 @@ def test_a_signal_reaches_the_rank_which_ends_well(tmp_path: Path) -> None:
         assert job.poll() is None
         time.sleep(0.02)
     job.terminate()
-    assert job.wait(timeout=30) == 0 and "saved" in log.read_text() and not (tmp_path / "failed").exists()
+    assert job.wait(timeout=30) == 0 and "saved" in log.read_text() and not (tmp_path / "failed-1").exists()
 
 
 def test_a_signal_while_the_rank_is_started_reaches_it(tmp_path: Path) -> None:

@@ -192,6 +192,7 @@ def test_the_first_failure_is_told_by_all(tmp_path: Path) -> None:
     "raised, status, said",
     [
         ("UserError('use a file')", 2, "error: use a file"),
+        ("Fault('the network fails')", 1, "error: the network fails"),
         ("RuntimeError('broken')", 1, "error: rank 3 failed: RuntimeError: broken"),
         (
             "RuntimeError('[gloo/device.cc] epoll_create: Too many open files')",
@@ -205,7 +206,7 @@ def test_the_first_failure_is_told_by_all(tmp_path: Path) -> None:
 )
 def test_how_a_launcher_ends(raised: str, status: int, said: str) -> None:
     code = (
-        "from mlinterf_ds.runtime.program import PeerFailed, main\nfrom mlinterf_ds.errors import UserError\n"
+        "from mlinterf_ds.runtime.program import PeerFailed, main\nfrom mlinterf_ds.errors import Fault, UserError\n"
         f"def run(_):\n    raise {raised}\nmain(run, [])"
     )
     done = subprocess.run(

@@ -68,6 +68,35 @@ def test_a_killed_rank_starts_all_of_them_again(tmp_path: Path) -> None:
     assert places == {"meeting_attempt_0", "meeting_attempt_1"}, "ranks of an attempt meet where no other attempt's do"
 
 
+def test_a_rank_that_is_killed_while_it_ends_is_named(tmp_path: Path) -> None:
+    """After a scheduler's signal nothing is started again, and no other message says why the job failed."""
+    script = tmp_path / "rank.py"
+    kill = "import os, signal, time\nsignal.signal(signal.SIGTERM, lambda *_: os.kill(os.getpid(), signal.SIGKILL))\n"
+    script.write_text(f"{kill}open({str(tmp_path / 'ready')!r}, 'w').close()\ntime.sleep(60)\n")
+    line = [sys.executable, "-c", SUPERVISOR, sys.executable, str(script)]
+    numbers = {"WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1", "PYTHONPATH": str(ROOT), "RANK": "0"}
+    numbers["MLINTERF_DS_RENDEZVOUS"] = f"file://{tmp_path}/meeting"
+    job = subprocess.Popen(
+        line, env=dict(os.environ) | numbers, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    while not (tmp_path / "ready").exists():
+        assert job.poll() is None
+        time.sleep(0.05)
+    job.terminate()
+    codes, said = ended([job])
+    assert codes == [9] and "rank 0 was killed by SIGKILL while it was ending: go on with --set output=runs/x" in said
+
+
+def test_ranks_under_torchrun_do_not_look_for_its_own_store(tmp_path: Path, monkeypatch) -> None:
+    """With this variable of torchrun's, torch has no rank listen at the port of an attempt, and all of them wait."""
+    monkeypatch.setenv("MLINTERF_DS_RENDEZVOUS", f"file://{tmp_path}/meeting")
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    supervisor = Supervisor(0, 0.5, "")
+    supervisor.address = "env://"
+    told = "import os, sys; sys.exit(3 + (os.environ['TORCHELASTIC_USE_AGENT_STORE'] == 'False'))"
+    assert supervisor._attempt(0, [sys.executable, "-c", told]) == (0, 4)
+
+
 def test_it_gives_up_with_the_reason_and_the_command_that_resumes(tmp_path: Path) -> None:
     codes, said = ended(start(tmp_path, 2, STATUS_0_0="1", STATUS_0_1="7", STATUS_0_2="9", STATUS_1_2="wait"))
     assert codes == [2, 2] and [("0", str(attempt)) for attempt in range(3)] == starts(tmp_path)[:3]

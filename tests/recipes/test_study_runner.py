@@ -13,6 +13,7 @@ import sys
 import types
 from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -357,6 +358,28 @@ def test_a_unit_that_is_asked_to_end_ends_the_job(
     monkeypatch.setattr(worker, "_run", run)
     write_unit_job(tmp_path, "pretrain", "ab")
     assert worker.work(tmp_path) == 1 and ran == ["a"]
+
+
+def late(folder: str) -> int:
+    """`work` on a rank of the pool, whose unit's summary rank 0 alone sees, as right after it has written it."""
+
+    def run(kind: str, place: Path, *_: object) -> None:
+        if joined().rank == 0:
+            place.mkdir()
+            (place / "summary.json").write_text('{"finished": true}')
+
+    seen, work = worker.is_complete, mock.patch.object(worker, "_run", run)
+    sees = mock.patch.object(worker, "is_complete", lambda path: joined().rank == 0 and seen(path))
+    group = mock.patch("mlinterf_ds.runtime.session.own_group", lambda parallel: contextlib.nullcontext(joined()))
+    with work, sees, group:
+        return worker.work(Path(folder))
+
+
+def test_ranks_agree_that_a_unit_has_finished(tmp_path: Path) -> None:
+    """Rank 0 writes the summary; a rank that looked for it too early would end the job as failed."""
+    write_unit_job(tmp_path, "pretrain", "ab")
+    for _ in range(2):  # the second time it has finished already
+        assert pool(2).run(late, str(tmp_path)) == [0, 0]
 
 
 # --- Slurm -------------------------------------------------------------------------------------------------------------

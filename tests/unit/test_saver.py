@@ -13,7 +13,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 
 from mlinterf_ds.engine import checkpoint
-from mlinterf_ds.errors import UserError
+from mlinterf_ds.errors import Fault, UserError
 from mlinterf_ds.runtime.parallel import Layout
 
 
@@ -75,6 +75,31 @@ def test_a_run_that_goes_back_sets_later_checkpoints_aside(tmp_path: Path) -> No
     assert checkpoint.find(tmp_path).name == "step-00000004" and not (folder / "step-00000003").exists()
     (folder / "step-00000003").mkdir()
     assert [path.name for path in checkpoint.set_aside_later(folder / "step-00000003")] == ["step-00000004.abandoned1"]
+
+
+def test_what_a_killed_save_left_goes_with_the_next_one(engine: Any, disk: SimpleNamespace, tmp_path: Path) -> None:
+    """The resumed run may never come to that step again, so that each such save would take its room for good."""
+    (tmp_path / "checkpoints" / "step-00000000.partial").mkdir(parents=True)
+    disk.free.set()
+    checkpoint.save(tmp_path, engine, {}, {}, keep=9)
+    assert os.listdir(tmp_path / "checkpoints") == ["step-00000001"]
+
+
+@pytest.mark.parametrize(
+    "number, lasts", [(errno.ENOSPC, True), (errno.EACCES, True), (errno.EIO, False), (errno.ESTALE, False)]
+)
+def test_a_disk_that_fails_may_be_tried_again(
+    number: int, lasts: bool, engine: Any, tmp_path: Path, monkeypatch
+) -> None:
+    """Under `restarts`, a user's mistake is final; a Fault is not."""
+
+    def fails(*_: Any, **more: Any) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(checkpoint, "save_file", fails)
+    with pytest.raises(UserError, match=os.strerror(number)) as refused:
+        checkpoint.save(tmp_path, engine, {}, {}, keep=9)
+    assert isinstance(refused.value, Fault) is not lasts
 
 
 def train(engine: Any) -> None:

@@ -17,6 +17,7 @@ from mlinterf_ds import predict
 from mlinterf_ds.errors import UserError, check_surroundings, resumption, setting
 from mlinterf_ds.files import replacing
 from mlinterf_ds.runtime import session
+from mlinterf_ds.study.folders import try_lock, wait_for_lock
 from mlinterf_ds.tasks import TASKS
 from mlinterf_ds.tasks.columns import in_memory
 from mlinterf_ds.tracking import facts
@@ -66,8 +67,8 @@ def test_hostfiles_as_editors_save_them(encoding: str, tmp_path: Path, monkeypat
     assert checks["pdsh"].status == "WARN" and "apt install pdsh" in checks["pdsh"].remedy
 
 
-def test_two_runs_in_one_folder(tmp_path: Path, monkeypatch) -> None:
-    """The second is refused while the first holds the folder; where there are no locks, none is."""
+def test_two_runs_in_one_folder(tmp_path: Path, monkeypatch, capsys) -> None:
+    """The second is refused while the first holds the folder; where there are no locks, none is, with a warning."""
     lock = tmp_path / "run" / "log" / "lock"
     with session.alone(lock):
         pass
@@ -86,8 +87,15 @@ def test_two_runs_in_one_folder(tmp_path: Path, monkeypatch) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(fcntl, "lockf", without)
+    monkeypatch.setattr(fcntl, "flock", without)
     with session.alone(lock):
         pass
+    with try_lock(tmp_path / "study") as held:
+        assert held
+    with wait_for_lock(tmp_path / "study"):
+        pass
+    said = capsys.readouterr().err
+    assert said.count("this file system has no locks: see that no two programs write") == 3
 
 
 def test_predictions_on_standard_output_are_utf8_whatever_the_encoding_of_the_terminal(

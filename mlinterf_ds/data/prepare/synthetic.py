@@ -5,7 +5,6 @@ python -m mlinterf_ds.data.prepare.synthetic '[["syn", "syn-mid"], 20000, {"syn-
 
 from __future__ import annotations
 
-import fcntl
 import json
 import shutil
 import sys
@@ -17,6 +16,7 @@ from mlinterf_ds.data.corpus import MANIFEST, synthetic_folder
 from mlinterf_ds.data.prepare.main import TOKENIZER, prepare
 from mlinterf_ds.data.synthetic import write_sentences
 from mlinterf_ds.errors import UserError, ready_streams
+from mlinterf_ds.files import lock
 
 VOCABULARY = 2000
 
@@ -67,8 +67,8 @@ def _writing(corpora: Path) -> Iterator[None]:
 def _locked(folder: Path) -> Iterator[None]:
     """A context that one process at a time is in: of two runs that start at once one prepares the corpus, the other waits."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with (folder.parent / f".{folder.name}.lock").open("wb") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with (folder.parent / f".{folder.name}.lock").open("wb") as file:
+        lock(file, wait=True)
         yield
 
 
