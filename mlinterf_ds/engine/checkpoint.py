@@ -13,7 +13,6 @@ saved it reading is a copy, at another layout a re-slicing (of tensor-parallel p
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import itertools
 import json
@@ -26,7 +25,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -34,6 +32,7 @@ from torch import Tensor
 
 from mlinterf_ds.engine.optimizer import kept
 from mlinterf_ds.engine.space import FlatSpace
+from mlinterf_ds.engine.transfers import host_memory
 from mlinterf_ds.engine.weights import CheckpointReader, Weights
 from mlinterf_ds.errors import Fault, UserError, refusing, resumption
 from mlinterf_ds.files import PARTIAL, check_files, flush, flushed_facts, read_json, write_bytes, write_json
@@ -107,7 +106,7 @@ class Saver:
     def _copy(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         for key, tensor in tensors.items():
             if key not in self._copies or self._copies[key].shape != tensor.shape:
-                self._copies[key] = _host_memory(tensor)
+                self._copies[key] = host_memory(tensor, tensor.device)
             self._copies[key].copy_(tensor, non_blocking=True)
         if any(tensor.device.type != "cpu" for tensor in tensors.values()):
             from deepspeed.accelerator import get_accelerator
@@ -133,14 +132,6 @@ def save(
 def path_of(run: Path, step: int) -> Path:
     """The folder of the checkpoint of this step."""
     return run / "checkpoints" / f"step-{step:08d}"
-
-
-def _host_memory(tensor: Tensor) -> Tensor:
-    """Memory for a copy of this tensor: page-locked if the tensor lies on an accelerator, whose copies are then fast."""
-    if tensor.device.type != "cpu":
-        with contextlib.suppress(RuntimeError):  # the host has no more memory that can be locked
-            return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-    return torch.empty(tensor.shape, dtype=tensor.dtype)
 
 
 class _Writing:

@@ -210,16 +210,22 @@ class Passes:
             return nll
 
         stream = self._stream = self._stream or torch.cuda.Stream()
+        ambient = torch.cuda.current_stream()
+        # a node of an earlier pass may still name the default stream, which torch 2.13 refuses in a capture
+        override = getattr(torch.autograd.graph, "set_override_stale_capture_stream", lambda enabled: None)
+        override(True)
         try:
-            stream.wait_stream(torch.cuda.current_stream())
+            stream.wait_stream(ambient)
             with torch.cuda.stream(stream), replayed(batch.dropout_seed):
                 forward_and_backward()
-            torch.cuda.current_stream().wait_stream(stream)
+            ambient.wait_stream(stream)
             self._clear(spaces)
             graph = torch.cuda.CUDAGraph()
             with replayed(batch.dropout_seed), torch.cuda.graph(graph, self._pool, stream, "thread_local"):
                 nll = forward_and_backward()
         finally:
+            override(False)
+            torch.cuda.set_stream(ambient)  # a capture that fails at its end leaves its own in place
             if single is not None:
                 single.read_from(single.working)
             for space in own:

@@ -70,6 +70,14 @@ class StepFacts(Mapping[str, float]):
         return len(self.read())
 
 
+def host_memory(tensor: Tensor, device: torch.device) -> Tensor:
+    """Host memory for a copy of this tensor: page-locked if copies go to or come from an accelerator, and so are fast."""
+    if device.type != "cpu":
+        with contextlib.suppress(RuntimeError):  # the host has no more memory that can be locked
+            return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return torch.empty(tensor.shape, dtype=tensor.dtype)
+
+
 class IdleSpaces:
     """Keeps the masters and moments of some parameter groups in host memory between their steps.
 
@@ -85,7 +93,7 @@ class IdleSpaces:
             state = optimizers[space.name].state
             tensors = [tensor for master in space.masters for tensor in (master, *state[master].values())]
             self._tensors[space.name] = tensors
-            on_host = [torch.empty(t.shape, dtype=t.dtype, pin_memory=device.type == "cuda") for t in tensors]
+            on_host = [host_memory(tensor, device) for tensor in tensors]
             self._host[space.name] = [copy.copy_(t.detach()) for copy, t in zip(on_host, tensors, strict=True)]
             self._point(space.name, self._host[space.name])
 

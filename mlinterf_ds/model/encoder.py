@@ -278,9 +278,13 @@ class Encoder(nn.Module):
         """
         route, order = self.router.plan(languages, step_languages)
         if order is not None:  # group the rows by language; tokens are cheaper to move than hidden states
-            tokens, languages = tokens[order], languages[order]
+            grouped, given_order = (
+                index.to(tokens.device, non_blocking=True)
+                for index in (torch.tensor(order), torch.tensor(order).argsort())
+            )
+            tokens, languages = tokens[grouped], languages[order]
             padding, segment_ids, position_ids, read = (
-                None if value is None else value[order] for value in (padding, segment_ids, position_ids, read)
+                None if value is None else value[grouped] for value in (padding, segment_ids, position_ids, read)
             )
         with self.router.following(route):
             embedded, turns = self.router.run(embed, self.embeddings, tokens, languages, position_ids)
@@ -288,7 +292,6 @@ class Encoder(nn.Module):
             hidden: Tensor = self.block(embedded, mask, read, read_mask, turns)
         if order is None:
             return hidden
-        given_order = torch.tensor(order, device=hidden.device).argsort()
         return hidden.index_select(0, given_order)
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:

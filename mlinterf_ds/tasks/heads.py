@@ -41,8 +41,10 @@ class TaskBatch:
     dropout_seed: int
 
     def to(self, device: torch.device | str) -> TaskBatch:
-        """The same batch with its tensors on `device`."""
-        tensors: dict[str, Any] = {name: value for name, value in vars(self).items() if torch.is_tensor(value)}
+        """The same batch with its tensors on `device`, except `languages`: routing reads them on the CPU."""
+        tensors: dict[str, Any] = {
+            name: value for name, value in vars(self).items() if torch.is_tensor(value) and name != "languages"
+        }
         return replace(self, **{name: value.to(device, non_blocking=True) for name, value in tensors.items()})
 
 

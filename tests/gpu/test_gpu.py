@@ -1,6 +1,7 @@
 """What only a GPU can show: the same checks in fp16 on CUDA, through NCCL. Skips elsewhere."""
 
 import argparse
+import gc
 from pathlib import Path
 from unittest import mock
 
@@ -102,6 +103,8 @@ def test_recomputed_activations_run_beside_graphs() -> None:
 
 def captured() -> tuple[int, int]:
     """How many kinds of passes were captured, and how many streams have memory of graphs (in a rank of a pool)."""
+    gc.collect()  # engines of other tests are in cycles, and their graphs' memory would be counted
+    torch.cuda.empty_cache()
     settings = ["variant=meta_adpt", "model.compile=false", "train.graphs=true", "train.precision=bf16"]
     engine, stream, config = bodies.make(settings, "zero1")
     bodies.advance(engine, stream, config, 12, bodies.meta_step(engine, config, stream))

@@ -178,8 +178,8 @@ def mixed_products(settings: list[str], source: str, lookahead: str, difference:
     return {
         "cosine": torch.nn.functional.cosine_similarity(ours, wanted, dim=0).item(),
         "error": ((ours - wanted).norm() / wanted.norm()).item(),
-        "radius": used,
-        "change": change,
+        "radius": float(used),
+        "change": float(change),  # a rank of a pool need not be able to hand over tensors of its device
     }
 
 
