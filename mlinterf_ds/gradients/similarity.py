@@ -58,11 +58,23 @@ class Similarity:
         return matrix
 
     def noise(self, component: str = ALL) -> np.ndarray:
-        """(L, L): between two languages twice the standard error over their four pairs of batches; NaN within one."""
+        """(L, L): how far from 0 chance alone takes a similarity of two languages in 95% of cases; NaN within one.
+
+        The four pairs of two languages share their batches, so that they do not vary independently: the variance of their mean is
+        that of the means over either language's batches, at most. It is pooled over all languages, each of which has one
+        difference between two batches to tell it by (hence the degrees of freedom).
+        """
+        from scipy.stats import t
+
         cosines, count = self.cosines(ALL, component), len(self.languages)
-        pairs_of_batches = cosines.reshape(count, DRAWS, count, DRAWS).transpose(0, 2, 1, 3).reshape(count, count, -1)
-        noise = 2 * pairs_of_batches.std(axis=-1, ddof=1) / DRAWS
-        noise[np.diag_indices(count)] = np.nan
+        means = cosines.reshape(count, DRAWS, count, DRAWS).mean(axis=3)  # of each batch with the other language's
+        of_batches = means.var(axis=1, ddof=1) / DRAWS  # (L, L): the part that the first language's batches have
+        known = (of_batches + of_batches.T)[~np.eye(count, dtype=bool)]
+        known = known[np.isfinite(known)]
+        noise = np.full(
+            (count, count), float(t.ppf(0.975, count) * math.sqrt(known.mean())) if len(known) else math.nan
+        )
+        noise[np.diag_indices(count)] = math.nan
         return noise
 
     def corrected(self) -> np.ndarray:

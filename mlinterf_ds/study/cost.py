@@ -166,6 +166,8 @@ def show_power(known: Mapping[str, Spread], seeds: int, confidence: float) -> st
     for name, (of_seeds, of_examples) in known.items():
         least = detectable(of_seeds, seeds, confidence, of_examples=of_examples or 0.0)
         told = f"spread {of_seeds:.3g}" + (f" over seeds, {of_examples:.3g} over test examples" if of_examples else "")
-        told += "; by seeds alone; the sample of test examples comes on top" if of_examples is None else ""
+        told += (
+            "; by seeds alone; the sample of test examples or rows of text comes on top" if of_examples is None else ""
+        )
         lines.append(f"  {name:<40}{least:>10.3g}   ({told})")
     return "\n".join(lines)

@@ -134,6 +134,12 @@ class Study:
 
     def power(self) -> str:
         """Says which effects the study could detect, by its own findings so far or else the recipe's pilot; '' without both."""
+        from mlinterf_ds.results import claims
+        from mlinterf_ds.results.records import Records
+
+        names = {finding.name for finding in claims.all_findings(Records(source=self.config.source))}
+        if unknown := sorted(self.config.pilot.keys() - names):
+            raise UserError(f"pilot: {', '.join(unknown)}: no such claim; the claims are {', '.join(sorted(names))}")
         pilot = {name: cost.Spread(of_seeds) for name, of_seeds in self.config.pilot.items()}
         known = cost.spreads(self.output / "findings.json") or pilot
         return cost.show_power(known, len(self.config.seeds), self.config.confidence) if known else ""

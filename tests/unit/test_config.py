@@ -1,5 +1,6 @@
 """The run configuration: precedence, refusals, every shipped recipe and DeepSpeed JSON."""
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -264,3 +265,16 @@ def test_a_run_goes_on_from_its_own_checkpoints_whatever_it_started_from() -> No
     own = "runs/a/checkpoints/step-00000003"
     assert _is_of("auto", "runs/a") and _is_of(own, "runs/a") and _is_of(own, "runs/../runs/a/")
     assert not _is_of(own, "runs/b") and not _is_of(own, None) and not _is_of("", "runs/a")
+
+
+@pytest.mark.parametrize("step, finished", [(4, True), (2, False)])
+def test_a_run_that_goes_on_is_not_finished(step: int, finished: bool, tmp_path: Path) -> None:
+    """Its summary may be of an earlier end, at fewer steps; programs that watch it read this field."""
+    from mlinterf_ds.pretrain.report import Records
+
+    config = load_config(RunConfig, ["tiny"], ["train.steps=4", "tracking.enabled=false"])
+    (tmp_path / "summary.json").write_text('{"finished": true, "steps": 2}')
+    session: Any = SimpleNamespace(first=True, output=tmp_path)
+    corpus: Any = SimpleNamespace(manifest_hash="hash", folder=tmp_path)
+    Records(config, session).open(("en",), corpus, None, step)
+    assert json.loads((tmp_path / "summary.json").read_text()) == {"finished": finished, "steps": 2}

@@ -175,6 +175,21 @@ def draws(sequences: int | None, ranks: int = 1, rank: int = 0, languages: tuple
     return Draws(Made(), languages, Made().languages, config=config, row_format=RowFormat(16), seed=0, engine=fake)
 
 
+@pytest.mark.parametrize("count", [2, 6])
+def test_chance_alone_rarely_leaves_the_noise(count: int) -> None:
+    """Languages whose true gradients are at right angles, and batches that differ from them: of similarities that the figure does not
+    put into brackets at most 5% are of chance (here with three standard errors)."""
+    draw, outside, cells = np.random.default_rng(0), 0, 0
+    for _ in range(300):
+        true = np.linalg.qr(draw.normal(size=(100, count)))[0].T
+        gradients = np.repeat(true, 2, axis=0) + 0.05 * draw.normal(size=(2 * count, 100))
+        measured = Similarity(tuple("abcdefgh"[:count]), [(0, "ffn")], (gradients @ gradients.T)[None])
+        off = ~np.eye(count, dtype=bool)
+        outside += int((abs(measured.matrix()) > measured.noise())[off].sum()) // 2
+        cells += count * (count - 1) // 2
+    assert 0 < outside / cells < 0.05 + 3 * (0.05 * 0.95 / 300) ** 0.5
+
+
 def test_batches_are_disjoint_fresh_and_the_same_on_any_ranks() -> None:
     whole = draws(None)
     assert whole.rows == 64, "the default on a CPU"

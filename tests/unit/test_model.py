@@ -281,6 +281,27 @@ def test_initial_weights_depend_on_seed_and_name_only() -> None:
     assert not any("_extra_state" in name for name in joint)
 
 
+@pytest.mark.parametrize("other", ["ffn", "attn", "share_adpt", "adpt"])
+def test_what_two_variants_share_starts_alike(other: str) -> None:
+    """Common random numbers: models that are compared seed by seed differ in the modules alone that one of them lacks."""
+    joint, compared = (
+        Encoder(
+            ModelConfig(layers=2, heads=2, width=8, ffn=16),
+            variant=v,
+            languages=["en", "te"],
+            vocabulary=70,
+            positions=9,
+            seed=3,
+        )
+        for v in ("joint", other)
+    )
+    ours, theirs = joint.state_dict(), compared.state_dict()
+    common = ours.keys() & theirs.keys()
+    routed = {"ffn": ".mlp.", "attn": ".self_attention."}.get(other, "nothing")
+    assert ours.keys() - common == {name for name in ours if routed in name and name not in theirs}
+    assert len(common) > 10 and all(torch.equal(ours[name], theirs[name]) for name in common)
+
+
 def test_state_dict_loads_strictly() -> None:
     model, other = encoder("adpt"), encoder("adpt", spread=0.1)
     other.load_state_dict(model.state_dict())

@@ -575,6 +575,8 @@ def test_a_dry_run_shows_jobs_cost_and_power_and_leaves_nothing(
     assert "283 launches, 283 to do" in said and "default figures: no job has finished yet" in said
     assert main(["--recipe", "study_cpu", "--dry-run", "--gpus", "8"]) == 0
     assert "with 8 at once (by default figures)" in (on_gpus := capsys.readouterr().out) and "GPU-minutes" in on_gpus
+    with pytest.raises(UserError, match=r"pilot: meta_is_bes: no such claim; the claims are .*meta_adpt_best_within"):
+        main(["--recipe", "study_cpu", "--dry-run", "--set", "pilot.meta_is_bes=1"])
     with pytest.raises(UserError, match=r"--gpus 1: .*ranks=2"):
         main(["--recipe", "study_cpu", "--dry-run", "--gpus", "1", "--set", "ranks=2"])
     with pytest.raises(UserError, match="--gpus 8 .*add --dry-run"):
