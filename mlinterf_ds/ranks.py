@@ -29,28 +29,28 @@ def wait_for_all() -> None:
 def agreed(read: Callable[[], Value]) -> Value:
     """Returns on every rank what rank 0 reads; a UserError of rank 0 is raised on every rank."""
     value: Any = None
-    problem = ""
+    problem: UserError | None = None
     if not dist.is_initialized() or dist.get_rank() == 0:
         try:
             value = read()
         except UserError as error:
-            problem = str(error)
+            problem = type(error)(str(error))  # without its trace and cause, which cannot be sent
     value, problem = from_first((value, problem))
     if problem:
-        raise UserError(problem)
+        raise problem
     return value
 
 
 def agreed_by_all(check: Callable[[], None]) -> None:
     """Every rank checks its own part; the first rank's UserError is raised on every rank."""
-    problem = None
+    problem: UserError | None = None
     try:
         check()
     except UserError as error:
-        problem = str(error)
+        problem = type(error)(str(error))
     problems = [problem]
     if dist.is_initialized():
         problems = [None] * dist.get_world_size()
         dist.all_gather_object(problems, problem)
     if first := next(filter(None, problems), None):
-        raise UserError(first)
+        raise first

@@ -17,6 +17,7 @@ import errno
 import itertools
 import json
 import os
+import re
 import shutil
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -43,7 +44,15 @@ if TYPE_CHECKING:  # reading a checkpoint needs neither DeepSpeed nor megatron
 
 FORMAT = 1
 MOMENTS = ("exp_avg", "exp_avg_sq")
-LASTING = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG)  # a user mends these
+LASTING = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENAMETOOLONG,
+    errno.EFBIG,
+)  # a user mends these
 POLL = 0.05  # seconds between rank 0's looks for the other ranks' files
 PATIENCE = 10.0  # seconds that a failing run waits for the save under way
 MOST_COPIED = 1 << 30  # bytes that a save copies within host memory; more is written while training there waits
@@ -134,6 +143,14 @@ def path_of(run: Path, step: int) -> Path:
     return run / "checkpoints" / f"step-{step:08d}"
 
 
+def _number(error: Exception) -> int | None:
+    """The system's number of an error; safetensors tells it in the message alone."""
+    if isinstance(error, OSError):
+        return error.errno
+    told = re.search(r"os error (\d+)", str(error))
+    return int(told[1]) if told else None
+
+
 class _Writing:
     """One save: a thread on each rank writes that rank's files, and rank 0's completes the checkpoint."""
 
@@ -172,7 +189,7 @@ class _Writing:
         except Exception as error:  # whatever it is, all ranks must learn of it
             known = isinstance(error, OSError | SafetensorError)
             self.problem = f"rank {self.rank}: {error if known else repr(error)}"
-            self.lasting = isinstance(error, OSError) and error.errno in LASTING
+            self.lasting = _number(error) in LASTING
         finally:
             self.released.set()
             self._written.set()
@@ -335,7 +352,8 @@ def verify(path: Path) -> dict[str, Any]:
 def verify_together(path: Path) -> dict[str, Any]:
     """As `verify`, called by all ranks: each reads a share of the files, which on one rank could take longer than others wait."""
     listed = list(agreed(lambda: _listed(path)).items())
-    mine = dict(listed[dist.get_rank() :: dist.get_world_size()])
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    mine = dict(listed[rank::world])
     agreed_by_all(lambda: check_files(path, mine, _fallback(path)))
     return agreed(lambda: _state(path))
 

@@ -143,13 +143,16 @@ class Trial:
         """Whether it has been trained to the end, as the first rank sees it; all ranks ask together."""
         return bool(from_first(self.result.is_file()))
 
+    def _read_result(self) -> Progress:
+        remedy = "; remove it, and the run goes on from its checkpoint"
+        with refusing(f"{self.result}: not what a fine-tuning writes", remedy):
+            progress = Progress(**json.loads(self.result.read_bytes()))
+        return progress
+
     def train(self, signals: Signals) -> Progress:
         """Train to the end (from the newest checkpoint, if there is one); `Stopped` if asked to end before."""
         if self.trained:
-            with refusing(
-                f"{self.result}: not what a fine-tuning writes", "; remove it, and the run goes on from its checkpoint"
-            ):
-                self.progress = Progress(**json.loads(self.result.read_bytes()))
+            self.progress = agreed(self._read_result)
             return self.progress
         engine = self.engine
         self._resume()

@@ -91,7 +91,8 @@ class Start:
 
     @classmethod
     def of_checkpoint(cls, init: str) -> Start:
-        path, saved = agreed(lambda: (path := checkpoint.find(init, "best"), checkpoint.verify(path)))
+        path = agreed(lambda: checkpoint.find(init, "best"))
+        saved = checkpoint.verify_together(path)
         pieces, source = Tokenizer(path / "tokenizer.model").pieces, CheckpointReader(path)
         variant = str(saved.get("pretrained", saved["config"])["variant"])
         return cls(path, source, _keys_of(saved), pieces, saved["languages"], variant, saved.get("origin", {}))

@@ -15,6 +15,7 @@ from mlinterf_ds.results.findings import (
     Finding,
     Part,
     PerSeed,
+    above_floor,
     cells,
     compared,
     corrected,
@@ -215,6 +216,8 @@ def _transfers(records: Records, joint: Sequence[TaskScore], floor: Sequence[Tas
     guessing = {score.seed: -score.majority for score in joint}
     part = difference(joint, floor, ("joint", "never saw it")) if floor else Part({"joint": (1.0, joint)}, (), guessing)
     effect, _ = mean_effect([part], records.confidence)
+    if not effect.values:  # no seed in common: the floor's mean, as if it were exact
+        return above_floor(joint, statistics.fmean(score.score for score in floor), records.confidence) > records.margin
     return effect.low > records.margin if effect.has_interval else effect.mean > records.margin
 
 

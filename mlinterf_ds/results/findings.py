@@ -21,7 +21,17 @@ from mlinterf_ds.files import markdown_table
 from mlinterf_ds.results import paper
 from mlinterf_ds.results.records import Records, TaskScore
 from mlinterf_ds.results.runs import read_counts
-from mlinterf_ds.results.statistics import Effect, Judgement, Verdict, adjusted, combined, example_shares, positive
+from mlinterf_ds.results.statistics import (
+    MOST_SEEDS,
+    VERDICTS,
+    Effect,
+    Judgement,
+    Verdict,
+    adjusted,
+    combined,
+    example_shares,
+    positive,
+)
 
 PerSeed = dict[int, float]  # pretraining seed -> difference
 # A task and how many examples: test sets of several languages that have both in common may be translations of each other, as XNLI's
@@ -248,6 +258,8 @@ def measured(
 def judged(result: Finding, judgement: Judgement, confidence: float, cause: str = "") -> Finding:
     """The finding with its verdict and, where it is undecided, the reason. cause: a reason that lies outside the effect."""
     effect, alpha = result.effect, 1 - confidence
+    if not effect.values and result.note and not cause:
+        cause = "inconclusive: no seed that all tasks and languages have"
     if not effect.values and cause:
         return replace(result, verdict="undecided", uncorrected="undecided", reason=cause)
     if not effect.values:
@@ -280,7 +292,10 @@ def inconclusive(judgement: Judgement, alpha: float) -> tuple[str, bool]:
             f"inconclusive: {seeds} seeds would tell it in 80 of 100 studies, if the effect is as large as it seems",
             True,
         )
-    times = max(2.0, (effect.half(alpha, len(effect.values) * 10**6) / distance) ** 2)
+    times = (effect.half(alpha, len(effect.values) * 10**6) / distance) ** 2
+    if times < 1:
+        return f"inconclusive: would need more than {MOST_SEEDS:,} seeds", False
+    times = max(2.0, times)
     if times > MOST_TIMES:
         return "inconclusive: the difference is too close to the border to be told by a study like this", False
     reason = f"the test sets are too small, about {times:,.0f} times as many examples would do, however many the seeds"
@@ -322,12 +337,11 @@ def needing_all(
     single = [key for key, result in told.items() if len(result.effect.values) < 2]
     judgement = combined([replace(of, p=1.0) if key in single else of for key, of in judgements.items()])
 
-    def margin(key: str) -> float:
-        return judgements[key].distance * (1 if judgements[key].side == "holds" else -1)
-
-    shown = min(told, key=margin)
-    if judgement.side == "fails":
-        shown = next(key for key in told if judgements[key].effect is judgement.effect)
+    shown = (
+        single[0]
+        if judgement.p == 1.0 and single
+        else next(key for key in told if judgements[key].effect is judgement.effect)
+    )
     result = replace(
         told[shown], parts={key: of.effect.mean for key, of in results.items()},
         note="; ".join(filter(None, [f"{word}: {shown}", told[shown].note])),
@@ -340,11 +354,11 @@ def needing_all(
 
 # --- as text -----------------------------------------------------------------------------------------------------------
 def markdown(findings: Sequence[Finding], confidence: float) -> str:
-    """A table of all findings with the scores that they are to be seen beside."""
+    """A table of all findings, by verdict, with the scores that they are to be seen beside."""
     span = f"{100 * confidence:.3g}% interval"
     head = ["claim", "verdict", "uncorrected", "effect", span, "d", "seeds", "p", "adjusted p", "beside"]
     rows = []
-    for row in findings:
+    for row in sorted(findings, key=lambda finding: VERDICTS.index(finding.verdict)):
         notes = "; ".join(dict.fromkeys(filter(None, [row.reason, shown_beside(row), below_lexical(row), row.note])))
         told = [row.claim, f"**{row.verdict}**", row.uncorrected, *interval(row), len(row.effect.values)]
         rows.append([*told, *p_values(row), notes])

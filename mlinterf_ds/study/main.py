@@ -18,8 +18,8 @@ from pathlib import Path
 
 from mlinterf_ds.config import describe, load_config
 from mlinterf_ds.config import parser as launcher_parser
-from mlinterf_ds.errors import UserError
-from mlinterf_ds.files import write_json
+from mlinterf_ds.errors import UserError, refusing
+from mlinterf_ds.files import read_json, write_json
 from mlinterf_ds.results.findings import Finding
 from mlinterf_ds.study import cost, mlflow_run, plan, report, runner, sequential, slurm, worker
 from mlinterf_ds.study.config import AnalysisSection, SetSection, StudyConfig, TaskSection
@@ -30,6 +30,7 @@ from mlinterf_ds.tracking import Tracker
 from mlinterf_ds.tracking.__main__ import send_rest
 from mlinterf_ds.tracking.facts import first_line
 
+LOOKS = "looks.json"  # what the looks of --until-decided have decided
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -47,7 +48,7 @@ def main(arguments: Sequence[str]) -> int:
         print(study.show(by_job=True, gpus=options.gpus), study.power(), sep="\n")
         return 0
     if options.report:
-        return study.report_alone()
+        return _as_last_seen(study).report_alone()
     if options.until_decided is not None:
         if options.executor != "local" or not options.until_decided > 0:
             raise UserError(
@@ -87,6 +88,18 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _as_last_seen(study: Study) -> Study:
+    """The study with the seeds and the level of the last look of --until-decided, and the verdicts so far, if there was one."""
+    path = study.output / LOOKS
+    if not path.is_file():
+        return study
+    with refusing(f"{path}: not what --until-decided writes"):
+        looks = read_json(path)
+        config = study.config.model_copy(update=looks["last"])
+        decided: sequential.Decided = looks["decided"]
+    return Study(config, study.deepspeed_config, decided)
+
+
 def _until_decided(study: Study, hours: float) -> int:
     """Runs the study with more and more seeds; 1 if a job failed."""
     failed = 0
@@ -98,11 +111,12 @@ def _until_decided(study: Study, hours: float) -> int:
         failed |= again.run()
         return again.findings
 
-    looks = sequential.until_decided(look, study.config.seeds, study.config.confidence, hours)
-    write_json(study.output / "looks.json", {"decided": looks.decided, "open": looks.open})
-    print(
-        f"{len(looks.decided)} claims are decided over all looks, {len(looks.open)} are open: {study.output}/looks.json"
-    )
+    def record(looks: sequential.Looks, seeds: list[int], confidence: float) -> None:
+        last = {"seeds": seeds, "confidence": confidence}
+        write_json(study.output / LOOKS, {"decided": looks.decided, "open": looks.open, "last": last})
+
+    looks = sequential.until_decided(look, study.config.seeds, study.config.confidence, hours, record)
+    print(f"{len(looks.decided)} claims are decided over all looks, {len(looks.open)} are open: {study.output}/{LOOKS}")
     return failed
 
 

@@ -129,7 +129,11 @@ def _meta_rows(config: StudyConfig, *settings: str) -> tuple[str, ...]:
 
 
 def _rows_read(run: RunConfig) -> int:
-    """The rows that a meta step reads: those of training, and those of the validation loss."""
+    """The rows that a meta step reads: those of training, and those of the validation loss. UserError where steps differ in them."""
+    if run.meta.every != 1:
+        raise UserError(
+            f"controls.batch and controls.rows give plain steps the rows of a meta step: set meta.every=1 (now {run.meta.every})"
+        )
     return run.train.batch + (run.meta.batch or run.train.batch)
 
 

@@ -55,17 +55,21 @@ def until_decided(
     seeds: Sequence[int],
     confidence: float,
     hours: float,
+    record: Callable[[Looks, list[int], float], None] = lambda looks, seeds, confidence: None,
     clock: Callable[[], float] = time.monotonic,
 ) -> Looks:
     """Runs a study again with one more seed each time; stops where nothing is open, or another seed would exceed the hours.
 
     study: runs what is missing for these seeds, judges at this confidence, reports, and returns the findings; the report is to show
-    what earlier looks have decided (`settled`).
+    what earlier looks have decided (`settled`). record: keeps what the looks so far have decided, and the last one's seeds and
+    confidence.
     """
     begin, looks, used = clock(), Looks(), list(seeds)
     for look in range(1, 1000):
         before = clock()
-        looks.add(look, len(used), study(used, 1 - level(1 - confidence, look), looks.decided))
+        at = 1 - level(1 - confidence, look)
+        looks.add(look, len(used), study(used, at, looks.decided))
+        record(looks, used, at)
         one = (clock() - before) / (len(used) if look == 1 else 1)  # the first run may have found finished seeds
         if not looks.open or clock() - begin + one > 3600 * hours:
             break

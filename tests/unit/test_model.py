@@ -298,7 +298,9 @@ def test_what_two_variants_share_starts_alike(other: str) -> None:
     ours, theirs = joint.state_dict(), compared.state_dict()
     common = ours.keys() & theirs.keys()
     routed = {"ffn": ".mlp.", "attn": ".self_attention."}.get(other, "nothing")
-    assert ours.keys() - common == {name for name in ours if routed in name and name not in theirs}
+    assert ours.keys() - common <= {name for name in ours if routed in name} and bool(ours.keys() - common) == (
+        routed != "nothing"
+    )
     assert len(common) > 10 and all(torch.equal(ours[name], theirs[name]) for name in common)
 
 

@@ -6,10 +6,12 @@ import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from mlinterf_ds.engine import checkpoint
@@ -93,13 +95,12 @@ def test_a_disk_that_fails_may_be_tried_again(
 ) -> None:
     """Under `restarts`, a user's mistake is final; a Fault is not."""
 
-    def fails(*_: Any, **more: Any) -> None:
-        raise OSError(number, os.strerror(number))
-
-    monkeypatch.setattr(checkpoint, "save_file", fails)
-    with pytest.raises(UserError, match=os.strerror(number)) as refused:
-        checkpoint.save(tmp_path, engine, {}, {}, keep=9)
-    assert isinstance(refused.value, Fault) is not lasts
+    words = f"I/O error: {os.strerror(number)} (os error {number})"  # as safetensors says it
+    for error in (OSError(number, os.strerror(number)), SafetensorError(words)):
+        monkeypatch.setattr(checkpoint, "save_file", mock.Mock(side_effect=error))
+        with pytest.raises(UserError, match=os.strerror(number)) as refused:
+            checkpoint.save(tmp_path, engine, {}, {}, keep=9)
+        assert isinstance(refused.value, Fault) is not lasts
 
 
 def train(engine: Any) -> None:

@@ -169,6 +169,16 @@ def test_the_rival_that_decides_is_shown() -> None:
     assert best.effect.mean == best.parts["adpt"] and best.effect.high < 0
 
 
+def test_where_all_rivals_are_beaten_the_least_sure_one_is_shown() -> None:
+    """The effect, its p-value and its seeds are those of one rival, whichever mean is the least."""
+    records = planted(shifts={"ffn": (-20.0, -60.0)})
+    swing = {0: 9.0, 1: -7.0, 2: 8.0, 3: -9.0, 4: -1.0}
+    records.scores = [replace(s, score=s.score + swing[s.seed] * (s.variant == "ffn")) for s in records.scores]
+    best = by_name(records)["meta_adpt_best_within"]
+    assert best.verdict == "holds" and "rival: ffn" in best.note and best.parts["ffn"] > 10 * best.parts["adpt"]
+    assert best.p == pytest.approx(best.effect.p(best.effect.mean))
+
+
 def test_effects_of_opposite_signs_are_not_none() -> None:
     """One third language costs five points and another one gives five: their mean is none, but neither leaves scores as they were."""
     records = planted()

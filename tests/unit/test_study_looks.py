@@ -78,7 +78,10 @@ def test_what_a_look_has_decided_is_reported_so_by_later_ones() -> None:
         reports.append(settled(findings, decided))
         return findings if len(seeds) < 6 else []
 
-    until_decided(study, [0, 1, 2], 0.95, 1.0)
+    kept: list[tuple[dict, list[int], float]] = []
+    until_decided(study, [0, 1, 2], 0.95, 1.0, lambda looks, seeds, at: kept.append((dict(looks.decided), seeds, at)))
+    assert [(len(seeds), at) for _, seeds, at in kept] == [(n + 2, 1 - level(0.05, n)) for n in range(1, 5)]
+    assert all(decided["claim"]["look"] == 1 for decided, _, _ in kept)
     assert [row[0].verdict for row in reports] == ["holds"] * 4 and not reports[-1][0].open
     assert "decided at look 1, with 3 seeds" in reports[-1][0].note and not reports[0][0].note
     assert {row[1].verdict for row in reports} == {"undecided"}
