@@ -210,6 +210,8 @@ def finding(
     notes = [note, f"without {', '.join(floored)}: at the floor" if len(told) < len(known) else ""]
     if unsampled:
         notes.append(f"{unsampled} of {len(told)} test sets have no counts of their examples: seeds alone vary there")
+    if lost and not common:
+        cause = cause or "inconclusive: no seed that every task and language has"
     if lost:
         notes.append(f"without seeds {', '.join(map(str, lost))}: not every task and language has them")
     cause = cause or ("at the floor: no row scores more than guessing" if known and len(floored) == len(known) else "")
@@ -258,8 +260,6 @@ def measured(
 def judged(result: Finding, judgement: Judgement, confidence: float, cause: str = "") -> Finding:
     """The finding with its verdict and, where it is undecided, the reason. cause: a reason that lies outside the effect."""
     effect, alpha = result.effect, 1 - confidence
-    if not effect.values and result.note and not cause:
-        cause = "inconclusive: no seed that all tasks and languages have"
     if not effect.values and cause:
         return replace(result, verdict="undecided", uncorrected="undecided", reason=cause)
     if not effect.values:

@@ -228,6 +228,16 @@ def test_a_part_that_lacks_seeds_is_named() -> None:
     assert len(row.effect.values) == 3 and "without seeds 3, 4: not every task and language has them" in row.note
 
 
+def test_without_a_common_seed_nothing_is_decided_and_the_reason_says_so() -> None:
+    records = planted()
+    seen = {"syn-far": (0, 1), "syn-close": (2, 3, 4)}
+    records.scores = [s for s in records.scores if s.variant != "adpt" or s.seed in seen.get(s.language, range(5))]
+    row = by_name(records)["adpt_beats_joint_within"]
+    assert (row.verdict, row.effect.values) == ("undecided", ()) and "no seed that every task" in row.reason
+    records.scores = [s for s in records.scores if s.variant in ("adpt", "meta_adpt")]
+    assert by_name(records)["distance_worsens_interference"].verdict == "not measured"
+
+
 def test_a_mean_that_is_high_by_chance_transfers_nothing() -> None:
     """Joint is ten points above the floor on average, but at some seeds below it: there may be nothing to collapse."""
     records = planted(shifts={"joint": (0.0, -30.0), "ffn": (0.0, -60.0)})
