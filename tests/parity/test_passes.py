@@ -31,10 +31,12 @@ def test_passes_that_recompute_activations_are_not_captured() -> None:
     assert "recompute" in reason and not captured
 
 
-def streams_of_captures(settings: list[str]) -> tuple[int, int]:
-    """How many kinds of passes were captured, and on how many streams, with stand-ins for CUDA's (in a rank of a pool)."""
+def streams_of_captures(settings: list[str]) -> tuple[int, int, bool]:
+    """How many kinds of passes were captured, on how many streams, and whether each capture gave the ambient stream back, with
+    stand-ins for CUDA's (in a rank of a pool)."""
     engine, stream, config = bodies.make(settings, "zero0")
-    engine.passes.graphs, used = True, []
+    engine.passes.graphs, used, restored = True, [], []
+    ambient = SimpleNamespace(wait_stream=lambda _: None)
 
     @contextlib.contextmanager
     def graph(_graph: Any, _pool: Any, stream: Any, _mode: str) -> Any:
@@ -43,20 +45,22 @@ def streams_of_captures(settings: list[str]) -> tuple[int, int]:
 
     made = SimpleNamespace(
         Stream=lambda: SimpleNamespace(wait_stream=lambda _: None),
-        current_stream=lambda: SimpleNamespace(wait_stream=lambda _: None),
+        current_stream=lambda: ambient,
+        set_stream=restored.append,
         stream=lambda _: contextlib.nullcontext(),
         CUDAGraph=lambda: SimpleNamespace(pool=lambda: 1, replay=lambda: None),
         graph=graph,
     )
     with mock.patch.object(passes.torch, "cuda", made):
         bodies.advance(engine, stream, config, 5, bodies.meta_step(engine, config, stream))
-    return len(engine.passes.captured), len({id(stream) for stream in used})
+    back = len(restored) == len(used) and all(stream is ambient for stream in restored)
+    return len(engine.passes.captured), len({id(stream) for stream in used}), back
 
 
 def test_all_captures_share_one_stream() -> None:
     """The allocator gives memory of a pool to the stream alone that had it: else each graph would hold activations of its own."""
-    ((kinds, streams),) = pool(1).run(streams_of_captures, ["variant=meta_adpt", "languages=te,as"])
-    assert kinds > 1 and streams == 1
+    ((kinds, streams, back),) = pool(1).run(streams_of_captures, ["variant=meta_adpt", "languages=te,as"])
+    assert kinds > 1 and streams == 1 and back
 
 
 def kinds_of_mixed_passes(variant: str) -> int:
