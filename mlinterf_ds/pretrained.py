@@ -222,4 +222,4 @@ def _job(folder: Path) -> dict[str, Any]:
 def _best(folder: str | Path) -> tuple[Path, dict[str, Any]]:
     """The best checkpoint of an output folder, or the checkpoint of that folder, and its run.json."""
     path = agreed(lambda: checkpoint.find(folder, "best"))
-    return path, checkpoint.verify_together(path)
+    return path, checkpoint.verify(path)

@@ -341,16 +341,11 @@ def find(path: str | Path, prefer: str = "newest") -> Path:
 
 
 def verify(path: Path) -> dict[str, Any]:
-    """The content of run.json, if all files of the checkpoint are there and unaltered.
+    """The content of run.json, if all files of the checkpoint are there and unaltered; called by all ranks, if there are several.
 
-    Raises UserError, which names the file and the remedy, if not.
+    Each reads a share of the files: one alone could take longer than the others wait. Raises UserError, which names the file and the
+    remedy, if not.
     """
-    check_files(path, _listed(path), _fallback(path))
-    return _state(path)
-
-
-def verify_together(path: Path) -> dict[str, Any]:
-    """As `verify`, called by all ranks: each reads a share of the files, which on one rank could take longer than others wait."""
     listed = list(agreed(lambda: _listed(path)).items())
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     mine = dict(listed[rank::world])
@@ -393,7 +388,7 @@ def load(
     missing=True leaves parameters that the checkpoint does not have as they were initialised (a classifier). state: what
     `verify` returned of this checkpoint, which spares reading every file again.
     """
-    state = state or verify_together(path)
+    state = state or verify(path)
     reader = CheckpointReader(path)
     fill(engine, reader, ("master", *MOMENTS) if moments else ("master",), missing)
     if moments:

@@ -92,7 +92,7 @@ class Start:
     @classmethod
     def of_checkpoint(cls, init: str) -> Start:
         path = agreed(lambda: checkpoint.find(init, "best"))
-        saved = checkpoint.verify_together(path)
+        saved = checkpoint.verify(path)
         pieces, source = Tokenizer(path / "tokenizer.model").pieces, CheckpointReader(path)
         variant = str(saved.get("pretrained", saved["config"])["variant"])
         return cls(path, source, _keys_of(saved), pieces, saved["languages"], variant, saved.get("origin", {}))

@@ -181,7 +181,7 @@ class PretrainingRun:
         path = agreed(newest)  # a shared file system may still list an older one to another host
         if path is None:
             return self._start_from(config.init) if config.init else ""
-        saved = checkpoint.verify_together(path)
+        saved = checkpoint.verify(path)
         self._refuse_other_settings(path, saved)
         if saved.get("old_pieces"):
             self.engine.train_new_rows(saved["old_pieces"])

@@ -337,11 +337,7 @@ def needing_all(
     single = [key for key, result in told.items() if len(result.effect.values) < 2]
     judgement = combined([replace(of, p=1.0) if key in single else of for key, of in judgements.items()])
 
-    shown = (
-        single[0]
-        if judgement.p == 1.0 and single
-        else next(key for key in told if judgements[key].effect is judgement.effect)
-    )
+    shown = next(key for key in told if judgements[key].effect is judgement.effect)
     result = replace(
         told[shown], parts={key: of.effect.mean for key, of in results.items()},
         note="; ".join(filter(None, [f"{word}: {shown}", told[shown].note])),
